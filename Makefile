@@ -1,0 +1,58 @@
+# Everything is set up in $(VENV) when it is missing. `make help` lists the targets and settings.
+
+VENV   ?= .venv
+PYTHON ?=
+DEVICE ?= auto
+MODEL  ?= loadtest/model/weights
+PORT   ?= 8000
+ARGS   ?=
+
+set_up  = @PYTHON='$(PYTHON)' VENV='$(VENV)' DEVICE='$(DEVICE)' deploy/environment/setup.sh
+# vLLM and torch start tools of the environment (ninja) by name.
+in_venv = PATH="$(abspath $(VENV))/bin:$$PATH"
+
+.PHONY: help serve test lint format setup clean
+
+help:
+	@echo 'make serve   set up what is missing and serve the bundled model with sparse attention'
+	@echo 'make test    set up what is missing and run the whole test suite'
+	@echo 'make lint    ruff check, ruff format --check, mypy'
+	@echo 'make format  let ruff fix and format the code'
+	@echo 'make setup   only set up'
+	@echo 'make clean   remove the environment and the caches'
+	@echo
+	@echo 'Settings: PORT=8000           port of make serve'
+	@echo '          ARGS="..."          more arguments, for vllm serve or for pytest'
+	@echo '          MODEL=folder        another model than the bundled one'
+	@echo '          DEVICE=auto         cpu or cuda where the choice by nvidia-smi is not wanted'
+	@echo '          PYTHON=python3.12   Python 3.11 or 3.12, where the one found is not wanted'
+	@echo '          VENV=.venv          folder of the environment'
+
+# The model is checked first: nobody should wait for an installation to learn that it is missing.
+serve:
+	@test -f '$(MODEL)/config.json' || { echo "make serve: MODEL: no model in '$(MODEL)' (no config.json there). The bundled one is loadtest/model/weights: restore it with 'git checkout -- loadtest/model/weights', or name another folder: make serve MODEL=folder" >&2; exit 2; }
+	$(set_up) serve
+	$(in_venv) exec vllm serve $(MODEL) --served-model-name needle --attention-backend sparse --port $(PORT) $$(cat $(VENV)/serve-flags) $(ARGS)
+
+test:
+	$(set_up) test
+	$(in_venv) exec python -m pytest $(ARGS)
+
+lint:
+	$(set_up) test
+	$(in_venv) ruff check
+	$(in_venv) ruff format --check
+	$(in_venv) mypy
+
+format:
+	$(set_up) test
+	$(in_venv) ruff check --fix
+	$(in_venv) ruff format
+
+setup:
+	$(set_up) all
+
+# Only an environment that the set-up made: VENV may name anything.
+clean:
+	test ! -e '$(VENV)/set-up.json' || rm -rf '$(VENV)'
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -1,0 +1,1 @@
+"""The small retrieval model: its tokenizer and its training."""

@@ -1,0 +1,120 @@
+"""The backend on the CPU: vLLM's own paged CPU kernel as executor."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.v1.attention.backend import AttentionType, MultipleOf
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+
+from vllm_sparse.backend.impl import SparseAttentionImpl
+from vllm_sparse.backend.metadata import SparseMetadataBuilder
+from vllm_sparse.backend.plan import RowSpan
+from vllm_sparse.executors import CpuExecutor, Executor
+from vllm_sparse.keys import InterleavedPairKeys, PagedKeys, TransposedKeys
+
+# The smallest page is a block here, since keys are packed inside it.
+DEFAULT_BLOCK_TOKENS = 32
+
+# How the kernel packs keys for each instruction set; others have not been measured.
+PACKINGS: dict[str, type[PagedKeys]] = {
+    "vec": TransposedKeys,
+    "vec16": TransposedKeys,
+    "amx": InterleavedPairKeys,
+}
+
+
+class SparseCpuMetadataBuilder(SparseMetadataBuilder, CPUAttentionMetadataBuilder):
+    """The CPU builder with a plan for sparse rows."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if self.isa not in PACKINGS:
+            raise ValueError(
+                f"attention backend sparse cannot read keys as this processor's kernel packs them ({self.isa}); "
+                f"it reads {', '.join(PACKINGS)}; serve without it"
+            )
+
+
+class SparseCpuImpl(SparseAttentionImpl, CPUAttentionBackendImpl):
+    """The CPU implementation with a path for sparse rows."""
+
+    def make_executor(self, layer: Any) -> Executor:
+        return CpuExecutor(layer.isa, self.kv_cache_dtype)
+
+    def keys_of(self, layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor, context_tokens: int) -> PagedKeys:
+        return PACKINGS[layer.isa](kv_cache, block_table, context_tokens)
+
+    def page_size(self, phase: str, block_size_tokens: int) -> int:
+        return block_size_tokens
+
+    def dense_subset(
+        self, layer: Any, query: torch.Tensor, metadata: CPUAttentionMetadata, spans: list[RowSpan]
+    ) -> CPUAttentionMetadata:
+        subset = copy.copy(metadata)
+        rows = torch.tensor([span.row for span in spans])
+        lengths = torch.tensor([0, *(span.query_tokens for span in spans)])
+        subset.num_actual_tokens = int(lengths.sum())
+        subset.max_query_len = max(span.query_tokens for span in spans)
+        subset.max_seq_len = max(span.context_tokens for span in spans)
+        subset.query_start_loc = lengths.cumsum(0).to(torch.int32)
+        subset.seq_lens = metadata.seq_lens[rows]
+        subset.block_table = metadata.block_table[rows]
+        subset.scheduler_metadata = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(spans),
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_size,
+            seq_lens=subset.seq_lens,
+            dtype=query.dtype,
+            query_start_loc=subset.query_start_loc,
+            causal=True,
+            sliding_window_size=-1,
+            isa=layer.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+        return subset
+
+
+class SparseCpuBackend(CPUAttentionBackend):
+    """``--attention-backend sparse`` on the CPU."""
+
+    supported_kv_cache_dtypes = ["auto", "float16", "bfloat16"]  # noqa: RUF012 (vLLM's attribute)
+
+    @staticmethod
+    def get_name() -> str:
+        return "SPARSE"
+
+    @staticmethod
+    def get_impl_cls() -> type[SparseCpuImpl]:
+        return SparseCpuImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SparseCpuMetadataBuilder]:
+        return SparseCpuMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return bool(attn_type == AttentionType.DECODER)
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return False

@@ -1,0 +1,155 @@
+"""The backend on CUDA: FlashAttention 3, its paged kernel as executor."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from vllm_sparse.backend.impl import SparseAttentionImpl
+from vllm_sparse.backend.metadata import SparseMetadataBuilder
+from vllm_sparse.backend.plan import RowSpan
+from vllm_sparse.executors import Executor, FlashAttentionExecutor
+from vllm_sparse.keys import PagedKeys, PlainKeys
+
+PREFILL_PAGE_TOKENS = 128
+
+
+class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionMetadataBuilder):
+    """FlashAttention's builder with a plan for sparse rows."""
+
+    # Decode batches run in FULL graphs; those hold dense attention only, and steps with sparse decode rows run
+    # without them (vllm_sparse.routing).
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Runner V1 has no hook that keeps a sparse step out of a FULL graph, so it gets none."""
+        return cls._cudagraph_support if vllm_config.use_v2_model_runner else AttentionCGSupport.NEVER
+
+
+class SparseFlashAttentionImpl(SparseAttentionImpl, FlashAttentionImpl):
+    """FlashAttention's implementation with a path for sparse rows."""
+
+    supports_dcp = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.vllm_flash_attn_version != 3:
+            raise ValueError(
+                "attention backend sparse needs FlashAttention 3 on CUDA, this configuration resolves to version "
+                f"{self.vllm_flash_attn_version}; set --attention-config.flash_attn_version 3 or serve without it"
+            )
+
+    def make_executor(self, layer: Any) -> Executor:
+        return FlashAttentionExecutor(self.vllm_flash_attn_version)
+
+    def keys_of(self, layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor, context_tokens: int) -> PagedKeys:
+        return PlainKeys(kv_cache, block_table, context_tokens)
+
+    def page_size(self, phase: str, block_size_tokens: int) -> int:
+        # Token lists cost FlashAttention 3 no more than page lists; prefill pages are the largest power of two that
+        # divides a block, up to a query block's size.
+        if phase == "decode":
+            return 1
+        return min(PREFILL_PAGE_TOKENS, block_size_tokens & -block_size_tokens)
+
+    def dense_subset(
+        self, layer: Any, query: torch.Tensor, metadata: FlashAttentionMetadata, spans: list[RowSpan]
+    ) -> FlashAttentionMetadata:
+        subset = copy.copy(metadata)
+        device = metadata.seq_lens.device
+        rows = torch.tensor([span.row for span in spans], device=device)
+        lengths = torch.tensor([0, *(span.query_tokens for span in spans)])
+        subset.num_actual_tokens = int(lengths.sum())
+        subset.max_query_len = max(span.query_tokens for span in spans)
+        subset.max_seq_len = max(span.context_tokens for span in spans)
+        subset.query_start_loc = lengths.cumsum(0).to(device=device, dtype=torch.int32)
+        subset.seq_lens = metadata.seq_lens[rows]
+        subset.block_table = metadata.block_table[rows]
+        # The kernel schedules itself; the stored schedule is for the whole batch.
+        subset.scheduler_metadata = None
+        return subset
+
+
+class SparseFlashAttentionBackend(FlashAttentionBackend):
+    """``--attention-backend sparse`` on CUDA."""
+
+    supported_kv_cache_dtypes = ["auto", "float16", "bfloat16"]  # noqa: RUF012 (vLLM's attribute)
+
+    @staticmethod
+    def get_name() -> str:
+        return "SPARSE"
+
+    @staticmethod
+    def get_impl_cls() -> type[SparseFlashAttentionImpl]:
+        return SparseFlashAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SparseFlashAttentionMetadataBuilder]:
+        return SparseFlashAttentionMetadataBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Head-major blocks: a head of a block is then a plain view, in pages of any size."""
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        return PREFILL_PAGE_TOKENS
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
+        return kv_cache_dtype is None or kv_cache_dtype in cls.supported_kv_cache_dtypes
+
+    @classmethod
+    def supports_compute_capability(cls, capability: DeviceCapability) -> bool:
+        """FlashAttention 3 runs on Hopper."""
+        return bool(capability == DeviceCapability(9, 0))
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return bool(attn_type == AttentionType.DECODER)
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """Plans are made from the host's query lengths."""
+        return False

@@ -1,0 +1,178 @@
+"""Layer forward, shared by both platforms: dense rows through the stock kernel, sparse rows through page lists."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+
+from vllm_sparse.backend.plan import PrefillRow, RowSpan, StepPlan
+from vllm_sparse.executors import Executor, Launch
+from vllm_sparse.keys import PagedKeys
+from vllm_sparse.pages import to_physical
+
+
+class SparseAttentionImpl:
+    """Mixin before a stock implementation. Without a plan the stock forward runs and nothing else."""
+
+    num_heads: int
+    num_kv_heads: int
+    scale: float
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if getattr(self, "alibi_slopes", None) is not None:
+            raise ValueError("attention backend sparse does not support ALiBi; serve this model without it")
+        if getattr(self, "logits_soft_cap", 0):
+            raise ValueError(
+                "attention backend sparse does not support a soft cap on attention logits; serve this model without it"
+            )
+        self._sparse_executor: Executor | None = None
+
+    @abstractmethod
+    def make_executor(self, layer: Any) -> Executor:
+        """The platform's executor for this layer."""
+
+    @abstractmethod
+    def keys_of(self, layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor, context_tokens: int) -> PagedKeys:
+        """A request's keys, read in the platform's packing."""
+
+    @abstractmethod
+    def page_size(self, phase: str, block_size_tokens: int) -> int:
+        """Page size of the executor in a phase, given the KV cache's block size."""
+
+    @abstractmethod
+    def dense_subset(self, layer: Any, query: torch.Tensor, metadata: Any, spans: list[RowSpan]) -> Any:
+        """Stock metadata for some rows of the step, whose query tokens are gathered in that order."""
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend. Shapes and dtypes are vLLM's: query and output ``[tokens, query_heads, head_size]``."""
+        plan: StepPlan | None = getattr(attn_metadata, "sparse_plan", None)
+        if plan is None:
+            return super().forward(  # type: ignore[misc, no-any-return]
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        if self._sparse_executor is None:
+            self._sparse_executor = self.make_executor(layer)
+        layer_index = _layer_index(layer.layer_name)
+        prefill = plan.prefill_rows(layer_index)
+        decode = plan.decode_rows(layer_index)
+        sparse = {row.span.row for row in prefill} | {row.span.row for row in decode}
+        dense = [span for span in plan.spans if span.row not in sparse]
+        if len(dense) == len(plan.spans):
+            super().forward(layer, query, key, value, kv_cache, attn_metadata, output)  # type: ignore[misc]
+        elif dense:
+            self._forward_dense(plan, dense, layer, query, key, value, kv_cache, attn_metadata, output)
+
+        heads = output.view(-1, self.num_heads, query.shape[-1])
+        block_table = attn_metadata.block_table
+        for chunk in prefill:
+            self._forward_chunk(chunk, layer, query, kv_cache, block_table, heads)
+        for row in plan.selecting_rows(layer_index):
+            keys = self.keys_of(layer, kv_cache, block_table[row.span.row], row.span.context_tokens)
+            page_size = self.page_size("decode", kv_cache.shape[2])
+            plan.choose(row, row.method.select(query[row.span.query_start], keys, self.scale, page_size))
+        if decode:
+            launches = plan.decode_launches(decode, block_table, self.num_heads, self.num_kv_heads, kv_cache.shape[2])
+            for tokens, launch in launches:
+                rows_per_request = launch.kept_tokens.shape[0] // tokens.shape[0]
+                gathered = query[tokens].view(-1, self.num_heads // rows_per_request, query.shape[-1])
+                attended = self._sparse_executor.run(launch, gathered, kv_cache, self.scale)
+                heads[tokens] = attended.view(tokens.shape[0], self.num_heads, -1)
+        if layer_index == plan.last_layer:
+            plan.metrics.finish_step([row.density for row in plan.prefill])
+            for decoding in plan.decode:
+                if decoding.pages is not None:
+                    plan.record_decode_density(decoding)
+        return output
+
+    def _forward_chunk(
+        self,
+        row: PrefillRow,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        heads: torch.Tensor,
+    ) -> None:
+        """One request's chunk: choose, translate, attend."""
+        span = row.span
+        assert self._sparse_executor is not None
+        block_size = kv_cache.shape[2]
+        request_blocks = block_table[span.row]
+        chunk = query[span.query_start : span.query_start + span.query_tokens]
+        keys = self.keys_of(layer, kv_cache, request_blocks, span.context_tokens)
+        lists = row.method.select(chunk, keys, self.scale, self.page_size("prefill", block_size))
+        row_heads, starts = chunk_launch(
+            span, lists.pages.shape[0], row.method.query_block_tokens, self.num_heads, query.device
+        )
+        pages = to_physical(
+            lists, request_blocks, row_heads * self.num_kv_heads // self.num_heads, block_size, self.num_kv_heads
+        )
+        attended = self._sparse_executor.run(
+            Launch(starts, row.method.query_block_tokens, pages, lists.kept_tokens, lists.page_size_tokens),
+            # Head-major copies of the queries: a row is a run of one head's tokens.
+            chunk.transpose(0, 1).reshape(-1, 1, chunk.shape[-1]),
+            kv_cache,
+            self.scale,
+        )
+        heads[span.query_start : span.query_start + span.query_tokens] = attended.view(
+            self.num_heads, span.query_tokens, -1
+        ).transpose(0, 1)
+        row.density.add(lists.kept_tokens, span, row.method.query_block_tokens, self.num_heads)
+
+    def _forward_dense(
+        self,
+        plan: StepPlan,
+        dense: list[RowSpan],
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+    ) -> None:
+        """The dense rows of a mixed step, gathered, through the stock kernel."""
+        rows = tuple(span.row for span in dense)
+        if rows not in plan.dense_metadata:
+            tokens = torch.cat(
+                [torch.arange(span.query_start, span.query_start + span.query_tokens) for span in dense]
+            ).to(query.device, non_blocking=True)
+            plan.dense_metadata[rows] = (tokens, self.dense_subset(layer, query, attn_metadata, dense))
+        tokens, metadata = plan.dense_metadata[rows]
+        gathered = torch.empty((tokens.shape[0], *output.shape[1:]), dtype=output.dtype, device=output.device)
+        # The stock paged kernel reads keys and values from the cache; the arguments are only passed through.
+        super().forward(layer, query[tokens], key, value, kv_cache, metadata, gathered)  # type: ignore[misc]
+        output[tokens] = gathered
+
+
+def chunk_launch(
+    span: RowSpan, rows: int, query_block_tokens: int, num_heads: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of a head-major chunk: query head ``[rows]`` and int32 first token ``[rows + 1]`` of each."""
+    blocks = rows // num_heads
+    head = torch.arange(num_heads, device=device).repeat_interleave(blocks)
+    offset = torch.arange(blocks, device=device).repeat(num_heads) * query_block_tokens
+    starts = torch.empty(rows + 1, dtype=torch.int32, device=device)
+    starts[:-1] = head * span.query_tokens + offset
+    starts[-1:] = num_heads * span.query_tokens
+    return head, starts
+
+
+def _layer_index(layer_name: str) -> int:
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return int(extract_layer_index(layer_name))

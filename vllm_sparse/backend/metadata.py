@@ -1,0 +1,86 @@
+"""What the sparse metadata builders of both platforms share: a plan beside the stock backend's metadata."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_sparse.backend.plan import plan_step
+from vllm_sparse.metrics import WorkerMetrics
+from vllm_sparse.params import parse_server_config
+from vllm_sparse.routing import TABLE
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+
+class SparseMetadataBuilder:
+    """Mixin before a stock builder. A step without sparse rows gets the stock metadata and nothing else.
+
+    A plan is attached to the stock metadata object as ``sparse_plan``; the attribute is absent from dense steps.
+    """
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        check_supported(vllm_config, layer_names)
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+        parse_server_config(vllm_config.additional_config, num_layers)
+        self._sparse_num_layers = num_layers
+        self._sparse_speculative = vllm_config.speculative_config is not None
+        self._sparse_metrics = WorkerMetrics.get()
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Any:
+        """The stock metadata, with a plan if a row of the step is sparse."""
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+        self._sparse_metrics.collect_finished()
+        sparse_rows = TABLE.sparse_rows(common_attn_metadata.req_idx, common_attn_metadata.num_reqs)
+        if sparse_rows:
+            plan = plan_step(
+                common_attn_metadata,
+                sparse_rows,
+                self._sparse_num_layers,
+                self._sparse_speculative,
+                self._sparse_metrics,
+            )
+            if plan is not None:
+                metadata.sparse_plan = plan
+        return metadata
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        """Captured graphs hold dense attention only, whatever slots held requests before."""
+        return super().build(0, common_attn_metadata)  # type: ignore[misc]
+
+
+def check_supported(vllm_config: VllmConfig, layer_names: list[str]) -> None:
+    """Refuse at start-up what this backend cannot do yet.
+
+    Raises:
+        ValueError: with the reason and what to do instead.
+    """
+    advice = "serve without --attention-backend sparse, or change that setting"
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        raise ValueError(f"attention backend sparse does not support pipeline parallelism yet; {advice}")
+    if parallel.enable_dbo:
+        raise ValueError(f"attention backend sparse does not support dual-batch overlap yet; {advice}")
+    if vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner:
+        raise ValueError(
+            "attention backend sparse does not support speculative decoding on model runner V1, which hands no "
+            f"sampling parameters to plugins then; {advice}"
+        )
+    layers = vllm_config.model_config.get_total_num_hidden_layers()
+    if len(layer_names) != layers:
+        raise ValueError(
+            f"attention backend sparse needs all {layers} layers of the model, this cache group has "
+            f"{len(layer_names)}: hybrid models are not supported yet; {advice}"
+        )
+    if not TABLE.attached:
+        raise ValueError(
+            "attention backend sparse receives request parameters through the entry point 'sparse' of the group "
+            "vllm.logits_processors, which was not loaded; reinstall vllm-sparse"
+        )

@@ -1,0 +1,1 @@
+"""Selection operations: one folder each, `reference.py` is the specification."""

@@ -1,0 +1,161 @@
+"""FlexPrefill's sample in PyTorch: the specification, on any device.
+
+The attention of the last `rows` queries of a chunk is summed per key block and per distance band while the keys
+stream by in tiles, so no ``[heads, rows, context]`` buffer exists (FlexPrefill, arXiv 2502.20766, section 3.2; the
+streaming form is this project's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from vllm_sparse.keys import PagedKeys
+
+# A multiple of every block size; bounds the largest temporary to heads * rows * TILE_TOKENS float32.
+TILE_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class FlexEstimate:
+    """Mean attention of the sampled rows, per query head.
+
+    Attributes:
+        column_mass: float32 ``[heads, blocks]`` mass per key block; a row sums to 1.
+        band_mass: float32 ``[heads, blocks]`` mass per band of distances ``query - key`` in
+            ``[band * block, (band + 1) * block)``; a row sums to 1.
+        key_block_mean: float32 ``[kv_heads, blocks, head_size]`` mean key of each block's live tokens.
+    """
+
+    column_mass: torch.Tensor
+    band_mass: torch.Tensor
+    key_block_mean: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TokenProfiles:
+    """Token-level profiles of the sampled rows, as the official code takes its line counts from them.
+
+    Attributes:
+        column: float32 ``[heads, context]`` mean mass of each key position.
+        distance: float32 ``[heads, context]`` mean mass of each distance ``query - key``.
+    """
+
+    column: torch.Tensor
+    distance: torch.Tensor
+
+
+def _score_tiles(
+    sample: torch.Tensor, keys: PagedKeys, scale: float
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield ``(start, keys [kv_heads, n, head_size], scores [kv_heads, group, rows, n])`` per key tile, causal."""
+    rows, heads, head_size = sample.shape
+    num_kv_heads = keys.num_kv_heads
+    first_position = keys.context_tokens - rows
+    # [kv_heads, group * rows, head_size]: all query heads of a group share one pass over the keys.
+    grouped = sample.permute(1, 0, 2).reshape(num_kv_heads, -1, head_size)
+    positions = torch.arange(first_position, keys.context_tokens, device=sample.device)
+    for start in range(0, keys.context_tokens, TILE_TOKENS):
+        stop = min(start + TILE_TOKENS, keys.context_tokens)
+        tile = keys.read(start, stop)
+        if sample.is_cuda:
+            scores = torch.bmm(grouped, tile.transpose(1, 2), out_dtype=torch.float32)
+        else:
+            scores = torch.bmm(grouped.float(), tile.float().transpose(1, 2))
+        scores = scores.mul_(scale).view(num_kv_heads, heads // num_kv_heads, rows, stop - start)
+        if stop > first_position:
+            future = torch.arange(start, stop, device=sample.device) > positions.unsqueeze(1)
+            scores = scores.masked_fill_(future, float("-inf"))
+        yield start, tile, scores
+
+
+def flex_estimate(sample: torch.Tensor, keys: PagedKeys, scale: float, block_size_tokens: int) -> FlexEstimate:
+    """Mean attention of the sampled rows per key block and per distance band.
+
+    Args:
+        sample: ``[rows, query_heads, head_size]`` the last queries of the chunk, at the last `rows` positions.
+        keys: the request's keys, the chunk's included.
+        scale: softmax scale.
+        block_size_tokens: tokens of a selection block; divides `TILE_TOKENS`.
+    """
+    rows, heads, _ = sample.shape
+    block = block_size_tokens
+    device = sample.device
+    first_position = keys.context_tokens - rows
+    positions = torch.arange(first_position, keys.context_tokens, device=device)
+    # Within a key block, keys up to the query's own offset lie in the nearer of the two bands that the block touches.
+    nearer = (torch.arange(block, device=device) <= (positions % block).unsqueeze(1)).float()
+
+    maxima, totals, nearer_sums, means = [], [], [], []
+    for _, tile, scores in _score_tiles(sample, keys, scale):
+        live = scores.shape[-1]
+        blocks = -(-live // block)
+        if live % block:
+            scores = torch.nn.functional.pad(scores, (0, blocks * block - live), value=float("-inf"))
+        # A tile that is all in a row's future has no maximum; 0 keeps its exponentials at 0 instead of NaN.
+        maximum = scores.amax(dim=-1, keepdim=True)
+        maximum = torch.where(maximum.isinf(), torch.zeros_like(maximum), maximum)
+        mass = scores.sub_(maximum).exp_().view(*scores.shape[:3], blocks, block)
+        totals.append(mass.sum(-1))
+        nearer_sums.append(torch.einsum("hgrnb,rb->hgrn", mass, nearer))
+        maxima.append(maximum)
+        means.append(_block_means(tile, block))
+
+    # The true row maximum is at least every tile's, so rescaling never overflows.
+    maximum = torch.cat(maxima, dim=-1).amax(dim=-1, keepdim=True)
+    factors = [(tile_maximum - maximum).exp() for tile_maximum in maxima]
+    total = torch.cat([t * f for t, f in zip(totals, factors, strict=True)], dim=-1)
+    near = torch.cat([t * f for t, f in zip(nearer_sums, factors, strict=True)], dim=-1)
+    denominator = total.sum(-1, keepdim=True) * rows
+    total, near = total / denominator, near / denominator
+    far = total - near
+
+    blocks = total.shape[-1]
+    column_mass = total.sum(2).view(heads, blocks)
+    band_mass = torch.zeros(heads, blocks, dtype=torch.float32, device=device)
+    for query_block in range(first_position // block, (keys.context_tokens - 1) // block + 1):
+        begin = max(query_block * block - first_position, 0)
+        end = min((query_block + 1) * block - first_position, rows)
+        near_sum = near[:, :, begin:end].sum(2).view(heads, blocks)
+        far_sum = far[:, :, begin:end].sum(2).view(heads, blocks)
+        # Key block J lies in bands query_block - J (nearer part) and query_block - J - 1 (farther part).
+        band_mass[:, : query_block + 1] += near_sum[:, : query_block + 1].flip(1)
+        band_mass[:, :query_block] += far_sum[:, :query_block].flip(1)
+    return FlexEstimate(column_mass, band_mass, torch.cat(means, dim=1))
+
+
+def token_profiles(sample: torch.Tensor, keys: PagedKeys, scale: float) -> TokenProfiles:
+    """Token-level column and distance profiles, in two passes over the keys; arguments as in `flex_estimate`."""
+    rows, heads, _ = sample.shape
+    context = keys.context_tokens
+    log_sums = [torch.logsumexp(scores, dim=-1) for _, _, scores in _score_tiles(sample, keys, scale)]
+    log_sum = torch.logsumexp(torch.stack(log_sums), dim=0).unsqueeze(-1)
+    column = torch.empty(heads, context, dtype=torch.float32, device=sample.device)
+    distance = torch.zeros(heads, context + rows, dtype=torch.float32, device=sample.device)
+    for start, _, scores in _score_tiles(sample, keys, scale):
+        mass = (scores - log_sum).exp().flatten(0, 1) / rows
+        live = mass.shape[-1]
+        column[:, start : start + live] = mass.sum(1)
+        # Shear: padding each row by `rows` and reading rows of one element less puts key j of row i in column
+        # j + rows - 1 - i, so that equal distances share a column.
+        flipped = torch.nn.functional.pad(mass.flip(1), (0, rows))
+        sheared = flipped.flatten(1)[:, : rows * (live + rows - 1)].view(heads, rows, live + rows - 1)
+        # Column c holds distance context - 1 - start - c.
+        sums = sheared.sum(1).flip(1)
+        first_distance = context - 1 - start - (live + rows - 2)
+        skip = max(-first_distance, 0)
+        distance[:, first_distance + skip : first_distance + live + rows - 1] += sums[:, skip:]
+    return TokenProfiles(column, distance[:, :context])
+
+
+def _block_means(tile: torch.Tensor, block: int) -> torch.Tensor:
+    """Mean over the live tokens of each block: float32 ``[kv_heads, ceil(n / block), head_size]``."""
+    kv_heads, live, head_size = tile.shape
+    blocks = -(-live // block)
+    padded = torch.nn.functional.pad(tile.float(), (0, 0, 0, blocks * block - live))
+    sums = padded.view(kv_heads, blocks, block, head_size).sum(2)
+    counts = torch.full((blocks, 1), float(block), device=tile.device)
+    counts[-1] = live - (blocks - 1) * block
+    return sums / counts

@@ -1,0 +1,35 @@
+"""Scores of all cached tokens for one decode query, in PyTorch: the specification, on any device."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparse.keys import PagedKeys
+
+# Keys are read in tiles of this many tokens, so that a copy of a long cache is never held as a whole.
+TILE_TOKENS = 16384
+
+
+def token_scores(query: torch.Tensor, keys: PagedKeys, scale: float, merge_heads: bool) -> torch.Tensor:
+    """Attention probability of each cached token, per KV head or per query head.
+
+    Heads of a group are merged by the maximum of their *probabilities*: logit ranges differ between heads, so raw
+    logits must not be compared (TidalDecode gives lists per query head; the merge is this project's).
+
+    Args:
+        query: ``[query_heads, head_size]`` of the newest token.
+        keys: the request's keys, the newest token's included.
+        scale: softmax scale of the model.
+        merge_heads: merge the query heads of a KV head.
+
+    Returns:
+        float32 ``[kv_heads, context]`` if merged, else ``[query_heads, context]``.
+    """
+    num_kv_heads = keys.num_kv_heads
+    grouped = query.reshape(num_kv_heads, -1, query.shape[-1]).float() * scale
+    tiles = []
+    for start in range(0, keys.context_tokens, TILE_TOKENS):
+        tile = keys.read(start, min(start + TILE_TOKENS, keys.context_tokens))
+        tiles.append(torch.matmul(grouped, tile.float().transpose(1, 2)))
+    probabilities = torch.cat(tiles, dim=2).softmax(dim=2)
+    return probabilities.amax(dim=1) if merge_heads else probabilities.flatten(0, 1)

@@ -1,0 +1,77 @@
+"""How selectors read keys: one adapter for each way a platform packs them into the paged KV cache.
+
+Selection methods see keys in logical order, ``[kv_heads, tokens, head_size]``, and never a physical block number.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+
+class PagedKeys(ABC):
+    """Keys of one request, read from the paged cache in logical order.
+
+    Args:
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]``, head-major (LBHNC).
+        block_table: int32 ``[>= ceil(context / block_size)]`` physical blocks of the request.
+        context_tokens: tokens in the cache, the new ones included.
+    """
+
+    def __init__(self, kv_cache: torch.Tensor, block_table: torch.Tensor, context_tokens: int) -> None:
+        self.kv_cache = kv_cache
+        self.block_table = block_table
+        self.context_tokens = context_tokens
+        self.num_kv_heads = kv_cache.shape[1]
+        self.block_size_tokens = kv_cache.shape[2]
+        self.head_size = kv_cache.shape[3] // 2
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Keys of positions ``start`` to ``stop - 1``: ``[kv_heads, stop - start, head_size]``, the cache's dtype.
+
+        Raises:
+            ValueError: the range is empty or leaves the context.
+        """
+        if not 0 <= start < stop <= self.context_tokens:
+            raise ValueError(f"keys {start} to {stop} asked for, the context holds 0 to {self.context_tokens}")
+        first_block = start // self.block_size_tokens
+        last_block = (stop - 1) // self.block_size_tokens
+        blocks = self.block_table[first_block : last_block + 1].long()
+        keys = self._unpack(blocks)
+        offset = first_block * self.block_size_tokens
+        return keys[:, start - offset : stop - offset]
+
+    @abstractmethod
+    def _unpack(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Keys of whole physical blocks ``[n]``: ``[kv_heads, n * block_size, head_size]``."""
+
+
+class PlainKeys(PagedKeys):
+    """Keys as FlashAttention stores them: a token's key and value side by side."""
+
+    def _unpack(self, blocks: torch.Tensor) -> torch.Tensor:
+        keys = self.kv_cache[..., : self.head_size][blocks]
+        return keys.transpose(0, 1).flatten(1, 2)
+
+
+class TransposedKeys(PagedKeys):
+    """Keys as vLLM's CPU kernel stores them for its `vec` instruction sets: ``[head_size, block_size]`` per block."""
+
+    def _unpack(self, blocks: torch.Tensor) -> torch.Tensor:
+        count = blocks.shape[0]
+        pages = self.kv_cache[blocks].flatten(2)
+        keys = pages[..., : self.block_size_tokens * self.head_size]
+        keys = keys.reshape(count, self.num_kv_heads, self.head_size, self.block_size_tokens)
+        return keys.permute(1, 0, 3, 2).flatten(1, 2)
+
+
+class InterleavedPairKeys(PagedKeys):
+    """Keys as vLLM's CPU kernel stores them for AMX: ``[block_size / 16][head_size / 2][16 tokens][2]`` per block."""
+
+    def _unpack(self, blocks: torch.Tensor) -> torch.Tensor:
+        count = blocks.shape[0]
+        pages = self.kv_cache[blocks].flatten(2)
+        keys = pages[..., : self.block_size_tokens * self.head_size]
+        keys = keys.reshape(count, self.num_kv_heads, self.block_size_tokens // 16, self.head_size // 2, 16, 2)
+        return keys.permute(1, 0, 2, 4, 3, 5).reshape(self.num_kv_heads, count * self.block_size_tokens, self.head_size)

@@ -1,0 +1,10 @@
+"""The methods by name. Adding one: its file, its line here, its entry in ``tests/methods/matrix.py``."""
+
+from __future__ import annotations
+
+from vllm_sparse.methods.base import DecodeMethod, PrefillMethod
+from vllm_sparse.methods.flexprefill import FlexPrefill
+from vllm_sparse.methods.tidal import Tidal
+
+PREFILL_METHODS: dict[str, type[PrefillMethod]] = {method.name: method for method in (FlexPrefill,)}
+DECODE_METHODS: dict[str, type[DecodeMethod]] = {method.name: method for method in (Tidal,)}

@@ -1,0 +1,95 @@
+"""TidalDecode (arXiv 2410.05076, ICLR 2025): choose tokens in a few layers, reuse the choice in the others."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from vllm_sparse.kernels.page_list import compact_pages
+from vllm_sparse.kernels.token_scores import token_scores
+from vllm_sparse.keys import PagedKeys
+from vllm_sparse.methods.base import KNOBS, DecodeMethod
+from vllm_sparse.pages import PageList
+
+# The paper's layers for a 32-layer Llama: 0 and 1 full, selection in 2, re-selection in 13.
+PAPER_LAYERS, PAPER_SELECT_LAYER, PAPER_RESELECT_LAYER = 32, 2, 13
+
+
+@dataclass(frozen=True, config=KNOBS)
+class Tidal(DecodeMethod):
+    """Position-persistent selection: a list is chosen in a full layer and lives for the rest of the decode step.
+
+    Lists are per KV head by default, with the query heads of a group merged by the maximum of their attention
+    probabilities; the paper's accuracy code has one per query head. Sink and recent tokens are forced into every
+    list, which the paper does not do; 0 switches either off. The newest token is always read.
+    """
+
+    name: ClassVar[str] = "tidal"
+
+    budget: Annotated[int, Field(ge=16, le=1 << 24, description="tokens read by a sparse layer")] = 2048
+    full_layers: Annotated[
+        int, Field(ge=-1, le=1024, description="first layers, dense; the next one selects; -1 scales the paper's 2")
+    ] = -1
+    reselect_layers: Annotated[
+        tuple[Annotated[int, Field(strict=True)], ...],
+        Field(description="layers that select again; empty scales the paper's 13", strict=False),
+    ] = ()
+    sink_tokens: Annotated[int, Field(ge=0, le=65536, description="first tokens, always read")] = 16
+    recent_tokens: Annotated[int, Field(ge=0, le=65536, description="last tokens, always read")] = 64
+    lists: Annotated[Literal["kv_head", "query_head"], Field(description="heads that share a list")] = "kv_head"
+
+    def __post_init__(self) -> None:
+        if self.sink_tokens + self.recent_tokens > self.budget:
+            raise ValueError(
+                f"sink_tokens {self.sink_tokens} and recent_tokens {self.recent_tokens} exceed budget {self.budget}; "
+                "raise the budget or lower them"
+            )
+
+    @property
+    def budget_tokens(self) -> int:
+        return self.budget
+
+    def layer_roles(self, num_layers: int) -> list[str]:
+        first = self.full_layers
+        if first < 0:
+            first = max(1, round(PAPER_SELECT_LAYER * num_layers / PAPER_LAYERS))
+        again = self.reselect_layers or (round(PAPER_RESELECT_LAYER * num_layers / PAPER_LAYERS),)
+        for layer in again if self.reselect_layers else ():
+            if not first < layer < num_layers:
+                raise ValueError(
+                    f"reselect_layers holds {layer}; this model has {num_layers} layers and selects first in layer "
+                    f"{first}, so layers {first + 1} to {num_layers - 1} are allowed"
+                )
+        if first >= num_layers:
+            raise ValueError(
+                f"full_layers is {first}; this model has {num_layers} layers, so 0 to {num_layers - 1} are allowed"
+            )
+        return [
+            "dense" if layer < first else "select" if layer == first or layer in again else "reuse"
+            for layer in range(num_layers)
+        ]
+
+    def select(self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int) -> PageList:
+        context = keys.context_tokens
+        scores = token_scores(query, keys, scale, merge_heads=self.lists == "kv_head")
+        if page_size_tokens > 1:
+            # Coarser pages: a page is worth its best token.
+            padding = -context % page_size_tokens
+            scores = torch.nn.functional.pad(scores, (0, padding), value=float("-inf"))
+            scores = scores.view(scores.shape[0], -1, page_size_tokens).amax(2)
+        pages = scores.shape[1]
+        sink_pages = min(-(-self.sink_tokens // page_size_tokens), pages)
+        first_recent_page = max(max(context - max(self.recent_tokens, 1), 0) // page_size_tokens, sink_pages)
+        scores[:, :sink_pages] = float("inf")
+        scores[:, first_recent_page:] = float("inf")
+        # Forced tokens may fill more pages than the budget does; they stay.
+        forced_pages = sink_pages + pages - first_recent_page
+        count = min(max(-(-self.budget // page_size_tokens), forced_pages), pages)
+        chosen = scores.topk(count, dim=1, sorted=False).indices
+        kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
+        last_position = torch.full((scores.shape[0],), context - 1, device=scores.device)
+        lists = compact_pages(kept, last_position, page_size_tokens)
+        return PageList(lists.pages[:, :count].contiguous(), lists.kept_tokens, page_size_tokens)

@@ -1,0 +1,90 @@
+"""Page lists: what a selection method hands to an executor, and how it becomes physical.
+
+A *row* is one unit that shares one list: in prefill a (head, query block) of one request's chunk, in decode a
+(request, head). A list holds **logical** page numbers of the request (page ``n`` holds tokens ``n * page_size`` to
+``(n + 1) * page_size - 1``); `to_physical` is the only place that turns them into addresses in the KV cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class PageList:
+    """Pages that each row may read.
+
+    Invariants, each with a test: the live part of a row (its first `kept_pages` entries) is strictly ascending;
+    its last entries are the contiguous pages that hold the row's own query positions, so that causal masking
+    anchored at the bottom right is exact for any chunk start; entries past the live part are never read.
+
+    Attributes:
+        pages: ``[rows, width]`` int32 logical page numbers.
+        kept_tokens: ``[rows]`` int32 tokens in the live part; only the last page may be partly filled.
+        page_size_tokens: tokens in one page.
+    """
+
+    pages: torch.Tensor
+    kept_tokens: torch.Tensor
+    page_size_tokens: int
+
+    @property
+    def kept_pages(self) -> torch.Tensor:
+        """``[rows]`` int32 number of live entries."""
+        return (self.kept_tokens + self.page_size_tokens - 1) // self.page_size_tokens
+
+
+def concatenate(lists: list[PageList]) -> PageList:
+    """Stack the rows of several lists of one page size, padding to the widest.
+
+    Raises:
+        ValueError: the lists have different page sizes, or there is none.
+    """
+    sizes = {page_list.page_size_tokens for page_list in lists}
+    if len(sizes) != 1:
+        raise ValueError(f"page lists of one page size are needed, got sizes {sorted(sizes)}")
+    if len(lists) == 1:
+        return lists[0]
+    width = max(page_list.pages.shape[1] for page_list in lists)
+    padded = [torch.nn.functional.pad(page_list.pages, (0, width - page_list.pages.shape[1])) for page_list in lists]
+    return PageList(torch.cat(padded), torch.cat([page_list.kept_tokens for page_list in lists]), sizes.pop())
+
+
+def to_physical(
+    page_list: PageList,
+    block_table: torch.Tensor,
+    row_kv_head: torch.Tensor,
+    block_size_tokens: int,
+    num_kv_heads: int,
+) -> torch.Tensor:
+    """Translate logical pages to page numbers of the per-head view of a head-major (LBHNC) KV cache.
+
+    The cache ``[blocks, kv_heads, block_size, 2 * head_size]`` is a plain view of
+    ``blocks * kv_heads * (block_size / page_size)`` pages of one head each.
+
+    Args:
+        page_list: lists of ``rows`` rows; the page size divides the block size.
+        block_table: int32 ``[blocks]`` of the one request that all rows belong to, or ``[rows, blocks]``.
+        row_kv_head: integer ``[rows]`` KV head that the row reads.
+        block_size_tokens: tokens of a KV-cache block.
+        num_kv_heads: KV heads in the cache.
+
+    Returns:
+        ``[rows, width]`` int32. Entries past a row's live part are valid page numbers or never read.
+
+    Raises:
+        ValueError: the page size does not divide the block size.
+    """
+    page_size = page_list.page_size_tokens
+    if block_size_tokens % page_size:
+        raise ValueError(
+            f"a page of {page_size} tokens does not divide a KV-cache block of {block_size_tokens} tokens; "
+            "choose a page size that does"
+        )
+    pages_per_block = block_size_tokens // page_size
+    logical_block = (page_list.pages // pages_per_block).long()
+    block = block_table[logical_block] if block_table.dim() == 1 else block_table.gather(1, logical_block)
+    head = row_kv_head.to(block.dtype).unsqueeze(1)
+    return ((block * num_kv_heads + head) * pages_per_block + page_list.pages % pages_per_block).to(torch.int32)

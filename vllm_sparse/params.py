@@ -1,0 +1,292 @@
+"""Sampling extras of a request and the server's configuration: validation, defaults, resolution.
+
+Extras are flat (`vllm_xargs` takes scalars and lists): ``sparse_prefill``, ``sparse_decode``, ``sparse_min_tokens``
+and ``<method>_<knob>``. The server's configuration is the ``"sparse"`` object of ``--additional-config``. Knobs,
+their ranges and their defaults stand in the method's own file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+from vllm_sparse.methods.base import DecodeMethod, PrefillMethod
+from vllm_sparse.methods.registry import DECODE_METHODS, PREFILL_METHODS
+
+DENSE = "dense"
+METHODS: dict[str, type[PrefillMethod] | type[DecodeMethod]] = {**PREFILL_METHODS, **DECODE_METHODS}
+
+# Where admission leaves the resolved parameters for the workers. Clients cannot send it: unknown sparse_* keys are
+# refused.
+RESOLVED_KEY = "sparse_resolved"
+# Part of the prefix-cache salt of sparse requests; clients may not use it in theirs.
+SALT_MARK = "|sparse:"
+# Raise when the same knobs begin to choose other pages, so that cached blocks of the older choice are not reused.
+SELECTION_VERSION = 1
+
+
+class SparseParamsError(ValueError):
+    """A request's sparse settings are wrong. The message names the key, the value and what is allowed.
+
+    Attributes:
+        key: the offending key.
+        value: its value.
+    """
+
+    def __init__(self, key: str, value: object, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+        self.value = value
+
+
+class ServerConfig(BaseModel):
+    """The ``"sparse"`` object of ``--additional-config``.
+
+    Attributes:
+        prefill: method of requests that name none.
+        decode: likewise for decoding.
+        methods: methods that requests may choose.
+        min_tokens: contexts shorter than this run dense, unless the request says otherwise.
+        flexprefill, tidal: default knobs of a method, each an object.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    prefill: str = DENSE
+    decode: str = DENSE
+    methods: tuple[str, ...] = Field(default=tuple(METHODS), strict=False)
+    min_tokens: int = Field(default=4096, ge=0)
+    flexprefill: dict[str, Any] = {}
+    tidal: dict[str, Any] = {}
+
+    @field_validator("methods")
+    @classmethod
+    def _known_methods(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        for method in methods:
+            if method not in METHODS:
+                raise ValueError(f"{method!r} is no method; there are {', '.join(METHODS)}")
+        return methods
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseParams:
+    """What one request runs: resolved, defaults applied.
+
+    Attributes:
+        prefill: method of its prompt, or None for dense.
+        decode: method of its generation, or None for dense.
+        min_tokens: contexts shorter than this run dense.
+    """
+
+    prefill: PrefillMethod | None = None
+    decode: DecodeMethod | None = None
+    min_tokens: int = 0
+
+    @property
+    def is_dense(self) -> bool:
+        """Nothing of the request is sparse."""
+        return self.prefill is None and self.decode is None
+
+    def serialize(self) -> str:
+        """Canonical JSON: equal parameters give equal text."""
+        fields: dict[str, Any] = {"min_tokens": self.min_tokens}
+        for phase, method in (("prefill", self.prefill), ("decode", self.decode)):
+            if method is not None:
+                fields[phase] = [method.name, dataclasses.asdict(method)]  # type: ignore[call-overload]
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
+
+    def cache_salt(self, user_salt: str | None) -> str | None:
+        """Prefix-cache salt: the user's own for a dense request, else one that only equal settings share.
+
+        Covers both phases: blocks written while decoding are cached too.
+        """
+        if self.is_dense:
+            return user_salt
+        digest = hashlib.sha256(self.serialize().encode()).hexdigest()[:16]
+        return f"{user_salt or ''}{SALT_MARK}{SELECTION_VERSION}:{digest}"
+
+
+ALL_DENSE = SparseParams()
+
+
+@lru_cache(maxsize=1024)
+def deserialize(text: str) -> SparseParams:
+    """Inverse of `SparseParams.serialize`. Cached: a worker sees few distinct settings."""
+    fields = json.loads(text)
+    methods: dict[str, Any] = {}
+    for phase, known in (("prefill", PREFILL_METHODS), ("decode", DECODE_METHODS)):
+        if phase in fields:
+            name, knobs = fields[phase]
+            methods[phase] = known[name](**knobs)
+    return SparseParams(min_tokens=fields["min_tokens"], **methods)
+
+
+def parse_server_config(additional_config: object, num_layers: int) -> ServerConfig:
+    """Read and check the server's configuration.
+
+    Args:
+        additional_config: vLLM's ``additional_config``; other keys than ``"sparse"`` belong to others.
+        num_layers: attention layers of the model.
+
+    Raises:
+        ValueError: with the setting, what was given and what is allowed.
+    """
+    settings = additional_config.get("sparse", {}) if isinstance(additional_config, Mapping) else {}
+    try:
+        config = ServerConfig.model_validate(settings)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        key = ".".join(["sparse", *(str(part) for part in detail["loc"])])
+        allowed = f"; there are {', '.join(ServerConfig.model_fields)}" if detail["type"] == "extra_forbidden" else ""
+        raise ValueError(f"--additional-config: {key} is {detail.get('input')!r}: {detail['msg']}{allowed}") from error
+    for method in METHODS:
+        # Knobs in the configuration are checked as a request's would be, whether or not the method is a default.
+        try:
+            _build(method, _configured_knobs(config, method), {})
+        except SparseParamsError as error:
+            raise ValueError(f"--additional-config, object sparse.{method}: {error}") from error
+    try:
+        resolve({}, config, num_layers)
+    except SparseParamsError as error:
+        raise ValueError(f"--additional-config, object sparse: {error}") from error
+    return config
+
+
+def resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) -> SparseParams:
+    """Resolve a request's sampling extras against the server's configuration.
+
+    Args:
+        extras: the request's ``vllm_xargs``; keys without a prefix of ours belong to others and are left alone.
+        config: the server's configuration.
+        num_layers: attention layers of the model.
+
+    Raises:
+        SparseParamsError: unknown method or knob, a knob of a method that is not chosen, wrong type, out of range.
+    """
+    prefill = _method_name("sparse_prefill", extras.get("sparse_prefill", config.prefill), PREFILL_METHODS, config)
+    decode = _method_name("sparse_decode", extras.get("sparse_decode", config.decode), DECODE_METHODS, config)
+    chosen = {prefill, decode} - {DENSE}
+    knobs: dict[str, dict[str, Any]] = {method: {} for method in chosen}
+    for key, value in extras.items():
+        method, _, knob = key.partition("_")
+        if method == "sparse":
+            if key not in ("sparse_prefill", "sparse_decode", "sparse_min_tokens"):
+                raise SparseParamsError(
+                    key,
+                    value,
+                    f"{key} is no setting; there are sparse_prefill, sparse_decode, sparse_min_tokens and the knobs "
+                    f"of the chosen methods ({', '.join(f'{name}_...' for name in METHODS)})",
+                )
+        elif method in METHODS:
+            if knob not in _knob_names(method):
+                raise SparseParamsError(
+                    key, value, f"{key} is no knob of {method}; there are {_listed(method, _knob_names(method))}"
+                )
+            if method not in chosen:
+                setting = "sparse_prefill" if method in PREFILL_METHODS else "sparse_decode"
+                raise SparseParamsError(
+                    key,
+                    value,
+                    f"{key} is a knob of {method}, which this request does not use; "
+                    f'add "{setting}": "{method}" or drop the knob',
+                )
+            knobs[method][knob] = value
+    min_tokens = extras.get("sparse_min_tokens", config.min_tokens)
+    if not isinstance(min_tokens, int) or isinstance(min_tokens, bool) or min_tokens < 0:
+        raise SparseParamsError(
+            "sparse_min_tokens",
+            min_tokens,
+            f"sparse_min_tokens is {min_tokens!r}; an integer of 0 or more is allowed (tokens of context)",
+        )
+    params = SparseParams(
+        prefill=None if prefill == DENSE else _build(prefill, _configured_knobs(config, prefill), knobs[prefill]),  # type: ignore[arg-type]
+        decode=None if decode == DENSE else _build(decode, _configured_knobs(config, decode), knobs[decode]),  # type: ignore[arg-type]
+        min_tokens=min_tokens,
+    )
+    if params.decode is not None:
+        try:
+            params.decode.layer_roles(num_layers)
+        except ValueError as error:
+            raise SparseParamsError(decode, extras.get("sparse_decode", decode), f"{decode}: {error}") from error
+    if params.prefill is not None and params.prefill.exactly_dense:
+        params = dataclasses.replace(params, prefill=None)
+    return ALL_DENSE if params.is_dense else params
+
+
+def _configured_knobs(config: ServerConfig, method: str) -> dict[str, Any]:
+    knobs: dict[str, Any] = getattr(config, method)
+    return knobs
+
+
+def _method_name(key: str, name: object, known: Mapping[str, object], config: ServerConfig) -> str:
+    enabled = [DENSE, *(method for method in known if method in config.methods)]
+    if isinstance(name, str) and name in enabled:
+        return name
+    hint = ""
+    if isinstance(name, str) and name in METHODS:
+        if name in known:
+            hint = " (this server's configuration does not enable it)"
+        else:
+            hint = f" (it is a method of {'sparse_decode' if key == 'sparse_prefill' else 'sparse_prefill'})"
+    raise SparseParamsError(key, name, f"{key} is {name!r}{hint}; allowed are {', '.join(enabled)}")
+
+
+def _knob_names(method: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(METHODS[method])]  # type: ignore[arg-type]
+
+
+def _listed(method: str, knobs: list[str]) -> str:
+    return ", ".join(f"{method}_{knob}" for knob in knobs)
+
+
+def _build(method: str, configured: Mapping[str, Any], requested: Mapping[str, Any]) -> PrefillMethod | DecodeMethod:
+    """Construct a method from its configured and requested knobs; the requested ones win."""
+    knobs = {**configured, **requested}
+    schema = knob_schema(method)
+    for knob, value in knobs.items():
+        # vLLM turns JSON's true into 1 before a plugin sees it.
+        if schema.get(knob, {}).get("type") == "boolean" and type(value) is int and value in (0, 1):
+            knobs[knob] = bool(value)
+    try:
+        return METHODS[method](**knobs)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        if not detail["loc"]:
+            raise SparseParamsError(
+                method, knobs, f"{method}: {detail['msg'].removeprefix('Value error, ')}"
+            ) from error
+        knob = str(detail["loc"][0])
+        key = f"{method}_{knob}"
+        if knob not in schema:
+            raise SparseParamsError(
+                key, knobs[knob], f"{key} is no knob; there are {_listed(method, list(schema))}"
+            ) from error
+        raise SparseParamsError(
+            key, knobs[knob], f"{key} is {knobs[knob]!r}; {_allowed(schema[knob])} is allowed"
+        ) from error
+
+
+@lru_cache
+def knob_schema(method: str) -> dict[str, dict[str, Any]]:
+    """JSON schema of each knob of a method, its default included."""
+    properties: dict[str, dict[str, Any]] = TypeAdapter(METHODS[method]).json_schema()["properties"]
+    return properties
+
+
+def _allowed(schema: Mapping[str, Any]) -> str:
+    """A knob's JSON schema in words."""
+    if "enum" in schema:
+        return "one of " + ", ".join(map(repr, schema["enum"]))
+    words = {"integer": "an integer", "number": "a number", "boolean": "true or false", "array": "a list of integers"}
+    text = words.get(schema.get("type", ""), "a value")
+    low, above, high = schema.get("minimum"), schema.get("exclusiveMinimum"), schema.get("maximum")
+    bounds = [f"of at least {low}"] if low is not None else [f"above {above}"] if above is not None else []
+    if high is not None:
+        bounds.append(f"at most {high}")
+    return " ".join([text, " and ".join(bounds)]).strip() + f" ({schema.get('description', '')})"

@@ -1,0 +1,148 @@
+"""From a request to the rows of a step: which slot of the model runner holds which sparse parameters.
+
+vLLM hands sampling parameters to logits processors on both model runners, so one is registered that touches no
+logits. Runner V2 calls `add_request` with a slot and names each row's slot in the attention metadata (`req_idx`);
+runner V1 reports batch changes, and row ``i`` of the metadata is index ``i``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
+
+from vllm_sparse.params import ALL_DENSE, RESOLVED_KEY, SparseParams, deserialize
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+
+
+class RequestTable:
+    """Sparse parameters by slot; slots of dense requests are absent."""
+
+    def __init__(self) -> None:
+        self._params: dict[int, SparseParams] = {}
+        self.attached = False
+        """A model runner feeds this table."""
+        self.slots_in_metadata = False
+        """Rows name their slots (runner V2); else row i is slot i (runner V1)."""
+        self.dummy_step = False
+        """The current step holds no requests (runner V2's idle data-parallel steps)."""
+
+    def attach(self, slots_in_metadata: bool) -> None:
+        """Start over for a new model runner."""
+        self._params.clear()
+        self.attached = True
+        self.slots_in_metadata = slots_in_metadata
+
+    def set(self, slot: int, sampling_params: SamplingParams) -> None:
+        """A request enters a slot, which may hold a former request's parameters."""
+        resolved = (sampling_params.extra_args or {}).get(RESOLVED_KEY)
+        params = ALL_DENSE if resolved is None else deserialize(resolved)
+        self.put(slot, params)
+
+    def put(self, slot: int, params: SparseParams) -> None:
+        """Place resolved parameters in a slot."""
+        if params.is_dense:
+            self._params.pop(slot, None)
+        else:
+            self._params[slot] = params
+
+    def take(self, slot: int) -> SparseParams:
+        """Remove and return a slot's parameters."""
+        return self._params.pop(slot, ALL_DENSE)
+
+    def sparse_rows(self, req_idx: np.ndarray | None, num_rows: int) -> dict[int, SparseParams]:
+        """Rows of a step whose request is not all dense.
+
+        Args:
+            req_idx: ``[<= num_rows]`` slot of each row, or None.
+            num_rows: rows in the step, padding included.
+        """
+        if not self._params or self.dummy_step:
+            return {}
+        if not self.slots_in_metadata:
+            return {row: params for row, params in self._params.items() if row < num_rows}
+        if req_idx is None:
+            # Runner V2's speculators build metadata for their draft model, which stays dense.
+            return {}
+        rows = enumerate(req_idx.tolist())
+        return {row: self._params[slot] for row, slot in rows if slot in self._params}
+
+    def decodes_sparsely(self, slots: np.ndarray) -> bool:
+        """Whether any of these slots holds a request with a sparse decode method."""
+        return bool(self._params) and any(
+            slot in self._params and self._params[slot].decode is not None for slot in slots.tolist()
+        )
+
+
+# One model runner a process: vLLM runs each worker in its own.
+TABLE = RequestTable()
+
+
+class SparseParamsProcessor(LogitsProcessor):
+    """Feeds `TABLE`; leaves logits alone. One class for both runners, whose constructors and hooks differ."""
+
+    def __init__(self, vllm_config: VllmConfig, state_or_device: Any, is_pin_memory: bool | None = None) -> None:
+        TABLE.attach(slots_in_metadata=is_pin_memory is None)
+        if is_pin_memory is None:
+            leave_full_graphs_to_dense_steps()
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Nothing to do: `vllm_sparse.server.admission` checks requests where it can still answer HTTP 400."""
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """Runner V2. False: this processor modifies no logits, so the fast path stays."""
+        TABLE.set(req_idx, sampling_params)
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        """Runner V1: removals, additions and moves, in the order that its interface prescribes."""
+        if batch_update is None:
+            return
+        for index in batch_update.removed:
+            TABLE.take(index)
+        for index, sampling_params, *_ in batch_update.added:
+            TABLE.set(index, sampling_params)
+        for source, target, direction in batch_update.moved:
+            moved = TABLE.take(source)
+            displaced = TABLE.take(target)
+            TABLE.put(target, moved)
+            if direction.name == "SWAP":
+                TABLE.put(source, displaced)
+
+    def is_argmax_invariant(self) -> bool:
+        """Runner V1."""
+        return True
+
+    def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
+        """Return the logits as they are."""
+        return logits
+
+
+def leave_full_graphs_to_dense_steps() -> None:
+    """Make runner V2 run a step that decodes sparsely without its FULL CUDA graph, which holds dense attention only.
+
+    A batch is eligible for a FULL decode graph when its rows have a uniform token count. Reporting none makes it a
+    mixed batch, for which PIECEWISE graphs run with the attention between them; data-parallel ranks agree on that
+    value, so all of them follow.
+    """
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    original = GPUModelRunner.gather_batch_req_state
+    if getattr(original, "knows_sparse_rows", False):
+        return
+
+    def gather_batch_req_state(self: Any, scheduler_output: Any, dummy_run: bool) -> tuple[Any, int | None]:
+        batch, uniform_tokens = original(self, scheduler_output, dummy_run)
+        TABLE.dummy_step = dummy_run
+        if batch is not None and uniform_tokens is not None and TABLE.decodes_sparsely(batch.idx_mapping_np):
+            uniform_tokens = None
+        return batch, uniform_tokens
+
+    gather_batch_req_state.knows_sparse_rows = True  # type: ignore[attr-defined]
+    GPUModelRunner.gather_batch_req_state = gather_batch_req_state

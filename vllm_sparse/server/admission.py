@@ -1,0 +1,168 @@
+"""Admission of requests: check and resolve their sparse settings, count them, salt the prefix cache.
+
+`admit` runs where vLLM turns any request, online or offline, into an engine request. HTTP streams have begun by
+then, so `check_before_streaming` puts the same check where a request is still answered with a status code.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import prometheus_client
+
+from vllm_sparse.params import (
+    ALL_DENSE,
+    DENSE,
+    METHODS,
+    RESOLVED_KEY,
+    SALT_MARK,
+    ServerConfig,
+    SparseParams,
+    SparseParamsError,
+    parse_server_config,
+    resolve,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from vllm.config import VllmConfig
+
+REQUESTS = prometheus_client.Counter(
+    "vllm_sparse_requests", "Requests admitted, by the method that each phase will use.", ["phase", "method"]
+)
+
+
+def uses_sparse_backend(vllm_config: VllmConfig) -> bool:
+    """Whether the server was started with this attention backend, for all layers or for one kind."""
+    attention = vllm_config.attention_config
+    backends = [attention.backend, *(getattr(attention, "backend_per_kind", None) or {}).values()]
+    return any(getattr(backend, "name", None) == "SPARSE" for backend in backends)
+
+
+def _sparse_keys(extras: Mapping[str, Any]) -> list[str]:
+    return [key for key in extras if key.partition("_")[0] in ("sparse", *METHODS)]
+
+
+def resolve_for(vllm_config: VllmConfig, extras: Mapping[str, Any]) -> SparseParams:
+    """Resolve a request's extras for a server.
+
+    Raises:
+        SparseParamsError: the settings are wrong, or the server runs another attention backend.
+    """
+    if not uses_sparse_backend(vllm_config):
+        keys = _sparse_keys(extras)
+        if keys:
+            raise SparseParamsError(
+                keys[0],
+                extras[keys[0]],
+                f"{keys[0]} is set, but this server runs dense attention; "
+                "start it with --attention-backend sparse or drop the setting",
+            )
+        return ALL_DENSE
+    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    return resolve(extras, _server_config(vllm_config, num_layers), num_layers)
+
+
+def _server_config(vllm_config: VllmConfig, num_layers: int) -> ServerConfig:
+    config: ServerConfig | None = getattr(vllm_config, "_sparse_server_config", None)
+    if config is None:
+        config = parse_server_config(vllm_config.additional_config, num_layers)
+        vllm_config._sparse_server_config = config
+    return config
+
+
+def _as_vllm_error(error: SparseParamsError) -> Exception:
+    from vllm.exceptions import VLLMValidationError
+
+    vllm_error: Exception = VLLMValidationError(str(error), parameter=f"vllm_xargs.{error.key}", value=error.value)
+    return vllm_error
+
+
+def admit(vllm_config: VllmConfig, params: Any, build: Callable[[], Any]) -> Any:
+    """Build an engine request with its sparse settings resolved.
+
+    Args:
+        vllm_config: the server's configuration.
+        params: vLLM's sampling or pooling parameters of the request; left as they are.
+        build: makes the engine request, which holds its own copy of the parameters.
+
+    Raises:
+        VLLMValidationError: the request's settings are wrong; nothing has been built.
+    """
+    if not hasattr(params, "extra_args"):
+        return build()
+    try:
+        resolved = resolve_for(vllm_config, params.extra_args or {})
+    except SparseParamsError as error:
+        raise _as_vllm_error(error) from error
+    request = build()
+    if not uses_sparse_backend(vllm_config):
+        return request
+    if SALT_MARK in (request.cache_salt or ""):
+        raise _as_vllm_error(
+            SparseParamsError(
+                "cache_salt", request.cache_salt, f"cache_salt may not contain {SALT_MARK!r}; choose another salt"
+            )
+        )
+    prompt_tokens = len(request.prompt_token_ids or ())
+    if request.prompt_token_ids and prompt_tokens + (request.sampling_params.max_tokens or 0) < resolved.min_tokens:
+        # Too short to be sparse at any step: an ordinary dense request, which shares the ordinary prefix cache.
+        resolved = ALL_DENSE
+    REQUESTS.labels("prefill", resolved.prefill.name if resolved.prefill else DENSE).inc()
+    REQUESTS.labels("decode", resolved.decode.name if resolved.decode else DENSE).inc()
+    if not resolved.is_dense:
+        extra_args = dict(request.sampling_params.extra_args or {})
+        extra_args[RESOLVED_KEY] = resolved.serialize()
+        request.sampling_params.extra_args = extra_args
+        request.cache_salt = resolved.cache_salt(request.cache_salt)
+    return request
+
+
+def check_at_admission() -> None:
+    """Make vLLM's input processor admit through `admit`; idempotent."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original = InputProcessor.process_inputs
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        return admit(self.vllm_config, params, lambda: original(self, request_id, prompt, params, *args, **kwargs))
+
+    InputProcessor.process_inputs = process_inputs
+
+
+def check_before_streaming(vllm_config: VllmConfig) -> None:
+    """In the API server: check settings while a request is parsed, so that streams too are answered HTTP 400.
+
+    Beam search drops sampling extras, so a request that asks for both is refused. Idempotent.
+    """
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    def wrap(original: Callable[..., Any], beam_search: bool) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+            extras = self.vllm_xargs or {}
+            try:
+                resolve_for(vllm_config, extras)
+                keys = _sparse_keys(extras) if beam_search else []
+                if keys:
+                    raise SparseParamsError(
+                        keys[0], extras[keys[0]], f"{keys[0]} does not work with beam search; drop one of the two"
+                    )
+            except SparseParamsError as error:
+                raise _as_vllm_error(error) from error
+            return original(self, *args, **kwargs)
+
+        return checked
+
+    for request_class in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
+        for name in ("to_sampling_params", "to_beam_search_params"):
+            original = getattr(request_class, name, None)
+            if original is not None and not hasattr(original, "__wrapped__"):
+                setattr(request_class, name, wrap(original, name == "to_beam_search_params"))
