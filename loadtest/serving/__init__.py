@@ -1,0 +1,1 @@
+"""Latency of a whole engine, dense beside sparse."""

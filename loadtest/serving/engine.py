@@ -1,0 +1,55 @@
+"""An engine in this process for measurements: offline vLLM, with the plugin's worker metrics readable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import prometheus_client
+from prometheus_client import multiprocess
+
+from vllm_sparse.metrics import DIRECTORY_VARIABLE, announce_directory
+
+
+@contextmanager
+def engine(model: str, backend: str, **arguments: Any) -> Iterator[Any]:
+    """A `vllm.LLM` without prefix caching, shut down at the end.
+
+    Args:
+        model: folder of the model.
+        backend: attention backend, such as ``FLASH_ATTN`` or ``SPARSE``.
+        arguments: further arguments of `vllm.LLM`.
+    """
+    announce_directory()
+    from vllm import LLM
+
+    llm = LLM(
+        model, attention_backend=backend, enable_prefix_caching=False, disable_log_stats=False, seed=0, **arguments
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+class DensityReader:
+    """Mean density of what ran since the last reading, by phase and method."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, str, str], float] = {}
+
+    def __call__(self) -> dict[str, float]:
+        """Mean density by ``phase/method``; empty if nothing sparse ran."""
+        registry = prometheus_client.CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry, path=os.environ[DIRECTORY_VARIABLE])  # type: ignore[no-untyped-call]
+        fresh: dict[str, dict[str, float]] = {}
+        for family in registry.collect():
+            for sample in family.samples:
+                if sample.name in ("vllm_sparse_density_ratio_sum", "vllm_sparse_density_ratio_count"):
+                    key = (sample.name, sample.labels["phase"], sample.labels["method"])
+                    part = fresh.setdefault("/".join(key[1:]), {})
+                    part[sample.name.rpartition("_")[2]] = sample.value - self._seen.get(key, 0.0)
+                    self._seen[key] = sample.value
+        return {key: part["sum"] / part["count"] for key, part in fresh.items() if part.get("count")}
