@@ -35,17 +35,17 @@ class Executor(ABC):
     """Runs one launch."""
 
     @abstractmethod
-    def run(self, launch: Launch, query: torch.Tensor, kv_cache: torch.Tensor, scale: float) -> torch.Tensor:
+    def run(
+        self, launch: Launch, query: torch.Tensor, output: torch.Tensor, kv_cache: torch.Tensor, scale: float
+    ) -> None:
         """Attend.
 
         Args:
             launch: the rows.
             query: ``[tokens, heads_per_row, head_size]``, rows one after the other; all heads read one KV head.
+            output: likewise, written.
             kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]``, contiguous (LBHNC).
             scale: softmax scale.
-
-        Returns:
-            ``[tokens, heads_per_row, head_size]`` in the query's dtype.
         """
 
 
@@ -54,18 +54,31 @@ class FlashAttentionExecutor(Executor):
 
     def __init__(self, fa_version: int) -> None:
         self.fa_version = fa_version
+        # Making views costs more host time than launching the kernel; a layer's cache does not move.
+        self._views: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def run(self, launch: Launch, query: torch.Tensor, kv_cache: torch.Tensor, scale: float) -> torch.Tensor:
+    def _pages(self, kv_cache: torch.Tensor, page_size_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value pages of one head each: two ``[pages, page_size, 1, head_size]`` views."""
         from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
+
+        place = (kv_cache.data_ptr(), page_size_tokens)
+        if place not in self._views:
+            pages = kv_cache.view(-1, page_size_tokens, 1, kv_cache.shape[3])
+            head_size = kv_cache.shape[3] // 2
+            keys, values = pages[..., :head_size], pages[..., head_size:]
+            self._views[place] = canonicalize_singleton_dim_strides(keys), canonicalize_singleton_dim_strides(values)
+        return self._views[place]
+
+    def run(
+        self, launch: Launch, query: torch.Tensor, output: torch.Tensor, kv_cache: torch.Tensor, scale: float
+    ) -> None:
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
-        head_size = query.shape[-1]
-        pages = kv_cache.view(-1, launch.page_size_tokens, 1, 2 * head_size)
-        output = torch.empty_like(query)
+        keys, values = self._pages(kv_cache, launch.page_size_tokens)
         flash_attn_varlen_func(
             q=query,
-            k=canonicalize_singleton_dim_strides(pages[..., :head_size]),
-            v=canonicalize_singleton_dim_strides(pages[..., head_size:]),
+            k=keys,
+            v=values,
             out=output,
             cu_seqlens_q=launch.query_starts,
             max_seqlen_q=launch.max_query_tokens,
@@ -76,7 +89,6 @@ class FlashAttentionExecutor(Executor):
             block_table=launch.pages,
             fa_version=self.fa_version,
         )
-        return output
 
 
 class CpuExecutor(Executor):
@@ -86,7 +98,9 @@ class CpuExecutor(Executor):
         self.isa = isa
         self.kv_cache_dtype = kv_cache_dtype
 
-    def run(self, launch: Launch, query: torch.Tensor, kv_cache: torch.Tensor, scale: float) -> torch.Tensor:
+    def run(
+        self, launch: Launch, query: torch.Tensor, output: torch.Tensor, kv_cache: torch.Tensor, scale: float
+    ) -> None:
         from vllm import _custom_ops as ops
 
         blocks, kv_heads, block_size, double_head_size = kv_cache.shape
@@ -98,7 +112,6 @@ class CpuExecutor(Executor):
             )
         pages = kv_cache.view(blocks * kv_heads, 1, 2 * block_size, head_size)
         key_cache, value_cache = pages.chunk(2, dim=2)
-        output = torch.empty_like(query)
         schedule = ops.cpu_attn_get_scheduler_metadata(
             num_reqs=launch.kept_tokens.shape[0],
             num_heads=query.shape[1],
@@ -130,4 +143,3 @@ class CpuExecutor(Executor):
             s_aux=None,
             kv_cache_dtype=self.kv_cache_dtype,
         )
-        return output

@@ -35,23 +35,24 @@ def announce_directory() -> None:
     directory = tempfile.mkdtemp(prefix="vllm-sparse-metrics-")
     os.environ[DIRECTORY_VARIABLE] = directory
     owner = os.getpid()
+    _announcers.append(owner)
 
     def remove() -> None:
+        # A forked child inherits this hook; the directory is not its own.
         if os.getpid() == owner:
             shutil.rmtree(directory, ignore_errors=True)
 
     atexit.register(remove)
-    _announced.append(directory)
 
 
-# Filled in the process that announced: its own metrics need no files.
-_announced: list[str] = []
+# The process that announced, whose own metrics need no files. A forked child inherits the entry under another pid.
+_announcers: list[int] = []
 
 
 def _write_to_announced_directory() -> None:
     """In a worker, before its first metric: switch this process to multi-process files."""
     directory = os.environ.get(DIRECTORY_VARIABLE)
-    if directory is None or _announced or PROMETHEUS_VARIABLE in os.environ:
+    if directory is None or os.getpid() in _announcers or PROMETHEUS_VARIABLE in os.environ:
         return
     os.environ[PROMETHEUS_VARIABLE] = directory
     prometheus_client.values.ValueClass = prometheus_client.values.MultiProcessValue()  # type: ignore[no-untyped-call]

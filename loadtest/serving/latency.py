@@ -121,9 +121,7 @@ def main() -> None:
         with engine(arguments.model, backend, **settings) as llm:
             vocabulary = llm.llm_engine.model_config.get_vocab_size()
             measurements += measure(llm, chosen, arguments, vocabulary)
-    print(
-        f"batch {arguments.batch}, chunk {arguments.chunk}, {arguments.output_tokens} output tokens, settings {settings}"
-    )
+    print(f"batch {arguments.batch}, chunk {arguments.chunk}, {arguments.output_tokens} output tokens, {settings}")
     print(table(measurements, baseline))
 
 

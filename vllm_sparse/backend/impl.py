@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-from vllm_sparse.backend.plan import PrefillRow, RowSpan, StepPlan
+from vllm_sparse.backend.plan import DecodeLaunch, LayerWork, PrefillRow, RowSpan, StepPlan
 from vllm_sparse.executors import Executor, Launch
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.pages import to_physical
@@ -67,36 +68,48 @@ class SparseAttentionImpl:
         if self._sparse_executor is None:
             self._sparse_executor = self.make_executor(layer)
         layer_index = _layer_index(layer.layer_name)
-        prefill = plan.prefill_rows(layer_index)
-        decode = plan.decode_rows(layer_index)
-        sparse = {row.span.row for row in prefill} | {row.span.row for row in decode}
-        dense = [span for span in plan.spans if span.row not in sparse]
-        if len(dense) == len(plan.spans):
+        work = plan.work(layer_index)
+        if len(work.dense) == len(plan.spans):
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output)  # type: ignore[misc]
-        elif dense:
-            self._forward_dense(plan, dense, layer, query, key, value, kv_cache, attn_metadata, output)
+        elif work.dense:
+            self._forward_dense(work, layer, query, key, value, kv_cache, attn_metadata, output)
 
         heads = output.view(-1, self.num_heads, query.shape[-1])
         block_table = attn_metadata.block_table
-        for chunk in prefill:
+        for chunk in work.prefill:
             self._forward_chunk(chunk, layer, query, kv_cache, block_table, heads)
-        for row in plan.selecting_rows(layer_index):
+        for row in work.selecting:
             keys = self.keys_of(layer, kv_cache, block_table[row.span.row], row.span.context_tokens)
             page_size = self.page_size("decode", kv_cache.shape[2])
             plan.choose(row, row.method.select(query[row.span.query_start], keys, self.scale, page_size))
-        if decode:
-            launches = plan.decode_launches(decode, block_table, self.num_heads, self.num_kv_heads, kv_cache.shape[2])
-            for tokens, launch in launches:
-                rows_per_request = launch.kept_tokens.shape[0] // tokens.shape[0]
-                gathered = query[tokens].view(-1, self.num_heads // rows_per_request, query.shape[-1])
-                attended = self._sparse_executor.run(launch, gathered, kv_cache, self.scale)
-                heads[tokens] = attended.view(tokens.shape[0], self.num_heads, -1)
-        if layer_index == plan.last_layer:
+        if work.reading:
+            self._forward_reading(
+                plan.decode_launches(work, block_table, self.num_kv_heads, kv_cache.shape[2]), query, heads, kv_cache
+            )
+        if layer_index == plan.num_layers - 1:
             plan.metrics.finish_step([row.density for row in plan.prefill])
             for decoding in plan.decode:
-                if decoding.pages is not None:
-                    plan.record_decode_density(decoding)
+                plan.record_decode_density(decoding)
         return output
+
+    def _forward_reading(
+        self, launches: list[DecodeLaunch], query: torch.Tensor, heads: torch.Tensor, kv_cache: torch.Tensor
+    ) -> None:
+        """Decode rows that read their lists."""
+        assert self._sparse_executor is not None
+        head_size = query.shape[-1]
+        for part in launches:
+            rows = part.launch.kept_tokens.shape[0]
+            gathered = query[part.tokens]
+            gathered = gathered.reshape(rows, -1, head_size)
+            if isinstance(part.tokens, slice):
+                # Adjacent rows: the kernel writes in place.
+                target = heads[part.tokens].view(rows, -1, head_size)
+                self._sparse_executor.run(part.launch, gathered, target, kv_cache, self.scale)
+            else:
+                target = torch.empty_like(gathered)
+                self._sparse_executor.run(part.launch, gathered, target, kv_cache, self.scale)
+                heads[part.tokens] = target.view(-1, self.num_heads, head_size)
 
     def _forward_chunk(
         self,
@@ -121,10 +134,13 @@ class SparseAttentionImpl:
         pages = to_physical(
             lists, request_blocks, row_heads * self.num_kv_heads // self.num_heads, block_size, self.num_kv_heads
         )
-        attended = self._sparse_executor.run(
+        # Head-major copies of the queries: a row is a run of one head's tokens.
+        rows = chunk.transpose(0, 1).reshape(-1, 1, chunk.shape[-1])
+        attended = torch.empty_like(rows)
+        self._sparse_executor.run(
             Launch(starts, row.method.query_block_tokens, pages, lists.kept_tokens, lists.page_size_tokens),
-            # Head-major copies of the queries: a row is a run of one head's tokens.
-            chunk.transpose(0, 1).reshape(-1, 1, chunk.shape[-1]),
+            rows,
+            attended,
             kv_cache,
             self.scale,
         )
@@ -135,8 +151,7 @@ class SparseAttentionImpl:
 
     def _forward_dense(
         self,
-        plan: StepPlan,
-        dense: list[RowSpan],
+        work: LayerWork,
         layer: Any,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -146,13 +161,11 @@ class SparseAttentionImpl:
         output: torch.Tensor,
     ) -> None:
         """The dense rows of a mixed step, gathered, through the stock kernel."""
-        rows = tuple(span.row for span in dense)
-        if rows not in plan.dense_metadata:
-            tokens = torch.cat(
-                [torch.arange(span.query_start, span.query_start + span.query_tokens) for span in dense]
-            ).to(query.device, non_blocking=True)
-            plan.dense_metadata[rows] = (tokens, self.dense_subset(layer, query, attn_metadata, dense))
-        tokens, metadata = plan.dense_metadata[rows]
+        if work.dense_metadata is None:
+            ranges = [torch.arange(span.query_start, span.query_start + span.query_tokens) for span in work.dense]
+            tokens = torch.cat(ranges).to(query.device, non_blocking=True)
+            work.dense_metadata = tokens, self.dense_subset(layer, query, attn_metadata, work.dense)
+        tokens, metadata = work.dense_metadata
         gathered = torch.empty((tokens.shape[0], *output.shape[1:]), dtype=output.dtype, device=output.device)
         # The stock paged kernel reads keys and values from the cache; the arguments are only passed through.
         super().forward(layer, query[tokens], key, value, kv_cache, metadata, gathered)  # type: ignore[misc]
@@ -172,6 +185,7 @@ def chunk_launch(
     return head, starts
 
 
+@lru_cache(maxsize=4096)
 def _layer_index(layer_name: str) -> int:
     from vllm.model_executor.models.utils import extract_layer_index
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,17 +51,42 @@ class DecodeRow:
 
     span: RowSpan
     method: DecodeMethod
-    roles: list[str]
+    roles: tuple[str, ...]
     pages: PageList | None = None
 
 
-@dataclass
-class DecodeLaunches:
-    """The decode rows of one layer as launches; valid as long as no row chooses again."""
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """Decode rows in one launch.
 
-    rows: tuple[int, ...]
-    launches: list[tuple[torch.Tensor, Launch]]
-    """Token index ``[rows]`` into the step's queries, and the launch."""
+    Attributes:
+        tokens: their places in the step's queries: a slice where they are adjacent, else int64 ``[requests]``.
+        launch: the launch.
+    """
+
+    tokens: slice | torch.Tensor
+    launch: Launch
+
+
+@dataclass
+class LayerWork:
+    """Who does what in a layer; layers in which all rows have the same roles share one.
+
+    Attributes:
+        prefill: chunks that are sparse.
+        reading: decode rows that read their list.
+        selecting: decode rows that choose their list (and run dense).
+        dense: rows for the stock kernel.
+        dense_metadata: what the stock kernel needs for them, made on first use.
+        launches: what the reading rows need, made on first use after a choice.
+    """
+
+    prefill: list[PrefillRow]
+    reading: list[DecodeRow]
+    selecting: list[DecodeRow]
+    dense: list[RowSpan]
+    dense_metadata: tuple[torch.Tensor, Any] | None = None
+    launches: list[DecodeLaunch] | None = None
 
 
 @dataclass
@@ -71,74 +97,78 @@ class StepPlan:
         spans: all rows that hold tokens, in batch order.
         prefill: sparse chunks.
         decode: sparse decode rows.
-        last_layer: the layer after which the step's densities are complete.
+        num_layers: layers of the model; after the last, the step's densities are complete.
         metrics: where they go.
-        dense_metadata: the stock backend's metadata for subsets of rows, by the rows.
     """
 
     spans: list[RowSpan]
     prefill: list[PrefillRow]
     decode: list[DecodeRow]
-    last_layer: int
+    num_layers: int
     metrics: WorkerMetrics
-    dense_metadata: dict[tuple[int, ...], Any] = field(default_factory=dict)
-    _launches: DecodeLaunches | None = None
+    _work: dict[tuple[Any, ...], LayerWork] = field(default_factory=dict)
 
-    def prefill_rows(self, layer: int) -> list[PrefillRow]:
-        """Chunks that are sparse in this layer."""
-        return [row for row in self.prefill if layer >= row.method.dense_layers]
-
-    def decode_rows(self, layer: int) -> list[DecodeRow]:
-        """Decode rows that read their list in this layer."""
-        return [row for row in self.decode if row.roles[layer] == "reuse"]
-
-    def selecting_rows(self, layer: int) -> list[DecodeRow]:
-        """Decode rows that choose their list in this layer."""
-        return [row for row in self.decode if row.roles[layer] == "select"]
+    def work(self, layer: int) -> LayerWork:
+        """Who does what in a layer."""
+        roles = (
+            tuple(layer >= row.method.dense_layers for row in self.prefill),
+            tuple(row.roles[layer] for row in self.decode),
+        )
+        if roles not in self._work:
+            prefill = [row for row in self.prefill if layer >= row.method.dense_layers]
+            reading = [row for row in self.decode if row.roles[layer] == "reuse"]
+            sparse = {row.span.row for row in prefill} | {row.span.row for row in reading}
+            self._work[roles] = LayerWork(
+                prefill,
+                reading,
+                [row for row in self.decode if row.roles[layer] == "select"],
+                [span for span in self.spans if span.row not in sparse],
+            )
+        return self._work[roles]
 
     def choose(self, row: DecodeRow, pages: PageList) -> None:
         """Keep a row's list for the layers that follow."""
         row.pages = pages
-        self._launches = None
+        for work in self._work.values():
+            work.launches = None
 
     def decode_launches(
-        self, rows: list[DecodeRow], block_table: torch.Tensor, num_heads: int, num_kv_heads: int, block_size: int
-    ) -> list[tuple[torch.Tensor, Launch]]:
-        """Launches over the lists of `rows`; all layers share a block table, so they are built once per choice.
+        self, work: LayerWork, block_table: torch.Tensor, num_kv_heads: int, block_size: int
+    ) -> list[DecodeLaunch]:
+        """Launches over the lists of a layer's reading rows; all layers share a block table.
 
         Args:
-            rows: decode rows that hold a list.
+            work: of the layer.
             block_table: int32 ``[batch, blocks]``.
-            num_heads: query heads.
             num_kv_heads: KV heads.
             block_size: tokens of a KV-cache block.
         """
-        key = tuple(row.span.row for row in rows)
-        if self._launches is not None and self._launches.rows == key:
-            return self._launches.launches
+        if work.launches is not None:
+            return work.launches
         by_lists: dict[int, list[DecodeRow]] = {}
-        for row in rows:
-            assert row.pages is not None, "a reuse layer follows a select layer"
+        for row in work.reading:
+            assert row.pages is not None, "a layer that reads a list follows one that chose it"
             by_lists.setdefault(row.pages.pages.shape[0], []).append(row)
-        launches = []
         device = block_table.device
+        work.launches = []
         for lists_per_request, members in by_lists.items():
-            count = len(members)
             page_list = concatenate([row.pages for row in members if row.pages is not None])
             batch_rows = torch.tensor([row.span.row for row in members], device=device)
             heads = torch.arange(lists_per_request, device=device) // (lists_per_request // num_kv_heads)
             pages = to_physical(
                 page_list,
                 block_table[batch_rows].repeat_interleave(lists_per_request, dim=0),
-                heads.repeat(count),
+                heads.repeat(len(members)),
                 block_size,
                 num_kv_heads,
             )
-            starts = torch.arange(count * lists_per_request + 1, dtype=torch.int32, device=device)
-            tokens = torch.tensor([row.span.query_start for row in members], device=device)
-            launches.append((tokens, Launch(starts, 1, pages, page_list.kept_tokens, page_list.page_size_tokens)))
-        self._launches = DecodeLaunches(key, launches)
-        return launches
+            starts = torch.arange(page_list.kept_tokens.shape[0] + 1, dtype=torch.int32, device=device)
+            places = [row.span.query_start for row in members]
+            adjacent = places == list(range(places[0], places[0] + len(places)))
+            tokens = slice(places[0], places[-1] + 1) if adjacent else torch.tensor(places, device=device)
+            launch = Launch(starts, 1, pages, page_list.kept_tokens, page_list.page_size_tokens)
+            work.launches.append(DecodeLaunch(tokens, launch))
+        return work.launches
 
     def record_decode_density(self, row: DecodeRow) -> None:
         """Densities of decode lists are known on the host: every list of a request is equally long."""
@@ -200,7 +230,12 @@ def plan_step(
             elif span.context_tokens < params.min_tokens or span.context_tokens <= params.decode.budget_tokens:
                 metrics.count_fallback("decode", params.decode.name, "short_context")
             else:
-                decode.append(DecodeRow(span, params.decode, params.decode.layer_roles(num_layers)))
+                decode.append(DecodeRow(span, params.decode, _layer_roles(params.decode, num_layers)))
     if not prefill and not decode:
         return None
-    return StepPlan(spans, prefill, decode, num_layers - 1, metrics)
+    return StepPlan(spans, prefill, decode, num_layers, metrics)
+
+
+@lru_cache(maxsize=1024)
+def _layer_roles(method: DecodeMethod, num_layers: int) -> tuple[str, ...]:
+    return tuple(method.layer_roles(num_layers))

@@ -220,8 +220,10 @@ def jensen_shannon_distance(first: torch.Tensor, second: torch.Tensor, guard_zer
     def divergence(part: torch.Tensor) -> torch.Tensor:
         if guard_zeros:
             ratio = part / middle.clamp(min=torch.finfo(middle.dtype).tiny)
-            return torch.special.xlogy(part, ratio.clamp(min=torch.finfo(middle.dtype).tiny)).sum(1)
-        return (part * (part / middle).log()).sum(1)
+            guarded: torch.Tensor = torch.special.xlogy(part, ratio.clamp(min=torch.finfo(middle.dtype).tiny)).sum(1)
+            return guarded
+        unguarded: torch.Tensor = (part * (part / middle).log()).sum(1)
+        return unguarded
 
     squared = (divergence(first) + divergence(second)) / 2
     return squared.clamp(min=0).sqrt() if guard_zeros else squared.sqrt().nan_to_num(nan=math.inf)

@@ -1,7 +1,7 @@
 """FlexPrefill's sample in PyTorch: the specification, on any device.
 
-The attention of the last `rows` queries of a chunk is summed per key block and per distance band while the keys
-stream by in tiles, so no ``[heads, rows, context]`` buffer exists (FlexPrefill, arXiv 2502.20766, section 3.2; the
+The attention of the last `rows` queries of a chunk is summed per key block while the keys stream by in tiles, then per
+distance band, so no ``[heads, rows, context]`` buffer exists (FlexPrefill, arXiv 2502.20766, section 3.2; the
 streaming form is this project's).
 """
 
@@ -71,8 +71,26 @@ def _score_tiles(
         yield start, tile, scores
 
 
-def flex_estimate(sample: torch.Tensor, keys: PagedKeys, scale: float, block_size_tokens: int) -> FlexEstimate:
-    """Mean attention of the sampled rows per key block and per distance band.
+@dataclass(frozen=True)
+class BlockMasses:
+    """Unnormalised attention of the sampled rows per key block, each block relative to its own maximum.
+
+    Attributes:
+        maximum: float32 ``[heads, rows, blocks]`` largest score; 0 where all of a block is in the row's future.
+        total: likewise, sum of ``exp(score - maximum)`` over the block's keys in reach.
+        nearer: likewise, over those keys whose offset in the block is at most the query's, which lie in the nearer of
+            the two distance bands that the block touches.
+        key_mean: float32 ``[kv_heads, blocks, head_size]``.
+    """
+
+    maximum: torch.Tensor
+    total: torch.Tensor
+    nearer: torch.Tensor
+    key_mean: torch.Tensor
+
+
+def block_masses(sample: torch.Tensor, keys: PagedKeys, scale: float, block_size_tokens: int) -> BlockMasses:
+    """Sums of the sampled rows' attention over each key block.
 
     Args:
         sample: ``[rows, query_heads, head_size]`` the last queries of the chunk, at the last `rows` positions.
@@ -83,51 +101,53 @@ def flex_estimate(sample: torch.Tensor, keys: PagedKeys, scale: float, block_siz
     rows, heads, _ = sample.shape
     block = block_size_tokens
     device = sample.device
-    first_position = keys.context_tokens - rows
-    positions = torch.arange(first_position, keys.context_tokens, device=device)
-    # Within a key block, keys up to the query's own offset lie in the nearer of the two bands that the block touches.
-    nearer = (torch.arange(block, device=device) <= (positions % block).unsqueeze(1)).float()
-
-    maxima, totals, nearer_sums, means = [], [], [], []
+    positions = torch.arange(keys.context_tokens - rows, keys.context_tokens, device=device)
+    nearer_mask = (torch.arange(block, device=device) <= (positions % block).unsqueeze(1)).float()
+    maxima, totals, nearer, means = [], [], [], []
     for _, tile, scores in _score_tiles(sample, keys, scale):
         live = scores.shape[-1]
         blocks = -(-live // block)
         if live % block:
             scores = torch.nn.functional.pad(scores, (0, blocks * block - live), value=float("-inf"))
-        # A tile that is all in a row's future has no maximum; 0 keeps its exponentials at 0 instead of NaN.
-        maximum = scores.amax(dim=-1, keepdim=True)
+        scores = scores.view(heads, rows, blocks, block)
+        maximum = scores.amax(dim=-1)
         maximum = torch.where(maximum.isinf(), torch.zeros_like(maximum), maximum)
-        mass = scores.sub_(maximum).exp_().view(*scores.shape[:3], blocks, block)
-        totals.append(mass.sum(-1))
-        nearer_sums.append(torch.einsum("hgrnb,rb->hgrn", mass, nearer))
+        mass = scores.sub_(maximum.unsqueeze(-1)).exp_()
         maxima.append(maximum)
+        totals.append(mass.sum(-1))
+        nearer.append(torch.einsum("hrnb,rb->hrn", mass, nearer_mask))
         means.append(_block_means(tile, block))
+    return BlockMasses(
+        torch.cat(maxima, dim=-1), torch.cat(totals, dim=-1), torch.cat(nearer, dim=-1), torch.cat(means, dim=1)
+    )
 
-    # The true row maximum is at least every tile's, so rescaling never overflows.
-    maximum = torch.cat(maxima, dim=-1).amax(dim=-1, keepdim=True)
-    factors = [(tile_maximum - maximum).exp() for tile_maximum in maxima]
-    total = torch.cat([t * f for t, f in zip(totals, factors, strict=True)], dim=-1)
-    near = torch.cat([t * f for t, f in zip(nearer_sums, factors, strict=True)], dim=-1)
+
+def combine(masses: BlockMasses, context_tokens: int, block_size_tokens: int) -> FlexEstimate:
+    """Normalise block masses and sum them over the rows, by key block and by distance band."""
+    heads, rows, blocks = masses.total.shape
+    block = block_size_tokens
+    first_position = context_tokens - rows
+    reachable = masses.total > 0
+    maximum = masses.maximum.masked_fill(~reachable, float("-inf")).amax(dim=-1, keepdim=True)
+    # The row's maximum is at least every block's, so rescaling never overflows.
+    factor = torch.where(reachable, masses.maximum - maximum, float("-inf")).exp()
+    total, near = masses.total * factor, masses.nearer * factor
     denominator = total.sum(-1, keepdim=True) * rows
     total, near = total / denominator, near / denominator
     far = total - near
-
-    blocks = total.shape[-1]
-    column_mass = total.sum(2).view(heads, blocks)
-    band_mass = torch.zeros(heads, blocks, dtype=torch.float32, device=device)
-    for query_block in range(first_position // block, (keys.context_tokens - 1) // block + 1):
+    column_mass = total.sum(1)
+    band_mass = torch.zeros(heads, blocks, dtype=torch.float32, device=total.device)
+    for query_block in range(first_position // block, (context_tokens - 1) // block + 1):
         begin = max(query_block * block - first_position, 0)
         end = min((query_block + 1) * block - first_position, rows)
-        near_sum = near[:, :, begin:end].sum(2).view(heads, blocks)
-        far_sum = far[:, :, begin:end].sum(2).view(heads, blocks)
         # Key block J lies in bands query_block - J (nearer part) and query_block - J - 1 (farther part).
-        band_mass[:, : query_block + 1] += near_sum[:, : query_block + 1].flip(1)
-        band_mass[:, :query_block] += far_sum[:, :query_block].flip(1)
-    return FlexEstimate(column_mass, band_mass, torch.cat(means, dim=1))
+        band_mass[:, : query_block + 1] += near[:, begin:end, : query_block + 1].sum(1).flip(1)
+        band_mass[:, :query_block] += far[:, begin:end, :query_block].sum(1).flip(1)
+    return FlexEstimate(column_mass, band_mass, masses.key_mean)
 
 
 def token_profiles(sample: torch.Tensor, keys: PagedKeys, scale: float) -> TokenProfiles:
-    """Token-level column and distance profiles, in two passes over the keys; arguments as in `flex_estimate`."""
+    """Token-level column and distance profiles, in two passes over the keys; arguments as in `block_masses`."""
     rows, heads, _ = sample.shape
     context = keys.context_tokens
     log_sums = [torch.logsumexp(scores, dim=-1) for _, _, scores in _score_tiles(sample, keys, scale)]

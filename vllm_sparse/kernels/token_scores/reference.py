@@ -7,7 +7,7 @@ import torch
 from vllm_sparse.keys import PagedKeys
 
 # Keys are read in tiles of this many tokens, so that a copy of a long cache is never held as a whole.
-TILE_TOKENS = 16384
+TILE_TOKENS = 65536
 
 
 def token_scores(query: torch.Tensor, keys: PagedKeys, scale: float, merge_heads: bool) -> torch.Tensor:
@@ -26,10 +26,13 @@ def token_scores(query: torch.Tensor, keys: PagedKeys, scale: float, merge_heads
         float32 ``[kv_heads, context]`` if merged, else ``[query_heads, context]``.
     """
     num_kv_heads = keys.num_kv_heads
-    grouped = query.reshape(num_kv_heads, -1, query.shape[-1]).float() * scale
+    grouped = query.reshape(num_kv_heads, -1, query.shape[-1])
     tiles = []
     for start in range(0, keys.context_tokens, TILE_TOKENS):
         tile = keys.read(start, min(start + TILE_TOKENS, keys.context_tokens))
-        tiles.append(torch.matmul(grouped, tile.float().transpose(1, 2)))
-    probabilities = torch.cat(tiles, dim=2).softmax(dim=2)
+        if query.is_cuda:
+            tiles.append(torch.bmm(grouped, tile.transpose(1, 2), out_dtype=torch.float32))
+        else:
+            tiles.append(torch.bmm(grouped.float(), tile.float().transpose(1, 2)))
+    probabilities = torch.cat(tiles, dim=2).mul_(scale).softmax(dim=2)
     return probabilities.amax(dim=1) if merge_heads else probabilities.flatten(0, 1)

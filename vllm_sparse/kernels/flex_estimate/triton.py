@@ -1,0 +1,120 @@
+"""Block masses of FlexPrefill's sample in Triton: one program a key block and KV head, keys read once per group.
+
+A block's sums are relative to its own maximum, so programs need nothing from one another.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparse.kernels.flex_estimate.reference import BlockMasses
+from vllm_sparse.keys import PlainKeys
+
+
+# Lengths change with every chunk; specialising on them would compile in the middle of serving.
+@triton.jit(do_not_specialize=["context", "rows", "blocks"])
+def _block_masses_kernel(
+    sample_pointer,
+    cache_pointer,
+    block_table_pointer,
+    maximum_pointer,
+    total_pointer,
+    nearer_pointer,
+    key_mean_pointer,
+    context,
+    rows,
+    blocks,
+    scale,
+    sample_row_stride,
+    sample_head_stride,
+    cache_block_stride,
+    cache_head_stride,
+    cache_token_stride,
+    CACHE_BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_block = tl.program_id(0)
+    i_kv_head = tl.program_id(1)
+    o_key = i_block * BLOCK + tl.arange(0, BLOCK)
+    o_row = tl.arange(0, ROW_TILE)
+    o_dim = tl.arange(0, HEAD_TILE)
+    live = o_key < context
+    in_head = o_dim < HEAD_SIZE
+
+    # Keys through the block table: [BLOCK, HEAD_TILE].
+    physical = tl.load(block_table_pointer + o_key // CACHE_BLOCK, mask=live, other=0).to(tl.int64)
+    p_key = cache_pointer + physical * cache_block_stride + i_kv_head * cache_head_stride
+    p_key += (o_key % CACHE_BLOCK) * cache_token_stride
+    b_key = tl.load(p_key[:, None] + o_dim[None, :], mask=live[:, None] & in_head[None, :], other=0.0)
+
+    count = tl.minimum(context - i_block * BLOCK, BLOCK)
+    b_mean = tl.sum(b_key.to(tl.float32), axis=0) / count
+    p_mean = key_mean_pointer + (i_kv_head * blocks + i_block) * HEAD_SIZE
+    tl.store(p_mean + o_dim, b_mean, mask=in_head)
+
+    position = context - rows + o_row
+    in_reach = (o_key[None, :] <= position[:, None]) & live[None, :]
+    is_nearer = (o_key % BLOCK)[None, :] <= (position % BLOCK)[:, None]
+    for i_head in range(i_kv_head * GROUP, (i_kv_head + 1) * GROUP):
+        p_sample = sample_pointer + o_row[:, None] * sample_row_stride + i_head * sample_head_stride + o_dim[None, :]
+        b_sample = tl.load(p_sample, mask=(o_row < rows)[:, None] & in_head[None, :], other=0.0)
+        # [ROW_TILE, BLOCK]; float32 inputs are not to be rounded to TF32.
+        b_score = tl.dot(b_sample, tl.trans(b_key), input_precision="ieee") * scale
+        b_score = tl.where(in_reach, b_score, float("-inf"))
+        b_maximum = tl.max(b_score, axis=1)
+        b_maximum = tl.where(b_maximum == float("-inf"), 0.0, b_maximum)
+        b_mass = tl.exp(b_score - b_maximum[:, None])
+        o_out = (i_head * rows + o_row) * blocks + i_block
+        tl.store(maximum_pointer + o_out, b_maximum, mask=o_row < rows)
+        tl.store(total_pointer + o_out, tl.sum(b_mass, axis=1), mask=o_row < rows)
+        tl.store(nearer_pointer + o_out, tl.sum(tl.where(is_nearer, b_mass, 0.0), axis=1), mask=o_row < rows)
+
+
+def block_masses(sample: torch.Tensor, keys: PlainKeys, scale: float, block_size_tokens: int) -> BlockMasses:
+    """Equal to `reference.block_masses`; arguments as there, `block_size_tokens` a power of two of at least 16."""
+    rows, heads, head_size = sample.shape
+    blocks = -(-keys.context_tokens // block_size_tokens)
+    sample = sample.contiguous()
+    cache = keys.kv_cache
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=sample.device)
+
+    masses = BlockMasses(
+        empty(heads, rows, blocks),
+        empty(heads, rows, blocks),
+        empty(heads, rows, blocks),
+        empty(keys.num_kv_heads, blocks, head_size),
+    )
+    _block_masses_kernel[(blocks, keys.num_kv_heads)](
+        sample,
+        cache,
+        keys.block_table,
+        masses.maximum,
+        masses.total,
+        masses.nearer,
+        masses.key_mean,
+        keys.context_tokens,
+        rows,
+        blocks,
+        scale,
+        sample.stride(0),
+        sample.stride(1),
+        cache.stride(0),
+        cache.stride(1),
+        cache.stride(2),
+        CACHE_BLOCK=keys.block_size_tokens,
+        GROUP=heads // keys.num_kv_heads,
+        HEAD_SIZE=head_size,
+        HEAD_TILE=max(triton.next_power_of_2(head_size), 16),
+        ROW_TILE=max(triton.next_power_of_2(rows), 16),
+        BLOCK=block_size_tokens,
+        num_warps=8,
+    )
+    return masses
