@@ -60,8 +60,7 @@ class TransposedKeys(PagedKeys):
 
     def _unpack(self, blocks: torch.Tensor) -> torch.Tensor:
         count = blocks.shape[0]
-        pages = self.kv_cache[blocks].flatten(2)
-        keys = pages[..., : self.block_size_tokens * self.head_size]
+        keys = self.kv_cache.flatten(2)[..., : self.block_size_tokens * self.head_size][blocks]
         keys = keys.reshape(count, self.num_kv_heads, self.head_size, self.block_size_tokens)
         return keys.permute(1, 0, 3, 2).flatten(1, 2)
 
@@ -71,7 +70,6 @@ class InterleavedPairKeys(PagedKeys):
 
     def _unpack(self, blocks: torch.Tensor) -> torch.Tensor:
         count = blocks.shape[0]
-        pages = self.kv_cache[blocks].flatten(2)
-        keys = pages[..., : self.block_size_tokens * self.head_size]
+        keys = self.kv_cache.flatten(2)[..., : self.block_size_tokens * self.head_size][blocks]
         keys = keys.reshape(count, self.num_kv_heads, self.block_size_tokens // 16, self.head_size // 2, 16, 2)
         return keys.permute(1, 0, 2, 4, 3, 5).reshape(self.num_kv_heads, count * self.block_size_tokens, self.head_size)

@@ -16,11 +16,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from vllm_sparse.methods.base import DecodeMethod, PrefillMethod
+from vllm_sparse.methods.base import DecodeMethod, KnobError, PrefillMethod
 from vllm_sparse.methods.registry import DECODE_METHODS, PREFILL_METHODS
 
 DENSE = "dense"
 METHODS: dict[str, type[PrefillMethod] | type[DecodeMethod]] = {**PREFILL_METHODS, **DECODE_METHODS}
+
+REQUEST_KEYS = ("sparse_prefill", "sparse_decode", "sparse_min_tokens")
 
 # Where admission leaves the resolved parameters for the workers. Clients cannot send it: unknown sparse_* keys are
 # refused.
@@ -174,29 +176,32 @@ def resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) ->
     chosen = {prefill, decode} - {DENSE}
     knobs: dict[str, dict[str, Any]] = {method: {} for method in chosen}
     for key, value in extras.items():
+        if not is_sparse_key(key) or key in REQUEST_KEYS:
+            continue
         method, _, knob = key.partition("_")
-        if method == "sparse":
-            if key not in ("sparse_prefill", "sparse_decode", "sparse_min_tokens"):
-                raise SparseParamsError(
-                    key,
-                    value,
-                    f"{key} is no setting; there are sparse_prefill, sparse_decode, sparse_min_tokens and the knobs "
-                    f"of the chosen methods ({', '.join(f'{name}_...' for name in METHODS)})",
-                )
-        elif method in METHODS:
-            if knob not in _knob_names(method):
-                raise SparseParamsError(
-                    key, value, f"{key} is no knob of {method}; there are {_listed(method, _knob_names(method))}"
-                )
-            if method not in chosen:
-                setting = "sparse_prefill" if method in PREFILL_METHODS else "sparse_decode"
-                raise SparseParamsError(
-                    key,
-                    value,
-                    f"{key} is a knob of {method}, which this request does not use; "
-                    f'add "{setting}": "{method}" or drop the knob',
-                )
-            knobs[method][knob] = value
+        if method not in METHODS:
+            raise SparseParamsError(
+                key,
+                value,
+                f"{key} is no setting; there are {', '.join(REQUEST_KEYS)} and the knobs of the chosen methods "
+                f"({', '.join(f'{name}_...' for name in METHODS)})",
+            )
+        setting = "sparse_prefill" if method in PREFILL_METHODS else "sparse_decode"
+        if knob not in _knob_names(method):
+            raise SparseParamsError(
+                key,
+                value,
+                f'{key} is no knob; a request chooses {method} by "{setting}": "{method}" and may set '
+                f"{_listed(method, _knob_names(method))}",
+            )
+        if method not in chosen:
+            raise SparseParamsError(
+                key,
+                value,
+                f"{key} is a knob of {method}, which this request does not use; "
+                f'add "{setting}": "{method}" or drop the knob',
+            )
+        knobs[method][knob] = value
     min_tokens = extras.get("sparse_min_tokens", config.min_tokens)
     if not isinstance(min_tokens, int) or isinstance(min_tokens, bool) or min_tokens < 0:
         raise SparseParamsError(
@@ -212,11 +217,21 @@ def resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) ->
     if params.decode is not None:
         try:
             params.decode.layer_roles(num_layers)
-        except ValueError as error:
-            raise SparseParamsError(decode, extras.get("sparse_decode", decode), f"{decode}: {error}") from error
+        except KnobError as error:
+            raise _knob_error(decode, error) from error
     if params.prefill is not None and params.prefill.exactly_dense:
         params = dataclasses.replace(params, prefill=None)
     return ALL_DENSE if params.is_dense else params
+
+
+def is_sparse_key(key: str) -> bool:
+    """Whether a sampling extra is meant for this plugin, misspelt ones such as ``sparse-decode`` included."""
+    return key.lower().startswith(("sparse", *METHODS))
+
+
+def _knob_error(method: str, error: KnobError) -> SparseParamsError:
+    key = f"{method}_{error.knob}"
+    return SparseParamsError(key, error.value, f"{key} is {error.value!r}; {error}")
 
 
 def _configured_knobs(config: ServerConfig, method: str) -> dict[str, Any]:
@@ -258,9 +273,7 @@ def _build(method: str, configured: Mapping[str, Any], requested: Mapping[str, A
     except ValidationError as error:
         detail = error.errors()[0]
         if not detail["loc"]:
-            raise SparseParamsError(
-                method, knobs, f"{method}: {detail['msg'].removeprefix('Value error, ')}"
-            ) from error
+            raise _knob_error(method, detail["ctx"]["error"]) from error
         knob = str(detail["loc"][0])
         key = f"{method}_{knob}"
         if knob not in schema:

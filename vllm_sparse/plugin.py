@@ -5,6 +5,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import importlib.metadata
+import sys
 from typing import Any
 
 BACKEND_NAME = "SPARSE"
@@ -24,6 +25,31 @@ def register() -> None:
     from vllm_sparse.server.admission import check_at_admission
 
     check_at_admission()
+    _check_configuration_early()
+
+
+def _check_configuration_early() -> None:
+    """Refuse a wrong ``"sparse"`` object while the command line is read, not in a process started minutes later.
+
+    Only processes that build vLLM's configuration have its arguments module, which is what loaded this plugin there.
+    """
+    arguments = sys.modules.get("vllm.engine.arg_utils")
+    create = getattr(getattr(arguments, "EngineArgs", None), "create_engine_config", None)
+    if create is None or hasattr(create, "__wrapped__"):
+        return
+
+    @functools.wraps(create)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_sparse.params import parse_server_config
+        from vllm_sparse.server.admission import uses_sparse_backend
+
+        vllm_config = create(self, *args, **kwargs)
+        if uses_sparse_backend(vllm_config):
+            num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+            parse_server_config(vllm_config.additional_config, num_layers)
+        return vllm_config
+
+    arguments.EngineArgs.create_engine_config = create_engine_config  # type: ignore[union-attr]
 
 
 def _check_version() -> None:

@@ -1,4 +1,4 @@
-"""Train the small retrieval model from scratch on one GPU: `python -m loadtest.model.train --out DIR --seconds 440`."""
+"""Train the small retrieval model from scratch on one GPU: `python -m loadtest.model.train --out DIR --seconds 320`."""
 
 import argparse
 import itertools
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loadtest.model.batches import Batch, BatchMaker, Mixture
-from loadtest.model.network import Architecture, Network, call_block, export, load_weights, rounded_copy
+from loadtest.model.network import Architecture, Network, export, load_weights, rounded_copy
 from loadtest.model.tokenizer import BEGIN, END, build_tokenizer, count_tokens, save_tokenizer
 from loadtest.quality.text import NEEDLE_FORMS, filler, needle_prompt
 
@@ -44,16 +44,15 @@ class Stage:
     leave_at: float | None = None
 
 
-# Retrieval itself is learnt from short recitals with many needles, where naming any value is seldom right; with few
-# needles a network settles for that.
+# The first stages end as soon as they can. They begin with recitals of many needles, where naming any value is seldom
+# right; with few needles a network may settle for that.
 STAGES = (
-    Stage(Mixture(256, 256, needles=14, asked=14, main_share=1.0, plain_share=0.9), share=0.25, leave_at=0.95),
-    Stage(Mixture(256, 256, needles=8, asked=6, plain_share=0.3), share=0.15, leave_at=0.95),
-    Stage(Mixture(512, 128, needles=14, asked=12), share=0.12, leave_at=0.98),
+    Stage(Mixture(256, 256, needles=14, asked=14, main_share=1.0, plain_share=0.9), share=0.22, leave_at=0.95),
+    Stage(Mixture(256, 256, needles=8, asked=6, main_share=0.3, plain_share=0.3), share=0.20, leave_at=0.97),
     Stage(Mixture(1024, 64, needles=32, asked=16), share=0.12, leave_at=0.98),
-    Stage(Mixture(4096, 16, needles=96, asked=32), share=0.12),
-    Stage(Mixture(16384, 4, needles=192, asked=64), share=0.14),
-    Stage(Mixture(34816, 2, needles=300, asked=96), share=0.10),
+    Stage(Mixture(4096, 16, needles=96, asked=32), share=0.14),
+    Stage(Mixture(16384, 4, needles=192, asked=64), share=0.18),
+    Stage(Mixture(34816, 2, needles=300, asked=96), share=0.14),
 )
 
 
@@ -83,7 +82,6 @@ class Settings:
         seconds: time for the training itself, without making the text and without the final evaluation.
         seed: of the text, the batches and the initial weights.
         resume: a folder written by an earlier run whose weights to start from.
-        compile_blocks: whether to compile the layers (once for each stage).
         device: where to train.
         sentences: sentences of filler to make.
         stages: the curriculum.
@@ -95,10 +93,9 @@ class Settings:
     """
 
     out: Path
-    seconds: float = 440.0
+    seconds: float = 320.0
     seed: int = 0
     resume: Path | None = None
-    compile_blocks: bool = True
     device: str = "cuda"
     sentences: int = 1_000_000
     stages: tuple[Stage, ...] = STAGES
@@ -265,20 +262,6 @@ class Trainer:
         self._steps += 1
         return answer_loss.detach(), filler_loss.detach(), value_hits(logits.detach(), batch), batch
 
-    def _compile(self, mixture: Mixture) -> None:
-        """Compile the layers for a stage's shape; a compiler that fails costs speed, not the run."""
-        began = time.monotonic()
-        # Earlier shapes do not come back; without this the compiler would soon give up on yet another one.
-        torch.compiler.reset()
-        self._network.run_block = torch.compile(call_block, dynamic=False)
-        try:
-            self._network(self._maker(mixture).inputs).float().mean().backward()
-        except Exception as error:
-            self._network.run_block = call_block
-            self._log(f"not compiled: {type(error).__name__}: {str(error)[:500]}")
-        else:
-            self._log(f"compiled in {time.monotonic() - began:.1f} s")
-
     def _stage(self, number: int, stage: Stage, end: float) -> float:
         """Train by one stage until the elapsed time reaches `end` seconds or the stage's accuracy is reached.
 
@@ -314,8 +297,6 @@ class Trainer:
         settings = self._settings
         self._began = time.monotonic()
         for number, stage in enumerate(settings.stages):
-            if settings.compile_blocks:
-                self._compile(stage.mixture)
             # Time left over by a stage that ended early is divided among the later ones by their shares.
             left = settings.seconds - self._elapsed()
             later = sum(other.share for other in settings.stages[number:])
@@ -386,7 +367,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--resume", type=Path, help="folder of an earlier run to start from")
     parser.add_argument("--peak-rate", type=float, default=Settings.peak_rate, help="highest learning rate")
-    parser.add_argument("--no-compile", action="store_true", help="run the layers uncompiled")
     parser.add_argument("--device", default=Settings.device)
     arguments = parser.parse_args()
     train(
@@ -395,7 +375,6 @@ def main() -> None:
             seconds=arguments.seconds,
             seed=arguments.seed,
             resume=arguments.resume,
-            compile_blocks=not arguments.no_compile,
             device=arguments.device,
             peak_rate=arguments.peak_rate,
         )

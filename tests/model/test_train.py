@@ -9,6 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch import Tensor  # noqa: E402
+
 from loadtest.model.batches import BatchMaker, Mixture  # noqa: E402
 from loadtest.model.network import Architecture, Network, export, load_weights  # noqa: E402
 from loadtest.model.tokenizer import build_tokenizer  # noqa: E402
@@ -40,6 +42,35 @@ def test_batches_are_what_the_tokenizer_makes_of_their_text(maker: BatchMaker, m
     assert not ((batch.answer_weight > 0) & (batch.filler_weight > 0)).any()
 
 
+def test_first_weights_look_back_and_for_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query: Tensor, key: Tensor, value: Tensor, **options: bool) -> Tensor:
+        scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).mT / query.shape[-1] ** 0.5
+        later = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        seen.append(scores.masked_fill(later, -torch.inf).softmax(-1).mean(0))
+        out: Tensor = attend(query, key, value, **options)
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    torch.manual_seed(0)
+    network = Network(Architecture(TOKENIZER.get_vocab_size(), layers=3), torch.float32)
+    # In each of 20 rows 16 records of four tokens, then the first three tokens again.
+    ids = torch.rand(20, TOKENIZER.get_vocab_size()).argsort(1)[:, :64]
+    with torch.no_grad():
+        network(torch.cat((ids, ids[:, :3]), dim=1))
+    places, matches, more = seen
+    for head in range(4):
+        assert places[head].diagonal(-(head + 1)).mean() > 0.6
+    # After "key is" the value's first token, after "key is first" its second one.
+    assert matches[0, 65, 2] > 0.15
+    assert matches[2, 66, 3] > 0.15
+    # The same for a value four tokens after its key, and for the token after an earlier occurrence of the last one.
+    assert more[0, 65, 4] > 0.1
+    assert more[2, 66, 3] > 0.04
+
+
 def test_export_gives_the_same_logits_in_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = Architecture(TOKENIZER.get_vocab_size(), layers=2)
@@ -58,9 +89,8 @@ def test_whole_run_in_miniature(tmp_path: Path) -> None:
         out=tmp_path / "model",
         seconds=3.0,
         device="cpu",
-        compile_blocks=False,
         sentences=1000,
-        layers=1,
+        layers=2,
         stages=(Stage(Mixture(256, 2, 3, 2), 0.5), Stage(Mixture(512, 1, 5, 4), 0.5)),
         trials=(Trial(512, 2, 2, 2),),
         report_every=10,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm import envs
+
 from vllm_sparse.backend.plan import plan_step
 from vllm_sparse.metrics import WorkerMetrics
 from vllm_sparse.params import parse_server_config
@@ -72,6 +74,11 @@ def check_supported(vllm_config: VllmConfig, layer_names: list[str]) -> None:
         raise ValueError(
             "attention backend sparse does not support speculative decoding on model runner V1, which hands no "
             f"sampling parameters to plugins then; {advice}"
+        )
+    if envs.VLLM_USE_RUST_FRONTEND:
+        raise ValueError(
+            "attention backend sparse checks and resolves requests in vLLM's Python frontend; "
+            "unset VLLM_USE_RUST_FRONTEND"
         )
     layers = vllm_config.model_config.get_total_num_hidden_layers()
     if len(layer_names) != layers:

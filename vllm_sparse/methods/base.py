@@ -17,6 +17,20 @@ if TYPE_CHECKING:
 KNOBS = ConfigDict(extra="forbid", strict=True)
 
 
+class KnobError(ValueError):
+    """A knob's value does not go with the model or with another knob.
+
+    Attributes:
+        knob: its name.
+        value: its value.
+    """
+
+    def __init__(self, knob: str, value: object, message: str) -> None:
+        super().__init__(message)
+        self.knob = knob
+        self.value = value
+
+
 class PrefillMethod(ABC):
     """Chooses the pages that each query block of a prefill chunk may read."""
 
@@ -66,7 +80,7 @@ class DecodeMethod(ABC):
         """Role of each layer: ``dense``, ``select`` (dense, and chooses a list) or ``reuse`` (reads the list).
 
         Raises:
-            ValueError: a knob names a layer that the model does not have.
+            KnobError: a knob names a layer that the model does not have.
         """
 
     @abstractmethod

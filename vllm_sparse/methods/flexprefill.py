@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from vllm_sparse.kernels.flex_estimate import FlexEstimate, flex_estimate, token_profiles
 from vllm_sparse.kernels.page_list import blocks_to_pages, compact_pages
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import KNOBS, PrefillMethod
+from vllm_sparse.methods.base import KNOBS, KnobError, PrefillMethod
 from vllm_sparse.pages import PageList
 
 BLOCK_TOKENS = 128
@@ -46,7 +46,9 @@ class FlexPrefill(PrefillMethod):
 
     def __post_init__(self) -> None:
         if self.max_budget < self.min_budget:
-            raise ValueError(f"max_budget {self.max_budget} is below min_budget {self.min_budget}; raise or drop one")
+            raise KnobError(
+                "max_budget", self.max_budget, f"it is below min_budget {self.min_budget}; raise it or lower that"
+            )
 
     @property
     def exactly_dense(self) -> bool:

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from vllm_sparse.kernels.page_list import compact_pages
 from vllm_sparse.kernels.token_scores import token_scores
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import KNOBS, DecodeMethod
+from vllm_sparse.methods.base import KNOBS, DecodeMethod, KnobError
 from vllm_sparse.pages import PageList
 
 # The paper's layers for a 32-layer Llama: 0 and 1 full, selection in 2, re-selection in 13.
@@ -43,9 +43,11 @@ class Tidal(DecodeMethod):
 
     def __post_init__(self) -> None:
         if self.sink_tokens + self.recent_tokens > self.budget:
-            raise ValueError(
-                f"sink_tokens {self.sink_tokens} and recent_tokens {self.recent_tokens} exceed budget {self.budget}; "
-                "raise the budget or lower them"
+            raise KnobError(
+                "budget",
+                self.budget,
+                f"{self.budget} tokens do not hold sink_tokens {self.sink_tokens} and recent_tokens "
+                f"{self.recent_tokens}; raise it or lower them",
             )
 
     @property
@@ -56,17 +58,19 @@ class Tidal(DecodeMethod):
         first = self.full_layers
         if first < 0:
             first = max(1, round(PAPER_SELECT_LAYER * num_layers / PAPER_LAYERS))
+        if first >= num_layers:
+            raise KnobError(
+                "full_layers", first, f"this model has {num_layers} layers, so -1 to {num_layers - 1} are allowed"
+            )
         again = self.reselect_layers or (round(PAPER_RESELECT_LAYER * num_layers / PAPER_LAYERS),)
         for layer in again if self.reselect_layers else ():
             if not first < layer < num_layers:
-                raise ValueError(
-                    f"reselect_layers holds {layer}; this model has {num_layers} layers and selects first in layer "
-                    f"{first}, so layers {first + 1} to {num_layers - 1} are allowed"
+                raise KnobError(
+                    "reselect_layers",
+                    list(self.reselect_layers),
+                    f"this model has {num_layers} layers and selects first in layer {first}, so layers {first + 1} to "
+                    f"{num_layers - 1} are allowed",
                 )
-        if first >= num_layers:
-            raise ValueError(
-                f"full_layers is {first}; this model has {num_layers} layers, so 0 to {num_layers - 1} are allowed"
-            )
         return [
             "dense" if layer < first else "select" if layer == first or layer in again else "reuse"
             for layer in range(num_layers)

@@ -14,12 +14,12 @@ import prometheus_client
 from vllm_sparse.params import (
     ALL_DENSE,
     DENSE,
-    METHODS,
     RESOLVED_KEY,
     SALT_MARK,
     ServerConfig,
     SparseParams,
     SparseParamsError,
+    is_sparse_key,
     parse_server_config,
     resolve,
 )
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 REQUESTS = prometheus_client.Counter(
-    "vllm_sparse_requests", "Requests admitted, by the method that each phase will use.", ["phase", "method"]
+    "vllm_sparse_requests", "Requests admitted, by the method that each phase asks for.", ["phase", "method"]
 )
 
 
@@ -42,7 +42,19 @@ def uses_sparse_backend(vllm_config: VllmConfig) -> bool:
 
 
 def _sparse_keys(extras: Mapping[str, Any]) -> list[str]:
-    return [key for key in extras if key.partition("_")[0] in ("sparse", *METHODS)]
+    return [key for key in extras if is_sparse_key(key)]
+
+
+def _check_salt(salt: str | None) -> None:
+    """Refuse a client's salt that imitates a sparse request's, which would open its cached blocks to others.
+
+    Raises:
+        SparseParamsError: the salt holds the plugin's mark.
+    """
+    if SALT_MARK in (salt or ""):
+        raise SparseParamsError(
+            "cache_salt", salt, f"cache_salt is {salt!r}; any salt without {SALT_MARK!r} is allowed"
+        )
 
 
 def resolve_for(vllm_config: VllmConfig, extras: Mapping[str, Any]) -> SparseParams:
@@ -76,7 +88,8 @@ def _server_config(vllm_config: VllmConfig, num_layers: int) -> ServerConfig:
 def _as_vllm_error(error: SparseParamsError) -> Exception:
     from vllm.exceptions import VLLMValidationError
 
-    vllm_error: Exception = VLLMValidationError(str(error), parameter=f"vllm_xargs.{error.key}", value=error.value)
+    parameter = error.key if error.key == "cache_salt" else f"vllm_xargs.{error.key}"
+    vllm_error: Exception = VLLMValidationError(str(error), parameter=parameter, value=error.value)
     return vllm_error
 
 
@@ -89,35 +102,35 @@ def admit(vllm_config: VllmConfig, params: Any, build: Callable[[], Any]) -> Any
         build: makes the engine request, which holds its own copy of the parameters.
 
     Raises:
-        VLLMValidationError: the request's settings are wrong; nothing has been built.
+        VLLMValidationError: the request's settings are wrong; nothing reaches the engine.
     """
     if not hasattr(params, "extra_args"):
         return build()
     try:
         resolved = resolve_for(vllm_config, params.extra_args or {})
+        request = build()
+        if uses_sparse_backend(vllm_config):
+            _check_salt(request.cache_salt)
     except SparseParamsError as error:
         raise _as_vllm_error(error) from error
-    request = build()
     if not uses_sparse_backend(vllm_config):
         return request
-    if SALT_MARK in (request.cache_salt or ""):
-        raise _as_vllm_error(
-            SparseParamsError(
-                "cache_salt", request.cache_salt, f"cache_salt may not contain {SALT_MARK!r}; choose another salt"
-            )
-        )
-    prompt_tokens = len(request.prompt_token_ids or ())
-    if request.prompt_token_ids and prompt_tokens + (request.sampling_params.max_tokens or 0) < resolved.min_tokens:
-        # Too short to be sparse at any step: an ordinary dense request, which shares the ordinary prefix cache.
-        resolved = ALL_DENSE
     REQUESTS.labels("prefill", resolved.prefill.name if resolved.prefill else DENSE).inc()
     REQUESTS.labels("decode", resolved.decode.name if resolved.decode else DENSE).inc()
     if not resolved.is_dense:
         extra_args = dict(request.sampling_params.extra_args or {})
         extra_args[RESOLVED_KEY] = resolved.serialize()
         request.sampling_params.extra_args = extra_args
-        request.cache_salt = resolved.cache_salt(request.cache_salt)
+        if _may_become_sparse(request, resolved):
+            request.cache_salt = resolved.cache_salt(request.cache_salt)
     return request
+
+
+def _may_become_sparse(request: Any, resolved: SparseParams) -> bool:
+    """Whether the request can reach `min_tokens`; else each of its steps is dense, and so are its cached blocks."""
+    if not request.prompt_token_ids or request.resumable or request.sampling_params.max_tokens is None:
+        return True
+    return bool(len(request.prompt_token_ids) + request.sampling_params.max_tokens >= resolved.min_tokens)
 
 
 def check_at_admission() -> None:
@@ -150,6 +163,8 @@ def check_before_streaming(vllm_config: VllmConfig) -> None:
             extras = self.vllm_xargs or {}
             try:
                 resolve_for(vllm_config, extras)
+                if uses_sparse_backend(vllm_config):
+                    _check_salt(getattr(self, "cache_salt", None))
                 keys = _sparse_keys(extras) if beam_search else []
                 if keys:
                     raise SparseParamsError(

@@ -14,8 +14,8 @@ import torch
 
 from vllm_sparse.keys import PagedKeys
 
-# A multiple of every block size; bounds the largest temporary to heads * rows * TILE_TOKENS float32.
-TILE_TOKENS = 4096
+# A multiple of every block size. Small, so that on a CPU the passes over a tile's scores stay in its cache.
+TILE_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,14 @@ def _score_tiles(
     num_kv_heads = keys.num_kv_heads
     first_position = keys.context_tokens - rows
     # [kv_heads, group * rows, head_size]: all query heads of a group share one pass over the keys.
-    grouped = sample.permute(1, 0, 2).reshape(num_kv_heads, -1, head_size)
+    grouped = (sample.permute(1, 0, 2).float() * scale).reshape(num_kv_heads, -1, head_size)
     positions = torch.arange(first_position, keys.context_tokens, device=sample.device)
     for start in range(0, keys.context_tokens, TILE_TOKENS):
         stop = min(start + TILE_TOKENS, keys.context_tokens)
         tile = keys.read(start, stop)
-        if sample.is_cuda:
-            scores = torch.bmm(grouped, tile.transpose(1, 2), out_dtype=torch.float32)
-        else:
-            scores = torch.bmm(grouped.float(), tile.float().transpose(1, 2))
-        scores = scores.mul_(scale).view(num_kv_heads, heads // num_kv_heads, rows, stop - start)
+        scores = torch.bmm(grouped, tile.float().transpose(1, 2)).view(
+            num_kv_heads, heads // num_kv_heads, rows, stop - start
+        )
         if stop > first_position:
             future = torch.arange(start, stop, device=sample.device) > positions.unsqueeze(1)
             scores = scores.masked_fill_(future, float("-inf"))
@@ -115,7 +113,7 @@ def block_masses(sample: torch.Tensor, keys: PagedKeys, scale: float, block_size
         mass = scores.sub_(maximum.unsqueeze(-1)).exp_()
         maxima.append(maximum)
         totals.append(mass.sum(-1))
-        nearer.append(torch.einsum("hrnb,rb->hrn", mass, nearer_mask))
+        nearer.append(mass.mul_(nearer_mask.unsqueeze(1)).sum(-1))
         means.append(_block_means(tile, block))
     return BlockMasses(
         torch.cat(maxima, dim=-1), torch.cat(totals, dim=-1), torch.cat(nearer, dim=-1), torch.cat(means, dim=1)

@@ -1,0 +1,271 @@
+"""Whole steps through the real CPU backend: every layer's output against float64, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client import REGISTRY
+
+from tests import oracle
+from tests.backend.conftest import HEAD_SIZE, HEADS, KV_HEADS, LAYERS, SCALE, Engine
+from tests.methods.test_matrix import chunk_allowed
+from tests.oracle import Paged, Platform
+from vllm_sparse.methods.flexprefill import FlexPrefill
+from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.params import ALL_DENSE, SparseParams
+
+PLATFORM = Platform("cpu-vec-float32", "cpu", torch.float32, "vec")
+BLOCK = 32
+FLEX = FlexPrefill(gamma=0.4, min_budget=0)
+# Selection in layers 1 and 4 of 8.
+TIDAL = Tidal(budget=128, full_layers=1, reselect_layers=(4,))
+PER_HEAD = Tidal(budget=96, full_layers=2, reselect_layers=(5,), lists="query_head")
+
+
+@dataclass
+class Row:
+    """One request of a step: new tokens, tokens in the cache, parameters."""
+
+    tokens: int
+    context: int
+    params: SparseParams = ALL_DENSE
+    prefilling: bool = False
+
+
+MIXED = [
+    Row(1, 700, SparseParams(None, TIDAL)),
+    Row(1, 300),
+    Row(1, 1001, SparseParams(None, PER_HEAD)),
+    Row(1, 640, SparseParams(FLEX, TIDAL)),
+    Row(300, 900, SparseParams(FLEX, TIDAL), prefilling=True),
+    Row(50, 200, prefilling=True),
+    Row(257, 257, SparseParams(FlexPrefill(gamma=0.3, tau=1.0, min_budget=0, dense_layers=3)), prefilling=True),
+]
+
+
+@dataclass
+class Step:
+    """Inputs of a step: per layer a cache and queries, and vLLM's metadata."""
+
+    rows: list[Row]
+    data: list[Paged]
+    queries: list[torch.Tensor]
+    common: Any
+
+    def span(self, row: int) -> slice:
+        start = sum(other.tokens for other in self.rows[:row])
+        return slice(start, start + self.rows[row].tokens)
+
+
+@pytest.fixture(autouse=True)
+def empty_table(engine: Engine) -> Iterator[None]:
+    from vllm_sparse.routing import TABLE
+
+    TABLE.attach(slots_in_metadata=False)
+    yield
+    TABLE.attach(slots_in_metadata=False)
+
+
+def make_step(rows: list[Row], generator: torch.Generator) -> Step:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    order = int(torch.randint(1 << 30, (1,), generator=generator))
+    data = []
+    for _ in range(LAYERS):
+        keys = [oracle.random_tensor(PLATFORM, generator, KV_HEADS, row.context, HEAD_SIZE) for row in rows]
+        values = [oracle.random_tensor(PLATFORM, generator, KV_HEADS, row.context, HEAD_SIZE) for row in rows]
+        # All layers share a block table.
+        data.append(oracle.paged(PLATFORM, keys, values, BLOCK, torch.Generator().manual_seed(order)))
+    tokens = sum(row.tokens for row in rows)
+    queries = [oracle.random_tensor(PLATFORM, generator, tokens, HEADS, HEAD_SIZE, spread=2) for _ in range(LAYERS)]
+    starts = torch.tensor([0, *(row.tokens for row in rows)]).cumsum(0).int()
+    contexts = torch.tensor([row.context for row in rows], dtype=torch.int32)
+    common = CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=contexts,
+        num_reqs=len(rows),
+        num_actual_tokens=tokens,
+        max_query_len=max(row.tokens for row in rows),
+        max_seq_len=max(row.context for row in rows),
+        block_table_tensor=data[0].block_table,
+        slot_mapping=torch.zeros(tokens, dtype=torch.int64),
+        is_prefilling=torch.tensor([row.prefilling for row in rows]),
+        seq_lens_cpu_upper_bound=contexts,
+    )
+    return Step(rows, data, queries, common)
+
+
+def run(engine: Engine, step: Step) -> list[torch.Tensor]:
+    """Each layer's output of the sparse backend."""
+    from vllm_sparse.routing import TABLE
+
+    for index, row in enumerate(step.rows):
+        TABLE.put(index, row.params)
+    metadata = engine.builder.build(0, step.common)
+    return [
+        forward(layer.impl, layer, query, data, metadata)
+        for layer, query, data in zip(engine.layers, step.queries, step.data, strict=True)
+    ]
+
+
+def run_stock(engine: Engine, step: Step) -> list[torch.Tensor]:
+    """Each layer's output of the stock backend for the whole batch."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
+
+    metadata = CPUAttentionMetadataBuilder.build(engine.builder, 0, step.common)
+    assert not hasattr(metadata, "sparse_plan")
+    return [
+        forward(engine.stock, layer, query, data, metadata)
+        for layer, query, data in zip(engine.layers, step.queries, step.data, strict=True)
+    ]
+
+
+def forward(impl: Any, layer: Any, query: torch.Tensor, data: Paged, metadata: Any) -> torch.Tensor:
+    output = torch.full_like(query, oracle.NAN)
+    unused = torch.full((query.shape[0], KV_HEADS, HEAD_SIZE), oracle.NAN)
+    returned = impl.forward(layer, query, unused, unused, data.kv_cache, metadata, output)
+    assert returned.data_ptr() == output.data_ptr()
+    return output
+
+
+def role(row: Row, layer: int) -> str:
+    """What the row does in a layer, by the rules of the notes: dense, flex or the layer whose list it reads."""
+    if row.prefilling:
+        method = row.params.prefill
+        return "flex" if method is not None and layer >= method.dense_layers else "dense"
+    decode = row.params.decode
+    if decode is None or row.context <= decode.budget_tokens:
+        return "dense"
+    assert isinstance(decode, Tidal)
+    first, again = decode.full_layers, decode.reselect_layers[0]
+    if layer <= first or layer == again:
+        return "dense"
+    return f"list {first if layer < again else again}"
+
+
+def allowed(step: Step, index: int, layer: int) -> torch.Tensor:
+    """Tokens that a row may read in a layer: bool, broadcasting to ``[heads, tokens, context]``."""
+    row, span = step.rows[index], step.span(index)
+    kind = role(row, layer)
+    if kind == "flex":
+        assert row.params.prefill is not None
+        query = step.queries[layer][span]
+        lists = row.params.prefill.select(query, step.data[layer].reader(index), SCALE, BLOCK)
+        return chunk_allowed(lists, row.tokens, row.context, HEADS)
+    if kind.startswith("list"):
+        assert row.params.decode is not None
+        source = int(kind.split()[1])
+        query = step.queries[source][span][0]
+        lists = row.params.decode.select(query, step.data[source].reader(index), SCALE, BLOCK)
+        count = lists.pages.shape[0]
+        kept = torch.stack([oracle.kept_positions(lists, list_row, row.context) for list_row in range(count)])
+        assert not bool(kept.all()), "a list must leave something out for this test to see it"
+        return kept.repeat_interleave(HEADS // count, dim=0).unsqueeze(1)
+    return oracle.causal_mask(row.tokens, row.context)
+
+
+def check(step: Step, outputs: list[torch.Tensor]) -> None:
+    for layer, output in enumerate(outputs):
+        data = step.data[layer]
+        for index in range(len(step.rows)):
+            span = step.span(index)
+            expected = oracle.attention(
+                step.queries[layer][span], data.keys[index], data.values[index], SCALE, allowed(step, index, layer)
+            )
+            oracle.assert_close(output[span], expected, f"layer {layer}, row {index}, {role(step.rows[index], layer)}")
+
+
+def test_t2_and_t4_a_mixed_step_equals_the_oracle_in_every_layer(engine: Engine, generator: torch.Generator) -> None:
+    """Dense layers are dense for any budget; sparse layers read exactly the list of the last selecting layer."""
+    step = make_step(MIXED, generator)
+    check(step, run(engine, step))
+
+
+def test_rows_in_any_order_equal_the_oracle(engine: Engine, generator: torch.Generator) -> None:
+    order = torch.randperm(len(MIXED), generator=generator).tolist()
+    step = make_step([MIXED[index] for index in order], generator)
+    check(step, run(engine, step))
+
+
+@pytest.mark.parametrize("row", MIXED, ids=lambda row: f"{row.tokens}-of-{row.context}")
+def test_a_row_alone_equals_the_oracle(engine: Engine, row: Row, generator: torch.Generator) -> None:
+    step = make_step([row], generator)
+    check(step, run(engine, step))
+
+
+def test_a_step_without_sparse_rows_is_the_stock_step_bit_for_bit(engine: Engine, generator: torch.Generator) -> None:
+    short = SparseParams(FLEX, Tidal(budget=1024), 0)
+    rows = [Row(1, 300), Row(1, 1000, short), Row(200, 900, prefilling=True), Row(100, 100, short, prefilling=True)]
+    step = make_step(rows, generator)
+    for sparse, stock in zip(run(engine, step), run_stock(engine, step), strict=True):
+        assert torch.equal(sparse, stock)
+
+
+def test_dense_rows_of_a_mixed_step_equal_the_stock_step(engine: Engine, generator: torch.Generator) -> None:
+    """Within rounding only: the kernel splits long contexts by the batch it schedules, which is smaller here."""
+    step = make_step(MIXED, generator)
+    for layer, (sparse, stock) in enumerate(zip(run(engine, step), run_stock(engine, step), strict=True)):
+        for index, row in enumerate(MIXED):
+            if role(row, layer) == "dense":
+                span = step.span(index)
+                assert oracle.relative_error(sparse[span], stock[span]) < 2e-6
+
+
+def test_t9_steps_are_independent(engine: Engine, generator: torch.Generator) -> None:
+    """A step gives the same whether or not another ran before."""
+    first, second = make_step(MIXED, generator), make_step(MIXED, generator)
+    alone = run(engine, second)
+    run(engine, first)
+    after = run(engine, second)
+    assert all(torch.equal(one, other) for one, other in zip(alone, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (Row(255, 900, SparseParams(FLEX), prefilling=True), "short_chunk"),
+        (Row(300, 900, SparseParams(FLEX, None, 901), prefilling=True), "short_context"),
+        (Row(1, 128, SparseParams(None, TIDAL)), "short_context"),
+        (Row(1, 900, SparseParams(None, TIDAL, 901)), "short_context"),
+    ],
+)
+def test_short_rows_run_dense_and_are_counted(
+    engine: Engine, row: Row, reason: str, generator: torch.Generator
+) -> None:
+    phase, method = ("prefill", "flexprefill") if row.prefilling else ("decode", "tidal")
+    labels = {"phase": phase, "method": method, "reason": reason}
+
+    def count() -> float:
+        return REGISTRY.get_sample_value("vllm_sparse_fallbacks_total", labels) or 0.0
+
+    step = make_step([row, Row(1, 40)], generator)
+    before = count()
+    run(engine, step)
+    assert count() == before + 1
+    for sparse, stock in zip(run(engine, step), run_stock(engine, step), strict=True):
+        assert torch.equal(sparse, stock)
+
+
+def test_a_request_of_the_other_phase_only_is_dense_in_this_one(engine: Engine, generator: torch.Generator) -> None:
+    rows = [Row(1, 900, SparseParams(FLEX)), Row(300, 900, SparseParams(None, TIDAL), prefilling=True)]
+    step = make_step(rows, generator)
+    for sparse, stock in zip(run(engine, step), run_stock(engine, step), strict=True):
+        assert torch.equal(sparse, stock)
+
+
+@pytest.mark.parametrize("feature", ["alibi", "soft-cap"])
+def test_unsupported_layers_are_refused(engine: Engine, feature: str) -> None:
+    from vllm.config import set_current_vllm_config
+
+    from vllm_sparse.backend.cpu import SparseCpuImpl
+
+    slopes = [0.5] * HEADS if feature == "alibi" else None
+    cap = 30.0 if feature == "soft-cap" else None
+    words = "ALiBi" if feature == "alibi" else "soft cap"
+    with set_current_vllm_config(engine.config), pytest.raises(ValueError, match=words):
+        SparseCpuImpl(HEADS, HEAD_SIZE, SCALE, KV_HEADS, slopes, None, "auto", cap)

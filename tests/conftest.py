@@ -1,0 +1,26 @@
+"""Fresh random inputs: a seed drawn per test, shown with a failure, and settable with ``--seed``."""
+
+from __future__ import annotations
+
+import secrets
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(2)
+hypothesis.settings.register_profile("shared", deadline=None, max_examples=25, print_blob=True)
+hypothesis.settings.load_profile("shared")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=None, help="seed of the random inputs, as a failure prints it")
+
+
+@pytest.fixture
+def generator(request: pytest.FixtureRequest) -> torch.Generator:
+    """Random numbers; the seed is in the captured output of a failing test."""
+    given: int | None = request.config.getoption("--seed")
+    seed = secrets.randbits(32) if given is None else given
+    print(f"random inputs: --seed {seed}")
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,78 @@
+"""The methods that the shared tests run over: each method enters with several settings, in one line each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from vllm_sparse.methods.base import DecodeMethod, PrefillMethod
+from vllm_sparse.methods.flexprefill import FlexPrefill
+from vllm_sparse.methods.tidal import Tidal
+
+
+@dataclass(frozen=True)
+class PrefillCase:
+    """A prefill method with settings.
+
+    Attributes:
+        name: test id.
+        method: the instance.
+        keeps_sink: it promises the first page to every row.
+    """
+
+    name: str
+    method: PrefillMethod
+    keeps_sink: bool = True
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """A decode method with settings.
+
+    Attributes:
+        name: test id.
+        method: the instance.
+        sink_tokens: first tokens that it promises.
+        recent_tokens: last tokens that it promises, the newest included.
+        lists_per_kv_head: rows of a list, as a function of the group size: 1, or 0 for one row per query head.
+    """
+
+    name: str
+    method: DecodeMethod
+    sink_tokens: int
+    recent_tokens: int
+    lists_per_kv_head: int = 1
+
+
+PREFILL = [
+    PrefillCase("flex-default", FlexPrefill()),
+    PrefillCase("flex-sparse", FlexPrefill(gamma=0.3, min_budget=0)),
+    PrefillCase("flex-sparse-lines-only", FlexPrefill(gamma=0.5, tau=0.0, min_budget=128)),
+    PrefillCase("flex-pooled-only", FlexPrefill(gamma=0.4, tau=1.0, min_budget=0)),
+    PrefillCase("flex-capped", FlexPrefill(gamma=0.99, min_budget=0, max_budget=256)),
+    PrefillCase("flex-faithful", FlexPrefill(gamma=0.5, min_budget=256, faithful=True)),
+    PrefillCase("flex-faithful-pooled", FlexPrefill(gamma=0.5, tau=1.0, min_budget=0, faithful=True)),
+    PrefillCase("flex-dense", FlexPrefill(gamma=1.0)),
+]
+PREFILL_DENSE = [
+    PrefillCase("flex-gamma-1", FlexPrefill(gamma=1.0)),
+    PrefillCase("flex-gamma-1-faithful", FlexPrefill(gamma=1.0, faithful=True)),
+    PrefillCase("flex-min-budget", FlexPrefill(gamma=0.1, tau=0.0, min_budget=1 << 24)),
+]
+DECODE = [
+    DecodeCase("tidal-default", Tidal(), 16, 64),
+    DecodeCase("tidal-small", Tidal(budget=128), 16, 64),
+    DecodeCase("tidal-query-head", Tidal(budget=96, lists="query_head"), 16, 64, 0),
+    DecodeCase("tidal-nothing-forced", Tidal(budget=64, sink_tokens=0, recent_tokens=0), 0, 1),
+    DecodeCase("tidal-odd-forced", Tidal(budget=200, sink_tokens=5, recent_tokens=129), 5, 129),
+    DecodeCase("tidal-all-forced", Tidal(budget=160, sink_tokens=80, recent_tokens=80), 80, 80),
+    DecodeCase("tidal-minimum", Tidal(budget=16, sink_tokens=0, recent_tokens=3, lists="query_head"), 0, 3, 0),
+]
+DECODE_DENSE = [
+    DecodeCase("tidal-budget", Tidal(budget=1 << 24), 16, 64),
+    DecodeCase("tidal-budget-query-head", Tidal(budget=1 << 24, lists="query_head"), 16, 64, 0),
+]
+
+prefill_cases = pytest.mark.parametrize("case", PREFILL, ids=lambda case: case.name)
+decode_cases = pytest.mark.parametrize("case", DECODE, ids=lambda case: case.name)

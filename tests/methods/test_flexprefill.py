@@ -1,0 +1,346 @@
+"""FlexPrefill: the properties F1 to F11 of the notes, in strict mode, and the faithful mode."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import oracle
+from tests.methods import flex_reference as reference
+from tests.methods.test_matrix import attend_chunk, chunk_allowed, same_lists
+from tests.oracle import EXECUTING, PLAIN, SELECTING, Paged, Platform
+from vllm_sparse.methods.flexprefill import (
+    FlexPrefill,
+    coverage_count,
+    jensen_shannon_distance,
+    top_mask,
+)
+
+SCALE = 0.11
+B = 128
+FARTHEST = math.sqrt(math.log(2))
+# Whole prompts and chunks; chunk starts on the key grid and off it.
+CHUNKS = [(1000, 1000), (1024, 1024), (512, 1024), (300, 1000), (257, 1153), (129, 700)]
+# Reference and method differ by float32 rounding: the set for gamma lies between the reference's sets around it.
+SLACK = 1e-4
+
+
+def peaked(
+    platform: Platform, generator: torch.Generator, chunk: int, context: int, heads: int, kv_heads: int
+) -> tuple[torch.Tensor, Paged]:
+    """A request whose attention has columns, diagonals and noise, so that no family is trivial."""
+    head_size = 32
+    keys = oracle.random_tensor(platform, generator, kv_heads, context, head_size)
+    query = oracle.random_tensor(platform, generator, chunk, heads, head_size)
+    hot = torch.randint(0, context, (5,), generator=generator)
+    keys[:, hot] += 1.5
+    query += 1.0
+    query += 1.5 * keys[:, context - chunk :].transpose(0, 1).repeat_interleave(heads // kv_heads, dim=1)
+    data = oracle.paged(platform, [keys], [oracle.random_tensor(platform, generator, *keys.shape)], 64, generator)
+    return query, data
+
+
+def block_mask(method: FlexPrefill, query: torch.Tensor, data: Paged, request: int = 0) -> torch.Tensor:
+    return method.block_mask(query, data.reader(request), SCALE).cpu()
+
+
+def assert_between(low: torch.Tensor, mask: torch.Tensor, high: torch.Tensor, what: str) -> None:
+    """Low is within mask is within high."""
+    assert not bool((low & ~mask).any()), f"{what}: blocks are missing: {(low & ~mask).nonzero().tolist()}"
+    assert not bool((mask & ~high).any()), f"{what}: blocks too many: {(mask & ~high).nonzero().tolist()}"
+
+
+@pytest.mark.parametrize("platform", EXECUTING)
+@pytest.mark.parametrize(("chunk", "context"), CHUNKS)
+def test_f1_gamma_of_one_is_dense(platform: Platform, chunk: int, context: int, generator: torch.Generator) -> None:
+    query, data = peaked(platform, generator, chunk, context, 4, 2)
+    causal = oracle.causal_mask(chunk, context)
+    dense = oracle.attention(query, data.keys[0], data.values[0], SCALE, causal)
+    for page in platform.page_sizes(data.block_size):
+        lists = FlexPrefill(gamma=1.0).select(query, data.reader(0), SCALE, page)
+        assert torch.equal(chunk_allowed(lists, chunk, context, 4), causal.expand(4, -1, -1))
+        oracle.assert_close(attend_chunk(lists, data, 0, query), dense)
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+@pytest.mark.parametrize("faithful", [False, True], ids=["strict", "faithful"])
+def test_f2_min_budget_of_the_context_is_dense(platform: Platform, faithful: bool, generator: torch.Generator) -> None:
+    for chunk, context in CHUNKS:
+        query, data = peaked(platform, generator, chunk, context, 4, 2)
+        method = FlexPrefill(gamma=0.05, tau=0.0, min_budget=context, faithful=faithful)
+        lists = method.select(query, data.reader(0), SCALE, 16)
+        causal = oracle.causal_mask(chunk, context).expand(4, -1, -1)
+        assert torch.equal(chunk_allowed(lists, chunk, context, 4), causal), f"{chunk} of {context}"
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+@pytest.mark.parametrize("tau", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("faithful", [False, True], ids=["strict", "faithful"])
+def test_f3_sink_and_diagonal_are_kept_and_nothing_above_it(
+    platform: Platform, tau: float, faithful: bool, generator: torch.Generator
+) -> None:
+    for chunk, context in CHUNKS:
+        query, data = peaked(platform, generator, chunk, context, 4, 2)
+        mask = block_mask(FlexPrefill(gamma=0.1, tau=tau, min_budget=0, faithful=faithful), query, data)
+        for block in range(mask.shape[1]):
+            first = context - chunk + block * B
+            last = min(first + B, context) - 1
+            assert bool(mask[:, block, 0].all())
+            assert bool(mask[:, block, first // B : last // B + 1].all()), f"{chunk} of {context}, query block {block}"
+            assert not bool(mask[:, block, last // B + 1 :].any()), f"{chunk} of {context}, query block {block}"
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+@pytest.mark.parametrize("gamma", [0.3, 0.7, 0.95])
+@pytest.mark.parametrize(("chunk", "context"), CHUNKS)
+def test_f4_and_f5_the_lines_cover_gamma_with_no_block_too_many(
+    platform: Platform, gamma: float, chunk: int, context: int, generator: torch.Generator
+) -> None:
+    """Against the float64 transcription, which includes every block that a band touches and nothing else."""
+    query, data = peaked(platform, generator, chunk, context, 2, 1)
+    mask = block_mask(FlexPrefill(gamma=gamma, tau=0.0, min_budget=0), query, data)
+    always = reference.forced(chunk, context)
+    for head in range(2):
+        low = reference.strict_lines(query, data.keys[0], head, SCALE, gamma - SLACK) | always
+        high = reference.strict_lines(query, data.keys[0], head, SCALE, gamma + SLACK) | always
+        assert_between(low, mask[head], high, f"head {head}")
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+@pytest.mark.parametrize("gamma", [0.5, 0.9])
+@pytest.mark.parametrize(("chunk", "context"), CHUNKS)
+def test_f4_the_list_covers_gamma_of_the_sample(
+    platform: Platform, gamma: float, chunk: int, context: int, generator: torch.Generator
+) -> None:
+    """Measured on the exported tokens: mean mass of the sampled rows, for every head."""
+    query, data = peaked(platform, generator, chunk, context, 4, 2)
+    lists = FlexPrefill(gamma=gamma, tau=0.0, min_budget=0).select(query, data.reader(0), SCALE, 64)
+    kept = chunk_allowed(lists, chunk, context, 4)[:, -B:]
+    rows = kept.shape[1]
+    mass = oracle.probabilities(query[-B:], data.keys[0], SCALE, oracle.causal_mask(rows, context))
+    covered = (mass * kept).sum(2).mean(1)
+    assert float(covered.min()) >= gamma - 1e-5, covered
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+@pytest.mark.parametrize("gamma", [0.3, 0.7, 0.95])
+@pytest.mark.parametrize(("chunk", "context"), CHUNKS)
+def test_f4_and_f5_the_pooled_map_covers_gamma_with_no_block_too_many(
+    platform: Platform, gamma: float, chunk: int, context: int, generator: torch.Generator
+) -> None:
+    query, data = peaked(platform, generator, chunk, context, 2, 1)
+    mask = block_mask(FlexPrefill(gamma=gamma, tau=1.0, min_budget=0), query, data)
+    always = reference.forced(chunk, context)
+    for head in range(2):
+        low = reference.strict_pooled(query, data.keys[0], head, SCALE, gamma - SLACK) | always
+        high = reference.strict_pooled(query, data.keys[0], head, SCALE, gamma + SLACK) | always
+        assert_between(low, mask[head], high, f"head {head}")
+
+
+@given(
+    masses=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=60).filter(lambda masses: sum(masses) > 1e-3),
+    gamma=st.floats(0.01, 0.999),
+)
+def test_f5_the_cumulative_list_is_the_shortest(masses: list[float], gamma: float) -> None:
+    mass = torch.tensor([masses], dtype=torch.float64)
+    mass /= mass.sum()
+    keep = top_mask(mass, coverage_count(mass, gamma))
+    covered = float(mass[keep].sum())
+    assert covered >= gamma - 1e-12
+    assert covered - float(mass[keep].min()) < gamma + 1e-12
+    assert float(mass[keep].min()) >= float(mass[~keep].max()) if bool((~keep).any()) else True
+
+
+@given(low=st.floats(0.05, 0.99), high=st.floats(0.05, 0.99), budget=st.integers(0, 700), faithful=st.booleans())
+@pytest.mark.parametrize("tau", [0.0, 1.0], ids=["lines", "pooled"])
+def test_f6_more_gamma_or_budget_keeps_more(tau: float, low: float, high: float, budget: int, faithful: bool) -> None:
+    query, data = peaked(PLAIN, torch.Generator().manual_seed(budget), 400, 900, 2, 1)
+    low, high = sorted((low, high))
+
+    def mask(gamma: float, min_budget: int) -> torch.Tensor:
+        return block_mask(FlexPrefill(gamma=gamma, tau=tau, min_budget=min_budget, faithful=faithful), query, data)
+
+    least = mask(low, 0)
+    assert not bool((least & ~mask(high, 0)).any())
+    assert not bool((least & ~mask(low, budget)).any())
+
+
+def test_f6_ties_go_to_the_lower_index() -> None:
+    keep = top_mask(torch.tensor([[0.2, 0.3, 0.2, 0.3, 0.2]]), torch.tensor([3]))
+    assert keep.tolist() == [[True, True, False, True, False]]
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=30))
+def test_f7_the_distance_is_symmetric_and_bounded(pairs: list[tuple[float, float]]) -> None:
+    both = torch.tensor(pairs, dtype=torch.float64).T + torch.tensor([[0.0], [0.0]])
+    both = torch.nn.functional.pad(both, (0, 1), value=0.1)
+    first, second = (both / both.sum(1, keepdim=True)).unsqueeze(1)
+    forward = float(jensen_shannon_distance(first, second))
+    assert forward == pytest.approx(float(jensen_shannon_distance(second, first)), abs=1e-9)
+    assert 0 <= forward <= FARTHEST + 1e-9
+    assert float(jensen_shannon_distance(first, first)) == pytest.approx(0, abs=1e-6)
+
+
+def test_f7_disjoint_distributions_are_farthest_and_zeros_are_guarded() -> None:
+    first, second = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    assert float(jensen_shannon_distance(first, second)) == pytest.approx(FARTHEST)
+    # The official code computes 0 * log 0, whose NaN compares false: never query-aware.
+    assert float(jensen_shannon_distance(first, second, guard_zeros=False)) == math.inf
+
+
+def test_f7_tau_switches_the_pattern(generator: torch.Generator) -> None:
+    """Zero never trusts the pooled map, 1 always does, and in between the float64 distance decides."""
+    query, data = peaked(PLAIN, generator, 700, 1000, 2, 1)
+    gamma = 0.6
+    masks = {tau: block_mask(FlexPrefill(gamma=gamma, tau=tau, min_budget=0), query, data) for tau in (0.0, 1.0)}
+    assert not torch.equal(masks[0.0], masks[1.0]), "the patterns must differ for this test to tell them apart"
+    for head in range(2):
+        distance = reference.sample(query, data.keys[0], head, SCALE).js_distance
+        for tau in (distance * 0.999, distance * 1.001):
+            mask = block_mask(FlexPrefill(gamma=gamma, tau=min(tau, 1.0), min_budget=0), query, data)
+            assert torch.equal(mask[head], masks[1.0 if tau > distance else 0.0][head])
+
+
+def test_f7_identical_keys_in_each_block_are_query_aware(generator: torch.Generator) -> None:
+    """Then pooling loses nothing, and the pooled map is trusted at the smallest tau."""
+    context = 1024
+    blocks = oracle.random_tensor(PLAIN, generator, 1, context // B, 32)
+    blocks[:, -1] = -2.0
+    keys = blocks.repeat_interleave(B, dim=1)
+    query = (oracle.random_tensor(PLAIN, generator, 1, 2, 32) + 2.0).expand(context, -1, -1).contiguous()
+    data = oracle.paged(PLAIN, [keys], [keys], 32, generator)
+    pooled = block_mask(FlexPrefill(gamma=0.6, tau=1.0, min_budget=0), query, data)
+    assert torch.equal(block_mask(FlexPrefill(gamma=0.6, tau=0.01, min_budget=0), query, data), pooled)
+
+
+@pytest.mark.parametrize("min_budget", [0, 256, 500])
+@pytest.mark.parametrize("faithful", [False, True], ids=["strict", "faithful"])
+def test_f8_a_sink_head_keeps_forced_blocks_and_the_minimum(
+    min_budget: int, faithful: bool, generator: torch.Generator
+) -> None:
+    context = 1024
+    keys = torch.zeros(1, context, 32)
+    keys[:, 0] = 1.0
+    query = torch.ones(context, 1, 32)
+    data = oracle.paged(PLAIN, [keys], [keys], 32, generator)
+    method = FlexPrefill(gamma=0.95, tau=0.0, min_budget=min_budget, faithful=faithful)
+    mask = method.block_mask(query, data.reader(0), 30.0)[0]
+    expected = reference.forced(context, context)
+    if faithful:
+        # The official scale, 1/sqrt(head_size), leaves this head less sharp; only the forced blocks are certain.
+        assert bool(mask[expected].all())
+        return
+    floor = max(-(-min_budget // B), 1)
+    # All columns but the first and all bands but the farthest tie at no mass: the lower index wins.
+    columns, bands = list(range(floor)), [7, *range(floor - 1)]
+    for row in range(8):
+        expected[row, [column for column in columns if column <= row]] = True
+        for band in bands:
+            # A band of 128 distances reaches back into the block before its own.
+            expected[row, [block for block in (row - band - 1, row - band) if block >= 0]] = True
+    assert torch.equal(mask, expected), (mask.int(), expected.int())
+
+
+@pytest.mark.parametrize("platform", EXECUTING)
+@pytest.mark.parametrize("offset", [0, 1, 200, 384])
+def test_f8_a_diagonal_head_is_followed(platform: Platform, offset: int, generator: torch.Generator) -> None:
+    """Each query attends to the key at one distance: few blocks, no error."""
+    context, chunk, start = 1536, 1100, 436
+    keys = oracle.random_tensor(platform, generator, 1, context, 64)
+    values = oracle.random_tensor(platform, generator, 1, context, 64)
+    query = (keys[0, start - offset : context - offset].unsqueeze(1) * 8).contiguous()
+    data = oracle.paged(platform, [keys], [values], 64, generator)
+    lists = FlexPrefill(gamma=0.9, tau=0.0, min_budget=0).select(query, data.reader(0), SCALE, 64)
+    allowed = chunk_allowed(lists, chunk, context, 1)
+    # The first block, the diagonal and one or two bands.
+    assert int(allowed.sum(2).max()) <= 7 * B
+    dense = oracle.attention(query, keys, values, SCALE, oracle.causal_mask(chunk, context))
+    # Logits near 60 cost float32 a few more bits than the shared tolerance allows for.
+    error = oracle.relative_error(attend_chunk(lists, data, 0, query), dense)
+    assert error <= max(1e-4, 2 * oracle.TOLERANCE[platform.dtype])
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+def test_f9_selection_is_invariant(platform: Platform, generator: torch.Generator) -> None:
+    """Physical order, block size and neighbours leave the block map unchanged bit for bit, in every mode."""
+    keys = oracle.random_tensor(platform, generator, 2, 1153, 32)
+    query = oracle.random_tensor(platform, generator, 400, 4, 32, spread=3)
+    for method in (FlexPrefill(gamma=0.5, min_budget=0), FlexPrefill(gamma=0.5, tau=1.0, min_budget=0, faithful=True)):
+        expected: torch.Tensor | None = None
+        for block_size in (16, 32, 48, 64, 128, 256):
+            neighbour = oracle.random_tensor(platform, generator, 2, 333, 32)
+            data = oracle.paged(platform, [neighbour, keys], [neighbour, keys], block_size, generator)
+            mask = block_mask(method, query, data, request=1)
+            expected = mask if expected is None else expected
+            assert torch.equal(mask, expected), f"block size {block_size}"
+
+
+@pytest.mark.parametrize("platform", EXECUTING)
+@pytest.mark.parametrize("gamma", [0.3, 0.6])
+def test_f10_the_error_is_bounded_by_the_uncovered_mass(
+    platform: Platform, gamma: float, generator: torch.Generator
+) -> None:
+    chunk, context, heads = 300, 1500, 4
+    query, data = peaked(platform, generator, chunk, context, heads, 2)
+    lists = FlexPrefill(gamma=gamma, tau=0.0, min_budget=0).select(query, data.reader(0), SCALE, 64)
+    kept = chunk_allowed(lists, chunk, context, heads)
+    causal = oracle.causal_mask(chunk, context)
+    missed = (oracle.probabilities(query, data.keys[0], SCALE, causal) * ~kept).sum(2).T
+    dense = oracle.attention(query, data.keys[0], data.values[0], SCALE, causal)
+    error = (attend_chunk(lists, data, 0, query).double().cpu() - dense).abs().amax(2)
+    largest_value = float(data.values[0].abs().max())
+    assert float(missed[-B:].max()) > 0.01, "the bound must bind for this test to say anything"
+    slack = 4 * oracle.TOLERANCE[platform.dtype] * largest_value
+    assert bool((error <= 2 * missed * largest_value + slack).all())
+
+
+@pytest.mark.parametrize("platform", EXECUTING)
+def test_f11_output_equals_the_softmax_over_the_exported_set(platform: Platform, generator: torch.Generator) -> None:
+    """The shared matrix tests this over all settings; here on a map with structure, at chunk starts off the grid."""
+    for chunk, context in CHUNKS:
+        query, data = peaked(platform, generator, chunk, context, 4, 2)
+        lists = FlexPrefill(gamma=0.5, min_budget=0).select(query, data.reader(0), SCALE, 64)
+        allowed = chunk_allowed(lists, chunk, context, 4)
+        expected = oracle.attention(query, data.keys[0], data.values[0], SCALE, allowed)
+        oracle.assert_close(attend_chunk(lists, data, 0, query), expected, f"{chunk} of {context}")
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+@pytest.mark.parametrize("length", [1024, 1000, 1153, 300])
+@pytest.mark.parametrize("tau", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("min_budget", [0, 300])
+def test_faithful_mode_reproduces_the_official_counts(
+    platform: Platform, length: int, tau: float, min_budget: int, generator: torch.Generator
+) -> None:
+    query, data = peaked(platform, generator, length, length, 2, 1)
+    for gamma in (0.4, 0.9):
+        method = FlexPrefill(gamma=gamma, tau=tau, min_budget=min_budget, faithful=True)
+        # The model's scale must not matter: the official code samples with its own.
+        mask = method.block_mask(query, data.reader(0), 123.0).cpu()
+        for head in range(2):
+            low = reference.faithful(query, data.keys[0], head, gamma - 1e-5, tau, min_budget)
+            high = reference.faithful(query, data.keys[0], head, gamma + 1e-5, tau, min_budget)
+            assert_between(low, mask[head], high, f"gamma {gamma}, head {head}")
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+def test_max_budget_caps_each_family(platform: Platform, generator: torch.Generator) -> None:
+    query, data = peaked(platform, generator, 128, 1024, 1, 1)
+    mask = block_mask(FlexPrefill(gamma=0.99, tau=0.0, min_budget=0, max_budget=128), query, data)
+    # One column, one band over two blocks, the first block and the own block.
+    assert int(mask.sum()) <= 5
+
+
+def test_strict_lists_ignore_what_lies_behind_the_context(generator: torch.Generator) -> None:
+    """A reader of a shorter context over the same pages selects as if the rest did not exist."""
+    keys = oracle.random_tensor(PLAIN, generator, 1, 1000, 32)
+    query = oracle.random_tensor(PLAIN, generator, 300, 2, 32, spread=3)
+    whole = oracle.paged(PLAIN, [keys], [keys], 64, generator)
+    part = oracle.paged(PLAIN, [keys[:, :777]], [keys[:, :777]], 64, generator)
+    method = FlexPrefill(gamma=0.4, min_budget=0)
+    reader = PLAIN.keys_of(whole.kv_cache, whole.block_table[0], 777)
+    assert same_lists(method.select(query, reader, SCALE, 16), method.select(query, part.reader(0), SCALE, 16))

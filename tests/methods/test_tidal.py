@@ -1,0 +1,232 @@
+"""TidalDecode: the properties T1 to T7 of the notes that concern its lists; the layers are in ``tests/backend``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import oracle
+from tests.methods.test_matrix import SCALE as EXECUTED_SCALE
+from tests.methods.test_matrix import attend_newest, same_lists
+from tests.oracle import EXECUTING, PLAIN, SELECTING, Paged, Platform
+from vllm_sparse.methods.tidal import Tidal
+
+SCALE = 0.15
+
+
+def kept(method: Tidal, query: torch.Tensor, data: Paged, page: int = 1, scale: float = SCALE) -> list[set[int]]:
+    """Token positions of each list."""
+    lists = method.select(query, data.reader(0), scale, page)
+    context = data.keys[0].shape[1]
+    return [
+        set(oracle.kept_positions(lists, row, context).nonzero().flatten().tolist())
+        for row in range(lists.pages.shape[0])
+    ]
+
+
+def ranked(scores: torch.Tensor) -> list[int]:
+    """Positions by falling score, ties to the lower position."""
+    return sorted(range(scores.shape[0]), key=lambda position: (-float(scores[position]), position))
+
+
+def logits(query: torch.Tensor, data: Paged) -> torch.Tensor:
+    """Float64 ``[query_heads, context]``."""
+    return torch.einsum("hd,hkd->hk", query.double().cpu(), oracle.expand(data.keys[0], query.shape[0]))
+
+
+def faithful(budget: int, lists: str = "query_head", **knobs: int) -> Tidal:
+    return Tidal(budget=budget, lists=lists, **{"sink_tokens": 0, "recent_tokens": 0, **knobs})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("platform", EXECUTING)
+@pytest.mark.parametrize("lists", ["kv_head", "query_head"])
+@pytest.mark.parametrize("context", [16, 100, 129])
+def test_t1_a_budget_of_the_context_is_dense(
+    platform: Platform, lists: str, context: int, generator: torch.Generator
+) -> None:
+    data = oracle.random_paged(platform, generator, [context], 2, 64, 32)
+    query = oracle.random_tensor(platform, generator, 8, 64)
+    everything = torch.ones(context, dtype=torch.bool)
+    dense = oracle.attention(query.unsqueeze(0), data.keys[0], data.values[0], EXECUTED_SCALE, everything)
+    for page in platform.page_sizes(32):
+        chosen = faithful(context, lists).select(query, data.reader(0), SCALE, page)
+        assert chosen.kept_tokens.tolist() == [context] * chosen.pages.shape[0]
+        oracle.assert_close(attend_newest(chosen, data, 0, query), dense[0])
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+@pytest.mark.parametrize("context", [17, 129, 1000, 4099])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (8, 2), (7, 1)])
+def test_t3_the_list_holds_the_largest_scores(
+    platform: Platform, context: int, heads: int, kv_heads: int, generator: torch.Generator
+) -> None:
+    """The newest token and the budget's largest others, per query head; exact ties may go either way here."""
+    data = oracle.random_paged(platform, generator, [context], kv_heads, 32, 64)
+    query = oracle.random_tensor(platform, generator, heads, 32)
+    budget = min(context, 64)
+    scores = logits(query, data)
+    for head, tokens in enumerate(kept(faithful(budget), query, data)):
+        assert len(tokens) == budget
+        assert context - 1 in tokens
+        others = tokens - {context - 1}
+        expected = [position for position in ranked(scores[head]) if position != context - 1][: budget - 1]
+        if others != set(expected):
+            # Only entries within float32 rounding of the cut may differ.
+            cut = float(scores[head, expected[-1]])
+            apart = [float(scores[head, position]) - cut for position in others ^ set(expected)]
+            assert max(map(abs, apart)) < 1e-4 * (1 + abs(cut)), apart
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+@pytest.mark.parametrize("context", [100, 1000, 4099])
+def test_t3_ties_go_to_the_lower_position(platform: Platform, context: int, generator: torch.Generator) -> None:
+    """Integer keys and a zero query part: many exactly equal scores, on both sides of the cut."""
+    keys = torch.randint(0, 2, (1, context, 32), generator=generator).to(platform.dtype).to(platform.device)
+    keys[:, :, 1:] = 0
+    data = oracle.paged(platform, [keys], [keys], 64, generator)
+    query = torch.ones(1, 32, dtype=platform.dtype, device=platform.device)
+    expected = [position for position in ranked(logits(query, data)[0]) if position != context - 1][:31]
+    assert sorted(kept(faithful(32), query, data)[0]) == sorted([*expected, context - 1])
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+@pytest.mark.parametrize("lists", ["kv_head", "query_head"])
+def test_t3_a_sharp_head_still_ranks_its_small_scores(
+    platform: Platform, lists: str, generator: torch.Generator
+) -> None:
+    """Probabilities that underflow float32 to 0 must not lose their order: softmax is monotone in the scores."""
+    context, budget = 1000, 64
+    # Distinct integer scores, one key per value, so that most probabilities underflow.
+    keys = torch.zeros(1, context, 32)
+    order = torch.randperm(context, generator=generator)
+    keys[0, :, 0], keys[0, :, 1] = (order // 32).float(), (order % 32).float()
+    keys = keys.to(platform.dtype).to(platform.device)
+    data = oracle.paged(platform, [keys], [keys], 64, generator)
+    query = torch.zeros(1, 32, dtype=platform.dtype, device=platform.device)
+    query[0, 0], query[0, 1] = 32, 1
+    expected = [position for position in ranked(logits(query, data)[0]) if position != context - 1][: budget - 1]
+    assert kept(faithful(budget, lists), query, data, scale=4.0)[0] == {*expected, context - 1}
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+@pytest.mark.parametrize("lists", ["kv_head", "query_head"])
+@pytest.mark.parametrize("page", [1, 16, 64])
+def test_t5_forced_tokens_are_in_every_list(
+    platform: Platform, lists: str, page: int, generator: torch.Generator
+) -> None:
+    """Even where the scores are against them."""
+    context, sink, recent = 1000, 21, 37
+    keys = oracle.random_tensor(platform, generator, 2, context, 32)
+    keys[:, :sink] = -9
+    keys[:, -recent:] = -9
+    data = oracle.paged(platform, [keys], [keys], 64, generator)
+    query = torch.ones(4, 32, dtype=platform.dtype, device=platform.device)
+    forced = set(range(sink)) | set(range(context - recent, context))
+    method = Tidal(budget=64, sink_tokens=sink, recent_tokens=recent, lists=lists)  # type: ignore[arg-type]
+    for tokens in kept(method, query, data, page):
+        assert forced <= tokens
+    for tokens in kept(faithful(64, lists), query, data):
+        assert tokens & forced == {context - 1}, "without forcing only the newest token is certain"
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+@pytest.mark.parametrize("page", [1, 16])
+def test_t6_merged_lists_equal_per_head_lists_without_groups(
+    platform: Platform, page: int, generator: torch.Generator
+) -> None:
+    data = oracle.random_paged(platform, generator, [777], 4, 32, 64)
+    query = oracle.random_tensor(platform, generator, 4, 32)
+    merged, single = (Tidal(budget=96, lists=lists) for lists in ("kv_head", "query_head"))
+    reader = data.reader(0)
+    assert same_lists(merged.select(query, reader, SCALE, page), single.select(query, reader, SCALE, page))
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+def test_t6_heads_are_merged_by_probability(platform: Platform, generator: torch.Generator) -> None:
+    """A head with large logits must not drown its neighbour, whose probabilities are the sharper ones."""
+    context = 600
+    data = oracle.random_paged(platform, generator, [context], 1, 32, 64)
+    query = oracle.random_tensor(platform, generator, 2, 32, spread=2)
+    # An offset common to all keys raises a head's logits and leaves its probabilities alone.
+    data.keys[0][:, :, 0] = 8
+    query[0, 0] = 50
+    data = oracle.paged(platform, data.keys, data.values, 64, generator)
+    everything = torch.ones(context, dtype=torch.bool)
+    best = oracle.probabilities(query.unsqueeze(0), data.keys[0], SCALE, everything)[:, 0].amax(0)
+    tokens = kept(faithful(40, "kv_head"), query, data)[0]
+    others = tokens - {context - 1}
+    threshold = sorted(best[:-1].tolist(), reverse=True)[38]
+    assert all(float(best[position]) >= threshold * (1 - 1e-3) for position in others)
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+@pytest.mark.parametrize("page", [16, 48])
+def test_t7_a_page_is_worth_its_best_token(platform: Platform, page: int, generator: torch.Generator) -> None:
+    """The page lists follow from the token scores by one rule, of which pages of one token are the special case."""
+    context, budget = 1000, 192
+    data = oracle.random_paged(platform, generator, [context], 1, 32, page)
+    query = oracle.random_tensor(platform, generator, 1, 32)
+    for size in (1, page):
+        scores = [float(part.max()) for part in torch.split(logits(query, data)[0], size)]
+        order = sorted(range(len(scores) - 1), key=lambda index: -scores[index])
+        count = -(-budget // size)
+        expected = sorted([*order[: count - 1], len(scores) - 1])
+        lists = faithful(budget).select(query, data.reader(0), SCALE, size)
+        assert oracle.live_pages(lists, 0) == expected, f"pages of {size}"
+
+
+@pytest.mark.parametrize(
+    ("layers", "select"),
+    [(32, {2, 13}), (16, {1, 6}), (8, {1, 3}), (64, {4, 26}), (80, {5, 32}), (4, {1, 2}), (2, {1})],
+)
+def test_default_roles_scale_the_papers_layers(layers: int, select: set[int]) -> None:
+    roles = Tidal().layer_roles(layers)
+    first = min(select)
+    expected = ["dense"] * first + ["select" if n in select else "reuse" for n in range(first, layers)]
+    assert roles == expected
+
+
+@given(layers=st.integers(2, 128))
+def test_a_list_is_chosen_before_it_is_read(layers: int) -> None:
+    roles = Tidal().layer_roles(layers)
+    assert len(roles) == layers
+    assert roles[0] == "dense"
+    assert set(roles) <= {"dense", "select", "reuse"}
+    assert "select" in roles
+    if "reuse" in roles:
+        assert roles.index("select") < roles.index("reuse")
+    assert "dense" not in roles[roles.index("select") :]
+
+
+def test_roles_follow_the_knobs() -> None:
+    roles = Tidal(full_layers=0, reselect_layers=(3, 5)).layer_roles(7)
+    assert roles == ["select", "reuse", "reuse", "select", "reuse", "select", "reuse"]
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (Tidal(full_layers=8), "full_layers is 8; this model has 8 layers, so 0 to 7 are allowed"),
+        (Tidal(reselect_layers=(8,)), "reselect_layers holds 8; this model has 8 layers.*layers 2 to 7 are allowed"),
+        (Tidal(full_layers=3, reselect_layers=(3,)), "reselect_layers holds 3.*layers 4 to 7 are allowed"),
+        (Tidal(reselect_layers=(-1,)), "reselect_layers holds -1"),
+    ],
+)
+def test_layers_that_the_model_lacks_are_refused(method: Tidal, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        method.layer_roles(8)
+
+
+@given(budget=st.integers(16, 600), sink=st.integers(0, 300), recent=st.integers(0, 300), context=st.integers(1, 700))
+def test_the_list_is_as_long_as_the_budget(budget: int, sink: int, recent: int, context: int) -> None:
+    if sink + recent > budget:
+        with pytest.raises(ValueError, match=f"sink_tokens {sink} and recent_tokens {recent} exceed budget {budget}"):
+            Tidal(budget=budget, sink_tokens=sink, recent_tokens=recent)
+        return
+    generator = torch.Generator().manual_seed(context)
+    data = oracle.random_paged(PLAIN, generator, [context], 1, 16, 64)
+    method = Tidal(budget=budget, sink_tokens=sink, recent_tokens=recent)
+    tokens = kept(method, oracle.random_tensor(PLAIN, generator, 2, 16), data)[0]
+    assert len(tokens) == min(context, budget)

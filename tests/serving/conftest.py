@@ -1,0 +1,76 @@
+"""Servers for the served tests. A server starts on first use and ends when another one is needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.serving.server import Server, ServerKeeper
+
+BUNDLED_MODEL = Path(__file__).parents[2] / "loadtest" / "model" / "weights"
+
+_COMMON = ("--kv-cache-memory-bytes", "1G", "--max-num-batched-tokens", "2048", "--enable-prompt-tokens-details")
+
+# A small KV cache, so that three long requests do not fit once they have generated some hundred tokens.
+_CONFIGURATION = {
+    "sparse": {
+        "prefill": "flexprefill",
+        "methods": ["flexprefill"],
+        "min_tokens": 1024,
+        "flexprefill": {"gamma": 0.9, "min_budget": 256},
+    }
+}
+_CONFIGURED = (
+    *_COMMON,
+    *("--additional-config", json.dumps(_CONFIGURATION), "--api-server-count", "2", "--enforce-eager"),
+    *("--block-size", "32", "--num-gpu-blocks-override", "400", "--max-model-len", "8192"),
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--model-folder` runs the served tests with another model; those that need right answers are skipped then."""
+    parser.addoption("--model-folder", type=Path, default=None, help="model for tests/serving, instead of the bundled")
+
+
+@pytest.fixture(scope="session")
+def model_folder(pytestconfig: pytest.Config) -> Path:
+    """The model that is served."""
+    folder: Path = pytestconfig.getoption("--model-folder", default=None) or BUNDLED_MODEL
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"no model in {folder}; `git checkout -- loadtest/model/weights` restores the bundled one")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def _keeper(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerKeeper]:
+    keeper = ServerKeeper(model_folder, tmp_path_factory.mktemp("servers"))
+    yield keeper
+    keeper.stop()
+
+
+@pytest.fixture
+def server(_keeper: ServerKeeper) -> Server:
+    """A server as a user starts it, with default settings and compilation."""
+    return _keeper.get(_COMMON)
+
+
+@pytest.fixture
+def configured_server(_keeper: ServerKeeper) -> Server:
+    """Two API servers, server-wide defaults, one enabled method, a small KV cache."""
+    return _keeper.get(_CONFIGURED)
+
+
+@pytest.fixture
+def no_server(_keeper: ServerKeeper) -> None:
+    """Ends the running server: the test starts vLLM itself."""
+    _keeper.stop()
+
+
+@pytest.fixture
+def answers_known(model_folder: Path) -> None:
+    """Skips with a model that was not trained to answer."""
+    if model_folder.resolve() != BUNDLED_MODEL:
+        pytest.skip("only the bundled model answers right")

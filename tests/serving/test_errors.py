@@ -1,0 +1,104 @@
+"""Wrong settings, as a new user would write them: HTTP 400 with the key, the value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from tests.serving.server import BOTH, FLEXPREFILL, TIDAL, MetricsChange, Server
+
+# Name, extras, what the message must contain.
+WRONG: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
+    ("unknown method", {"sparse_prefill": "flexprefil"}, ("sparse_prefill", "flexprefil", "dense, flexprefill")),
+    ("unknown decode method", {"sparse_decode": "quest"}, ("sparse_decode", "quest", "dense, tidal")),
+    ("empty method", {"sparse_decode": ""}, ("sparse_decode", "''", "dense, tidal")),
+    ("true as method", {"sparse_prefill": True}, ("sparse_prefill", "dense, flexprefill")),
+    ("list of methods", {"sparse_prefill": ["flexprefill"]}, ("sparse_prefill", "['flexprefill']", "dense")),
+    ("method of the other phase", {"sparse_prefill": "tidal"}, ("sparse_prefill", "tidal", "sparse_decode")),
+    ("null", {"sparse_prefill": None}, ("vllm_xargs.sparse_prefill", "valid string")),
+    ("nested object", {"sparse": {"prefill": "flexprefill"}}, ("vllm_xargs.sparse", "valid string")),
+    ("not an object", ["flexprefill"], ("vllm_xargs", "valid dictionary")),
+    ("unknown setting", {"sparse_method": "tidal"}, ("sparse_method", "sparse_prefill, sparse_decode")),
+    ("reserved key", {"sparse_resolved": '{"min_tokens":0}'}, ("sparse_resolved", "sparse_prefill, sparse_decode")),
+    ("unknown knob", {**TIDAL, "tidal_buget": 512}, ("tidal_buget", "tidal_budget")),
+    ("knob without its method", {"tidal_budget": 512}, ("tidal_budget", '"sparse_decode": "tidal"')),
+    ("knob of another method", {**FLEXPREFILL, "tidal_budget": 512}, ("tidal_budget", '"sparse_decode": "tidal"')),
+    ("text for a number", {**FLEXPREFILL, "flexprefill_gamma": "0.9"}, ("flexprefill_gamma", "'0.9'", "a number")),
+    ("fraction for an integer", {**TIDAL, "tidal_budget": 512.5}, ("tidal_budget", "512.5", "an integer")),
+    ("too large", {**FLEXPREFILL, "flexprefill_gamma": 1.5}, ("flexprefill_gamma", "1.5", "at most 1")),
+    ("too small", {**TIDAL, "tidal_budget": 8}, ("tidal_budget", "8", "at least 16")),
+    ("not a number", {**FLEXPREFILL, "flexprefill_gamma": math.nan}, ("flexprefill_gamma", "nan", "a number")),
+    ("infinity", {**FLEXPREFILL, "flexprefill_tau": math.inf}, ("flexprefill_tau", "inf", "at most 1")),
+    ("beyond 64 bits", {**TIDAL, "tidal_budget": 1 << 70}, ("tidal_budget", str(1 << 70), "at most")),
+    ("unknown choice", {**TIDAL, "tidal_lists": "head"}, ("tidal_lists", "'head'", "'kv_head', 'query_head'")),
+    ("number for a list", {**TIDAL, "tidal_reselect_layers": 3}, ("tidal_reselect_layers", "3", "a list")),
+    ("missing layer", {**TIDAL, "tidal_reselect_layers": [99]}, ("tidal_reselect_layers", "99", "2 to 7")),
+    ("too many full layers", {**TIDAL, "tidal_full_layers": 9}, ("tidal_full_layers", "9", "0 to 7")),
+    (
+        "knobs that contradict",
+        {**TIDAL, "tidal_budget": 64, "tidal_sink_tokens": 64},
+        ("sink_tokens 64", "recent_tokens 64", "budget 64"),
+    ),
+    ("negative minimum", {**BOTH, "sparse_min_tokens": -1}, ("sparse_min_tokens", "-1", "0 or more")),
+    ("text as minimum", {**BOTH, "sparse_min_tokens": "1k"}, ("sparse_min_tokens", "'1k'", "an integer")),
+)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("endpoint", ["completions", "chat", "responses", "messages"])
+@pytest.mark.parametrize(("extras", "expected"), [wrong[1:] for wrong in WRONG], ids=[wrong[0] for wrong in WRONG])
+def test_wrong_settings_are_refused(
+    server: Server, extras: Any, expected: tuple[str, ...], endpoint: str, stream: bool
+) -> None:
+    before = server.metrics()
+    messages = [{"role": "user", "content": "Hello."}]
+    path, body = {
+        "completions": ("/v1/completions", {"prompt": "Hello.", "max_tokens": 4}),
+        "chat": ("/v1/chat/completions", {"messages": messages, "max_tokens": 4}),
+        "responses": ("/v1/responses", {"input": "Hello.", "max_output_tokens": 16}),
+        "messages": ("/v1/messages", {"messages": messages, "max_tokens": 4}),
+    }[endpoint]
+    reply = server.post(path, {**body, "vllm_xargs": extras, "stream": stream})
+    assert reply.status == 400, reply.raw
+    missing = [part for part in expected if part not in reply.error]
+    assert not missing, reply.error
+    after = server.metrics()
+    assert MetricsChange(before, after)("vllm_sparse_requests_total") == 0
+    assert after.total("vllm:num_requests_running") == after.total("vllm:num_requests_waiting") == 0
+
+
+@pytest.mark.parametrize("key", ["Sparse_Decode", "sparse-decode", "sparseDecode", "tidalBudget"])
+def test_misspelt_prefix_is_refused(server: Server, key: str) -> None:
+    """Nobody else's key begins like this; to run dense without a word would surprise its writer."""
+    reply = server.complete("Hello.", {key: "tidal"}, max_tokens=1)
+    assert reply.status == 400, reply.raw
+    assert key in reply.error
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+def test_beam_search_is_refused(server: Server, endpoint: str) -> None:
+    """Beam search drops sampling extras, so it would run dense without a word."""
+    ask = server.chat if endpoint == "chat" else server.complete
+    reply = ask("Hello.", TIDAL, use_beam_search=True, n=2)
+    assert reply.status == 400
+    assert "sparse_decode" in reply.error
+    assert "beam search" in reply.error
+    assert len(ask("Hello.", use_beam_search=True, n=2, max_tokens=4).texts) == 2
+
+
+def test_one_wrong_prompt_of_a_list_reaches_no_engine(server: Server) -> None:
+    before = server.metrics()
+    assert server.complete(["Hello.", "Goodbye."], {"sparse_prefill": "x"}).status == 400
+    assert MetricsChange(before, server.metrics())("vllm_sparse_requests_total") == 0
+
+
+def test_other_extras_are_left_alone(server: Server) -> None:
+    """Keys without a prefix of the plugin belong to others."""
+    assert server.complete("Hello.", {"tide_table": 3, "spare": "x"}, max_tokens=2).status == 200
+
+
+def test_server_still_answers(server: Server) -> None:
+    assert server.chat("Hello.", {**BOTH, "sparse_min_tokens": 0, "tidal_budget": 128}).text
+    assert server.metrics().total("vllm:num_requests_running") == 0

@@ -1,0 +1,102 @@
+"""Worker metrics: values, and their way from a worker process to the server's registry."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_sparse.backend.plan import RowSpan
+from vllm_sparse.metrics import DIRECTORY_VARIABLE, PROMETHEUS_VARIABLE, PrefillDensity
+
+SERVER = """
+import subprocess, sys, os
+from vllm_sparse.metrics import announce_directory, DIRECTORY_VARIABLE, PROMETHEUS_VARIABLE
+announce_directory()
+announce_directory()
+assert PROMETHEUS_VARIABLE not in os.environ, "the server's own metrics need no files"
+directory = os.environ[DIRECTORY_VARIABLE]
+subprocess.run([sys.executable, "-c", sys.argv[1]], check=True)
+import prometheus_client
+from prometheus_client import multiprocess
+registry = prometheus_client.CollectorRegistry()
+multiprocess.MultiProcessCollector(registry, path=directory)
+print(prometheus_client.generate_latest(registry).decode())
+print("directory", directory)
+"""
+WORKER = """
+import torch
+from vllm_sparse.backend.plan import RowSpan
+from vllm_sparse.metrics import PrefillDensity, WorkerMetrics
+metrics = WorkerMetrics(recording=True)
+metrics.count_fallback("prefill", "flexprefill", "short_chunk")
+metrics.count_fallback("prefill", "flexprefill", "short_chunk")
+metrics.observe_density("decode", "tidal", 0.25)
+density = PrefillDensity("flexprefill")
+for _ in range(2):
+    density.add(torch.tensor([128, 256], dtype=torch.int32), RowSpan(0, 0, 256, 256), 128, 1)
+metrics.finish_step([density])
+metrics.finish_step([])
+metrics.collect_finished()
+silent = WorkerMetrics(recording=False)
+silent.count_fallback("decode", "tidal", "short_context")
+silent.observe_density("decode", "tidal", 1.0)
+silent.finish_step([density])
+"""
+
+
+def samples(text: str) -> dict[str, float]:
+    """Prometheus text as name with labels to value."""
+    lines = [line for line in text.splitlines() if line.startswith("vllm_sparse_")]
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+
+def run_server(environment: dict[str, str]) -> str:
+    run = subprocess.run(
+        [sys.executable, "-c", SERVER, WORKER],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+def clean_environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key not in (DIRECTORY_VARIABLE, PROMETHEUS_VARIABLE)}
+
+
+def test_a_worker_writes_where_the_server_announced() -> None:
+    output = run_server(clean_environment())
+    values = samples(output)
+    fallback = 'vllm_sparse_fallbacks_total{method="flexprefill",phase="prefill",reason="short_chunk"}'
+    assert values[fallback] == 2
+    decode, prefill = ('{method="tidal",phase="decode"}', '{method="flexprefill",phase="prefill"}')
+    assert values["vllm_sparse_density_ratio_count" + decode] == 1
+    assert values["vllm_sparse_density_ratio_sum" + decode] == 0.25
+    assert values["vllm_sparse_density_ratio_count" + prefill] == 1
+    assert values["vllm_sparse_density_ratio_sum" + prefill] == 1.0
+    assert 'vllm_sparse_density_ratio_bucket{le="0.2",method="tidal",phase="decode"} 0.0' in output
+    assert 'vllm_sparse_density_ratio_bucket{le="0.3",method="tidal",phase="decode"} 1.0' in output
+    assert not any("short_context" in name for name in values), "a silent rank must record nothing"
+    directory = output.split("directory ")[1].strip()
+    assert not Path(directory).exists(), "the server removes its directory"
+
+
+@pytest.mark.parametrize(
+    ("chunk", "context", "heads"), [(256, 256, 1), (300, 1000, 4), (129, 129, 2), (1, 700, 3), (512, 1024, 2)]
+)
+def test_a_dense_chunk_has_density_one(chunk: int, context: int, heads: int) -> None:
+    """Candidates are what rows of a dense chunk would keep, counted row by row."""
+    lasts = [min(first + 128, context) for first in range(context - chunk, context, 128)]
+    kept = torch.tensor(lasts * heads, dtype=torch.int32)
+    density = PrefillDensity("flexprefill")
+    for _ in range(3):
+        density.add(kept, RowSpan(0, 0, chunk, context), 128, heads)
+    assert int(torch.stack(density.kept).sum()) == density.candidates == 3 * heads * sum(lasts)

@@ -1,0 +1,281 @@
+"""Request extras and server configuration: resolution, refusals, canonical text, salts."""
+
+from __future__ import annotations
+
+import re
+import string
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_sparse.methods.flexprefill import FlexPrefill
+from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.params import (
+    ALL_DENSE,
+    SALT_MARK,
+    ServerConfig,
+    SparseParams,
+    SparseParamsError,
+    deserialize,
+    parse_server_config,
+    resolve,
+)
+
+LAYERS = 32
+DEFAULT = ServerConfig()
+BOTH = {"sparse_prefill": "flexprefill", "sparse_decode": "tidal"}
+
+
+def configured(**settings: Any) -> ServerConfig:
+    return parse_server_config({"sparse": settings, "another_plugin": {"x": 1}}, LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("config", "extras", "expected"),
+    [
+        ({}, {}, ALL_DENSE),
+        ({}, {"seed": 3, "other": [1], "sparsely": 1, "tidally": 2}, ALL_DENSE),
+        ({}, {"sparse_min_tokens": 7}, ALL_DENSE),
+        ({}, {"sparse_prefill": "flexprefill"}, SparseParams(FlexPrefill(), None, 4096)),
+        ({}, {"sparse_decode": "tidal"}, SparseParams(None, Tidal(), 4096)),
+        ({}, BOTH, SparseParams(FlexPrefill(), Tidal(), 4096)),
+        ({}, {**BOTH, "sparse_min_tokens": 0}, SparseParams(FlexPrefill(), Tidal(), 0)),
+        ({"min_tokens": 9}, BOTH, SparseParams(FlexPrefill(), Tidal(), 9)),
+        ({"prefill": "flexprefill"}, {}, SparseParams(FlexPrefill(), None, 4096)),
+        ({"prefill": "flexprefill"}, {"sparse_prefill": "dense"}, ALL_DENSE),
+        ({"decode": "tidal"}, {"tidal_budget": 512}, SparseParams(None, Tidal(budget=512), 4096)),
+        ({"tidal": {"budget": 512}}, {"sparse_decode": "tidal"}, SparseParams(None, Tidal(budget=512), 4096)),
+        ({"tidal": {"budget": 512}}, {"sparse_decode": "tidal", "tidal_budget": 99},
+         SparseParams(None, Tidal(budget=99), 4096)),
+        ({"tidal": {"budget": 512, "lists": "query_head"}}, {"sparse_decode": "tidal", "tidal_budget": 99},
+         SparseParams(None, Tidal(budget=99, lists="query_head"), 4096)),
+        ({}, {"sparse_prefill": "flexprefill", "flexprefill_faithful": 1},
+         SparseParams(FlexPrefill(faithful=True), None, 4096)),
+        ({}, {"sparse_prefill": "flexprefill", "flexprefill_faithful": False}, SparseParams(FlexPrefill(), None, 4096)),
+        ({}, {"sparse_decode": "tidal", "tidal_reselect_layers": [5, 9]},
+         SparseParams(None, Tidal(reselect_layers=(5, 9)), 4096)),
+        # Exactly dense settings are dense, so that they share the ordinary prefix cache.
+        ({}, {"sparse_prefill": "flexprefill", "flexprefill_gamma": 1.0}, ALL_DENSE),
+        ({}, {"sparse_prefill": "flexprefill", "flexprefill_gamma": 1}, ALL_DENSE),
+        ({}, {**BOTH, "flexprefill_gamma": 1.0}, SparseParams(None, Tidal(), 4096)),
+        ({}, {"sparse_prefill": "flexprefill", "flexprefill_gamma": 1.0, "flexprefill_max_budget": 4096},
+         SparseParams(FlexPrefill(gamma=1.0, max_budget=4096), None, 4096)),
+        ({"methods": ["tidal"]}, {"sparse_decode": "tidal"}, SparseParams(None, Tidal(), 4096)),
+    ],
+)  # fmt: skip
+def test_resolution(config: dict[str, Any], extras: dict[str, Any], expected: SparseParams) -> None:
+    assert resolve(extras, configured(**config), LAYERS) == expected
+
+
+FLEX, TIDAL = {"sparse_prefill": "flexprefill"}, {"sparse_decode": "tidal"}
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "key", "value", "allowed"),
+    [
+        ({}, "sparse_prefill", "flexpre", "dense, flexprefill"),
+        ({}, "sparse_prefill", "FlexPrefill", "dense, flexprefill"),
+        ({}, "sparse_prefill", "tidal", "method of sparse_decode"),
+        ({}, "sparse_decode", "flexprefill", "method of sparse_prefill"),
+        ({}, "sparse_decode", "", "dense, tidal"),
+        ({}, "sparse_decode", None, "dense, tidal"),
+        ({}, "sparse_decode", 1, "dense, tidal"),
+        ({}, "sparse_decode", ["tidal"], "dense, tidal"),
+        ({}, "sparse_prefill", {"method": "flexprefill"}, "dense, flexprefill"),
+        ({}, "sparse_budget", 3, "sparse_min_tokens"),
+        ({}, "sparse_resolved", '{"min_tokens":0}', "sparse_min_tokens"),
+        ({}, "sparse_", 1, "sparse_min_tokens"),
+        ({}, "sparse", 1, "sparse_min_tokens"),
+        ({}, "sparse_min_tokens", -1, "integer of 0 or more"),
+        ({}, "sparse_min_tokens", 2.5, "integer of 0 or more"),
+        ({}, "sparse_min_tokens", "12", "integer of 0 or more"),
+        ({}, "sparse_min_tokens", True, "integer of 0 or more"),
+        ({}, "sparse_min_tokens", None, "integer of 0 or more"),
+        ({}, "sparse_min_tokens", [1], "integer of 0 or more"),
+        ({}, "sparse_min_tokens", NAN, "integer of 0 or more"),
+        ({}, "flexprefill_gamma", 0.5, '"sparse_prefill": "flexprefill"'),
+        (FLEX, "tidal_budget", 512, '"sparse_decode": "tidal"'),
+        ({"sparse_decode": "dense"}, "tidal_budget", 512, '"sparse_decode": "tidal"'),
+        (FLEX, "flexprefill_gama", 0.5, "flexprefill_gamma"),
+        (FLEX, "flexprefill", 0.5, "flexprefill_gamma"),
+        (FLEX, "flexprefill_", 0.5, "flexprefill_gamma"),
+        (FLEX, "flexprefill_name", "x", "flexprefill_gamma"),
+        (FLEX, "flexprefill_query_block_tokens", 64, "flexprefill_gamma"),
+        (FLEX, "flexprefill_gamma", 0, "above 0 and at most 1"),
+        (FLEX, "flexprefill_gamma", -0.1, "above 0 and at most 1"),
+        (FLEX, "flexprefill_gamma", 1.0001, "above 0 and at most 1"),
+        (FLEX, "flexprefill_gamma", NAN, "above 0 and at most 1"),
+        (FLEX, "flexprefill_gamma", float("inf"), "above 0 and at most 1"),
+        (FLEX, "flexprefill_gamma", "0.9", "above 0 and at most 1"),
+        (FLEX, "flexprefill_gamma", True, "above 0 and at most 1"),
+        (FLEX, "flexprefill_gamma", [0.9], "above 0 and at most 1"),
+        (FLEX, "flexprefill_gamma", None, "above 0 and at most 1"),
+        (FLEX, "flexprefill_gamma", {"value": 0.9}, "above 0 and at most 1"),
+        (FLEX, "flexprefill_tau", 1.5, "at least 0"),
+        (FLEX, "flexprefill_min_budget", 10.0, "an integer"),
+        (FLEX, "flexprefill_min_budget", -1, "at least 0"),
+        (FLEX, "flexprefill_min_budget", 1 << 63, "at most 16777216"),
+        (FLEX, "flexprefill_max_budget", 127, "at least 128"),
+        (FLEX, "flexprefill_dense_layers", 2000, "at most 1024"),
+        (FLEX, "flexprefill_faithful", 2, "true or false"),
+        (FLEX, "flexprefill_faithful", "yes", "true or false"),
+        (FLEX, "flexprefill_faithful", 1.0, "true or false"),
+        (TIDAL, "tidal_budget", 15, "at least 16"),
+        (TIDAL, "tidal_budget", True, "an integer"),
+        (TIDAL, "tidal_budget", 2.0, "an integer"),
+        (TIDAL, "tidal_budget", "2048", "an integer"),
+        (TIDAL, "tidal_budget", [2048], "an integer"),
+        (TIDAL, "tidal_lists", "layer", "'kv_head', 'query_head'"),
+        (TIDAL, "tidal_lists", 3, "'kv_head', 'query_head'"),
+        (TIDAL, "tidal_reselect_layers", 13, "list of integers"),
+        (TIDAL, "tidal_reselect_layers", "13", "list of integers"),
+        (TIDAL, "tidal_reselect_layers", [13.0], "list of integers"),
+        (TIDAL, "tidal_reselect_layers", ["13"], "list of integers"),
+        (TIDAL, "tidal_reselect_layers", [[13]], "list of integers"),
+        (TIDAL, "tidal_full_layers", -2, "at least -1"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_value_and_what_is_allowed(
+    chosen: dict[str, Any], key: str, value: Any, allowed: str
+) -> None:
+    with pytest.raises(SparseParamsError) as caught:
+        resolve({**chosen, key: value}, DEFAULT, LAYERS)
+    error = caught.value
+    assert error.key == key
+    assert error.value is value or error.value == value
+    assert key in str(error)
+    assert allowed in str(error)
+    unknown_or_unused = "is no" in str(error) or "does not use" in str(error)
+    assert repr(value) in str(error) or unknown_or_unused
+
+
+@pytest.mark.parametrize(
+    ("extras", "key", "words"),
+    [
+        ({**FLEX, "flexprefill_max_budget": 512}, "flexprefill", ["max_budget 512", "min_budget 1024"]),
+        ({**TIDAL, "tidal_budget": 64}, "tidal", ["sink_tokens 16", "recent_tokens 64", "budget 64"]),
+        ({**TIDAL, "tidal_reselect_layers": [32]}, "tidal", ["32 layers", "3 to 31"]),
+        ({**TIDAL, "tidal_reselect_layers": [2]}, "tidal", ["3 to 31"]),
+        ({**TIDAL, "tidal_full_layers": 32}, "tidal", ["32 layers", "0 to 31"]),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named(extras: dict[str, Any], key: str, words: list[str]) -> None:
+    with pytest.raises(SparseParamsError) as caught:
+        resolve(extras, DEFAULT, LAYERS)
+    assert caught.value.key == key
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_method_that_is_not_enabled_is_refused() -> None:
+    config = configured(methods=["flexprefill"])
+    with pytest.raises(SparseParamsError, match=r"sparse_decode is 'tidal' \(this server.*not enable it\).*are dense$"):
+        resolve(TIDAL, config, LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prefil": "dense"}, r"sparse\.prefil is 'dense'.*prefill, decode, methods, min_tokens"),
+        ({"prefill": "tidal"}, "sparse_prefill is 'tidal'"),
+        ({"prefill": 3}, r"sparse\.prefill is 3"),
+        ({"methods": ["flex"]}, r"sparse\.methods is \['flex'\]: .*flexprefill, tidal"),
+        ({"methods": [], "decode": "tidal"}, "sparse_decode is 'tidal'.*not enable it"),
+        ({"min_tokens": -1}, r"sparse\.min_tokens is -1"),
+        ({"min_tokens": "4096"}, r"sparse\.min_tokens is '4096'"),
+        ({"tidal": {"budget": 3}}, r"object sparse\.tidal: tidal_budget is 3; an integer of at least 16"),
+        ({"tidal": {"buget": 3}}, r"object sparse\.tidal: tidal_buget is no knob.*tidal_budget"),
+        ({"tidal": 3}, r"sparse\.tidal is 3"),
+        ({"flexprefill": {"gamma": "high"}}, r"object sparse\.flexprefill: flexprefill_gamma is 'high'"),
+        ({"decode": "tidal", "tidal": {"full_layers": 32}}, "32 layers"),
+        (3, "sparse is 3"),
+        (None, "sparse is None"),
+    ],
+)
+def test_a_wrong_server_configuration_is_refused_at_start(settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match="--additional-config") as caught:
+        parse_server_config({"sparse": settings}, LAYERS)
+    assert re.search(message, str(caught.value)), str(caught.value)
+
+
+@pytest.mark.parametrize("additional", [None, {}, {"other": 1}, "text"])
+def test_no_configuration_means_the_defaults(additional: object) -> None:
+    assert parse_server_config(additional, LAYERS) == DEFAULT
+
+
+flex = st.builds(
+    FlexPrefill,
+    gamma=st.floats(0.001, 1),
+    tau=st.floats(0, 1),
+    min_budget=st.integers(0, 4096),
+    max_budget=st.integers(4096, 1 << 24),
+    dense_layers=st.integers(0, 40),
+    faithful=st.booleans(),
+)
+tidal = st.builds(
+    Tidal,
+    budget=st.integers(64, 1 << 24),
+    full_layers=st.integers(-1, 10),
+    reselect_layers=st.lists(st.integers(11, 31), max_size=3).map(tuple),
+    sink_tokens=st.integers(0, 32),
+    recent_tokens=st.integers(0, 32),
+    lists=st.sampled_from(["kv_head", "query_head"]),
+)
+settings = st.builds(SparseParams, st.none() | flex, st.none() | tidal, st.integers(0, 1 << 40))
+salts = st.none() | st.text(string.ascii_letters + string.digits + "-_.", min_size=1, max_size=100)
+
+
+@given(settings)
+def test_canonical_text_round_trips(params: SparseParams) -> None:
+    restored = deserialize(params.serialize())
+    assert restored == params
+    assert restored.serialize() == params.serialize()
+
+
+@given(settings, settings, salts, salts)
+def test_only_equal_settings_and_salts_share_a_cache(
+    first: SparseParams, second: SparseParams, salt: str | None, other_salt: str | None
+) -> None:
+    assert first.cache_salt(salt) == deserialize(first.serialize()).cache_salt(salt)
+    same = salt == other_salt and (first == second or (first.is_dense and second.is_dense))
+    assert (first.cache_salt(salt) == second.cache_salt(other_salt)) == same
+
+
+@given(settings, salts)
+def test_salts_are_what_vllm_accepts(params: SparseParams, salt: str | None) -> None:
+    sparse_salt = params.cache_salt(salt)
+    if params.is_dense:
+        assert sparse_salt == salt
+        return
+    assert sparse_salt is not None
+    assert sparse_salt.startswith((salt or "") + SALT_MARK)
+    assert len(sparse_salt) <= 128
+    assert not set(sparse_salt) & set("@/\\\0")
+    assert sparse_salt.isprintable()
+
+
+def test_each_knob_changes_the_salt() -> None:
+    variants = [
+        SparseParams(FlexPrefill(), Tidal(), 4096),
+        SparseParams(FlexPrefill(), Tidal(), 4097),
+        SparseParams(FlexPrefill(), None, 4096),
+        SparseParams(None, Tidal(), 4096),
+        *(
+            SparseParams(FlexPrefill(**knob), Tidal(), 4096)
+            for knob in (
+                {"gamma": 0.9}, {"tau": 0.2}, {"min_budget": 0}, {"max_budget": 4096}, {"dense_layers": 1},
+                {"faithful": True},
+            )
+        ),
+        *(
+            SparseParams(FlexPrefill(), Tidal(**knob), 4096)
+            for knob in (
+                {"budget": 512}, {"full_layers": 2}, {"reselect_layers": (9,)}, {"sink_tokens": 0},
+                {"recent_tokens": 0}, {"lists": "query_head"},
+            )
+        ),
+    ]  # fmt: skip
+    salts_of = [params.cache_salt("user") for params in variants]
+    assert len(set(salts_of)) == len(variants)

@@ -1,0 +1,184 @@
+"""Slots to parameters, driven by vLLM's own batch code."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from vllm import SamplingParams
+
+from vllm_sparse.methods.flexprefill import FlexPrefill
+from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.params import ALL_DENSE, RESOLVED_KEY, SparseParams
+from vllm_sparse.routing import TABLE, RequestTable, SparseParamsProcessor
+
+CHOICES = [
+    None,
+    SparseParams(FlexPrefill(), None, 0),
+    SparseParams(None, Tidal(), 1),
+    SparseParams(FlexPrefill(gamma=0.5), Tidal(budget=512), 2),
+]
+choices = st.sampled_from(CHOICES)
+
+
+def sampling(params: SparseParams | None) -> SamplingParams:
+    """Sampling parameters as admission leaves them."""
+    if params is None:
+        return SamplingParams(extra_args={"another": 1})
+    return SamplingParams(extra_args={RESOLVED_KEY: params.serialize()})
+
+
+class V1Batch(RuleBasedStateMachine):
+    """vLLM's own V1 `InputBatch` adds, removes, condenses and swaps; row i must always hold request i's parameters."""
+
+    slots = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        from vllm.v1.sample.logits_processor.state import LogitsProcessors
+        from vllm.v1.worker.gpu_input_batch import InputBatch
+
+        config: Any = None
+        processor = SparseParamsProcessor(config, torch.device("cpu"), False)
+        self.batch = InputBatch(
+            self.slots, 32, 64, torch.device("cpu"), 16, [16], [2], logitsprocs=LogitsProcessors([processor])
+        )
+        self.params: dict[str, SparseParams | None] = {}
+        self.made = 0
+
+    def refresh(self) -> None:
+        self.batch.condense()
+        self.batch.refresh_metadata()
+
+    def add_one(self, params: SparseParams | None) -> None:
+        from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+        name = f"request-{self.made}"
+        self.made += 1
+        self.params[name] = params
+        self.batch.add_request(CachedRequestState(name, [1, 2, 3], [], sampling(params), None, ([0, 1],), 0, []))
+
+    @rule(remove=st.sets(st.integers(0, slots - 1)), add=st.lists(choices, max_size=slots))
+    def step(self, remove: set[int], add: list[SparseParams | None]) -> None:
+        """One scheduler step: finished requests leave, new ones take their places, the rest moves together."""
+        names = [self.batch.req_ids[index] for index in remove if index < self.batch.num_reqs]
+        for name in names:
+            self.batch.remove_request(name)
+            del self.params[name]
+        for params in add[: self.slots - len(self.params)]:
+            self.add_one(params)
+        self.refresh()
+
+    @precondition(lambda self: self.batch.num_reqs > 1)
+    @rule(pairs=st.lists(st.tuples(st.integers(0, slots - 1), st.integers(0, slots - 1)), min_size=1, max_size=4))
+    def swap(self, pairs: list[tuple[int, int]]) -> None:
+        """A builder's reordering."""
+        for first, second in pairs:
+            if first != second and max(first, second) < self.batch.num_reqs:
+                self.batch.swap_states(first, second)
+        self.batch.refresh_metadata()
+
+    @invariant()
+    def rows_hold_their_requests(self) -> None:
+        expected = {
+            row: self.params[name] for row, name in enumerate(self.batch.req_ids) if self.params[name] is not None
+        }
+        assert TABLE.sparse_rows(None, self.batch.num_reqs) == expected
+        # Nothing lingers behind the batch either.
+        assert TABLE.sparse_rows(None, self.slots) == expected
+
+
+V1Batch.TestCase.settings = settings(max_examples=30, stateful_step_count=15, deadline=None)
+test_v1_batch = V1Batch.TestCase
+
+
+class V2Slots(RuleBasedStateMachine):
+    """Runner V2 reuses slots without telling that a request left; a row names its slot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = RequestTable()
+        self.table.attach(slots_in_metadata=True)
+        self.model: dict[int, SparseParams | None] = {}
+
+    @rule(slot=st.integers(0, 7), params=choices)
+    def add(self, slot: int, params: SparseParams | None) -> None:
+        self.table.set(slot, sampling(params))
+        self.model[slot] = params
+
+    @rule(rows=st.lists(st.integers(0, 7), max_size=8), padding=st.integers(0, 3))
+    def step(self, rows: list[int], padding: int) -> None:
+        expected = {row: self.model[slot] for row, slot in enumerate(rows) if self.model.get(slot) is not None}
+        slots = np.array(rows, dtype=np.int32)
+        assert self.table.sparse_rows(slots, len(rows) + padding) == expected
+        decoding = any(params is not None and params.decode is not None for params in expected.values())
+        assert self.table.decodes_sparsely(slots) == decoding
+        assert self.table.sparse_rows(None, len(rows)) == {}
+
+    @rule(rows=st.lists(st.integers(0, 7), max_size=8))
+    def dummy_step(self, rows: list[int]) -> None:
+        self.table.dummy_step = True
+        assert self.table.sparse_rows(np.array(rows, dtype=np.int32), len(rows)) == {}
+        self.table.dummy_step = False
+
+
+test_v2_slots = V2Slots.TestCase
+
+
+def test_a_new_runner_starts_with_an_empty_table() -> None:
+    table = RequestTable()
+    assert not table.attached
+    table.set(0, sampling(CHOICES[1]))
+    table.attach(slots_in_metadata=False)
+    assert table.attached
+    assert table.sparse_rows(None, 4) == {}
+
+
+def test_taking_a_slot_empties_it() -> None:
+    table = RequestTable()
+    table.set(3, sampling(CHOICES[1]))
+    assert table.take(3) == CHOICES[1]
+    assert table.take(3) is ALL_DENSE
+
+
+def test_the_v2_loader_accepts_and_builds_the_processor() -> None:
+    """From the installed entry point, as runner V2 and the front end load it."""
+    from vllm.v1.worker.gpu.sample.logits_processor import loader
+
+    assert SparseParamsProcessor in loader._load_v2_logitsprocs(None)
+    validate = loader.build_custom_logits_processors_params_validator(None)
+    validate(sampling(CHOICES[1]))
+    validate(SamplingParams())
+
+
+def test_the_v1_loader_builds_the_processor_as_argmax_invariant() -> None:
+    from vllm.v1.sample.logits_processor import build_logitsprocs
+
+    # build_logitsprocs reads these of the configuration; the processors of vLLM's own need the scheduler's size.
+    config: Any = SimpleNamespace(
+        speculative_config=None, scheduler_config=SimpleNamespace(max_num_seqs=4), reasoning_config=None
+    )
+    built = build_logitsprocs(config, torch.device("cpu"), False, False)
+    assert any(isinstance(processor, SparseParamsProcessor) for processor in built.argmax_invariant)
+    assert not any(isinstance(processor, SparseParamsProcessor) for processor in built.non_argmax_invariant)
+
+
+def test_logits_are_left_alone() -> None:
+    processor = SparseParamsProcessor(None, torch.device("cpu"), False)
+    logits = torch.randn(2, 5)
+    assert processor.apply(logits) is logits
+    assert processor.add_request(0, sampling(None)) is False
+
+
+@pytest.mark.parametrize("extras", [None, {}, {"sparse_prefill": "flexprefill"}])
+def test_only_admitted_settings_count(extras: dict[str, Any] | None) -> None:
+    """What admission did not resolve is dense."""
+    table = RequestTable()
+    table.set(0, SamplingParams(extra_args=extras))
+    assert table.sparse_rows(None, 1) == {}
