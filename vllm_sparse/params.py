@@ -63,7 +63,7 @@ class ServerConfig(BaseModel):
     prefill: str = DENSE
     decode: str = DENSE
     methods: tuple[str, ...] = Field(default=tuple(METHODS), strict=False)
-    min_tokens: int = Field(default=4096, ge=0)
+    min_tokens: int = Field(default=8192, ge=0)
     flexprefill: dict[str, Any] = {}
     tidal: dict[str, Any] = {}
 

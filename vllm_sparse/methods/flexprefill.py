@@ -33,7 +33,7 @@ class FlexPrefill(PrefillMethod):
     name: ClassVar[str] = "flexprefill"
     query_block_tokens: ClassVar[int] = BLOCK_TOKENS
 
-    gamma: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, description="share of attention to cover")] = 0.95
+    gamma: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, description="share of attention to cover")] = 0.9
     tau: Annotated[
         float, Field(ge=0, le=1, allow_inf_nan=False, description="distance below which the pooled map is trusted")
     ] = 0.1
