@@ -25,6 +25,7 @@ from vllm_sparse.params import (
 
 LAYERS = 32
 DEFAULT = ServerConfig()
+MIN_TOKENS = DEFAULT.min_tokens
 BOTH = {"sparse_prefill": "flexprefill", "sparse_decode": "tidal"}
 
 
@@ -36,33 +37,34 @@ def configured(**settings: Any) -> ServerConfig:
     ("config", "extras", "expected"),
     [
         ({}, {}, ALL_DENSE),
-        ({}, {"seed": 3, "other": [1], "sparsely": 1, "tidally": 2}, ALL_DENSE),
+        ({}, {"seed": 3, "other": [1], "spars": 1, "flex_gamma": 2}, ALL_DENSE),
         ({}, {"sparse_min_tokens": 7}, ALL_DENSE),
-        ({}, {"sparse_prefill": "flexprefill"}, SparseParams(FlexPrefill(), None, 4096)),
-        ({}, {"sparse_decode": "tidal"}, SparseParams(None, Tidal(), 4096)),
-        ({}, BOTH, SparseParams(FlexPrefill(), Tidal(), 4096)),
+        ({}, {"sparse_prefill": "flexprefill"}, SparseParams(FlexPrefill(), None, MIN_TOKENS)),
+        ({}, {"sparse_decode": "tidal"}, SparseParams(None, Tidal(), MIN_TOKENS)),
+        ({}, BOTH, SparseParams(FlexPrefill(), Tidal(), MIN_TOKENS)),
         ({}, {**BOTH, "sparse_min_tokens": 0}, SparseParams(FlexPrefill(), Tidal(), 0)),
         ({"min_tokens": 9}, BOTH, SparseParams(FlexPrefill(), Tidal(), 9)),
-        ({"prefill": "flexprefill"}, {}, SparseParams(FlexPrefill(), None, 4096)),
+        ({"prefill": "flexprefill"}, {}, SparseParams(FlexPrefill(), None, MIN_TOKENS)),
         ({"prefill": "flexprefill"}, {"sparse_prefill": "dense"}, ALL_DENSE),
-        ({"decode": "tidal"}, {"tidal_budget": 512}, SparseParams(None, Tidal(budget=512), 4096)),
-        ({"tidal": {"budget": 512}}, {"sparse_decode": "tidal"}, SparseParams(None, Tidal(budget=512), 4096)),
+        ({"decode": "tidal"}, {"tidal_budget": 512}, SparseParams(None, Tidal(budget=512), MIN_TOKENS)),
+        ({"tidal": {"budget": 512}}, {"sparse_decode": "tidal"}, SparseParams(None, Tidal(budget=512), MIN_TOKENS)),
         ({"tidal": {"budget": 512}}, {"sparse_decode": "tidal", "tidal_budget": 99},
-         SparseParams(None, Tidal(budget=99), 4096)),
+         SparseParams(None, Tidal(budget=99), MIN_TOKENS)),
         ({"tidal": {"budget": 512, "lists": "query_head"}}, {"sparse_decode": "tidal", "tidal_budget": 99},
-         SparseParams(None, Tidal(budget=99, lists="query_head"), 4096)),
+         SparseParams(None, Tidal(budget=99, lists="query_head"), MIN_TOKENS)),
         ({}, {"sparse_prefill": "flexprefill", "flexprefill_faithful": 1},
-         SparseParams(FlexPrefill(faithful=True), None, 4096)),
-        ({}, {"sparse_prefill": "flexprefill", "flexprefill_faithful": False}, SparseParams(FlexPrefill(), None, 4096)),
+         SparseParams(FlexPrefill(faithful=True), None, MIN_TOKENS)),
+        ({}, {"sparse_prefill": "flexprefill", "flexprefill_faithful": False},
+         SparseParams(FlexPrefill(), None, MIN_TOKENS)),
         ({}, {"sparse_decode": "tidal", "tidal_reselect_layers": [5, 9]},
-         SparseParams(None, Tidal(reselect_layers=(5, 9)), 4096)),
+         SparseParams(None, Tidal(reselect_layers=(5, 9)), MIN_TOKENS)),
         # Exactly dense settings are dense, so that they share the ordinary prefix cache.
         ({}, {"sparse_prefill": "flexprefill", "flexprefill_gamma": 1.0}, ALL_DENSE),
         ({}, {"sparse_prefill": "flexprefill", "flexprefill_gamma": 1}, ALL_DENSE),
-        ({}, {**BOTH, "flexprefill_gamma": 1.0}, SparseParams(None, Tidal(), 4096)),
+        ({}, {**BOTH, "flexprefill_gamma": 1.0}, SparseParams(None, Tidal(), MIN_TOKENS)),
         ({}, {"sparse_prefill": "flexprefill", "flexprefill_gamma": 1.0, "flexprefill_max_budget": 4096},
-         SparseParams(FlexPrefill(gamma=1.0, max_budget=4096), None, 4096)),
-        ({"methods": ["tidal"]}, {"sparse_decode": "tidal"}, SparseParams(None, Tidal(), 4096)),
+         SparseParams(FlexPrefill(gamma=1.0, max_budget=4096), None, MIN_TOKENS)),
+        ({"methods": ["tidal"]}, {"sparse_decode": "tidal"}, SparseParams(None, Tidal(), MIN_TOKENS)),
     ],
 )  # fmt: skip
 def test_resolution(config: dict[str, Any], extras: dict[str, Any], expected: SparseParams) -> None:
@@ -89,6 +91,10 @@ NAN = float("nan")
         ({}, "sparse_resolved", '{"min_tokens":0}', "sparse_min_tokens"),
         ({}, "sparse_", 1, "sparse_min_tokens"),
         ({}, "sparse", 1, "sparse_min_tokens"),
+        # Misspelt prefixes are not passed over in silence.
+        ({}, "sparse-decode", "tidal", "sparse_decode"),
+        ({}, "Sparse_decode", "tidal", "sparse_decode"),
+        ({}, "sparsely", 1, "sparse_prefill"),
         ({}, "sparse_min_tokens", -1, "integer of 0 or more"),
         ({}, "sparse_min_tokens", 2.5, "integer of 0 or more"),
         ({}, "sparse_min_tokens", "12", "integer of 0 or more"),
@@ -155,11 +161,19 @@ def test_a_wrong_setting_is_named_with_its_value_and_what_is_allowed(
 @pytest.mark.parametrize(
     ("extras", "key", "words"),
     [
-        ({**FLEX, "flexprefill_max_budget": 512}, "flexprefill", ["max_budget 512", "min_budget 1024"]),
-        ({**TIDAL, "tidal_budget": 64}, "tidal", ["sink_tokens 16", "recent_tokens 64", "budget 64"]),
-        ({**TIDAL, "tidal_reselect_layers": [32]}, "tidal", ["32 layers", "3 to 31"]),
-        ({**TIDAL, "tidal_reselect_layers": [2]}, "tidal", ["3 to 31"]),
-        ({**TIDAL, "tidal_full_layers": 32}, "tidal", ["32 layers", "0 to 31"]),
+        (
+            {**FLEX, "flexprefill_max_budget": 512},
+            "flexprefill_max_budget",
+            ["flexprefill_max_budget is 512", "min_budget 1024"],
+        ),
+        ({**TIDAL, "tidal_budget": 64}, "tidal_budget", ["tidal_budget is 64", "sink_tokens 16", "recent_tokens 64"]),
+        ({**TIDAL, "tidal_reselect_layers": [32]}, "tidal_reselect_layers", ["[32]", "32 layers", "3 to 31"]),
+        ({**TIDAL, "tidal_reselect_layers": [2]}, "tidal_reselect_layers", ["[2]", "3 to 31"]),
+        (
+            {**TIDAL, "tidal_full_layers": 32},
+            "tidal_full_layers",
+            ["tidal_full_layers is 32", "32 layers", "to 31 are allowed"],
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_named(extras: dict[str, Any], key: str, words: list[str]) -> None:
@@ -265,7 +279,7 @@ def test_each_knob_changes_the_salt() -> None:
         *(
             SparseParams(FlexPrefill(**knob), Tidal(), 4096)
             for knob in (
-                {"gamma": 0.9}, {"tau": 0.2}, {"min_budget": 0}, {"max_budget": 4096}, {"dense_layers": 1},
+                {"gamma": 0.85}, {"tau": 0.2}, {"min_budget": 0}, {"max_budget": 4096}, {"dense_layers": 1},
                 {"faithful": True},
             )
         ),

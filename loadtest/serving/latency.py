@@ -3,8 +3,9 @@
     python -m loadtest.serving.latency --model loadtest/model/weights --lengths 16384 32768 \
         --variant 'flexprefill+tidal={"sparse_prefill": "flexprefill", "sparse_decode": "tidal"}'
 
-Each line is the median of `--repeats` runs of `--batch` equal-length prompts of fresh random tokens; TTFT counts from
-the moment that the request is scheduled, TPOT is the time after the first token over the tokens after it.
+Each line is the median of `--repeats` runs of `--batch` equal-length fresh prompts; TTFT counts from the moment that
+the request is scheduled, TPOT is the time after the first token over the tokens after it. Prompts are random tokens, or
+with `--needle-prompts` the bundled model's retrieval prompts, whose attention is as sparse as real text's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+from loadtest.model.tokenizer import BEGIN, END, build_tokenizer, count_tokens
+from loadtest.quality.text import needle_prompt
 from loadtest.serving.engine import DensityReader, engine
 
 
@@ -28,6 +31,16 @@ class Measurement:
     ttft_seconds: float
     tpot_seconds: float
     density: dict[str, float]
+
+
+def make_prompt(rng: random.Random, length: int, vocabulary: int, needle: bool) -> list[int]:
+    """A fresh prompt of `length` tokens, or with `needle` of up to 64 less."""
+    if not needle:
+        return [rng.randrange(300, vocabulary) for _ in range(length)]
+    tokenizer = build_tokenizer()
+    prompt = needle_prompt(rng, length - 32, lambda text: count_tokens(tokenizer, text), needles=3)
+    chat = f"{BEGIN}<|user|>\n{prompt.content}{END}\n<|assistant|>\n"
+    return list(tokenizer.encode(chat, add_special_tokens=False).ids)
 
 
 def measure(
@@ -46,7 +59,7 @@ def measure(
         for repeat in range(arguments.repeats + 1):
             for name, extras in variants.items():
                 prompts = [
-                    {"prompt_token_ids": [rng.randrange(300, vocabulary) for _ in range(length)]}
+                    {"prompt_token_ids": make_prompt(rng, length, vocabulary, arguments.needle_prompts)}
                     for _ in range(arguments.batch)
                 ]
                 sampling = SamplingParams(
@@ -94,6 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 32768], help="prompt tokens")
+    parser.add_argument("--needle-prompts", action="store_true", help="retrieval prompts of the bundled model")
     parser.add_argument("--batch", type=int, default=1, help="prompts at once")
     parser.add_argument("--output-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)

@@ -22,6 +22,6 @@ def test_scores_equal_float64_probabilities(
     expected = oracle.probabilities(query.unsqueeze(0), data.keys[0], 0.2, everything)[:, 0]
     per_head = token_scores(query, data.reader(0), 0.2, merge_heads=False)
     assert per_head.dtype == torch.float32
-    assert oracle.relative_error(per_head, expected) < 1e-5
+    assert oracle.relative_error(per_head.exp(), expected) < 1e-5
     merged = token_scores(query, data.reader(0), 0.2, merge_heads=True)
-    assert oracle.relative_error(merged, expected.view(kv_heads, -1, context).amax(1)) < 1e-5
+    assert oracle.relative_error(merged.exp(), expected.view(kv_heads, -1, context).amax(1)) < 1e-5

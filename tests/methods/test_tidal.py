@@ -11,6 +11,7 @@ from tests import oracle
 from tests.methods.test_matrix import SCALE as EXECUTED_SCALE
 from tests.methods.test_matrix import attend_newest, same_lists
 from tests.oracle import EXECUTING, PLAIN, SELECTING, Paged, Platform
+from vllm_sparse.methods.base import KnobError
 from vllm_sparse.methods.tidal import Tidal
 
 SCALE = 0.15
@@ -206,23 +207,26 @@ def test_roles_follow_the_knobs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "message"),
+    ("method", "knob", "allowed"),
     [
-        (Tidal(full_layers=8), "full_layers is 8; this model has 8 layers, so 0 to 7 are allowed"),
-        (Tidal(reselect_layers=(8,)), "reselect_layers holds 8; this model has 8 layers.*layers 2 to 7 are allowed"),
-        (Tidal(full_layers=3, reselect_layers=(3,)), "reselect_layers holds 3.*layers 4 to 7 are allowed"),
-        (Tidal(reselect_layers=(-1,)), "reselect_layers holds -1"),
+        (Tidal(full_layers=8), "full_layers", "8 layers.* to 7 are allowed"),
+        (Tidal(reselect_layers=(8,)), "reselect_layers", "8 layers.*layers 2 to 7 are allowed"),
+        (Tidal(full_layers=3, reselect_layers=(3,)), "reselect_layers", "layers 4 to 7 are allowed"),
+        (Tidal(reselect_layers=(-1,)), "reselect_layers", "layers 2 to 7 are allowed"),
     ],
 )
-def test_layers_that_the_model_lacks_are_refused(method: Tidal, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_layers_that_the_model_lacks_are_refused(method: Tidal, knob: str, allowed: str) -> None:
+    with pytest.raises(KnobError, match=allowed) as caught:
         method.layer_roles(8)
+    assert caught.value.knob == knob
 
 
 @given(budget=st.integers(16, 600), sink=st.integers(0, 300), recent=st.integers(0, 300), context=st.integers(1, 700))
 def test_the_list_is_as_long_as_the_budget(budget: int, sink: int, recent: int, context: int) -> None:
     if sink + recent > budget:
-        with pytest.raises(ValueError, match=f"sink_tokens {sink} and recent_tokens {recent} exceed budget {budget}"):
+        with pytest.raises(
+            ValueError, match=f"{budget} tokens do not hold sink_tokens {sink} and recent_tokens {recent}"
+        ):
             Tidal(budget=budget, sink_tokens=sink, recent_tokens=recent)
         return
     generator = torch.Generator().manual_seed(context)

@@ -56,13 +56,11 @@ class FlexPrefill(PrefillMethod):
 
     def select(self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int) -> PageList:
         block_mask = self.block_mask(query, keys, scale)
-        first_query, last_query = _query_blocks(query.shape[0], keys.context_tokens, query.device)
+        _, last_query = _query_blocks(query.shape[0], keys.context_tokens, query.device)
         page_mask = blocks_to_pages(block_mask, BLOCK_TOKENS, page_size_tokens, keys.context_tokens)
         # Finer pages than blocks: pages after the row's last query are causally empty and must not end its list.
         page = torch.arange(page_mask.shape[-1], device=query.device) * page_size_tokens
         page_mask = page_mask & (page <= last_query.unsqueeze(1))
-        # Coarser pages than blocks: a row's own positions may need pages that its blocks only touch.
-        page_mask |= (page + page_size_tokens > first_query.unsqueeze(1)) & (page <= last_query.unsqueeze(1))
         heads = query.shape[1]
         return compact_pages(page_mask.flatten(0, 1), last_query.repeat(heads), page_size_tokens)
 

@@ -42,6 +42,8 @@ class Tidal(DecodeMethod):
     lists: Annotated[Literal["kv_head", "query_head"], Field(description="heads that share a list")] = "kv_head"
 
     def __post_init__(self) -> None:
+        # Equal sets of layers are equal settings, which share cached blocks.
+        object.__setattr__(self, "reselect_layers", tuple(sorted(set(self.reselect_layers))))
         if self.sink_tokens + self.recent_tokens > self.budget:
             raise KnobError(
                 "budget",
@@ -57,7 +59,7 @@ class Tidal(DecodeMethod):
     def layer_roles(self, num_layers: int) -> list[str]:
         first = self.full_layers
         if first < 0:
-            first = max(1, round(PAPER_SELECT_LAYER * num_layers / PAPER_LAYERS))
+            first = min(max(1, round(PAPER_SELECT_LAYER * num_layers / PAPER_LAYERS)), num_layers - 1)
         if first >= num_layers:
             raise KnobError(
                 "full_layers", first, f"this model has {num_layers} layers, so -1 to {num_layers - 1} are allowed"
@@ -92,8 +94,10 @@ class Tidal(DecodeMethod):
         # Forced tokens may fill more pages than the budget does; they stay.
         forced_pages = sink_pages + pages - first_recent_page
         count = min(max(-(-self.budget // page_size_tokens), forced_pages), pages)
-        chosen = scores.topk(count, dim=1, sorted=False).indices
-        kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
+        # Ties at the cut go to the lower page, which a top-k alone does not promise.
+        threshold = scores.topk(count, dim=1, sorted=True).values[:, -1:]
+        above, equal = scores > threshold, scores == threshold
+        kept = above | (equal & (equal.cumsum(1) <= count - above.sum(1, keepdim=True)))
         last_position = torch.full((scores.shape[0],), context - 1, device=scores.device)
         lists = compact_pages(kept, last_position, page_size_tokens)
         return PageList(lists.pages[:, :count].contiguous(), lists.kept_tokens, page_size_tokens)

@@ -11,10 +11,11 @@ TILE_TOKENS = 65536
 
 
 def token_scores(query: torch.Tensor, keys: PagedKeys, scale: float, merge_heads: bool) -> torch.Tensor:
-    """Attention probability of each cached token, per KV head or per query head.
+    """Logarithm of each cached token's attention probability, per KV head or per query head.
 
     Heads of a group are merged by the maximum of their *probabilities*: logit ranges differ between heads, so raw
-    logits must not be compared (TidalDecode gives lists per query head; the merge is this project's).
+    logits must not be compared (TidalDecode gives lists per query head; the merge is this project's). Logarithms,
+    because a sharp head's small probabilities would all become 0 and lose their order.
 
     Args:
         query: ``[query_heads, head_size]`` of the newest token.
@@ -34,5 +35,5 @@ def token_scores(query: torch.Tensor, keys: PagedKeys, scale: float, merge_heads
             tiles.append(torch.bmm(grouped, tile.transpose(1, 2), out_dtype=torch.float32))
         else:
             tiles.append(torch.bmm(grouped.float(), tile.float().transpose(1, 2)))
-    probabilities = torch.cat(tiles, dim=2).mul_(scale).softmax(dim=2)
-    return probabilities.amax(dim=1) if merge_heads else probabilities.flatten(0, 1)
+    logarithms = torch.cat(tiles, dim=2).mul_(scale).log_softmax(dim=2)
+    return logarithms.amax(dim=1) if merge_heads else logarithms.flatten(0, 1)
