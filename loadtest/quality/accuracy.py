@@ -97,16 +97,17 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=4, help="requests at once")
     parser.add_argument("--seed", type=int, default=20261122)
     parser.add_argument("--variant", action="append", default=[], help="NAME=JSON of sampling extras; repeatable")
+    parser.add_argument("--no-dense", action="store_true", help="only the variants, compared with the first")
     arguments = parser.parse_args()
 
-    variants: dict[str, dict[str, Any]] = {"dense": {}}
+    variants: dict[str, dict[str, Any]] = {} if arguments.no_dense else {"dense": {}}
     for variant in arguments.variant:
         name, _, extras = variant.partition("=")
         variants[name] = json.loads(extras)
     tokenizer = build_tokenizer()
     client = Client(arguments.url, arguments.model)
     client.fresh_density()
-    print("| prompt tokens | needles | asked | variant | density prefill | density decode | right | same as dense |")
+    print("| prompt tokens | needles | asked | variant | density prefill | density decode | right | same as first |")
     print("|---|---|---|---|---|---|---|---|")
     for length in arguments.tokens:
         rng = random.Random(arguments.seed + length)
@@ -120,13 +121,13 @@ def main() -> None:
             )
             for _ in range(arguments.prompts)
         ]
-        dense_texts: list[str] = []
+        first_texts: list[str] = []
         for name, extras in variants.items():
             with ThreadPoolExecutor(arguments.concurrency) as threads:
                 texts = list(threads.map(lambda prompt, extras=extras: client.answer(prompt, extras), prompts))
-            dense_texts = dense_texts or texts
+            first_texts = first_texts or texts
             right = sum(score(prompt, text) for prompt, text in zip(prompts, texts, strict=True))
-            same = sum(first == second for first, second in zip(texts, dense_texts, strict=True))
+            same = sum(first == second for first, second in zip(texts, first_texts, strict=True))
             density = {phase: f"{value:.3f}" for phase, value in client.fresh_density().items()}
             print(
                 f"| {length} | {arguments.needles} | {arguments.asked} | {name} | {density.get('prefill', '1')} "

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 
-def run(model_folder: str, backend: str, prompts: list[str], extras: list[dict[str, Any] | None]) -> dict[str, Any]:
-    """Texts, one list per extras, one text per prompt; and the error that a wrong value raises."""
+def run(
+    model_folder: str, backend: str, chats: list[list[dict[str, str]]], extras: list[dict[str, Any] | None]
+) -> dict[str, Any]:
+    """Texts, one list per extras, one text per chat; and the error that a wrong value raises."""
     from vllm import LLM, SamplingParams
     from vllm.exceptions import VLLMValidationError
 
@@ -25,17 +27,17 @@ def run(model_folder: str, backend: str, prompts: list[str], extras: list[dict[s
     texts = []
     for chosen in extras:
         params = SamplingParams(temperature=0, max_tokens=16, extra_args=chosen)
-        texts.append([output.outputs[0].text for output in llm.generate(prompts, params, use_tqdm=False)])
+        texts.append([output.outputs[0].text for output in llm.chat(chats, params, use_tqdm=False)])
         # The caller's object stays as it was.
         assert params.extra_args == chosen
     error = None
     try:
-        llm.generate(prompts, SamplingParams(extra_args={"sparse_decode": "tidall"}), use_tqdm=False)
+        llm.chat(chats, SamplingParams(extra_args={"sparse_decode": "tidall"}), use_tqdm=False)
     except VLLMValidationError as raised:
         error = str(raised)
     # Parameters per prompt.
     mixed = [SamplingParams(temperature=0, max_tokens=16, extra_args=chosen) for chosen in extras]
-    outputs = llm.generate(prompts[:1] * len(mixed), mixed, use_tqdm=False)
+    outputs = llm.chat(chats[:1] * len(mixed), mixed, use_tqdm=False)
     return {"texts": texts, "error": error, "mixed": [output.outputs[0].text for output in outputs]}
 
 

@@ -65,9 +65,9 @@ def test_long_prompt_runs_sparse(server: Server, stream: bool) -> None:
     reply, change = ask_long(server, stream)
     assert reply.usage["prompt_tokens"] > 15_000
     assert change.requests("prefill", "flexprefill") == change.requests("decode", "tidal") == 1
-    # The first of eight chunks stays below the default minimum of 4096 tokens.
-    assert change.density_count("prefill", "flexprefill") == 7
-    assert change.fallbacks("prefill", "flexprefill", "short_context") == 1
+    # The first three of eight chunks stay below the default minimum of 8192 tokens.
+    assert change.density_count("prefill", "flexprefill") == 5
+    assert change.fallbacks("prefill", "flexprefill", "short_context") == 3
     assert change.density_count("decode", "tidal") == reply.usage["completion_tokens"] - 1
     assert change("vllm_sparse_fallbacks_total", phase="decode") == 0
     assert 0 < change.density("decode", "tidal") < 0.3
@@ -92,7 +92,7 @@ def ask_long(server: Server, stream: bool) -> tuple[Reply, MetricsChange]:
 
 
 def test_short_request_runs_dense(server: Server) -> None:
-    """A request that cannot reach the minimum is an ordinary dense one."""
+    """A request that cannot reach the minimum runs dense, and that it asked for more is counted."""
     prompt = prompt_of(5, 1000)
     before = server.metrics()
     sparse = server.ask("chat", prompt, BOTH)
@@ -100,6 +100,7 @@ def test_short_request_runs_dense(server: Server) -> None:
     change = MetricsChange(before, server.metrics())
     assert sparse.text == dense.text
     assert change("vllm_sparse_density_ratio_count") == 0
+    assert change.fallbacks("prefill", "flexprefill", "short_context") == 1
 
 
 def test_fallbacks_of_short_contexts_are_counted(server: Server) -> None:

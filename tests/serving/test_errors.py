@@ -35,11 +35,11 @@ WRONG: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("unknown choice", {**TIDAL, "tidal_lists": "head"}, ("tidal_lists", "'head'", "'kv_head', 'query_head'")),
     ("number for a list", {**TIDAL, "tidal_reselect_layers": 3}, ("tidal_reselect_layers", "3", "a list")),
     ("missing layer", {**TIDAL, "tidal_reselect_layers": [99]}, ("tidal_reselect_layers", "99", "2 to 7")),
-    ("too many full layers", {**TIDAL, "tidal_full_layers": 9}, ("tidal_full_layers", "9", "0 to 7")),
+    ("too many full layers", {**TIDAL, "tidal_full_layers": 9}, ("tidal_full_layers", "9", "-1 to 7")),
     (
         "knobs that contradict",
         {**TIDAL, "tidal_budget": 64, "tidal_sink_tokens": 64},
-        ("sink_tokens 64", "recent_tokens 64", "budget 64"),
+        ("tidal_budget is 64", "sink_tokens 64", "recent_tokens 64"),
     ),
     ("negative minimum", {**BOTH, "sparse_min_tokens": -1}, ("sparse_min_tokens", "-1", "0 or more")),
     ("text as minimum", {**BOTH, "sparse_min_tokens": "1k"}, ("sparse_min_tokens", "'1k'", "an integer")),

@@ -20,9 +20,9 @@ SPARSE = {**BOTH, "sparse_min_tokens": 512, "flexprefill_min_budget": 256, "tida
 def run_offline(model_folder: Path, folder: Path, backend: str, extras: list[dict[str, Any] | None]) -> dict[str, Any]:
     """Results of `offline_run.run` in a child process; an empty backend is vLLM's own choice."""
     task, result = folder / "task.json", folder / "result.json"
-    prompts = [prompt.completion_prompt for prompt in PROMPTS]
+    chats = [prompt.messages for prompt in PROMPTS]
     task.write_text(
-        json.dumps({"model_folder": str(model_folder), "backend": backend, "prompts": prompts, "extras": extras})
+        json.dumps({"model_folder": str(model_folder), "backend": backend, "chats": chats, "extras": extras})
     )
     script = Path(__file__).with_name("offline_run.py")
     ended = subprocess.run(

@@ -23,7 +23,8 @@ class FlexPrefill(PrefillMethod):
     """Sample the last 128 queries of the chunk; keep the columns and diagonals that hold a share `gamma` of them.
 
     A head whose sampled attention is close to a guess from pooled queries and keys (Jensen-Shannon distance below
-    `tau`) takes its blocks from the pooled map instead. The first block and the diagonal are always kept.
+    `tau`) takes its blocks from the pooled map, beside `min_budget` tokens of lines. The first block and the diagonal
+    are always kept.
 
     Strict by default: blocks are taken by cumulative *block* mass until it reaches `gamma`, every block that a
     diagonal band touches is kept, and the block that crosses the target is included, so the coverage holds on the
@@ -85,12 +86,11 @@ class FlexPrefill(PrefillMethod):
         if self.faithful:
             lines = self._faithful_lines(sample, keys, sample_scale, estimate, query_aware, last_query)
         else:
-            lines = self._strict_lines(estimate, first_query, last_query)
+            lines = self._strict_lines(estimate, query_aware, first_query, last_query)
         # One sync a layer: the pooled map is wanted by few heads and costs a sort over all block pairs.
         if self.tau > 0 and bool(query_aware.any()):
             pooled = self._pooled_map(query, estimate, causal, sample_scale)
-            choose_pooled = query_aware.view(-1, 1, 1)
-            lines = lines | pooled & choose_pooled if self.faithful else torch.where(choose_pooled, pooled, lines)
+            lines = lines | (pooled & query_aware.view(-1, 1, 1))
         return (lines | forced) & causal
 
     def _is_query_aware(self, sample: torch.Tensor, estimate: FlexEstimate, scale: float) -> torch.Tensor:
@@ -107,11 +107,21 @@ class FlexPrefill(PrefillMethod):
         return counts.clamp(min=max(low, 1), max=high)
 
     def _strict_lines(
-        self, estimate: FlexEstimate, first_query: torch.Tensor, last_query: torch.Tensor
+        self,
+        estimate: FlexEstimate,
+        query_aware: torch.Tensor,
+        first_query: torch.Tensor,
+        last_query: torch.Tensor,
     ) -> torch.Tensor:
         """Columns and bands by cumulative block mass: bool ``[heads, query_blocks, key_blocks]``."""
-        columns = top_mask(estimate.column_mass, self._budget_blocks(coverage_count(estimate.column_mass, self.gamma)))
-        bands = top_mask(estimate.band_mass, self._budget_blocks(coverage_count(estimate.band_mass, self.gamma)))
+
+        def lines(mass: torch.Tensor) -> torch.Tensor:
+            # The pooled map's cut is global and may leave a query block next to nothing, not even its neighbours; as
+            # in the official code its heads keep the least budget of lines.
+            counts = torch.where(query_aware, 0, coverage_count(mass, self.gamma))
+            return top_mask(mass, self._budget_blocks(counts))
+
+        columns, bands = lines(estimate.column_mass), lines(estimate.band_mass)
         return columns.unsqueeze(1) | _band_blocks(bands, first_query, last_query)
 
     def _faithful_lines(
