@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from vllm import _custom_ops as ops
 from vllm import envs
-from vllm.v1.attention.backend import AttentionType, MultipleOf
+from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -16,6 +16,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from vllm_sparse.backend.declarations import SparseDeclarations
 from vllm_sparse.backend.impl import SparseAttentionImpl
 from vllm_sparse.backend.metadata import SparseMetadataBuilder
 from vllm_sparse.backend.plan import RowSpan
@@ -86,14 +87,8 @@ class SparseCpuImpl(SparseAttentionImpl, CPUAttentionBackendImpl):
         return subset
 
 
-class SparseCpuBackend(CPUAttentionBackend):
+class SparseCpuBackend(SparseDeclarations, CPUAttentionBackend):
     """``--attention-backend sparse`` on the CPU."""
-
-    supported_kv_cache_dtypes = ["auto", "float16", "bfloat16"]  # noqa: RUF012 (vLLM's attribute)
-
-    @staticmethod
-    def get_name() -> str:
-        return "SPARSE"
 
     @staticmethod
     def get_impl_cls() -> type[SparseCpuImpl]:
@@ -106,15 +101,3 @@ class SparseCpuBackend(CPUAttentionBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         return [MultipleOf(16)]
-
-    @classmethod
-    def supports_attn_type(cls, attn_type: str) -> bool:
-        return bool(attn_type == AttentionType.DECODER)
-
-    @classmethod
-    def supports_sliding_window(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_non_causal(cls) -> bool:
-        return False

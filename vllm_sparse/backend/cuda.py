@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from vllm.platforms.interface import DeviceCapability
-from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
@@ -16,6 +16,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from vllm_sparse.backend.declarations import SparseDeclarations
 from vllm_sparse.backend.impl import SparseAttentionImpl
 from vllm_sparse.backend.metadata import SparseMetadataBuilder
 from vllm_sparse.backend.plan import RowSpan
@@ -82,14 +83,8 @@ class SparseFlashAttentionImpl(SparseAttentionImpl, FlashAttentionImpl):
         return subset
 
 
-class SparseFlashAttentionBackend(FlashAttentionBackend):
+class SparseFlashAttentionBackend(SparseDeclarations, FlashAttentionBackend):
     """``--attention-backend sparse`` on CUDA."""
-
-    supported_kv_cache_dtypes = ["auto", "float16", "bfloat16"]  # noqa: RUF012 (vLLM's attribute)
-
-    @staticmethod
-    def get_name() -> str:
-        return "SPARSE"
 
     @staticmethod
     def get_impl_cls() -> type[SparseFlashAttentionImpl]:
@@ -109,47 +104,6 @@ class SparseFlashAttentionBackend(FlashAttentionBackend):
         return PREFILL_PAGE_TOKENS
 
     @classmethod
-    def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
-        return kv_cache_dtype is None or kv_cache_dtype in cls.supported_kv_cache_dtypes
-
-    @classmethod
     def supports_compute_capability(cls, capability: DeviceCapability) -> bool:
         """FlashAttention 3 runs on Hopper."""
         return bool(capability == DeviceCapability(9, 0))
-
-    @classmethod
-    def supports_attn_type(cls, attn_type: str) -> bool:
-        return bool(attn_type == AttentionType.DECODER)
-
-    @classmethod
-    def supports_sliding_window(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_sink(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_mm_prefix(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_non_causal(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_rswa(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_per_head_quant_scales(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_batch_invariance(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        """Plans are made from the host's query lengths."""
-        return False
