@@ -141,7 +141,7 @@ NAN = float("nan")
         (TIDAL, "tidal_reselect_layers", [13.0], "list of integers"),
         (TIDAL, "tidal_reselect_layers", ["13"], "list of integers"),
         (TIDAL, "tidal_reselect_layers", [[13]], "list of integers"),
-        (TIDAL, "tidal_full_layers", -2, "at least -1"),
+        (TIDAL, "tidal_full_layers", -1, "at least 0"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value_and_what_is_allowed(
@@ -231,7 +231,7 @@ flex = st.builds(
 tidal = st.builds(
     Tidal,
     budget=st.integers(64, 1 << 24),
-    full_layers=st.integers(-1, 10),
+    full_layers=st.integers(0, 10),
     reselect_layers=st.lists(st.integers(11, 31), max_size=3).map(tuple),
     sink_tokens=st.integers(0, 32),
     recent_tokens=st.integers(0, 32),
@@ -286,7 +286,7 @@ def test_each_knob_changes_the_salt() -> None:
         *(
             SparseParams(FlexPrefill(), Tidal(**knob), 4096)
             for knob in (
-                {"budget": 512}, {"full_layers": 2}, {"reselect_layers": (9,)}, {"sink_tokens": 0},
+                {"budget": 512}, {"full_layers": 3}, {"reselect_layers": (9,)}, {"sink_tokens": 0},
                 {"recent_tokens": 0}, {"lists": "query_head"},
             )
         ),

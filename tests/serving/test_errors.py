@@ -34,8 +34,8 @@ WRONG: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("beyond 64 bits", {**TIDAL, "tidal_budget": 1 << 70}, ("tidal_budget", str(1 << 70), "at most")),
     ("unknown choice", {**TIDAL, "tidal_lists": "head"}, ("tidal_lists", "'head'", "'kv_head', 'query_head'")),
     ("number for a list", {**TIDAL, "tidal_reselect_layers": 3}, ("tidal_reselect_layers", "3", "a list")),
-    ("missing layer", {**TIDAL, "tidal_reselect_layers": [99]}, ("tidal_reselect_layers", "99", "2 to 7")),
-    ("too many full layers", {**TIDAL, "tidal_full_layers": 9}, ("tidal_full_layers", "9", "-1 to 7")),
+    ("missing layer", {**TIDAL, "tidal_reselect_layers": [99]}, ("tidal_reselect_layers", "99", "3 to 7")),
+    ("too many full layers", {**TIDAL, "tidal_full_layers": 9}, ("tidal_full_layers", "9", "0 to 7")),
     (
         "knobs that contradict",
         {**TIDAL, "tidal_budget": 64, "tidal_sink_tokens": 64},

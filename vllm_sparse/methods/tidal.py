@@ -14,8 +14,9 @@ from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import KNOBS, DecodeMethod, KnobError
 from vllm_sparse.pages import PageList
 
-# The paper's layers for a 32-layer Llama: 0 and 1 full, selection in 2, re-selection in 13.
-PAPER_LAYERS, PAPER_SELECT_LAYER, PAPER_RESELECT_LAYER = 32, 2, 13
+# The paper's re-selection layer of a 32-layer Llama, scaled to a model's depth. Its two full layers are not scaled:
+# choosing one layer earlier loses needles on the 8-layer bundled model.
+PAPER_LAYERS, PAPER_RESELECT_LAYER = 32, 13
 
 
 @dataclass(frozen=True, config=KNOBS)
@@ -30,9 +31,7 @@ class Tidal(DecodeMethod):
     name: ClassVar[str] = "tidal"
 
     budget: Annotated[int, Field(ge=16, le=1 << 24, description="tokens read by a sparse layer")] = 2048
-    full_layers: Annotated[
-        int, Field(ge=-1, le=1024, description="first layers, dense; the next one selects; -1 scales the paper's 2")
-    ] = -1
+    full_layers: Annotated[int, Field(ge=0, le=1024, description="first layers, dense; the next one selects")] = 2
     reselect_layers: Annotated[
         tuple[Annotated[int, Field(strict=True)], ...],
         Field(description="layers that select again; empty scales the paper's 13", strict=False),
@@ -58,11 +57,9 @@ class Tidal(DecodeMethod):
 
     def layer_roles(self, num_layers: int) -> list[str]:
         first = self.full_layers
-        if first < 0:
-            first = min(max(1, round(PAPER_SELECT_LAYER * num_layers / PAPER_LAYERS)), num_layers - 1)
         if first >= num_layers:
             raise KnobError(
-                "full_layers", first, f"this model has {num_layers} layers, so -1 to {num_layers - 1} are allowed"
+                "full_layers", first, f"this model has {num_layers} layers, so 0 to {num_layers - 1} are allowed"
             )
         again = self.reselect_layers or (round(PAPER_RESELECT_LAYER * num_layers / PAPER_LAYERS),)
         for layer in again if self.reselect_layers else ():
