@@ -293,3 +293,10 @@ def test_each_knob_changes_the_salt() -> None:
     ]  # fmt: skip
     salts_of = [params.cache_salt("user") for params in variants]
     assert len(set(salts_of)) == len(variants)
+
+
+def test_leaving_every_layer_dense_is_dense() -> None:
+    """Such a chunk would be planned as sparse and have no sparse layer to count."""
+    extras = {"sparse_prefill": "flexprefill", "flexprefill_dense_layers": 8}
+    assert resolve(extras, ServerConfig(), 8).is_dense
+    assert not resolve(extras, ServerConfig(), 9).is_dense

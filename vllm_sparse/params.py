@@ -219,7 +219,7 @@ def resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) ->
             params.decode.layer_roles(num_layers)
         except KnobError as error:
             raise _knob_error(decode, error) from error
-    if params.prefill is not None and params.prefill.exactly_dense:
+    if params.prefill is not None and (params.prefill.exactly_dense or params.prefill.dense_layers >= num_layers):
         params = dataclasses.replace(params, prefill=None)
     return ALL_DENSE if params.is_dense else params
 

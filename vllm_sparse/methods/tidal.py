@@ -61,8 +61,7 @@ class Tidal(DecodeMethod):
             raise KnobError(
                 "full_layers", first, f"this model has {num_layers} layers, so 0 to {num_layers - 1} are allowed"
             )
-        again = self.reselect_layers or (round(PAPER_RESELECT_LAYER * num_layers / PAPER_LAYERS),)
-        for layer in again if self.reselect_layers else ():
+        for layer in self.reselect_layers:
             if not first < layer < num_layers:
                 raise KnobError(
                     "reselect_layers",
@@ -70,6 +69,7 @@ class Tidal(DecodeMethod):
                     f"this model has {num_layers} layers and selects first in layer {first}, so layers {first + 1} to "
                     f"{num_layers - 1} are allowed",
                 )
+        again = self.reselect_layers or (round(PAPER_RESELECT_LAYER * num_layers / PAPER_LAYERS),)
         return [
             "dense" if layer < first else "select" if layer == first or layer in again else "reuse"
             for layer in range(num_layers)
