@@ -83,6 +83,11 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def chat_text(content: str) -> str:
+    """A conversation of one user message as `CHAT_TEMPLATE` renders it, up to where the model answers."""
+    return f"{BEGIN}<|user|>\n{content}{END}\n<|assistant|>\n"
+
+
 def count_tokens(tokenizer: Tokenizer, text: str) -> int:
     """Tokens of `text` without special tokens around it."""
     return len(tokenizer.encode(text, add_special_tokens=False).ids)

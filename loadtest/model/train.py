@@ -20,7 +20,7 @@ from torch import Tensor
 
 from loadtest.model.batches import Batch, BatchMaker, Mixture
 from loadtest.model.network import Architecture, Network, export, load_weights, rounded_copy
-from loadtest.model.tokenizer import BEGIN, END, build_tokenizer, count_tokens, save_tokenizer
+from loadtest.model.tokenizer import END, build_tokenizer, chat_text, count_tokens, save_tokenizer
 from loadtest.quality.text import NEEDLE_FORMS, filler, needle_prompt
 
 # Below this value accuracy a stage has not taught retrieval at all.
@@ -146,7 +146,7 @@ def make_exams(task: tuple[int, Trial]) -> list[Exam]:
         prompt = needle_prompt(
             rng, trial.length, lambda text: count_tokens(tokenizer, text), trial.needles, trial.asked
         )
-        chat = f"{BEGIN}<|user|>\n{prompt.content}{END}\n<|assistant|>\n"
+        chat = chat_text(prompt.content)
         answer = tokenizer.encode(prompt.reference + END, add_special_tokens=False)
         digits = [place for place, token in enumerate(answer.tokens) if token.lstrip("\u0120").isdecimal()]
         exams.append(

@@ -17,7 +17,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from loadtest.model.tokenizer import BEGIN, END, build_tokenizer, count_tokens
+from loadtest.model.tokenizer import build_tokenizer, chat_text, count_tokens
 from loadtest.quality.text import needle_prompt
 from loadtest.serving.engine import DensityReader, engine
 
@@ -39,8 +39,7 @@ def make_prompt(rng: random.Random, length: int, vocabulary: int, needle: bool) 
         return [rng.randrange(300, vocabulary) for _ in range(length)]
     tokenizer = build_tokenizer()
     prompt = needle_prompt(rng, length - 32, lambda text: count_tokens(tokenizer, text), needles=3)
-    chat = f"{BEGIN}<|user|>\n{prompt.content}{END}\n<|assistant|>\n"
-    return list(tokenizer.encode(chat, add_special_tokens=False).ids)
+    return list(tokenizer.encode(chat_text(prompt.content), add_special_tokens=False).ids)
 
 
 def measure(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.model.tokenizer import BEGIN, END, SPECIALS, build_tokenizer, count_tokens, save_tokenizer
+from loadtest.model.tokenizer import BEGIN, END, SPECIALS, build_tokenizer, chat_text, count_tokens, save_tokenizer
 from loadtest.quality.text import filler, needle_prompt
 from loadtest.quality.words import KEY_NOUNS
 
@@ -77,3 +77,8 @@ def test_chat_template(loaded: Any) -> None:
     numbers = loaded.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
     assert numbers.count(loaded.bos_token_id) == 1
     assert numbers == TOKENIZER.encode(text, add_special_tokens=False).ids
+
+
+def test_chat_text_is_the_template(loaded: Any) -> None:
+    message = [{"role": "user", "content": "What?\nWhy?"}]
+    assert chat_text("What?\nWhy?") == loaded.apply_chat_template(message, tokenize=False, add_generation_prompt=True)

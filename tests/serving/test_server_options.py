@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
+from loadtest.model.tokenizer import chat_text
 from loadtest.quality.text import score
 from tests.serving.server import BOTH, FLEXPREFILL, MetricsChange, Reply, Server, prompt_of
 
@@ -69,30 +67,39 @@ def test_all_api_servers_serve_all_metrics(configured_server: Server) -> None:
     assert configured_server.log.read_text().count("Started server process") == 2
 
 
+PREEMPTED = (40, 41, 42)
+GENERATED_TOKENS = 900
+
+
 def test_preempted_requests_answer_right(configured_server: Server, answers_known: None) -> None:
-    replies = preempted(configured_server)
-    for number, reply in replies.items():
-        assert score(prompt_of(number, 4000), reply.text) == 1, reply.text
+    texts = preempted(configured_server).texts
+    for number, text in zip(PREEMPTED, texts, strict=True):
+        assert score(prompt_of(number, 4000), text) == 1, text
 
 
 def test_preempted_requests_finish(configured_server: Server) -> None:
-    for reply in preempted(configured_server).values():
-        assert reply.usage["completion_tokens"] == 420
-        assert reply.text
+    reply = preempted(configured_server)
+    assert reply.usage["completion_tokens"] == len(PREEMPTED) * GENERATED_TOKENS
+    assert all(reply.texts)
 
 
-def preempted(server: Server) -> dict[int, Reply]:
-    """Three requests that fill the KV cache with their prompts, so that their generation cannot be held too."""
-    numbers = (40, 41, 42)
-    extras: dict[str, Any] = {"flexprefill_min_budget": 512}
+def preempted(server: Server) -> Reply:
+    """Three prompts that nearly fill the KV cache, so that what they generate cannot be held too.
+
+    They are one HTTP request: requests of their own could arrive so far apart that one has ended before the cache is
+    full, and nothing would be preempted.
+    """
     before = server.metrics()
-
-    def ask(number: int) -> Reply:
-        return server.ask("chat", prompt_of(number, 4000), extras, max_tokens=420, ignore_eos=True)
-
-    with ThreadPoolExecutor(len(numbers)) as pool:
-        replies = dict(zip(numbers, pool.map(ask, numbers), strict=True))
+    reply = server.complete(
+        [chat_text(prompt_of(number, 4000).content) for number in PREEMPTED],
+        {"flexprefill_min_budget": 512},
+        max_tokens=GENERATED_TOKENS,
+        ignore_eos=True,
+        add_special_tokens=False,
+        cache_salt=server.fresh_salt(),
+    )
+    assert reply.status == 200, reply.raw
     change = MetricsChange(before, server.metrics())
     assert change("vllm:num_preemptions_total") > 0
     assert change.density("prefill", "flexprefill") < 1
-    return replies
+    return reply
