@@ -66,19 +66,19 @@ class PrefillDensity:
     kept: list[torch.Tensor] = field(default_factory=list)
     candidates: int = 0
 
-    def add(self, kept_tokens: torch.Tensor, span: RowSpan, query_block_tokens: int, num_heads: int) -> None:
+    def add(self, kept_tokens: torch.Tensor, span: RowSpan, query_block_tokens: int, list_heads: int) -> None:
         """Count one layer.
 
         Args:
             kept_tokens: int32 ``[rows]``.
             span: the chunk.
             query_block_tokens: tokens of a row.
-            num_heads: query heads; each has a row per query block.
+            list_heads: heads that have a list of their own, one row per query block.
         """
         self.kept.append(kept_tokens.sum())
         first = span.context_tokens - span.query_tokens + query_block_tokens
         row_contexts = [*range(first, span.context_tokens, query_block_tokens), span.context_tokens]
-        self.candidates += num_heads * sum(row_contexts)
+        self.candidates += list_heads * sum(row_contexts)
 
 
 class WorkerMetrics:

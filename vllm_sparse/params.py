@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -226,7 +227,8 @@ def resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) ->
 
 def is_sparse_key(key: str) -> bool:
     """Whether a sampling extra is meant for this plugin, misspelt ones such as ``sparse-decode`` included."""
-    return key.lower().startswith(("sparse", *METHODS))
+    lower = key.lower()
+    return lower.startswith("sparse") or re.split("[_-]", lower, maxsplit=1)[0] in METHODS
 
 
 def _knob_error(method: str, error: KnobError) -> SparseParamsError:

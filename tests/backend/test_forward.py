@@ -12,8 +12,9 @@ from prometheus_client import REGISTRY
 
 from tests import oracle
 from tests.backend.conftest import HEAD_SIZE, HEADS, KV_HEADS, LAYERS, SCALE, Engine
-from tests.methods.test_matrix import chunk_allowed
+from tests.methods.lists import chunk_allowed
 from tests.oracle import Paged, Platform
+from vllm_sparse.methods.base import Layer
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.params import ALL_DENSE, SparseParams
@@ -44,6 +45,7 @@ MIXED = [
     Row(300, 900, SparseParams(FLEX, TIDAL), prefilling=True),
     Row(50, 200, prefilling=True),
     Row(257, 257, SparseParams(FlexPrefill(gamma=0.3, tau=1.0, min_budget=0, dense_layers=3)), prefilling=True),
+    Row(400, 700, SparseParams(FlexPrefill(gamma=0.3, min_budget=0, query_block=64, rows="kv_head")), prefilling=True),
 ]
 
 
@@ -155,8 +157,8 @@ def allowed(step: Step, index: int, layer: int) -> torch.Tensor:
     if kind == "flex":
         assert row.params.prefill is not None
         query = step.queries[layer][span]
-        lists = row.params.prefill.select(query, step.data[layer].reader(index), SCALE, BLOCK)
-        return chunk_allowed(lists, row.tokens, row.context, HEADS)
+        lists = row.params.prefill.select(query, step.data[layer].reader(index), SCALE, BLOCK, Layer(layer, 0))
+        return chunk_allowed(row.params.prefill, lists, step.data[layer], index, query)
     if kind.startswith("list"):
         assert row.params.decode is not None
         source = int(kind.split()[1])

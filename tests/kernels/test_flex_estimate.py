@@ -14,6 +14,7 @@ from tests.oracle import PACKED, PLAIN, Platform
 from vllm_sparse.kernels.flex_estimate import flex_estimate, token_profiles
 from vllm_sparse.kernels.token_scores import token_scores
 from vllm_sparse.keys import PlainKeys
+from vllm_sparse.methods.base import Layer
 from vllm_sparse.methods.flexprefill import FlexPrefill
 
 BLOCK = 128
@@ -126,7 +127,7 @@ def test_estimate_holds_no_score_matrix() -> None:
 def test_faithful_mode_holds_no_score_matrix() -> None:
     query = torch.randn(256, HEADS, HEAD_SIZE).bfloat16()
     with Largest() as largest:
-        FlexPrefill(faithful=True).select(query, long_keys(CONTEXT, HEAD_SIZE), SCALE, 128)
+        FlexPrefill(faithful=True).select(query, long_keys(CONTEXT, HEAD_SIZE), SCALE, 128, Layer(0, 0))
     assert 0 < largest.bytes <= 4 * HEADS * 128 * CONTEXT // 16
 
 

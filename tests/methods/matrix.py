@@ -54,6 +54,9 @@ PREFILL = [
     PrefillCase("flex-faithful", FlexPrefill(gamma=0.5, min_budget=256, faithful=True)),
     PrefillCase("flex-faithful-pooled", FlexPrefill(gamma=0.5, tau=1.0, min_budget=0, faithful=True)),
     PrefillCase("flex-dense", FlexPrefill(gamma=1.0)),
+    PrefillCase("flex-64", FlexPrefill(gamma=0.4, min_budget=128, query_block=64)),
+    PrefillCase("flex-64-pooled", FlexPrefill(gamma=0.4, tau=1.0, min_budget=0, query_block=64, faithful=True)),
+    PrefillCase("flex-kv-head", FlexPrefill(gamma=0.4, min_budget=128, rows="kv_head")),
 ]
 PREFILL_DENSE = [
     PrefillCase("flex-gamma-1", FlexPrefill(gamma=1.0)),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests import oracle
 from tests.methods import flex_reference as reference
-from tests.methods.test_matrix import attend_chunk, chunk_allowed, same_lists
+from tests.methods.lists import FIRST_LAYER, attend_chunk, chunk_allowed, same_lists
 from tests.oracle import EXECUTING, PLAIN, SELECTING, Paged, Platform
 from vllm_sparse.methods.flexprefill import (
     FlexPrefill,
@@ -61,9 +61,10 @@ def test_f1_gamma_of_one_is_dense(platform: Platform, chunk: int, context: int, 
     causal = oracle.causal_mask(chunk, context)
     dense = oracle.attention(query, data.keys[0], data.values[0], SCALE, causal)
     for page in platform.page_sizes(data.block_size):
-        lists = FlexPrefill(gamma=1.0).select(query, data.reader(0), SCALE, page)
-        assert torch.equal(chunk_allowed(lists, chunk, context, 4), causal.expand(4, -1, -1))
-        oracle.assert_close(attend_chunk(lists, data, 0, query), dense)
+        method = FlexPrefill(gamma=1.0)
+        lists = method.select(query, data.reader(0), SCALE, page, FIRST_LAYER)
+        assert torch.equal(chunk_allowed(method, lists, data, 0, query), causal.expand(4, -1, -1))
+        oracle.assert_close(attend_chunk(method, lists, data, 0, query), dense)
 
 
 @pytest.mark.parametrize("platform", SELECTING)
@@ -72,9 +73,9 @@ def test_f2_min_budget_of_the_context_is_dense(platform: Platform, faithful: boo
     for chunk, context in CHUNKS:
         query, data = peaked(platform, generator, chunk, context, 4, 2)
         method = FlexPrefill(gamma=0.05, tau=0.0, min_budget=context, faithful=faithful)
-        lists = method.select(query, data.reader(0), SCALE, 16)
+        lists = method.select(query, data.reader(0), SCALE, 16, FIRST_LAYER)
         causal = oracle.causal_mask(chunk, context).expand(4, -1, -1)
-        assert torch.equal(chunk_allowed(lists, chunk, context, 4), causal), f"{chunk} of {context}"
+        assert torch.equal(chunk_allowed(method, lists, data, 0, query), causal), f"{chunk} of {context}"
 
 
 @pytest.mark.parametrize("platform", SELECTING)
@@ -118,8 +119,9 @@ def test_f4_the_list_covers_gamma_of_the_sample(
 ) -> None:
     """Measured on the exported tokens: mean mass of the sampled rows, for every head."""
     query, data = peaked(platform, generator, chunk, context, 4, 2)
-    lists = FlexPrefill(gamma=gamma, tau=0.0, min_budget=0).select(query, data.reader(0), SCALE, 64)
-    kept = chunk_allowed(lists, chunk, context, 4)[:, -B:]
+    method = FlexPrefill(gamma=gamma, tau=0.0, min_budget=0)
+    lists = method.select(query, data.reader(0), SCALE, 64, FIRST_LAYER)
+    kept = chunk_allowed(method, lists, data, 0, query)[:, -B:]
     rows = kept.shape[1]
     mass = oracle.probabilities(query[-B:], data.keys[0], SCALE, oracle.causal_mask(rows, context))
     covered = (mass * kept).sum(2).mean(1)
@@ -256,13 +258,14 @@ def test_f8_a_diagonal_head_is_followed(platform: Platform, offset: int, generat
     values = oracle.random_tensor(platform, generator, 1, context, 64)
     query = (keys[0, start - offset : context - offset].unsqueeze(1) * 8).contiguous()
     data = oracle.paged(platform, [keys], [values], 64, generator)
-    lists = FlexPrefill(gamma=0.9, tau=0.0, min_budget=0).select(query, data.reader(0), SCALE, 64)
-    allowed = chunk_allowed(lists, chunk, context, 1)
+    method = FlexPrefill(gamma=0.9, tau=0.0, min_budget=0)
+    lists = method.select(query, data.reader(0), SCALE, 64, FIRST_LAYER)
+    allowed = chunk_allowed(method, lists, data, 0, query)
     # The first block, the diagonal and one or two bands.
     assert int(allowed.sum(2).max()) <= 7 * B
     dense = oracle.attention(query, keys, values, SCALE, oracle.causal_mask(chunk, context))
     # Logits near 60 cost float32 a few more bits than the shared tolerance allows for.
-    error = oracle.relative_error(attend_chunk(lists, data, 0, query), dense)
+    error = oracle.relative_error(attend_chunk(method, lists, data, 0, query), dense)
     assert error <= max(1e-4, 2 * oracle.TOLERANCE[platform.dtype])
 
 
@@ -288,12 +291,13 @@ def test_f10_the_error_is_bounded_by_the_uncovered_mass(
 ) -> None:
     chunk, context, heads = 300, 1500, 4
     query, data = peaked(platform, generator, chunk, context, heads, 2)
-    lists = FlexPrefill(gamma=gamma, tau=0.0, min_budget=0).select(query, data.reader(0), SCALE, 64)
-    kept = chunk_allowed(lists, chunk, context, heads)
+    method = FlexPrefill(gamma=gamma, tau=0.0, min_budget=0)
+    lists = method.select(query, data.reader(0), SCALE, 64, FIRST_LAYER)
+    kept = chunk_allowed(method, lists, data, 0, query)
     causal = oracle.causal_mask(chunk, context)
     missed = (oracle.probabilities(query, data.keys[0], SCALE, causal) * ~kept).sum(2).T
     dense = oracle.attention(query, data.keys[0], data.values[0], SCALE, causal)
-    error = (attend_chunk(lists, data, 0, query).double().cpu() - dense).abs().amax(2)
+    error = (attend_chunk(method, lists, data, 0, query).double().cpu() - dense).abs().amax(2)
     largest_value = float(data.values[0].abs().max())
     assert float(missed[-B:].max()) > 0.01, "the bound must bind for this test to say anything"
     slack = 4 * oracle.TOLERANCE[platform.dtype] * largest_value
@@ -305,10 +309,11 @@ def test_f11_output_equals_the_softmax_over_the_exported_set(platform: Platform,
     """The shared matrix tests this over all settings; here on a map with structure, at chunk starts off the grid."""
     for chunk, context in CHUNKS:
         query, data = peaked(platform, generator, chunk, context, 4, 2)
-        lists = FlexPrefill(gamma=0.5, min_budget=0).select(query, data.reader(0), SCALE, 64)
-        allowed = chunk_allowed(lists, chunk, context, 4)
+        method = FlexPrefill(gamma=0.5, min_budget=0)
+        lists = method.select(query, data.reader(0), SCALE, 64, FIRST_LAYER)
+        allowed = chunk_allowed(method, lists, data, 0, query)
         expected = oracle.attention(query, data.keys[0], data.values[0], SCALE, allowed)
-        oracle.assert_close(attend_chunk(lists, data, 0, query), expected, f"{chunk} of {context}")
+        oracle.assert_close(attend_chunk(method, lists, data, 0, query), expected, f"{chunk} of {context}")
 
 
 @pytest.mark.parametrize("platform", SELECTING)
@@ -345,4 +350,5 @@ def test_strict_lists_ignore_what_lies_behind_the_context(generator: torch.Gener
     part = oracle.paged(PLAIN, [keys[:, :777]], [keys[:, :777]], 64, generator)
     method = FlexPrefill(gamma=0.4, min_budget=0)
     reader = PLAIN.keys_of(whole.kv_cache, whole.block_table[0], 777)
-    assert same_lists(method.select(query, reader, SCALE, 16), method.select(query, part.reader(0), SCALE, 16))
+    expected = method.select(query, part.reader(0), SCALE, 16, FIRST_LAYER)
+    assert same_lists(method.select(query, reader, SCALE, 16, FIRST_LAYER), expected)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import oracle
-from tests.methods.test_matrix import SCALE as EXECUTED_SCALE
-from tests.methods.test_matrix import attend_newest, same_lists
+from tests.methods.lists import SCALE as EXECUTED_SCALE
+from tests.methods.lists import attend_newest, same_lists
 from tests.oracle import EXECUTING, PLAIN, SELECTING, Paged, Platform
 from vllm_sparse.methods.base import KnobError
 from vllm_sparse.methods.tidal import Tidal

@@ -55,7 +55,10 @@ class SparseCpuImpl(SparseAttentionImpl, CPUAttentionBackendImpl):
     def keys_of(self, layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor, context_tokens: int) -> PagedKeys:
         return PACKINGS[layer.isa](kv_cache, block_table, context_tokens)
 
-    def page_size(self, phase: str, block_size_tokens: int) -> int:
+    def prefill_page_size(self, wanted_tokens: int, block_size_tokens: int) -> int:
+        return block_size_tokens
+
+    def decode_page_size(self, block_size_tokens: int) -> int:
         return block_size_tokens
 
     def dense_subset(

@@ -23,7 +23,7 @@ from vllm_sparse.backend.plan import RowSpan
 from vllm_sparse.executors import Executor, FlashAttentionExecutor
 from vllm_sparse.keys import PagedKeys, PlainKeys
 
-PREFILL_PAGE_TOKENS = 128
+PREFERRED_BLOCK_TOKENS = 128
 
 
 class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionMetadataBuilder):
@@ -58,12 +58,13 @@ class SparseFlashAttentionImpl(SparseAttentionImpl, FlashAttentionImpl):
     def keys_of(self, layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor, context_tokens: int) -> PagedKeys:
         return PlainKeys(kv_cache, block_table, context_tokens)
 
-    def page_size(self, phase: str, block_size_tokens: int) -> int:
-        # Token lists cost FlashAttention 3 no more than page lists; prefill pages are the largest power of two that
-        # divides a block, up to a query block's size.
-        if phase == "decode":
-            return 1
-        return min(PREFILL_PAGE_TOKENS, block_size_tokens & -block_size_tokens)
+    def prefill_page_size(self, wanted_tokens: int, block_size_tokens: int) -> int:
+        # The kernel is as efficient with small pages as with large ones; they have to divide a block.
+        return min(wanted_tokens, block_size_tokens & -block_size_tokens)
+
+    def decode_page_size(self, block_size_tokens: int) -> int:
+        # Token lists cost FlashAttention 3 no more than page lists.
+        return 1
 
     def dense_subset(
         self, layer: Any, query: torch.Tensor, metadata: FlashAttentionMetadata, spans: list[RowSpan]
@@ -101,7 +102,7 @@ class SparseFlashAttentionBackend(SparseDeclarations, FlashAttentionBackend):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        return PREFILL_PAGE_TOKENS
+        return PREFERRED_BLOCK_TOKENS
 
     @classmethod
     def supports_compute_capability(cls, capability: DeviceCapability) -> bool:

@@ -7,10 +7,12 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from vllm.distributed import get_tensor_model_parallel_rank
 
 from vllm_sparse.backend.plan import DecodeLaunch, LayerWork, PrefillRow, RowSpan, StepPlan
 from vllm_sparse.executors import Executor, Launch
 from vllm_sparse.keys import PagedKeys
+from vllm_sparse.methods.base import Layer
 from vllm_sparse.pages import to_physical
 
 
@@ -30,6 +32,7 @@ class SparseAttentionImpl:
                 "attention backend sparse does not support a soft cap on attention logits; serve this model without it"
             )
         self._sparse_executor: Executor | None = None
+        self._first_query_head = get_tensor_model_parallel_rank() * self.num_heads
 
     @abstractmethod
     def make_executor(self, layer: Any) -> Executor:
@@ -40,8 +43,12 @@ class SparseAttentionImpl:
         """A request's keys, read in the platform's packing."""
 
     @abstractmethod
-    def page_size(self, phase: str, block_size_tokens: int) -> int:
-        """Page size of the executor in a phase, given the KV cache's block size."""
+    def prefill_page_size(self, wanted_tokens: int, block_size_tokens: int) -> int:
+        """Page size of the executor for a method that chooses `wanted_tokens` at a time, given the cache's block."""
+
+    @abstractmethod
+    def decode_page_size(self, block_size_tokens: int) -> int:
+        """Page size of the executor in decoding, given the cache's block size."""
 
     @abstractmethod
     def dense_subset(self, layer: Any, query: torch.Tensor, metadata: Any, spans: list[RowSpan]) -> Any:
@@ -77,10 +84,10 @@ class SparseAttentionImpl:
         heads = output.view(-1, self.num_heads, query.shape[-1])
         block_table = attn_metadata.block_table
         for chunk in work.prefill:
-            self._forward_chunk(chunk, layer, query, kv_cache, block_table, heads)
+            self._forward_chunk(chunk, layer, layer_index, query, kv_cache, block_table, heads)
         for row in work.selecting:
             keys = self.keys_of(layer, kv_cache, block_table[row.span.row], row.span.context_tokens)
-            page_size = self.page_size("decode", kv_cache.shape[2])
+            page_size = self.decode_page_size(kv_cache.shape[2])
             plan.choose(row, row.method.select(query[row.span.query_start], keys, self.scale, page_size))
         if work.reading:
             self._forward_reading(
@@ -115,39 +122,38 @@ class SparseAttentionImpl:
         self,
         row: PrefillRow,
         layer: Any,
+        layer_index: int,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         block_table: torch.Tensor,
         heads: torch.Tensor,
     ) -> None:
         """One request's chunk: choose, translate, attend."""
-        span = row.span
+        span, method = row.span, row.method
         assert self._sparse_executor is not None
         block_size = kv_cache.shape[2]
         request_blocks = block_table[span.row]
         chunk = query[span.query_start : span.query_start + span.query_tokens]
         keys = self.keys_of(layer, kv_cache, request_blocks, span.context_tokens)
-        lists = row.method.select(chunk, keys, self.scale, self.page_size("prefill", block_size))
-        row_heads, starts = chunk_launch(
-            span, lists.pages.shape[0], row.method.query_block_tokens, self.num_heads, query.device
-        )
+        page_size = self.prefill_page_size(method.page_tokens, block_size)
+        lists = method.select(chunk, keys, self.scale, page_size, Layer(layer_index, self._first_query_head))
+        list_heads = self.num_kv_heads if method.rows == "kv_head" else self.num_heads
+        row_heads, starts = chunk_launch(span, method.query_block, list_heads, query.device)
         pages = to_physical(
-            lists, request_blocks, row_heads * self.num_kv_heads // self.num_heads, block_size, self.num_kv_heads
+            lists, request_blocks, row_heads * self.num_kv_heads // list_heads, block_size, self.num_kv_heads
         )
-        # Head-major copies of the queries: a row is a run of one head's tokens.
-        rows = chunk.transpose(0, 1).reshape(-1, 1, chunk.shape[-1])
+        # Head-major copies of the queries: a row is a run of tokens, each with the heads that share its list.
+        rows = head_major(chunk, list_heads)
         attended = torch.empty_like(rows)
         self._sparse_executor.run(
-            Launch(starts, row.method.query_block_tokens, pages, lists.kept_tokens, lists.page_size_tokens),
+            Launch(starts, method.query_block, pages, lists.kept_tokens, lists.page_size_tokens),
             rows,
             attended,
             kv_cache,
             self.scale,
         )
-        heads[span.query_start : span.query_start + span.query_tokens] = attended.view(
-            self.num_heads, span.query_tokens, -1
-        ).transpose(0, 1)
-        row.density.add(lists.kept_tokens, span, row.method.query_block_tokens, self.num_heads)
+        heads[span.query_start : span.query_start + span.query_tokens] = token_major(attended, list_heads)
+        row.density.add(lists.kept_tokens, span, method.query_block, list_heads)
 
     def _forward_dense(
         self,
@@ -172,16 +178,29 @@ class SparseAttentionImpl:
         output[tokens] = gathered
 
 
+def head_major(chunk: torch.Tensor, list_heads: int) -> torch.Tensor:
+    """``[tokens, query_heads, head_size]`` to ``[list_heads * tokens, query_heads / list_heads, head_size]``."""
+    tokens, _, head_size = chunk.shape
+    grouped = chunk.reshape(tokens, list_heads, -1, head_size).transpose(0, 1)
+    return grouped.reshape(list_heads * tokens, -1, head_size)
+
+
+def token_major(rows: torch.Tensor, list_heads: int) -> torch.Tensor:
+    """Inverse of `head_major`."""
+    grouped = rows.view(list_heads, -1, rows.shape[1], rows.shape[2]).transpose(0, 1)
+    return grouped.flatten(1, 2)
+
+
 def chunk_launch(
-    span: RowSpan, rows: int, query_block_tokens: int, num_heads: int, device: torch.device
+    span: RowSpan, query_block_tokens: int, list_heads: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of a head-major chunk: query head ``[rows]`` and int32 first token ``[rows + 1]`` of each."""
-    blocks = rows // num_heads
-    head = torch.arange(num_heads, device=device).repeat_interleave(blocks)
-    offset = torch.arange(blocks, device=device).repeat(num_heads) * query_block_tokens
-    starts = torch.empty(rows + 1, dtype=torch.int32, device=device)
+    """Rows of a head-major chunk: list head ``[rows]`` and int32 first token ``[rows + 1]`` of each."""
+    blocks = -(-span.query_tokens // query_block_tokens)
+    head = torch.arange(list_heads, device=device).repeat_interleave(blocks)
+    offset = torch.arange(blocks, device=device).repeat(list_heads) * query_block_tokens
+    starts = torch.empty(list_heads * blocks + 1, dtype=torch.int32, device=device)
     starts[:-1] = head * span.query_tokens + offset
-    starts[-1:] = num_heads * span.query_tokens
+    starts[-1:] = list_heads * span.query_tokens
     return head, starts
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +16,27 @@ if TYPE_CHECKING:
 
 # Knobs are checked strictly: a string is no number, a typo is no knob.
 KNOBS = ConfigDict(extra="forbid", strict=True)
+
+# Knobs that all prefill methods have; their defaults are the method's own.
+DenseLayers = Annotated[int, Field(ge=0, le=1024, description="first layers, left dense")]
+QueryBlock = Annotated[Literal[64, 128], Field(description="query tokens that share a list")]
+Rows = Annotated[
+    Literal["query_head", "kv_head"],
+    Field(description="heads that share a list; kv_head reads what any query head of its group chose"),
+]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Where in the model a selection happens.
+
+    Attributes:
+        index: of the attention layer.
+        first_query_head: the model's number of this process's first query head; not 0 under tensor parallelism.
+    """
+
+    index: int
+    first_query_head: int
 
 
 class KnobError(ValueError):
@@ -35,10 +57,14 @@ class PrefillMethod(ABC):
     """Chooses the pages that each query block of a prefill chunk may read."""
 
     name: ClassVar[str]
-    query_block_tokens: ClassVar[int]
-    """Query tokens that share one list."""
+    page_tokens: ClassVar[int]
+    """Granularity of the choice, a power of two; the executor's pages are at most this, where it can."""
     dense_layers: int
     """The first layers, left dense."""
+    query_block: int
+    """Query tokens that share one list."""
+    rows: str
+    """Heads that share one list: ``query_head`` or ``kv_head``."""
 
     @property
     @abstractmethod
@@ -48,10 +74,12 @@ class PrefillMethod(ABC):
     @property
     def min_query_tokens(self) -> int:
         """Shorter chunks run dense: the sample would cost as much as the chunk."""
-        return 2 * self.query_block_tokens
+        return 2 * self.query_block
 
     @abstractmethod
-    def select(self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int) -> PageList:
+    def select(
+        self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, layer: Layer
+    ) -> PageList:
         """Choose pages for one request's chunk.
 
         Args:
@@ -59,9 +87,10 @@ class PrefillMethod(ABC):
             keys: the request's keys, the chunk's included.
             scale: the model's softmax scale.
             page_size_tokens: page size of the executor.
+            layer: where.
 
         Returns:
-            Lists of ``query_heads * ceil(chunk / query_block_tokens)`` rows, head-major.
+            Lists of ``heads * ceil(chunk / query_block)`` rows, head-major, with `heads` as `rows` says.
         """
 
 

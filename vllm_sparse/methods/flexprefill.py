@@ -10,9 +10,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vllm_sparse.kernels.flex_estimate import FlexEstimate, flex_estimate, token_profiles
-from vllm_sparse.kernels.page_list import blocks_to_pages, compact_pages
+from vllm_sparse.kernels.page_list import chunk_lists, query_blocks
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import KNOBS, KnobError, PrefillMethod
+from vllm_sparse.methods.base import KNOBS, DenseLayers, KnobError, Layer, PrefillMethod, QueryBlock, Rows
 from vllm_sparse.pages import PageList
 
 BLOCK_TOKENS = 128
@@ -32,7 +32,7 @@ class FlexPrefill(PrefillMethod):
     """
 
     name: ClassVar[str] = "flexprefill"
-    query_block_tokens: ClassVar[int] = BLOCK_TOKENS
+    page_tokens: ClassVar[int] = BLOCK_TOKENS
 
     gamma: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, description="share of attention to cover")] = 0.9
     tau: Annotated[
@@ -42,7 +42,9 @@ class FlexPrefill(PrefillMethod):
     max_budget: Annotated[int, Field(ge=128, le=1 << 24, description="most tokens of columns and of diagonals")] = (
         1 << 24
     )
-    dense_layers: Annotated[int, Field(ge=0, le=1024, description="first layers, left dense")] = 0
+    dense_layers: DenseLayers = 0
+    query_block: QueryBlock = 128
+    rows: Rows = "query_head"
     faithful: Annotated[bool, Field(description="count blocks as the official code does")] = False
 
     def __post_init__(self) -> None:
@@ -55,22 +57,25 @@ class FlexPrefill(PrefillMethod):
     def exactly_dense(self) -> bool:
         return self.gamma >= 1 and self.max_budget == 1 << 24
 
-    def select(self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int) -> PageList:
-        block_mask = self.block_mask(query, keys, scale)
-        _, last_query = _query_blocks(query.shape[0], keys.context_tokens, query.device)
-        page_mask = blocks_to_pages(block_mask, BLOCK_TOKENS, page_size_tokens, keys.context_tokens)
-        # Finer pages than blocks: pages after the row's last query are causally empty and must not end its list.
-        page = torch.arange(page_mask.shape[-1], device=query.device) * page_size_tokens
-        page_mask = page_mask & (page <= last_query.unsqueeze(1))
-        heads = query.shape[1]
-        return compact_pages(page_mask.flatten(0, 1), last_query.repeat(heads), page_size_tokens)
+    def select(
+        self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, layer: Layer
+    ) -> PageList:
+        return chunk_lists(
+            self.block_mask(query, keys, scale),
+            BLOCK_TOKENS,
+            query.shape[0],
+            keys.context_tokens,
+            self.query_block,
+            page_size_tokens,
+            keys.num_kv_heads if self.rows == "kv_head" else query.shape[1],
+        )
 
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float) -> torch.Tensor:
         """Selected key blocks: bool ``[query_heads, query_blocks, key_blocks]`` on a key grid from token 0."""
         chunk, heads, head_size = query.shape
         context = keys.context_tokens
         key_blocks = -(-context // BLOCK_TOKENS)
-        first_query, last_query = _query_blocks(chunk, context, query.device)
+        first_query, last_query = query_blocks(chunk, context, self.query_block, query.device)
         key_block = torch.arange(key_blocks, device=query.device)
         causal = key_block * BLOCK_TOKENS <= last_query.unsqueeze(1)
         own = causal & ((key_block + 1) * BLOCK_TOKENS > first_query.unsqueeze(1))
@@ -158,26 +163,19 @@ class FlexPrefill(PrefillMethod):
         """The shortest prefix of all block pairs that covers `gamma` of the pooled map (section 3.3)."""
         chunk, heads, head_size = query.shape
         means = estimate.key_block_mean
-        query_blocks = causal.shape[0]
-        padded = torch.nn.functional.pad(query.float(), (0, 0, 0, 0, 0, query_blocks * BLOCK_TOKENS - chunk))
-        counts = torch.full((query_blocks, 1, 1), float(BLOCK_TOKENS), device=query.device)
-        counts[-1] = chunk - (query_blocks - 1) * BLOCK_TOKENS
-        pooled = padded.view(query_blocks, BLOCK_TOKENS, heads, head_size).sum(1) / counts
+        blocks = causal.shape[0]
+        padded = torch.nn.functional.pad(query.float(), (0, 0, 0, 0, 0, blocks * self.query_block - chunk))
+        counts = torch.full((blocks, 1, 1), float(self.query_block), device=query.device)
+        counts[-1] = chunk - (blocks - 1) * self.query_block
+        pooled = padded.view(blocks, self.query_block, heads, head_size).sum(1) / counts
         pooled = pooled.permute(1, 0, 2).reshape(means.shape[0], -1, head_size)
-        logits = torch.matmul(pooled, means.transpose(1, 2)).mul(scale).view(heads, query_blocks, -1)
-        weight = logits.masked_fill(~causal, float("-inf")).softmax(-1).flatten(1) / query_blocks
+        logits = torch.matmul(pooled, means.transpose(1, 2)).mul(scale).view(heads, blocks, -1)
+        weight = logits.masked_fill(~causal, float("-inf")).softmax(-1).flatten(1) / blocks
         if self.faithful:
             ordered, order = weight.sort(dim=1, descending=True, stable=True)
             keep = ordered.cumsum(1) <= self.gamma
-            return torch.zeros_like(keep).scatter_(1, order, keep).view(heads, query_blocks, -1)
-        return top_mask(weight, coverage_count(weight, self.gamma)).view(heads, query_blocks, -1)
-
-
-def _query_blocks(chunk: int, context: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and last absolute position of each query block of a chunk: two ``[ceil(chunk / 128)]``."""
-    start = context - chunk
-    first = torch.arange(start, context, BLOCK_TOKENS, device=device)
-    return first, (first + BLOCK_TOKENS - 1).clamp(max=context - 1)
+            return torch.zeros_like(keep).scatter_(1, order, keep).view(heads, blocks, -1)
+        return top_mask(weight, coverage_count(weight, self.gamma)).view(heads, blocks, -1)
 
 
 def _band_blocks(bands: torch.Tensor, first_query: torch.Tensor, last_query: torch.Tensor) -> torch.Tensor:
@@ -191,7 +189,7 @@ def _band_blocks(bands: torch.Tensor, first_query: torch.Tensor, last_query: tor
     lowest = -(-(first_query + 2) // BLOCK_TOKENS).unsqueeze(1) - key_block - 2
     highest = (last_query // BLOCK_TOKENS).unsqueeze(1) - key_block
     touched = torch.zeros(bands.shape[0], *lowest.shape, dtype=torch.bool, device=bands.device)
-    # A query block of 128 positions and a band of 128 distances meet in at most three key blocks.
+    # A query block of at most 128 positions and a band of 128 distances meet in at most three key blocks.
     for step in range(3):
         band = lowest + step
         valid = (band >= 0) & (band <= highest) & (band < count)

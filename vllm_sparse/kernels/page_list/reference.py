@@ -34,6 +34,49 @@ def blocks_to_pages(
     return page_mask
 
 
+def query_blocks(chunk: int, context: int, query_block: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and last absolute position of each query block of a chunk: two int64 ``[ceil(chunk / query_block)]``."""
+    first = torch.arange(context - chunk, context, query_block, device=device)
+    return first, (first + query_block - 1).clamp(max=context - 1)
+
+
+def chunk_lists(
+    block_mask: torch.Tensor,
+    block_size_tokens: int,
+    chunk: int,
+    context: int,
+    query_block: int,
+    page_size_tokens: int,
+    list_heads: int,
+) -> PageList:
+    """The lists of a prefill chunk from its map over key blocks.
+
+    Heads that share a list get what any of them chose. Blocks that hold a row's own positions are always kept, pages
+    after its last position never.
+
+    Args:
+        block_mask: bool ``[query_heads, ceil(chunk / query_block), ceil(context / block)]`` on a key grid from token 0.
+        block_size_tokens: tokens of a selection block.
+        chunk: tokens of the chunk, which ends the context.
+        context: tokens in the request's cache.
+        query_block: query tokens that share a list.
+        page_size_tokens: page size of the executor.
+        list_heads: heads with lists of their own; divides the query heads.
+
+    Returns:
+        Lists of ``list_heads * ceil(chunk / query_block)`` rows, head-major.
+    """
+    first, last = query_blocks(chunk, context, query_block, block_mask.device)
+    if list_heads != block_mask.shape[0]:
+        block_mask = block_mask.view(list_heads, -1, *block_mask.shape[1:]).any(1)
+    block = torch.arange(block_mask.shape[-1], device=block_mask.device)
+    own = (block >= (first // block_size_tokens).unsqueeze(1)) & (block <= (last // block_size_tokens).unsqueeze(1))
+    page_mask = blocks_to_pages(block_mask | own, block_size_tokens, page_size_tokens, context)
+    page = torch.arange(page_mask.shape[-1], device=block_mask.device)
+    page_mask = page_mask & (page <= (last // page_size_tokens).unsqueeze(1))
+    return compact_pages(page_mask.flatten(0, 1), last.repeat(list_heads), page_size_tokens)
+
+
 def compact_pages(page_mask: torch.Tensor, last_position: torch.Tensor, page_size_tokens: int) -> PageList:
     """Compact a map over pages into ascending lists.
 
