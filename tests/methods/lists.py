@@ -8,9 +8,9 @@ import torch
 
 from tests import oracle
 from tests.oracle import Paged, Platform
-from vllm_sparse.backend.impl import chunk_launch, head_major, token_major
-from vllm_sparse.backend.plan import RowSpan
-from vllm_sparse.executors import Launch
+from vllm_sparse.backend import chunk as backend_chunk
+from vllm_sparse.backend.chunk import list_heads
+from vllm_sparse.executors import Executor, Launch
 from vllm_sparse.methods.base import Layer, PrefillMethod
 from vllm_sparse.pages import PageList, to_physical
 
@@ -26,31 +26,25 @@ def draw_block_sizes(platform: Platform, head_size: int, generator: torch.Genera
     return [sizes[pick] for pick in torch.randperm(len(sizes), generator=generator).tolist()]
 
 
-def list_heads(method: PrefillMethod, heads: int, kv_heads: int) -> int:
-    """Heads that have lists of their own."""
-    return kv_heads if method.rows == "kv_head" else heads
+class Poisoning(Executor):
+    """An executor whose output is NaN where the kernel does not write."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+
+    def run(
+        self, launch: Launch, query: torch.Tensor, output: torch.Tensor, kv_cache: torch.Tensor, scale: float
+    ) -> None:
+        output.fill_(oracle.NAN)
+        self._executor.run(launch, query, output, kv_cache, scale)
 
 
 def attend_chunk(
     method: PrefillMethod, lists: PageList, data: Paged, request: int, query: torch.Tensor
 ) -> torch.Tensor:
     """Run a prefill list through the platform's stock kernel: ``[chunk, heads, head_size]``."""
-    chunk, heads, _ = query.shape
-    having = list_heads(method, heads, data.num_kv_heads)
-    span = RowSpan(request, 0, chunk, data.keys[request].shape[1])
-    row_heads, starts = chunk_launch(span, method.query_block, having, query.device)
-    pages = to_physical(
-        lists,
-        data.block_table[request],
-        row_heads * data.num_kv_heads // having,
-        data.block_size,
-        data.num_kv_heads,
-    )
-    launch = Launch(starts, method.query_block, pages, lists.kept_tokens, lists.page_size_tokens)
-    flat = head_major(query, having)
-    output = torch.full_like(flat, oracle.NAN)
-    data.platform.executor().run(launch, flat, output, data.kv_cache, SCALE)
-    return token_major(output, having)
+    executor = Poisoning(data.platform.executor())
+    return backend_chunk.attend_chunk(executor, method, lists, query, data.kv_cache, data.block_table[request], SCALE)
 
 
 def attend_newest(lists: PageList, data: Paged, request: int, query: torch.Tensor) -> torch.Tensor:

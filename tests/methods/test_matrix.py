@@ -16,12 +16,12 @@ from tests.methods.lists import (
     check_list,
     chunk_allowed,
     draw_block_sizes,
-    list_heads,
     same_lists,
     select_chunk,
 )
 from tests.methods.matrix import DecodeCase, PrefillCase
 from tests.oracle import EXECUTING, PLAIN, SELECTING, Paged, Platform
+from vllm_sparse.backend.chunk import list_heads
 from vllm_sparse.methods.base import DecodeMethod, PrefillMethod
 from vllm_sparse.pages import PageList
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 
+from vllm_sparse.backend.chunk import attend_chunk, list_heads
 from vllm_sparse.backend.plan import DecodeLaunch, LayerWork, PrefillRow, RowSpan, StepPlan
-from vllm_sparse.executors import Executor, Launch
+from vllm_sparse.executors import Executor
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import Layer
-from vllm_sparse.pages import to_physical
 
 
 class SparseAttentionImpl:
@@ -137,23 +137,11 @@ class SparseAttentionImpl:
         keys = self.keys_of(layer, kv_cache, request_blocks, span.context_tokens)
         page_size = self.prefill_page_size(method.page_tokens, block_size)
         lists = method.select(chunk, keys, self.scale, page_size, Layer(layer_index, self._first_query_head))
-        list_heads = self.num_kv_heads if method.rows == "kv_head" else self.num_heads
-        row_heads, starts = chunk_launch(span, method.query_block, list_heads, query.device)
-        pages = to_physical(
-            lists, request_blocks, row_heads * self.num_kv_heads // list_heads, block_size, self.num_kv_heads
+        attended = attend_chunk(self._sparse_executor, method, lists, chunk, kv_cache, request_blocks, self.scale)
+        heads[span.query_start : span.query_start + span.query_tokens] = attended
+        row.density.add(
+            lists.kept_tokens, span, method.query_block, list_heads(method, self.num_heads, self.num_kv_heads)
         )
-        # Head-major copies of the queries: a row is a run of tokens, each with the heads that share its list.
-        rows = head_major(chunk, list_heads)
-        attended = torch.empty_like(rows)
-        self._sparse_executor.run(
-            Launch(starts, method.query_block, pages, lists.kept_tokens, lists.page_size_tokens),
-            rows,
-            attended,
-            kv_cache,
-            self.scale,
-        )
-        heads[span.query_start : span.query_start + span.query_tokens] = token_major(attended, list_heads)
-        row.density.add(lists.kept_tokens, span, method.query_block, list_heads)
 
     def _forward_dense(
         self,
@@ -176,32 +164,6 @@ class SparseAttentionImpl:
         # The stock paged kernel reads keys and values from the cache; the arguments are only passed through.
         super().forward(layer, query[tokens], key, value, kv_cache, metadata, gathered)  # type: ignore[misc]
         output[tokens] = gathered
-
-
-def head_major(chunk: torch.Tensor, list_heads: int) -> torch.Tensor:
-    """``[tokens, query_heads, head_size]`` to ``[list_heads * tokens, query_heads / list_heads, head_size]``."""
-    tokens, _, head_size = chunk.shape
-    grouped = chunk.reshape(tokens, list_heads, -1, head_size).transpose(0, 1)
-    return grouped.reshape(list_heads * tokens, -1, head_size)
-
-
-def token_major(rows: torch.Tensor, list_heads: int) -> torch.Tensor:
-    """Inverse of `head_major`."""
-    grouped = rows.view(list_heads, -1, rows.shape[1], rows.shape[2]).transpose(0, 1)
-    return grouped.flatten(1, 2)
-
-
-def chunk_launch(
-    span: RowSpan, query_block_tokens: int, list_heads: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of a head-major chunk: list head ``[rows]`` and int32 first token ``[rows + 1]`` of each."""
-    blocks = -(-span.query_tokens // query_block_tokens)
-    head = torch.arange(list_heads, device=device).repeat_interleave(blocks)
-    offset = torch.arange(blocks, device=device).repeat(list_heads) * query_block_tokens
-    starts = torch.empty(list_heads * blocks + 1, dtype=torch.int32, device=device)
-    starts[:-1] = head * span.query_tokens + offset
-    starts[-1:] = list_heads * span.query_tokens
-    return head, starts
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,39 @@
+"""Compiling Triton kernels for Hopper where there is no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+SHARED_MEMORY_BYTES = 227 * 1024
+
+
+def compile_for_hopper(
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], num_warps: int = 4, num_stages: int = 3
+) -> Any:
+    """Compile a kernel for compute capability 9.0 and check that a multiprocessor can hold it.
+
+    Args:
+        kernel: a function under `triton.jit`, not interpreted.
+        types: Triton type of each parameter that is no constant, such as ``*bf16`` or ``i32``.
+        constants: values of the compile-time constants.
+        num_warps: as in the launch.
+        num_stages: as in the launch.
+
+    Returns:
+        Triton's compiled kernel.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    missing = set(kernel.arg_names) - set(types) - set(constants)
+    assert not missing, f"no type or value for {sorted(missing)}"
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, values)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "num_stages": num_stages}
+    )
+    assert compiled.metadata.shared <= SHARED_MEMORY_BYTES, f"{compiled.metadata.shared} bytes of shared memory"
+    return compiled

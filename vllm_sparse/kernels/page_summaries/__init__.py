@@ -1,0 +1,28 @@
+"""Mean, minimum and maximum key of each page, which selection methods compare queries with."""
+
+from __future__ import annotations
+
+from vllm_sparse.kernels.page_summaries import reference
+from vllm_sparse.kernels.page_summaries.reference import PageSummaries
+from vllm_sparse.keys import PagedKeys, PlainKeys
+
+__all__ = ["PageSummaries", "page_summaries"]
+
+
+def page_summaries(keys: PagedKeys, page_tokens: int) -> PageSummaries:
+    """Summarise the live keys of each logical page; one pass over the keys.
+
+    Computed from the cache at every chunk rather than kept beside it: at 128K tokens the pass reads 1 % of what the
+    chunk's attention does, and nothing can go stale when blocks are shared, copied or loaded by a connector.
+
+    Runs in Triton on CUDA, else in PyTorch.
+
+    Args:
+        keys: the request's keys.
+        page_tokens: tokens of a page; a power of two.
+    """
+    if keys.kv_cache.is_cuda and isinstance(keys, PlainKeys):
+        from vllm_sparse.kernels.page_summaries import triton
+
+        return triton.page_summaries(keys, page_tokens)
+    return reference.page_summaries(keys, page_tokens)
