@@ -83,8 +83,9 @@ def to_physical(
             f"a page of {page_size} tokens does not divide a KV-cache block of {block_size_tokens} tokens; "
             "choose a page size that does"
         )
-    pages_per_block = block_size_tokens // page_size
-    logical_block = (page_list.pages // pages_per_block).long()
-    block = block_table[logical_block] if block_table.dim() == 1 else block_table.gather(1, logical_block)
-    head = row_kv_head.to(block.dtype).unsqueeze(1)
-    return ((block * num_kv_heads + head) * pages_per_block + page_list.pages % pages_per_block).to(torch.int32)
+    # Imported here because both implementations know `PageList`.
+    if page_list.pages.is_cuda:
+        from vllm_sparse.kernels.page_list.triton import to_physical
+    else:
+        from vllm_sparse.kernels.page_list.reference import to_physical
+    return to_physical(page_list, block_table, row_kv_head, block_size_tokens // page_size, num_kv_heads)

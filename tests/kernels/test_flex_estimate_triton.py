@@ -1,44 +1,27 @@
-"""FlexPrefill's sample in Triton equals its PyTorch specification: compiled on a GPU, interpreted elsewhere.
-
-Triton decides when it is imported whether it interprets, so without a GPU the tests run in a process of their own.
-"""
+"""FlexPrefill's sample in Triton equals its PyTorch specification: compiled on a GPU, interpreted elsewhere."""
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from vllm_sparse.kernels.flex_estimate import reference
 from vllm_sparse.keys import PlainKeys
 
 pytest.importorskip("triton")
-
-CAN_RUN = torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ
 
 BLOCK = 128
 
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "5 passed" in run.stdout, run.stdout[-4000:]
+    run_under_the_interpreter(__file__, passing=5)
 
 
-@pytest.mark.skipif(not CAN_RUN, reason="in a process of its own: test_under_the_interpreter")
+@needs_triton
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_size", "context", "rows", "block_size"),
     [
@@ -54,15 +37,14 @@ def test_equals_reference(heads: int, kv_heads: int, head_size: int, context: in
 
     seed = random.randrange(1 << 30)
     generator = torch.Generator().manual_seed(seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     blocks = -(-context // block_size)
-    cache = torch.randn(blocks + 3, kv_heads, block_size, 2 * head_size, generator=generator).to(device)
-    block_table = torch.randperm(blocks + 3, generator=generator)[:blocks].int().to(device)
+    cache = torch.randn(blocks + 3, kv_heads, block_size, 2 * head_size, generator=generator).to(DEVICE)
+    block_table = torch.randperm(blocks + 3, generator=generator)[:blocks].int().to(DEVICE)
     # What lies behind the context is stale and may be anything.
     stale = blocks * block_size - context
     if stale:
         cache[int(block_table[-1]), :, block_size - stale :] = float("nan")
-    sample = torch.randn(rows, heads, head_size, generator=generator).to(device)
+    sample = torch.randn(rows, heads, head_size, generator=generator).to(DEVICE)
     keys = PlainKeys(cache, block_table, context)
     expected = reference.block_masses(sample, keys, 0.2, BLOCK)
     actual = flex_triton.block_masses(sample, keys, 0.2, BLOCK)

@@ -1,4 +1,4 @@
-"""Selection maps to page lists, in PyTorch: the specification, on any device, without a device-to-host sync."""
+"""Selection maps to page lists and to addresses, in PyTorch: the specification, without a device-to-host sync."""
 
 from __future__ import annotations
 
@@ -49,23 +49,7 @@ def chunk_lists(
     page_size_tokens: int,
     list_heads: int,
 ) -> PageList:
-    """The lists of a prefill chunk from its map over key blocks.
-
-    Heads that share a list get what any of them chose. Blocks that hold a row's own positions are always kept, pages
-    after its last position never.
-
-    Args:
-        block_mask: bool ``[query_heads, ceil(chunk / query_block), ceil(context / block)]`` on a key grid from token 0.
-        block_size_tokens: tokens of a selection block.
-        chunk: tokens of the chunk, which ends the context.
-        context: tokens in the request's cache.
-        query_block: query tokens that share a list.
-        page_size_tokens: page size of the executor.
-        list_heads: heads with lists of their own; divides the query heads.
-
-    Returns:
-        Lists of ``list_heads * ceil(chunk / query_block)`` rows, head-major.
-    """
+    """The lists of a prefill chunk from its map over key blocks; arguments as in the public function."""
     first, last = query_blocks(chunk, context, query_block, block_mask.device)
     if list_heads != block_mask.shape[0]:
         block_mask = block_mask.view(list_heads, -1, *block_mask.shape[1:]).any(1)
@@ -99,3 +83,13 @@ def compact_pages(page_mask: torch.Tensor, last_position: torch.Tensor, page_siz
     in_last_page = (last_position % page_size_tokens + 1).to(torch.int32)
     kept_tokens = (kept_pages - 1) * page_size_tokens + in_last_page
     return PageList(pages[:, :num_pages], kept_tokens.to(torch.int32), page_size_tokens)
+
+
+def to_physical(
+    page_list: PageList, block_table: torch.Tensor, row_kv_head: torch.Tensor, pages_per_block: int, num_kv_heads: int
+) -> torch.Tensor:
+    """Logical pages to page numbers of the per-head view of the cache; arguments as in `vllm_sparse.pages`."""
+    logical_block = (page_list.pages // pages_per_block).long()
+    block = block_table[logical_block] if block_table.dim() == 1 else block_table.gather(1, logical_block)
+    head = row_kv_head.to(block.dtype).unsqueeze(1)
+    return ((block * num_kv_heads + head) * pages_per_block + page_list.pages % pages_per_block).to(torch.int32)
