@@ -7,6 +7,8 @@ import random
 import pytest
 import torch
 
+from tests import oracle
+from tests.kernels.hopper import compile_for_hopper
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from vllm_sparse.kernels.flex_estimate import reference
 from vllm_sparse.keys import PlainKeys
@@ -51,3 +53,35 @@ def test_equals_reference(heads: int, kv_heads: int, head_size: int, context: in
     for name, reference_part in vars(expected).items():
         error = (getattr(actual, name) - reference_part).norm() / reference_part.norm()
         assert error < 1e-5, f"{name} differs by {error} (seed {seed})"
+    combined = flex_triton.combine(actual, context, BLOCK)
+    error = oracle.relative_error(combined.line_mass, reference.combine(expected, context, BLOCK).line_mass)
+    assert error < 1e-5, f"line masses differ by {error} (seed {seed})"
+
+
+@pytest.mark.skipif(CAN_RUN and DEVICE == "cpu", reason="Triton only interprets in this process")
+def test_kernels_compile_for_hopper() -> None:
+    from vllm_sparse.kernels.flex_estimate import triton as flex_triton
+
+    masses = dict.fromkeys(("maximum_pointer", "total_pointer", "nearer_pointer"), "*fp32")
+    lengths = dict.fromkeys(("context", "rows", "blocks"), "i32")
+    strides = ("sample_row_stride", "sample_head_stride", "cache_block_stride", "cache_head_stride")
+    compile_for_hopper(
+        flex_triton.block_masses_kernel,
+        {
+            **masses,
+            **lengths,
+            **dict.fromkeys((*strides, "cache_token_stride"), "i32"),
+            **dict.fromkeys(("sample_pointer", "cache_pointer"), "*bf16"),
+            "block_table_pointer": "*i32",
+            "key_mean_pointer": "*fp32",
+            "scale": "fp32",
+        },
+        {"CACHE_BLOCK": 128, "GROUP": 4, "HEAD_SIZE": 128, "HEAD_TILE": 128, "ROW_TILE": 128, "BLOCK": BLOCK},
+        num_warps=8,
+    )
+    compile_for_hopper(
+        flex_triton.normaliser_kernel, {**masses, **lengths, "normaliser_pointer": "*fp32"}, {"TILE": 1024}
+    )
+    lines = dict.fromkeys(("normaliser_pointer", "column_pointer", "band_pointer"), "*fp32")
+    tiles = {"BLOCK_TILE": flex_triton.BLOCK_TILE, "ROW_TILE": flex_triton.ROW_TILE}
+    compile_for_hopper(flex_triton.combine_kernel, {**masses, **lengths, **lines}, {"BLOCK": BLOCK, **tiles})

@@ -13,12 +13,9 @@ from tests import oracle
 from tests.methods import flex_reference as reference
 from tests.methods.lists import FIRST_LAYER, attend_chunk, chunk_allowed, same_lists
 from tests.oracle import EXECUTING, PLAIN, SELECTING, Paged, Platform
-from vllm_sparse.methods.flexprefill import (
-    FlexPrefill,
-    coverage_count,
-    jensen_shannon_distance,
-    top_mask,
-)
+from vllm_sparse.kernels.coverage.reference import coverage_count, top_mask
+from vllm_sparse.kernels.flex_pattern.reference import jensen_shannon_distance
+from vllm_sparse.methods.flexprefill import FlexPrefill
 
 SCALE = 0.11
 B = 128
@@ -152,7 +149,7 @@ def test_f4_and_f5_the_pooled_map_covers_gamma_with_no_block_too_many(
 def test_f5_the_cumulative_list_is_the_shortest(masses: list[float], gamma: float) -> None:
     mass = torch.tensor([masses], dtype=torch.float64)
     mass /= mass.sum()
-    keep = top_mask(mass, coverage_count(mass, gamma))
+    keep = top_mask(mass, coverage_count(mass, torch.tensor([gamma], dtype=torch.float64)))
     covered = float(mass[keep].sum())
     assert covered >= gamma - 1e-12
     assert covered - float(mass[keep].min()) < gamma + 1e-12

@@ -23,15 +23,23 @@ class FlexEstimate:
     """Mean attention of the sampled rows, per query head.
 
     Attributes:
-        column_mass: float32 ``[heads, blocks]`` mass per key block; a row sums to 1.
-        band_mass: float32 ``[heads, blocks]`` mass per band of distances ``query - key`` in
-            ``[band * block, (band + 1) * block)``; a row sums to 1.
+        line_mass: float32 ``[2, heads, blocks]`` mass per key block, then per band of distances ``query - key`` in
+            ``[band * block, (band + 1) * block)``; every row sums to 1.
         key_block_mean: float32 ``[kv_heads, blocks, head_size]`` mean key of each block's live tokens.
     """
 
-    column_mass: torch.Tensor
-    band_mass: torch.Tensor
+    line_mass: torch.Tensor
     key_block_mean: torch.Tensor
+
+    @property
+    def column_mass(self) -> torch.Tensor:
+        """float32 ``[heads, blocks]`` mass per key block."""
+        return self.line_mass[0]
+
+    @property
+    def band_mass(self) -> torch.Tensor:
+        """float32 ``[heads, blocks]`` mass per distance band."""
+        return self.line_mass[1]
 
 
 @dataclass(frozen=True)
@@ -133,15 +141,16 @@ def combine(masses: BlockMasses, context_tokens: int, block_size_tokens: int) ->
     denominator = total.sum(-1, keepdim=True) * rows
     total, near = total / denominator, near / denominator
     far = total - near
-    column_mass = total.sum(1)
-    band_mass = torch.zeros(heads, blocks, dtype=torch.float32, device=total.device)
+    line_mass = torch.zeros(2, heads, blocks, dtype=torch.float32, device=total.device)
+    column_mass, band_mass = line_mass
+    column_mass.copy_(total.sum(1))
     for query_block in range(first_position // block, (context_tokens - 1) // block + 1):
         begin = max(query_block * block - first_position, 0)
         end = min((query_block + 1) * block - first_position, rows)
         # Key block J lies in bands query_block - J (nearer part) and query_block - J - 1 (farther part).
         band_mass[:, : query_block + 1] += near[:, begin:end, : query_block + 1].sum(1).flip(1)
         band_mass[:, :query_block] += far[:, begin:end, :query_block].sum(1).flip(1)
-    return FlexEstimate(column_mass, band_mass, masses.key_mean)
+    return FlexEstimate(line_mass, masses.key_mean)
 
 
 def token_profiles(sample: torch.Tensor, keys: PagedKeys, scale: float) -> TokenProfiles:

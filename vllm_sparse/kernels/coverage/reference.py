@@ -1,0 +1,28 @@
+"""The largest entries of each row that cover a share of it, in PyTorch: the specification, on any device."""
+
+from __future__ import annotations
+
+import torch
+
+
+def coverage_count(mass: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """How many of the largest entries of each row reach a sum of `gamma`, the crossing one included: int64 ``[rows]``.
+
+    All of them where they never do, and for ``gamma >= 1``; none for ``gamma <= 0``.
+    """
+    ordered = mass.double().sort(dim=1, descending=True).values
+    counts = ((ordered.cumsum(1) < gamma.double().unsqueeze(1)).sum(1) + 1).clamp(max=mass.shape[1])
+    counts = torch.where(gamma >= 1, mass.shape[1], counts)
+    return torch.where(gamma <= 0, 0, counts)
+
+
+def top_mask(mass: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The `counts` largest entries of each row, ties to the lower index: bool, the shape of `mass`."""
+    order = mass.sort(dim=1, descending=True, stable=True).indices
+    keep = torch.arange(mass.shape[1], device=mass.device) < counts.unsqueeze(1)
+    return torch.zeros_like(keep).scatter_(1, order, keep)
+
+
+def coverage_mask(mass: torch.Tensor, gamma: torch.Tensor, min_count: int, max_count: int) -> torch.Tensor:
+    """Keep the fewest entries that reach `gamma`; arguments as in the public function."""
+    return top_mask(mass, coverage_count(mass, gamma).clamp(min=min_count, max=max_count))

@@ -1,0 +1,78 @@
+"""FlexPrefill's lines in Triton: one program a query block and head, in tiles of key blocks."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK_TILE = 1024
+
+
+# Lengths change with every chunk; specialising on them would compile in the middle of serving.
+@triton.jit(do_not_specialize=["chunk", "context", "query_block_count", "key_blocks"])
+def line_map_kernel(
+    column_pointer,
+    band_pointer,
+    pooled_pointer,
+    map_pointer,
+    chunk,
+    context,
+    query_block_count,
+    key_blocks,
+    QUERY_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_POOLED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    i_query_block = tl.program_id(0)
+    i_head = tl.program_id(1).to(tl.int64)
+    first = context - chunk + i_query_block * QUERY_BLOCK
+    last_block = (tl.minimum(first + QUERY_BLOCK, context) - 1) // BLOCK
+    o_row = (i_head * query_block_count + i_query_block) * key_blocks
+    for start in range(0, key_blocks, TILE):
+        o_block = start + tl.arange(0, TILE)
+        in_map = o_block < key_blocks
+        in_reach = o_block <= last_block
+        b_touched = (o_block == 0) | (o_block >= first // BLOCK)
+        b_touched = b_touched | (tl.load(column_pointer + i_head * key_blocks + o_block, mask=in_reach, other=0) != 0)
+        if HAS_POOLED:
+            b_touched = b_touched | (tl.load(pooled_pointer + o_row + o_block, mask=in_reach, other=0) != 0)
+        # The bands that meet a key block are at most three (reference.band_blocks).
+        lowest = (first + 1 + BLOCK) // BLOCK - o_block - 2
+        for step in tl.static_range(3):
+            band = lowest + step
+            valid = in_reach & (band >= 0) & (band <= last_block - o_block)
+            b_touched = b_touched | (tl.load(band_pointer + i_head * key_blocks + band, mask=valid, other=0) != 0)
+        tl.store(map_pointer + o_row + o_block, (b_touched & in_reach).to(tl.uint8), mask=in_map)
+
+
+def line_map(
+    columns: torch.Tensor,
+    bands: torch.Tensor,
+    pooled: torch.Tensor | None,
+    chunk: int,
+    context: int,
+    query_block: int,
+    block_size_tokens: int,
+) -> torch.Tensor:
+    """Equal to `reference.line_map`; arguments as there."""
+    heads, key_blocks = columns.shape
+    query_block_count = -(-chunk // query_block)
+    touched = torch.empty(heads, query_block_count, key_blocks, dtype=torch.bool, device=columns.device)
+    line_map_kernel[(query_block_count, heads)](
+        columns.contiguous().view(torch.uint8),
+        bands.contiguous().view(torch.uint8),
+        touched if pooled is None else pooled.contiguous().view(torch.uint8),
+        touched.view(torch.uint8),
+        chunk,
+        context,
+        query_block_count,
+        key_blocks,
+        QUERY_BLOCK=query_block,
+        BLOCK=block_size_tokens,
+        HAS_POOLED=pooled is not None,
+        TILE=BLOCK_TILE,
+        num_warps=4,
+    )
+    return touched

@@ -1,0 +1,33 @@
+"""FlexPrefill's pattern switch: how far a guess from pooled queries and keys lies from the sampled attention."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparse.kernels.flex_pattern import reference
+
+__all__ = ["pooled_distance"]
+
+
+def pooled_distance(
+    sample: torch.Tensor, key_block_mean: torch.Tensor, column_mass: torch.Tensor, scale: float, guard_zeros: bool
+) -> torch.Tensor:
+    """Jensen-Shannon distance between pooled and sampled attention over key blocks (section 3.2).
+
+    Runs in Triton on CUDA, else in PyTorch.
+
+    Args:
+        sample: ``[rows, query_heads, head_size]`` the last queries of the chunk.
+        key_block_mean: float32 ``[kv_heads, blocks, head_size]``.
+        column_mass: float32 ``[query_heads, blocks]`` sampled mass per key block; rows sum to 1.
+        scale: softmax scale.
+        guard_zeros: take ``0 * log 0`` as 0; else such a head's distance is infinite, as in the official code.
+
+    Returns:
+        float32 ``[query_heads]``, 0 to sqrt(ln 2).
+    """
+    if sample.is_cuda:
+        from vllm_sparse.kernels.flex_pattern import triton
+
+        return triton.pooled_distance(sample, key_block_mean, column_mass, scale, guard_zeros)
+    return reference.pooled_distance(sample, key_block_mean, column_mass, scale, guard_zeros)
