@@ -9,6 +9,7 @@ API servers it has set such a directory up already, and that one is used.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
 # Handed to child processes through the environment, not meant to be set by users.
 DIRECTORY_VARIABLE = "SPARSE_METRICS_DIRECTORY"
 PROMETHEUS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+
+# Below vLLM's own name, so that its logging configuration applies.
+logger = logging.getLogger("vllm.sparse")
+
+FALLBACK_REASONS = {
+    "short_context": "its context is shorter than sparse_min_tokens, or no longer than what the method reads",
+    "short_chunk": "the chunk holds fewer tokens than the method needs",
+    "speculative": "verification steps of speculative decoding are not supported yet",
+}
 
 DENSITY_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
 
@@ -90,6 +100,7 @@ class WorkerMetrics:
     def __init__(self, recording: bool) -> None:
         self._recording = recording
         self._pending: list[tuple[torch.cuda.Event, torch.Tensor, list[PrefillDensity]]] = []
+        self._logged: set[tuple[str, str, str]] = set()
         if not recording:
             return
         _write_to_announced_directory()
@@ -121,9 +132,20 @@ class WorkerMetrics:
             self._density.labels(phase, method).observe(density)
 
     def count_fallback(self, phase: str, method: str, reason: str) -> None:
-        """A row that asked for `method` and runs dense."""
-        if self._recording:
-            self._fallbacks.labels(phase, method, reason).inc()
+        """A row that asked for `method` and runs dense; `reason` is a key of `FALLBACK_REASONS`."""
+        if not self._recording:
+            return
+        self._fallbacks.labels(phase, method, reason).inc()
+        if (phase, method, reason) not in self._logged:
+            self._logged.add((phase, method, reason))
+            logger.info(
+                "A request that asked for %s in %s ran a step dense: %s. Logged once; "
+                'vllm_sparse_fallbacks_total{reason="%s"} counts them.',
+                method,
+                "its prefill" if phase == "prefill" else "decoding",
+                FALLBACK_REASONS[reason],
+                reason,
+            )
 
     def finish_step(self, densities: list[PrefillDensity]) -> None:
         """All layers of the step are queued: fetch the chunks' kept counts without waiting for the device."""

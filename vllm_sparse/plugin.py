@@ -5,6 +5,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import importlib.metadata
+import logging
 import sys
 from typing import Any
 
@@ -46,7 +47,15 @@ def _check_configuration_early() -> None:
         vllm_config = create(self, *args, **kwargs)
         if uses_sparse_backend(vllm_config):
             num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-            parse_server_config(vllm_config.additional_config, num_layers)
+            config = parse_server_config(vllm_config.additional_config, num_layers)
+            logging.getLogger("vllm.sparse").info(
+                "Sparse attention: requests may choose %s; those that name no method run prefill %s and decode %s; "
+                "contexts of fewer than %d tokens run dense unless a request sets sparse_min_tokens.",
+                ", ".join(config.methods),
+                config.prefill,
+                config.decode,
+                config.min_tokens,
+            )
         return vllm_config
 
     arguments.EngineArgs.create_engine_config = create_engine_config  # type: ignore[union-attr]

@@ -103,6 +103,15 @@ def test_short_request_runs_dense(server: Server) -> None:
     assert change.fallbacks("prefill", "flexprefill", "short_context") == 1
 
 
+def test_log_says_what_runs_and_once_what_falls_back(server: Server) -> None:
+    for seed in (5, 6):
+        server.ask("chat", prompt_of(seed, 1000), FLEXPREFILL)
+    log = server.log.read_text()
+    assert "requests may choose flexprefill, " in log
+    assert "run prefill dense and decode dense; contexts of fewer than 8192 tokens run dense" in log
+    assert log.count("asked for flexprefill in its prefill ran a step dense: its context is shorter") == 1
+
+
 def test_fallbacks_of_short_contexts_are_counted(server: Server) -> None:
     """The prompt is below the minimum, the prompt with its answer is not."""
     prompt = prompt_of(5, 1000)
