@@ -56,7 +56,7 @@ class ServerConfig(BaseModel):
         decode: likewise for decoding.
         methods: methods that requests may choose.
         min_tokens: contexts shorter than this run dense, unless the request says otherwise.
-        flexprefill, tidal: default knobs of a method, each an object.
+        flexprefill, dhsa, hip, tidal: default knobs of a method, each an object.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -66,6 +66,8 @@ class ServerConfig(BaseModel):
     methods: tuple[str, ...] = Field(default=tuple(METHODS), strict=False)
     min_tokens: int = Field(default=8192, ge=0)
     flexprefill: dict[str, Any] = {}
+    dhsa: dict[str, Any] = {}
+    hip: dict[str, Any] = {}
     tidal: dict[str, Any] = {}
 
     @field_validator("methods")

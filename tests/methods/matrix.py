@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import pytest
 
 from vllm_sparse.methods.base import DecodeMethod, PrefillMethod
+from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
+from vllm_sparse.methods.hip import Hip
 from vllm_sparse.methods.tidal import Tidal
 
 
@@ -57,11 +59,45 @@ PREFILL = [
     PrefillCase("flex-64", FlexPrefill(gamma=0.4, min_budget=128, query_block=64)),
     PrefillCase("flex-64-pooled", FlexPrefill(gamma=0.4, tau=1.0, min_budget=0, query_block=64, faithful=True)),
     PrefillCase("flex-kv-head", FlexPrefill(gamma=0.4, min_budget=128, rows="kv_head")),
+    PrefillCase("dhsa-default", Dhsa()),
+    PrefillCase("dhsa-16", Dhsa(chunk=16, budget=288, sink=20, local=40, dense_tail=0)),
+    PrefillCase("dhsa-layer", Dhsa(chunk=128, density=0.4, heads="layer", rows="kv_head", dense_tail=1)),
+    PrefillCase(
+        "dhsa-adaptive",
+        Dhsa(chunks="adaptive", budget=200, sink=0, local=0, heads="kv_head", query_block=64, dense_tail=16),
+        keeps_sink=False,
+    ),
+    PrefillCase("hip-default", Hip()),
+    PrefillCase(
+        "hip-small",
+        Hip(stage_chunks=(64, 16), stage_tokens=(256, 96), query_stride=(4, 1), sink=20, window=40, heads="query_head"),
+    ),
+    PrefillCase(
+        "hip-layer",
+        Hip(
+            stage_chunks=(32,),
+            stage_tokens=(160,),
+            query_stride=(2,),
+            sink=0,
+            window=0,
+            dense_tail=0,
+            heads="layer",
+            query_block=128,
+            rows="query_head",
+        ),
+        keeps_sink=False,
+    ),
 ]
 PREFILL_DENSE = [
     PrefillCase("flex-gamma-1", FlexPrefill(gamma=1.0)),
     PrefillCase("flex-gamma-1-faithful", FlexPrefill(gamma=1.0, faithful=True)),
     PrefillCase("flex-min-budget", FlexPrefill(gamma=0.1, tau=0.0, min_budget=1 << 24)),
+    PrefillCase("dhsa-density-1", Dhsa(density=1.0, sink=0, local=0, dense_tail=0)),
+    PrefillCase("dhsa-budget", Dhsa(chunks="adaptive", budget=700, heads="layer", rows="kv_head", dense_tail=0)),
+    PrefillCase(
+        "hip-tokens",
+        Hip(stage_chunks=(64, 16), stage_tokens=(704, 704), query_stride=(4, 1), sink=0, window=0, dense_tail=0),
+    ),
 ]
 DECODE = [
     DecodeCase("tidal-default", Tidal(), 16, 64),

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from vllm_sparse.kernels.chunk_scores import pooled_queries
 from vllm_sparse.kernels.coverage import coverage_mask
 from vllm_sparse.kernels.coverage.reference import top_mask
 from vllm_sparse.kernels.flex_estimate import FlexEstimate, flex_estimate, token_profiles
@@ -166,11 +167,11 @@ class FlexPrefill(PrefillMethod):
         chunk, heads, head_size = query.shape
         means = estimate.key_block_mean
         blocks = causal.shape[0]
-        padded = torch.nn.functional.pad(query.float(), (0, 0, 0, 0, 0, blocks * self.query_block - chunk))
-        counts = torch.full((blocks, 1, 1), float(self.query_block), device=query.device)
-        counts[-1] = chunk - (blocks - 1) * self.query_block
-        pooled = padded.view(blocks, self.query_block, heads, head_size).sum(1) / counts
-        pooled = pooled.permute(1, 0, 2).reshape(means.shape[0], -1, head_size)
+        pooled = pooled_queries(query, self.query_block)
+        # Means, where DHSA wants them scaled by the square root of their length.
+        pooled[:, :-1] /= self.query_block**0.5
+        pooled[:, -1] /= (chunk - (blocks - 1) * self.query_block) ** 0.5
+        pooled = pooled.view(means.shape[0], -1, head_size)
         logits = torch.matmul(pooled, means.transpose(1, 2)).mul(scale).view(heads, blocks, -1)
         weight = logits.masked_fill(~causal, float("-inf")).softmax(-1).flatten(1) / blocks
         if self.faithful:

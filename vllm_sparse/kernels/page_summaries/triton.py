@@ -51,6 +51,7 @@ def page_summaries(keys: PlainKeys, page_tokens: int) -> PageSummaries:
     """Equal to `reference.page_summaries`; arguments as there."""
     pages = -(-keys.context_tokens // page_tokens)
     cache = keys.kv_cache
+    head_tile = max(triton.next_power_of_2(keys.head_size), 16)
     shape = (3, keys.num_kv_heads, pages, keys.head_size)
     summaries = PageSummaries(*torch.empty(shape, dtype=torch.float32, device=cache.device).unbind(0))
     page_summaries_kernel[(pages, keys.num_kv_heads)](
@@ -66,8 +67,9 @@ def page_summaries(keys: PlainKeys, page_tokens: int) -> PageSummaries:
         cache.stride(2),
         CACHE_BLOCK=keys.block_size_tokens,
         HEAD_SIZE=keys.head_size,
-        HEAD_TILE=max(triton.next_power_of_2(keys.head_size), 16),
+        HEAD_TILE=head_tile,
         PAGE=page_tokens,
-        num_warps=4,
+        # A page of 128 wide keys does not fit the registers of four warps.
+        num_warps=4 if page_tokens * head_tile <= 16384 else 8,
     )
     return summaries

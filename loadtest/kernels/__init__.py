@@ -1,0 +1,1 @@
+"""Selection and attention of single layers, dense beside sparse in the same process."""

@@ -1,0 +1,126 @@
+"""DHSA's scores and selection against float64 and against plain Python."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import oracle
+from tests.kernels.test_flex_estimate import Largest
+from vllm_sparse.kernels.chunk_scores import KeyChunks, kept_pages, reference
+
+
+@pytest.mark.parametrize(("chunk", "query_block"), [(1, 128), (127, 64), (128, 128), (1000, 128), (577, 64)])
+def test_pooled_queries_equal_float64(chunk: int, query_block: int, generator: torch.Generator) -> None:
+    query = (torch.randn(chunk, 3, 80, generator=generator) + 1).bfloat16()
+    pooled = reference.pooled_queries(query, query_block)
+    blocks = torch.split(query.double(), query_block)
+    expected = torch.stack([block.mean(0) * block.shape[0] ** 0.5 for block in blocks], dim=1)
+    assert pooled.dtype == torch.float32
+    assert pooled.shape == expected.shape
+    assert oracle.relative_error(pooled, expected) < 1e-6
+
+
+@given(heads=st.sampled_from([(1, 1), (4, 1), (7, 7), (8, 2)]), blocks=st.integers(1, 5), seed=st.integers(0, 1 << 30))
+def test_page_scores_are_the_largest_of_the_chunks_in_a_page(heads: tuple[int, int], blocks: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    chunks, pages = 40, 9
+    # Pages that hold one chunk, many, or parts of two; neighbours may share one.
+    first = torch.randint(0, chunks, (pages,), generator=generator).sort().values.int()
+    last = torch.minimum(first + torch.randint(0, 6, (pages,), generator=generator), torch.tensor(chunks - 1)).int()
+    queries = torch.randn(heads[0], blocks, 33, generator=generator)
+    keys = torch.randn(heads[1], chunks, 33, generator=generator)
+    scores = reference.page_scores(queries, keys, first, last)
+    products = torch.einsum("hqd,hcd->hqc", queries.double(), oracle.expand(keys, heads[0]))
+    ranges = zip(first.tolist(), last.tolist(), strict=True)
+    expected = torch.stack([products[..., low : high + 1].amax(2) for low, high in ranges], dim=2)
+    assert oracle.relative_error(scores, expected) < 1e-6
+
+
+INFINITY = float("inf")
+# Few values, so that rows are full of ties; both zeros, which are equal.
+VALUES = [-INFINITY, -3e38, -1.0, -1e-40, -0.0, 0.0, 1e-40, 1.0, 1.0000001, 3e38, INFINITY]
+
+
+def expected_row(scores: list[float], sink: int, band: int, last: int, budget: int) -> list[bool]:
+    """One row in plain Python."""
+    forced = {page for page in range(last + 1) if page < sink or page >= band}
+    others = sorted(set(range(last + 1)) - forced, key=lambda page: (-scores[page], page))
+    chosen = set(others[: max(budget - len(forced), 0)])
+    return [page in forced | chosen for page in range(len(scores))]
+
+
+@given(
+    rows=st.lists(st.lists(st.sampled_from(VALUES), min_size=23, max_size=23), min_size=4, max_size=4),
+    sink=st.integers(0, 23),
+    ends=st.tuples(st.integers(0, 22), st.integers(0, 22)),
+    widths=st.tuples(st.integers(0, 22), st.integers(0, 22)),
+    budget=st.integers(0, 40),
+)
+def test_selection_equals_plain_python(
+    rows: list[list[float]], sink: int, ends: tuple[int, int], widths: tuple[int, int], budget: int
+) -> None:
+    scores = torch.tensor(rows).view(2, 2, 23)
+    bands = [max(end - width, 0) for end, width in zip(ends, widths, strict=True)]
+    kept = reference.select_pages(
+        scores, sink, torch.tensor(bands, dtype=torch.int32), torch.tensor(ends, dtype=torch.int32), budget
+    )
+    for head in range(2):
+        for row in range(2):
+            expected = expected_row(scores[head, row].tolist(), sink, bands[row], ends[row], budget)
+            assert kept[head, row].tolist() == expected
+
+
+def test_zeros_of_both_signs_tie() -> None:
+    end = torch.tensor([3], dtype=torch.int32)
+    kept = reference.select_pages(torch.tensor([[[-1.0, -0.0, 0.0, 5.0]]]), 0, end, end, 2)
+    assert kept.tolist() == [[[False, True, False, True]]]
+
+
+def test_selection_of_many_pages_equals_a_stable_sort(generator: torch.Generator) -> None:
+    scores = torch.randn(3, 1, 5000, generator=generator).mul(50).round()
+    scores[..., -1] = 1000
+    end = torch.tensor([4999], dtype=torch.int32)
+    kept = reference.select_pages(scores, 0, end, end, 777)
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :777]
+    assert torch.equal(kept, torch.zeros_like(kept).scatter_(-1, order, True))
+
+
+def test_kept_pages_hold_no_score_per_token() -> None:
+    """At 128K, for one head that stands for 32, buffers grow with query blocks times pages, not with tokens."""
+    context, chunk, head_size = 131072, 8192, 16
+    start = torch.arange(0, context + 1, 32)
+    chunks = KeyChunks(torch.randn(1, context // 32, head_size), start, 0)
+    query = torch.randn(chunk, 1, head_size).bfloat16()
+    band_start = torch.arange(context - chunk, context, 128)
+    with Largest() as largest:
+        kept = kept_pages(query, chunks, context, 128, 32, 1, 128, band_start, 16384)
+    assert bool((kept.sum(2) == 512).all())
+    # Eight bytes for each pair of a query block and a page, 512 times fewer than pairs of tokens.
+    assert 0 < largest.bytes <= 8 * (chunk // 128) * (context // 32)
+
+
+def test_kept_pages_see_chunks_that_straddle_pages() -> None:
+    """A chunk of the best score over parts of three pages brings in all three, and a shorter one in a page its page."""
+    context = 320
+    start = torch.tensor([0, 40, 100, 140, 150, 300, 320])
+    representation = torch.tensor([0.0, 5.0, 1.0, 3.0, 0.0, 0.0]).view(1, 6, 1)
+    query = torch.ones(1, 1, 1)
+    # Three pages tie for the first places; the lower ones win.
+    for budget, expected in ((3 * 32, [1, 2, 9]), (4 * 32, [1, 2, 3, 9]), (5 * 32, [1, 2, 3, 4, 9])):
+        kept = kept_pages(
+            query, KeyChunks(representation, start, 0), context, 64, 32, 1, 0, torch.tensor([context - 1]), budget
+        )
+        assert kept[0, 0].nonzero().flatten().tolist() == expected
+
+
+def test_heads_that_share_scores_share_mean_representations(generator: torch.Generator) -> None:
+    query, keys = torch.randn(6, 8, 16, generator=generator), torch.randn(2, 5, 16, generator=generator)
+    pooled = reference.pooled_queries(query, 64)
+    merged = reference.merge_heads(pooled, 2)
+    expected = torch.stack([query[:, :4].double().mean((0, 1)), query[:, 4:].double().mean((0, 1))]) * 6**0.5
+    assert oracle.relative_error(merged[:, 0], expected) < 1e-6
+    assert reference.merge_heads(pooled, 8) is pooled
+    assert oracle.relative_error(reference.merge_heads(keys, 1)[0], keys.double().mean(0)) < 1e-6

@@ -1,0 +1,135 @@
+"""DHSA's scores and selection in Triton equal their PyTorch specification; of the same scores, to the last page."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from tests.kernels.hopper import compile_for_hopper
+from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
+from vllm_sparse.kernels.chunk_scores import reference
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.skipif(CAN_RUN, reason="runs right here")
+def test_under_the_interpreter() -> None:
+    run_under_the_interpreter(__file__, passing=13)
+
+
+def fresh() -> tuple[int, torch.Generator]:
+    """A seed and its random numbers."""
+    seed = random.randrange(1 << 30)
+    return seed, torch.Generator().manual_seed(seed)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("chunk", "heads", "head_size", "query_block"), [(300, 3, 128, 128), (1, 1, 80, 64), (64, 7, 96, 64)]
+)
+def test_pooled_queries_equal_the_reference(chunk: int, heads: int, head_size: int, query_block: int) -> None:
+    """Of queries that lie in a wider row, as a fused projection leaves them."""
+    from vllm_sparse.kernels.chunk_scores import triton as chunk_triton
+
+    seed, generator = fresh()
+    query = torch.randn(chunk, heads + 2, head_size, generator=generator).to(DEVICE)[:, 1:-1]
+    pooled = chunk_triton.pooled_queries(query, query_block)
+    expected = reference.pooled_queries(query, query_block)
+    assert pooled.shape == expected.shape
+    assert float((pooled - expected).norm() / expected.norm()) < 1e-6, f"seed {seed}"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "blocks", "chunks", "pages", "head_size"),
+    [
+        (8, 2, 5, 200, 70, 64),
+        (3, 1, 66, 33, 129, 128),
+        (1, 1, 1, 1, 1, 80),
+        (4, 4, 64, 300, 64, 96),
+        (2, 1, 3, 9, 40, 256),
+    ],
+)
+def test_page_scores_equal_the_reference(
+    heads: int, key_heads: int, blocks: int, chunks: int, pages: int, head_size: int
+) -> None:
+    from vllm_sparse.kernels.chunk_scores import triton as chunk_triton
+
+    seed, generator = fresh()
+    queries = torch.randn(heads, blocks, head_size, generator=generator).to(DEVICE)
+    representation = torch.randn(key_heads, chunks, head_size, generator=generator).to(DEVICE)
+    first = torch.randint(0, chunks, (pages,), generator=generator).sort().values.int()
+    last = (first + torch.randint(0, 5, (pages,), generator=generator)).clamp(max=chunks - 1).int()
+    edges = first.to(DEVICE), last.to(DEVICE)
+    scores = chunk_triton.page_scores(queries, representation, *edges)
+    expected = reference.page_scores(queries, representation, *edges)
+    assert scores.shape == expected.shape
+    assert float((scores - expected).norm() / expected.norm()) < 1e-5, f"seed {seed}"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("pages", "sink_pages", "budget_pages"),
+    [(1, 0, 1), (60, 4, 20), (60, 100, 3), (70, 1, 1 << 19), (2500, 0, 300)],
+)
+def test_selection_equals_the_reference(pages: int, sink_pages: int, budget_pages: int) -> None:
+    """Rows full of ties, of both zeros, of extremes."""
+    from vllm_sparse.kernels.chunk_scores import triton as chunk_triton
+
+    seed, generator = fresh()
+    scores = torch.randn(4, 3, pages, generator=generator)
+    scores[1] = (scores[1] * 2).round()
+    scores[2] = 0.0
+    scores[2, :, ::3] = -0.0
+    scores[3, :, ::2] *= 1e-38
+    scores[3, :, ::7] *= 1e38
+    scores[3, :, 1::7] = float("-inf")
+    # A row in the middle, one with all of it forced, one with all of it but its end free.
+    last = torch.tensor([int(torch.randint(0, pages, (), generator=generator)), pages - 1, pages - 1]).int()
+    band = torch.tensor([int(last[0]) * 2 // 3, 0, max(pages - 3, 0)]).int()
+    rows = scores.to(DEVICE), sink_pages, band.to(DEVICE), last.to(DEVICE), budget_pages
+    assert torch.equal(chunk_triton.select_pages(*rows), reference.select_pages(*rows)), f"seed {seed}"
+
+
+@pytest.mark.skipif(CAN_RUN and DEVICE == "cpu", reason="Triton only interprets in this process")
+@pytest.mark.parametrize("head_size", [80, 128, 256])
+def test_kernels_compile_for_hopper(head_size: int) -> None:
+    from vllm_sparse.kernels.chunk_scores import triton as chunk_triton
+
+    compile_for_hopper(
+        chunk_triton.pooled_queries_kernel,
+        {
+            "query_pointer": "*bf16",
+            "pooled_pointer": "*fp32",
+            **dict.fromkeys(("chunk", "blocks", "query_row_stride", "query_head_stride"), "i32"),
+        },
+        {"HEAD_SIZE": head_size, "HEAD_TILE": 1 << (head_size - 1).bit_length(), "BLOCK": 128},
+        num_warps=8,
+    )
+    compile_for_hopper(
+        chunk_triton.page_scores_kernel,
+        {
+            **dict.fromkeys(("query_pointer", "representation_pointer", "score_pointer"), "*fp32"),
+            **dict.fromkeys(("first_chunk_pointer", "last_chunk_pointer"), "*i32"),
+            **dict.fromkeys(("blocks", "chunks", "pages"), "i32"),
+        },
+        {
+            "HEAD_SIZE": head_size,
+            "GROUP": 4,
+            "BLOCK_TILE": chunk_triton.BLOCK_TILE,
+            "PAGE_TILE": chunk_triton.PAGE_TILE,
+            "DIM_TILE": chunk_triton.DIM_TILE,
+        },
+    )
+    compile_for_hopper(
+        chunk_triton.select_pages_kernel,
+        {
+            "score_pointer": "*fp32",
+            "kept_pointer": "*u8",
+            **dict.fromkeys(("band_page_pointer", "last_page_pointer"), "*i32"),
+            **dict.fromkeys(("blocks", "pages", "sink_pages", "budget_pages"), "i32"),
+        },
+        {"TILE": chunk_triton.SELECT_TILE},
+    )

@@ -1,0 +1,156 @@
+"""HiP's selection in Triton equals its PyTorch specification: compiled on a GPU, interpreted elsewhere."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from tests.kernels.hopper import compile_for_hopper
+from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
+from vllm_sparse.kernels.hierarchical_descent import reference
+from vllm_sparse.kernels.hierarchical_descent.reference import Stage
+from vllm_sparse.keys import PlainKeys
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.skipif(CAN_RUN, reason="runs right here")
+def test_under_the_interpreter() -> None:
+    run_under_the_interpreter(__file__, passing=11)
+
+
+def assert_equals_reference(
+    heads: int,
+    kv_heads: int,
+    lists: int,
+    head_size: int,
+    chunk: int,
+    context: int,
+    query_block: int,
+    forced: tuple[int, int, int],
+    stages: list[Stage],
+) -> None:
+    """Small whole numbers, so that scores are exact and many are equal; also where means are of fewer queries."""
+    from vllm_sparse.kernels.hierarchical_descent import triton as hierarchical_triton
+
+    seed = random.randrange(1 << 30)
+    generator = torch.Generator().manual_seed(seed)
+    block_size = 48
+    blocks = -(-context // block_size)
+    cache = torch.randint(-2, 3, (blocks + 3, kv_heads, block_size, 2 * head_size), generator=generator).float()
+    block_table = torch.randperm(blocks + 3, generator=generator)[:blocks].int()
+    # What lies behind the context is stale and may be anything.
+    stale = blocks * block_size - context
+    if stale:
+        cache[int(block_table[-1]), :, block_size - stale :] = float("nan")
+    query = 12.0 * torch.randint(-2, 3, (chunk, heads, head_size), generator=generator)
+    keys = PlainKeys(cache.to(DEVICE), block_table.to(DEVICE), context)
+    arguments = query.to(DEVICE), keys, stages, query_block, lists, *forced
+    expected = reference.hierarchical_descent(*arguments)
+    actual = hierarchical_triton.hierarchical_descent(*arguments)
+    assert torch.equal(actual, expected), f"{int((actual != expected).sum())} leaves differ (seed {seed})"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "lists", "head_size", "chunk", "context", "query_block", "forced", "stages"),
+    [
+        pytest.param(
+            4, 2, 2, 64, 70, 700, 64, (20, 50, 0), [Stage(64, 256, 4), Stage(16, 96, 1)], id="kv-head-two-stages"
+        ),
+        pytest.param(
+            7, 1, 1, 80, 65, 500, 64, (0, 0, 1), [Stage(128, 256, 4), Stage(64, 128, 2), Stage(32, 96, 4)], id="group-7"
+        ),
+        pytest.param(2, 1, 2, 32, 130, 400, 128, (5, 100, 0), [Stage(32, 96, 64), Stage(16, 48, 4)], id="query-head"),
+        pytest.param(4, 2, 1, 16, 70, 500, 64, (16, 17, 70), [Stage(64, 128, 2), Stage(16, 96, 1)], id="layer"),
+        pytest.param(8, 1, 1, 16, 1, 900, 1, (16, 30, 0), [Stage(256, 512, 1), Stage(16, 96, 1)], id="decode"),
+        pytest.param(1, 1, 1, 16, 64, 700, 64, (700, 0, 0), [Stage(16, 32, 4)], id="nothing-to-search"),
+        pytest.param(2, 1, 1, 16, 129, 200, 64, (0, 300, 0), [Stage(16, 32, 4)], id="nothing-prunes"),
+    ],
+)
+def test_equals_reference(
+    heads: int,
+    kv_heads: int,
+    lists: int,
+    head_size: int,
+    chunk: int,
+    context: int,
+    query_block: int,
+    forced: tuple[int, int, int],
+    stages: list[Stage],
+) -> None:
+    assert_equals_reference(heads, kv_heads, lists, head_size, chunk, context, query_block, forced, stages)
+
+
+@needs_triton
+def test_queries_too_wide_to_stay_pass_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_sparse.kernels.hierarchical_descent import triton as hierarchical_triton
+
+    monkeypatch.setattr(hierarchical_triton, "RESIDENT_NUMBERS", 32 * 32)
+    monkeypatch.setattr(hierarchical_triton, "PASSING_NUMBERS", 16 * 32)
+    assert_equals_reference(2, 1, 1, 32, 70, 300, 64, (0, 0, 0), [Stage(16, 32, 4)])
+
+
+@needs_triton
+def test_selection_in_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of scores longer than a tile, with ties across its edge, and programs that score several tiles of chunks."""
+    from vllm_sparse.kernels.hierarchical_descent import triton as hierarchical_triton
+
+    monkeypatch.setattr(hierarchical_triton, "SELECT_TILE", 8)
+    monkeypatch.setattr(hierarchical_triton, "CHUNK_TILE", 16)
+    monkeypatch.setattr(hierarchical_triton, "LEAST_PROGRAMS", 2)
+    assert_equals_reference(2, 1, 1, 16, 65, 900, 64, (30, 40, 0), [Stage(32, 640, 4), Stage(16, 160, 1)])
+
+
+@needs_triton
+@pytest.mark.parametrize(("chunk", "stride"), [(1, 4), (66, 64)])
+def test_means_equal_reference(chunk: int, stride: int) -> None:
+    from vllm_sparse.kernels.hierarchical_descent import triton as hierarchical_triton
+
+    query = torch.randn(chunk, 3, 80).to(DEVICE)
+    difference = hierarchical_triton.averaged_queries(query, stride) - reference.averaged_queries(query, stride)
+    assert float(difference.abs().max()) < 1e-6
+
+
+@pytest.mark.skipif(CAN_RUN and DEVICE == "cpu", reason="Triton only interprets in this process")
+def test_kernels_compile_for_hopper() -> None:
+    from vllm_sparse.kernels.hierarchical_descent import triton as hierarchical_triton
+
+    integers = ("chunk", "context", "begin", "window", "dense_from", "parent_tokens", "chunk_tokens", "kept_chunks")
+    types = {
+        **dict.fromkeys((*integers, "list_width", "score_width"), "i32"),
+        "score_pointer": "*fp32",
+        "parent_pointer": "*i32",
+    }
+    strides = ("query_row_stride", "cache_block_stride", "cache_head_stride", "cache_token_stride")
+    heads = {"QUERY_BLOCK": 64, "MEMBERS": 4, "PARTS": 1, "LISTS_PER_KV_HEAD": 1, "CACHE_BLOCK": 128}
+    sizes = {"HEAD_SIZE": 128, "HEAD_TILE": 128, "TILE": hierarchical_triton.CHUNK_TILE}
+    # The first and the last of the default stages.
+    for first, block_rows in ((True, 16), (False, 64)):
+        compile_for_hopper(
+            hierarchical_triton.chunk_scores_kernel,
+            {
+                **types,
+                **dict.fromkeys(("steps", "query_rows", *strides), "i32"),
+                **dict.fromkeys(("query_pointer", "cache_pointer"), "*bf16"),
+                "block_table_pointer": "*i32",
+            },
+            {"FIRST": first, "BLOCK_ROWS": block_rows, "ROW_TILE": 4 * block_rows, **heads, **sizes},
+            num_stages=1,
+        )
+    for last in (False, True):
+        compile_for_hopper(
+            hierarchical_triton.best_chunks_kernel,
+            {**types, "kept_pointer": "*i32", "mask_pointer": "*u8", "leaves": "i32"},
+            {"FIRST": not last, "LAST": last, "QUERY_BLOCK": 64, "LEAF": 16, "TILE": hierarchical_triton.SELECT_TILE},
+        )
+    compile_for_hopper(
+        hierarchical_triton.averaged_queries_kernel,
+        {
+            **dict.fromkeys(("query_pointer", "averaged_pointer"), "*bf16"),
+            **dict.fromkeys(("chunk", "width", "query_row_stride"), "i32"),
+        },
+        {"STRIDE": 4, "TILE": hierarchical_triton.AVERAGE_TILE},
+    )

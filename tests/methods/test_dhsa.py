@@ -1,0 +1,381 @@
+"""DHSA: the properties D1 to D9 of the notes. D10 is about lists shared by layers, which this method does not offer."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import oracle
+from tests.methods.lists import FIRST_LAYER, attend_chunk, chunk_allowed, same_lists
+from tests.oracle import EXECUTING, PLAIN, SELECTING, Paged, Platform
+from vllm_sparse.kernels.chunk_scores import KeyChunks
+from vllm_sparse.kernels.page_list import query_blocks
+from vllm_sparse.methods.dhsa import PAGE_TOKENS, UNBOUNDED_TOKENS, Dhsa
+
+SCALE = 0.11
+# Whole prompts and chunks; chunk starts on the key grid and off it.
+CHUNKS = [(1000, 1000), (1024, 1024), (512, 1024), (300, 1000), (257, 1153), (129, 700)]
+
+
+def nothing_forced(**knobs: Any) -> Dhsa:
+    """Only what a row needs to be causal is forced, but for other knobs given."""
+    return Dhsa(**{"sink": 0, "local": 0, "dense_tail": 0, **knobs})
+
+
+def changing(
+    platform: Platform, generator: torch.Generator, chunk: int, context: int, heads: int, kv_heads: int
+) -> tuple[torch.Tensor, Paged]:
+    """A request whose keys change at random positions, so that adaptive chunks have many lengths."""
+    topics = oracle.random_tensor(platform, generator, kv_heads, context + 1, 32)
+    topic = (torch.rand(context, generator=generator) < 1 / 40).cumsum(0).to(platform.device)
+    keys = topics[:, topic] + oracle.random_tensor(platform, generator, kv_heads, context, 32, spread=0.3)
+    query = oracle.random_tensor(platform, generator, chunk, heads, 32, spread=2)
+    values = oracle.random_tensor(platform, generator, *keys.shape)
+    return query, oracle.paged(platform, [keys], [values], 64, generator)
+
+
+def page_mask(method: Dhsa, query: torch.Tensor, data: Paged) -> torch.Tensor:
+    return method.page_mask(query, data.reader(0)).cpu()
+
+
+def pooled(query: torch.Tensor, query_block: int) -> torch.Tensor:
+    """Float64 ``sqrt(length) * mean`` of each query block: ``[heads, query_blocks, head_size]``."""
+    blocks = torch.split(query.double().cpu(), query_block)
+    return torch.stack([block.mean(0) * block.shape[0] ** 0.5 for block in blocks], dim=1)
+
+
+def pooled_keys(keys: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """Float64 ``sqrt(length) * mean`` of each chunk: ``[kv_heads, chunks, head_size]``."""
+    edges = sorted({min(edge, keys.shape[1]) for edge in start.tolist()})
+    lengths = [end - begin for begin, end in itertools.pairwise(edges)]
+    chunks = torch.split(keys.double().cpu(), lengths, dim=1)
+    return torch.stack([chunk.mean(1) * chunk.shape[1] ** 0.5 for chunk in chunks], dim=1)
+
+
+def page_scores(scores: torch.Tensor, start: torch.Tensor, context: int) -> torch.Tensor:
+    """Largest score of the chunks that overlap each page: ``[heads, query_blocks, pages]``."""
+    chunk = torch.searchsorted(start.cpu(), torch.arange(context), right=True) - 1
+    return torch.stack([page.amax(2) for page in torch.split(scores[..., chunk], PAGE_TOKENS, dim=2)], dim=2)
+
+
+def forced(method: Dhsa, chunks: KeyChunks, chunk: int, context: int) -> torch.Tensor:
+    """Bool ``[query_blocks, context]``: tokens that the method promises, and may not count against the best."""
+    first, last = query_blocks(chunk, context, method.query_block, torch.device("cpu"))
+    position = torch.arange(context)
+    end = chunks.start.cpu()[1:][torch.searchsorted(chunks.start.cpu(), position, right=True) - 1]
+    is_open = end + chunks.look_ahead_tokens > last.unsqueeze(1) + 1
+    tail = (last >= context - method.dense_tail).unsqueeze(1)
+    local = position >= (first - method.local).unsqueeze(1)
+    return ((position < method.sink) | local | is_open | tail) & (position <= last.unsqueeze(1))
+
+
+def to_pages(tokens: torch.Tensor) -> torch.Tensor:
+    """Pages that hold any of the tokens."""
+    return torch.stack([page.any(-1) for page in torch.split(tokens, PAGE_TOKENS, dim=-1)], dim=-1)
+
+
+def assert_best(mask: torch.Tensor, scores: torch.Tensor, must: torch.Tensor, last: torch.Tensor, budget: int) -> None:
+    """A row keeps the forced pages and the best others in its past, exactly as many as the budget leaves."""
+    pages = torch.arange(mask.shape[-1])
+    for head in range(mask.shape[0]):
+        for row in range(mask.shape[1]):
+            where = f"head {head}, query block {row}"
+            causal = pages <= int(last[row]) // PAGE_TOKENS
+            kept, required = mask[head, row], must[row]
+            assert bool(kept[required].all()), f"{where}: forced pages are missing"
+            assert not bool(kept[~causal].any()), f"{where}: pages of the future"
+            wanted = min(max(budget, int(required.sum())), int(causal.sum()))
+            assert int(kept.sum()) == wanted, where
+            others, dropped = scores[head, row][kept & ~required], scores[head, row][causal & ~kept]
+            if len(others) and len(dropped):
+                assert float(others.min()) >= float(dropped.max()) - 1e-4 * float(scores.abs().max()), where
+
+
+MODES = [
+    Dhsa(budget=320, sink=64, local=40, dense_tail=100),
+    Dhsa(budget=320, sink=64, local=40, dense_tail=100, chunks="adaptive"),
+    Dhsa(density=0.25, sink=0, local=0, dense_tail=0, chunk=16, query_block=64, heads="kv_head"),
+    Dhsa(density=0.3, sink=1, local=0, dense_tail=1, chunk=128, query_block=64),
+    Dhsa(budget=224, sink=0, local=0, dense_tail=0, chunks="adaptive", query_block=64, heads="layer"),
+]
+modes = pytest.mark.parametrize("method", MODES, ids=["page", "adaptive", "chunk-16", "chunk-128", "adaptive-bare"])
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+@pytest.mark.parametrize(
+    "method",
+    [
+        Dhsa(density=1),
+        Dhsa(budget=1153, sink=0, local=0, dense_tail=0),
+        Dhsa(budget=UNBOUNDED_TOKENS, chunks="adaptive", heads="kv_head"),
+        Dhsa(density=1, chunks="adaptive", heads="layer", rows="kv_head", query_block=64, local=0, dense_tail=0),
+        Dhsa(budget=2000, chunk=128, heads="layer", query_block=64),
+    ],
+    ids=repr,
+)
+def test_d1_a_budget_of_the_context_is_dense(platform: Platform, method: Dhsa, generator: torch.Generator) -> None:
+    for chunk, context in CHUNKS[2:5]:
+        query, data = changing(platform, generator, chunk, context, 4, 2)
+        for page in (16, 64):
+            lists = method.select(query, data.reader(0), SCALE, page, FIRST_LAYER)
+            causal = oracle.causal_mask(chunk, context).expand(4, -1, -1)
+            assert torch.equal(chunk_allowed(method, lists, data, 0, query), causal), f"{chunk} of {context}"
+
+
+def test_d1_dense_knobs_are_known_before_any_prompt() -> None:
+    assert Dhsa(density=1.0).exactly_dense
+    assert Dhsa(density=0.1, budget=UNBOUNDED_TOKENS).exactly_dense
+    assert not Dhsa(density=1.0, budget=4096).exactly_dense
+    assert not Dhsa(density=0.999).exactly_dense
+    assert not Dhsa(budget=UNBOUNDED_TOKENS - 1).exactly_dense
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+@pytest.mark.parametrize("query_block", [64, 128])
+@pytest.mark.parametrize("chunks", ["page", "adaptive"])
+def test_d2_keys_that_arrive_later_change_no_choice(
+    platform: Platform, chunks: str, query_block: int, generator: torch.Generator
+) -> None:
+    """The rows of a prompt are the same whole and in chunks of the prompt, whose contexts end earlier.
+
+    Nothing is forced here but what is not decided yet, so a chunk that competes too early shows.
+    """
+    context = 1100
+    query, data = changing(platform, generator, context, context, 2, 1)
+    method = nothing_forced(chunks=chunks, chunk=128, budget=256, query_block=query_block)
+    whole = page_mask(method, query, data)
+    for start, stop in ((0, 256), (256, 640), (640, 1100), (0, 777)):
+        reader = platform.keys_of(data.kv_cache, data.block_table[0], stop)
+        part = method.page_mask(query[start:stop], reader).cpu()
+        # The last row of a chunk of the prompt may hold fewer queries.
+        rows = (stop - start) // query_block
+        expected = whole[:, start // query_block :][:, :rows, : part.shape[2]]
+        assert torch.equal(part[:, :rows], expected), f"queries {start} to {stop}"
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+@pytest.mark.parametrize("method", [Dhsa(chunk=16), Dhsa(chunk=64), Dhsa(chunks="adaptive")], ids=repr)
+def test_d3_representations_equal_float64(platform: Platform, method: Dhsa, generator: torch.Generator) -> None:
+    for context in (1, 31, 700, 1153):
+        _, data = changing(platform, generator, 1, context, 2, 2)
+        chunks = method.key_chunks(data.reader(0))
+        expected = pooled_keys(data.keys[0], chunks.start)
+        existing = chunks.representation[:, : expected.shape[1]]
+        assert oracle.relative_error(existing, expected) < 1e-5
+
+
+def test_d3_the_spread_of_scores_does_not_depend_on_the_chunk_length(generator: torch.Generator) -> None:
+    """For independent keys; with plain means long chunks would score lower."""
+    context, head_size = 65536, 32
+    keys = torch.randn(1, context, head_size, generator=generator)
+    data = oracle.paged(PLAIN, [keys], [keys], 64, generator)
+    query = torch.randn(head_size, generator=generator)
+    query /= query.norm()
+    deviations = {}
+    for chunk in (16, 128):
+        chunks = nothing_forced(chunk=chunk).key_chunks(data.reader(0))
+        deviations[chunk] = float((chunks.representation[0] @ query).std())
+    # 512 chunks of 128: a standard error of 3 %.
+    assert all(abs(deviation - 1) < 0.16 for deviation in deviations.values()), deviations
+    plain = {chunk: deviation / chunk**0.5 for chunk, deviation in deviations.items()}
+    assert plain[16] > 2 * plain[128]
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+@pytest.mark.parametrize("chunk_tokens", [32, 64, 128])
+def test_d4_whole_chunks_in_the_order_of_their_scores_and_one_part(
+    platform: Platform, chunk_tokens: int, generator: torch.Generator
+) -> None:
+    """Of the pages that are not forced: all of each chunk but the last one taken, of that one the first pages."""
+    chunk, context = 512, 2048
+    query, data = changing(platform, generator, chunk, context, 2, 1)
+    method = nothing_forced(chunk=chunk_tokens, budget=128 + 416)
+    mask = page_mask(method, query, data)
+    start = torch.arange(0, context + 1, chunk_tokens)
+    scores = pooled(query, 128) @ pooled_keys(data.keys[0], start).transpose(1, 2)
+    _, last = query_blocks(chunk, context, 128, torch.device("cpu"))
+    for head in range(2):
+        for row in range(4):
+            past = (int(last[row]) - 127) // PAGE_TOKENS
+            taken = mask[head, row, :past].view(-1, chunk_tokens // PAGE_TOKENS)
+            pages_taken, order = taken.sum(1), scores[head, row, : taken.shape[0]].argsort(descending=True)
+            whole, rest = divmod(416, chunk_tokens)
+            expected = torch.zeros_like(pages_taken)
+            expected[order[:whole]] = chunk_tokens // PAGE_TOKENS
+            expected[order[whole]] = rest // PAGE_TOKENS
+            assert torch.equal(pages_taken, expected)
+            # The part that is taken is the chunk's beginning.
+            assert bool((taken[:, :-1] >= taken[:, 1:]).all())
+
+
+@modes
+@pytest.mark.parametrize("platform", SELECTING)
+@pytest.mark.parametrize(("chunk", "context"), CHUNKS)
+def test_d4_and_d5_forced_pages_and_the_best_of_the_past_fill_the_budget(
+    platform: Platform, method: Dhsa, chunk: int, context: int, generator: torch.Generator
+) -> None:
+    """Against float64 scores: which pages, how many, none of the future."""
+    query, data = changing(platform, generator, chunk, context, 4, 2)
+    chunks = method.key_chunks(data.reader(0))
+    queries, keys = pooled(query, method.query_block), pooled_keys(data.keys[0], chunks.start)
+    if method.heads != "query_head":
+        queries = queries.view(2 if method.heads == "kv_head" else 1, -1, *queries.shape[1:]).mean(1)
+    if method.heads == "layer":
+        keys = keys.mean(0, keepdim=True)
+    scores = torch.einsum("hqd,hcd->hqc", queries, keys.repeat_interleave(queries.shape[0] // keys.shape[0], dim=0))
+    _, last = query_blocks(chunk, context, method.query_block, torch.device("cpu"))
+    budget = math.ceil((method.budget or method.density * context) / PAGE_TOKENS)
+    assert_best(
+        page_mask(method, query, data),
+        page_scores(scores, chunks.start, context),
+        to_pages(forced(method, chunks, chunk, context)),
+        last,
+        budget,
+    )
+
+
+def test_d5_rows_whose_past_fits_the_budget_are_dense(generator: torch.Generator) -> None:
+    query, data = changing(PLAIN, generator, 1000, 1000, 2, 1)
+    mask = page_mask(nothing_forced(budget=384), query, data)
+    for row in range(3):
+        assert bool(mask[:, row, : 4 * row + 4].all())
+    assert bool((mask[:, 3:].sum(2) == 12).all())
+
+
+def test_d5_open_chunks_lie_inside_the_default_band(generator: torch.Generator) -> None:
+    """So the adaptive tail forces nothing beyond `local`."""
+    for chunk, context in CHUNKS:
+        _, data = changing(PLAIN, generator, 1, context, 1, 1)
+        adaptive = Dhsa(chunks="adaptive", sink=0, dense_tail=0)
+        chunks = adaptive.key_chunks(data.reader(0))
+        first, _ = query_blocks(chunk, context, 128, torch.device("cpu"))
+        band = torch.arange(context) >= (first - adaptive.local).unsqueeze(1)
+        assert not bool((forced(adaptive, chunks, chunk, context) & ~band).any())
+
+
+def test_equal_scores_go_to_the_lower_page(generator: torch.Generator) -> None:
+    keys = torch.ones(1, 1024, 32)
+    query = torch.ones(128, 1, 32)
+    data = oracle.paged(PLAIN, [keys], [keys], 64, generator)
+    mask = page_mask(nothing_forced(budget=320), query, data)
+    assert mask[0, 0].nonzero().flatten().tolist() == [*range(6), *range(28, 32)]
+
+
+@given(context=st.integers(200, 1200), seed=st.integers(0, 1 << 30))
+@pytest.mark.parametrize("chunk_tokens", [16, 64])
+def test_d6_length_normalisation_changes_nothing_for_chunks_of_one_length(
+    chunk_tokens: int, context: int, seed: int
+) -> None:
+    """Bit for bit, as the factor is a power of two: against chunks of plain means."""
+    query, data = changing(PLAIN, torch.Generator().manual_seed(seed), 200, context, 2, 1)
+    method = nothing_forced(chunk=chunk_tokens, density=0.4, query_block=64)
+
+    class PlainMeans(Dhsa):
+        def key_chunks(self, keys: object) -> KeyChunks:
+            chunks = method.key_chunks(data.reader(0))
+            return dataclasses.replace(chunks, representation=chunks.representation / chunk_tokens**0.5)
+
+    plain = PlainMeans(**dataclasses.asdict(method))
+    assert torch.equal(page_mask(plain, query, data), page_mask(method, query, data))
+
+
+@given(position=st.integers(0, 105), adaptive=st.booleans(), seed=st.integers(0, 1 << 30))
+def test_d7_a_chunk_of_keys_like_the_query_is_found_wherever_it_lies(position: int, adaptive: bool, seed: int) -> None:
+    """At any offset to the page grid where chunks are cut at the change of keys."""
+    generator = torch.Generator().manual_seed(seed)
+    context = 4096
+    query = torch.nn.functional.one_hot(torch.tensor(0), 32).float().expand(128, 1, -1)
+    keys = torch.nn.functional.one_hot(torch.tensor(1), 32) + 0.05 * torch.randn(1, context, 32, generator=generator)
+    begin = position * (37 if adaptive else PAGE_TOKENS)
+    keys[:, begin : begin + PAGE_TOKENS] = query[0]
+    data = oracle.paged(PLAIN, [keys], [keys], 64, generator)
+    # The open chunk forces nothing beyond `local`, which leaves no more than the needle's two pages.
+    method = nothing_forced(local=128, chunks="adaptive" if adaptive else "page", budget=128 + 128 + 64)
+    mask = page_mask(method, query, data)
+    assert bool(mask[0, 0, begin // PAGE_TOKENS : (begin + PAGE_TOKENS - 1) // PAGE_TOKENS + 1].all())
+
+
+@pytest.mark.parametrize("chunk_tokens", [16, 32, 64, 128])
+def test_d7_one_strong_key_is_lost_in_a_long_chunk(chunk_tokens: int, generator: torch.Generator) -> None:
+    """Its share of the mean is one part in the chunk's length: 24 times a rival's score is enough up to 24 tokens.
+
+    The method does not promise such a key; short chunks are the knob.
+    """
+    query = torch.nn.functional.one_hot(torch.tensor(0), 32).float().expand(128, 1, -1)
+    keys = torch.zeros(1, 2048, 32)
+    keys[:, 1024:] = query[0] / 24
+    keys[:, 300] = query[0]
+    data = oracle.paged(PLAIN, [keys], [keys], 64, generator)
+    mask = page_mask(nothing_forced(chunk=chunk_tokens, budget=512), query, data)
+    assert bool(mask[0, 0, 300 // PAGE_TOKENS]) == (chunk_tokens < 24)
+
+
+@given(chunk=st.integers(1, 500), seed=st.integers(0, 1 << 30), adaptive=st.booleans())
+def test_d8_one_head_has_one_choice(chunk: int, seed: int, adaptive: bool) -> None:
+    """Bit for bit in all three modes, and the lists of both row modes."""
+    query, data = changing(PLAIN, torch.Generator().manual_seed(seed), chunk, 900, 1, 1)
+    knobs = {"density": 0.3, "chunks": "adaptive" if adaptive else "page"}
+    expected = nothing_forced(**knobs).select(query, data.reader(0), SCALE, 16, FIRST_LAYER)
+    for heads in ("kv_head", "layer"):
+        for rows in ("query_head", "kv_head"):
+            method = nothing_forced(**knobs, heads=heads, rows=rows)
+            assert same_lists(method.select(query, data.reader(0), SCALE, 16, FIRST_LAYER), expected), (heads, rows)
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (7, 1), (2, 2), (8, 1)])
+def test_d8_heads_that_share_scores_share_lists(
+    platform: Platform, heads: int, kv_heads: int, generator: torch.Generator
+) -> None:
+    """What they share is tested with D4; here who shares, and what each row mode reads."""
+    chunk, context = 300, 1000
+    query, data = changing(platform, generator, chunk, context, heads, kv_heads)
+
+    def allowed(share: str, rows: str) -> torch.Tensor:
+        method = nothing_forced(density=0.3, heads=share, rows=rows)
+        lists = method.select(query, data.reader(0), SCALE, 32, FIRST_LAYER)
+        return chunk_allowed(method, lists, data, 0, query)
+
+    own = allowed("query_head", "query_head").view(kv_heads, -1, chunk, context)
+    union = own.any(1, keepdim=True).expand_as(own).flatten(0, 1)
+    assert torch.equal(allowed("query_head", "kv_head"), union)
+    for share, groups in (("kv_head", kv_heads), ("layer", 1)):
+        shared = allowed(share, "query_head")
+        assert torch.equal(shared, allowed(share, "kv_head"))
+        grouped = shared.view(groups, -1, chunk, context)
+        assert torch.equal(grouped, grouped[:, :1].expand_as(grouped))
+
+
+@pytest.mark.parametrize("platform", EXECUTING)
+@pytest.mark.parametrize("chunks", ["page", "adaptive"])
+def test_d9_the_tail_is_dense(platform: Platform, chunks: str, generator: torch.Generator) -> None:
+    chunk, context, tail = 450, 1153, 80
+    query, data = changing(platform, generator, chunk, context, 4, 2)
+    method = Dhsa(chunks=chunks, density=0.2, dense_tail=tail)  # type: ignore[arg-type]
+    lists = method.select(query, data.reader(0), SCALE, 64, FIRST_LAYER)
+    causal = oracle.causal_mask(chunk, context)
+    allowed = chunk_allowed(method, lists, data, 0, query)
+    # The last block of queries holds 66 of the 80, so the block before it is dense too, and no other.
+    assert torch.equal(allowed[:, 256:], causal[256:].expand(4, -1, -1))
+    assert not torch.equal(allowed[:, 255], causal[255].expand(4, -1))
+    dense = oracle.attention(query, data.keys[0], data.values[0], SCALE, causal)
+    oracle.assert_close(attend_chunk(method, lists, data, 0, query)[-tail:], dense[-tail:])
+
+
+def test_the_budget_replaces_the_density(generator: torch.Generator) -> None:
+    query, data = changing(PLAIN, generator, 256, 1000, 1, 1)
+
+    def kept(density: float, budget: int) -> int:
+        mask = page_mask(nothing_forced(density=density, budget=budget), query, data)
+        assert int(mask[0, 0].sum()) == int(mask[0, 1].sum())
+        return int(mask[0, 0].sum())
+
+    assert kept(0.25, 0) == math.ceil(250 / PAGE_TOKENS)
+    assert kept(0.25, 417) == kept(0.9, 417) == math.ceil(417 / PAGE_TOKENS)

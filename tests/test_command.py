@@ -1,0 +1,50 @@
+"""The command ``vllm-sparse``."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_sparse import command
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """The installed command in a process of its own."""
+    script = shutil.which("vllm-sparse", path=str(Path(sys.executable).parent))
+    assert script is not None, "the package is installed without its command"
+    return subprocess.run([script, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("arguments", [[], ["bench"], ["bench", "prefil"], ["--version"]])
+def test_an_unknown_verb_is_named_with_those_that_exist(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"{' '.join(arguments)!r} is no verb" in error
+    assert "verbs: bench prefill" in error
+
+
+def test_help_goes_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--help"]) == 0
+    assert "bench prefill" in capsys.readouterr().out
+
+
+def test_a_benchmark_prints_a_table() -> None:
+    sizes = ["--lengths", "2048", "--chunk", "512", "--query-heads", "2", "--kv-heads", "1", "--head-size", "64"]
+    ended = run("bench", "prefill", *sizes, "--densities", "0.3", "--concentrations", "6", "--repeats", "1")
+    assert ended.returncode == 0, ended.stderr
+    methods = [line.split("|")[4].strip() for line in ended.stdout.splitlines() if line.startswith("| synthetic 6")]
+    assert methods == ["flexprefill", "dhsa", "hip", "true mass"]
+
+
+def test_a_benchmark_outside_the_repository_says_where_to_run_it(tmp_path: Path) -> None:
+    ended = run("bench", "prefill", folder=tmp_path)
+    assert ended.returncode == 2
+    assert "root of the vllm_sparse repository" in ended.stderr

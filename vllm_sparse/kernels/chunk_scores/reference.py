@@ -1,0 +1,89 @@
+"""DHSA's scores and selection in PyTorch: the specification, on any device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class KeyChunks:
+    """A context's keys, cut into chunks.
+
+    Attributes:
+        representation: float32 ``[kv_heads, chunks, head_size]``, the length-normalised mean
+            ``sqrt(length) * mean(keys)`` of each chunk: a plain mean of ``n`` noisy keys shrinks like ``1 / sqrt(n)``.
+        start: int64 ``[chunks + 1]`` first position of each chunk, ascending from 0, and where the last one ends;
+            chunks that start at the context's end do not exist.
+        look_ahead_tokens: keys past a chunk's end that decide where it ends.
+    """
+
+    representation: torch.Tensor
+    start: torch.Tensor
+    look_ahead_tokens: int
+
+
+def merge_heads(representation: torch.Tensor, heads: int) -> torch.Tensor:
+    """Mean over consecutive heads: ``[n, ...]`` to ``[heads, ...]``, `heads` a divisor of ``n``."""
+    if representation.shape[0] == heads:
+        return representation
+    return representation.view(heads, -1, *representation.shape[1:]).mean(1)
+
+
+def pooled_queries(query: torch.Tensor, query_block: int) -> torch.Tensor:
+    """``sqrt(length) * mean`` of each query block; arguments as in the public function."""
+    blocks = torch.split(query, query_block)
+    return torch.stack([block.sum(0, dtype=torch.float32) / block.shape[0] ** 0.5 for block in blocks], dim=1)
+
+
+def page_scores(
+    queries: torch.Tensor, representation: torch.Tensor, first_chunk: torch.Tensor, last_chunk: torch.Tensor
+) -> torch.Tensor:
+    """Largest score of the chunks that each page overlaps: float32 ``[heads, query_blocks, pages]``.
+
+    Args:
+        queries: float32 ``[heads, query_blocks, head_size]``.
+        representation: float32 ``[key_heads, chunks, head_size]``; each key head serves consecutive heads.
+        first_chunk: int32 ``[pages]`` chunk of each page's first token.
+        last_chunk: likewise, of its last.
+    """
+    heads, blocks, head_size = queries.shape
+    key_heads = representation.shape[0]
+    grouped = queries.view(key_heads, -1, head_size)
+    scores = torch.bmm(grouped, representation.transpose(1, 2)).view(heads, blocks, -1)
+    page = scores[..., first_chunk]
+    for step in range(1, int((last_chunk - first_chunk).max()) + 1):
+        page = torch.maximum(page, scores[..., torch.minimum(first_chunk + step, last_chunk)])
+    return page
+
+
+def select_pages(
+    scores: torch.Tensor, sink_pages: int, band_page: torch.Tensor, last_page: torch.Tensor, budget_pages: int
+) -> torch.Tensor:
+    """Forced pages, then those of the highest scores up to the budget, equal ones by lower page.
+
+    Args:
+        scores: float32 ``[heads, query_blocks, pages]``, none NaN.
+        sink_pages: first pages, forced.
+        band_page: int32 ``[query_blocks]`` page from which on all pages up to the last are forced.
+        last_page: int32 ``[query_blocks]`` last page that the query block may read; at least `band_page`.
+        budget_pages: pages to keep; more if more are forced, fewer if fewer are in reach.
+
+    Returns:
+        bool, the shape of `scores`.
+    """
+    pages = scores.shape[-1]
+    page = torch.arange(pages, device=scores.device)
+    causal = page <= last_page.unsqueeze(1)
+    forced = causal & ((page < sink_pages) | (page >= band_page.unsqueeze(1)))
+    competes = causal & ~forced
+    free = (budget_pages - forced.sum(1)).clamp(min=0)
+    # Score and page in one integer, so that no two are equal. Adding zero makes a negative zero positive.
+    bits = (scores + 0.0).view(torch.int32)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    rank = ((ordered << 32) - page).masked_fill_(~competes, torch.iinfo(torch.int64).min)
+    best = rank.topk(min(budget_pages, pages), dim=-1).indices
+    within = torch.arange(best.shape[-1], device=scores.device) < free.unsqueeze(1)
+    chosen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    return forced | (chosen.scatter_(-1, best, within.expand_as(best)) & competes)

@@ -1,0 +1,456 @@
+"""Hierarchical pruning of keys in Triton: for each stage one launch for all descents and one for the best chunks.
+
+At 128K tokens, a chunk of 8192, 8 KV heads of 128 numbers in bfloat16, query blocks of 64 and the default stages, a
+(KV head, query block) reads about 8 000, 6 100 and 4 100 single keys: 4.8 GB, which many query blocks share and which
+come from the L2 cache, and 0.5 TFLOP. Chunks of a tile are the rows of the product, so that the maximum over queries
+stays in a warp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparse.kernels.hierarchical_descent.reference import (
+    LEAF_TOKENS,
+    Stage,
+    candidates,
+    pruning_stages,
+    reachable_leaves,
+    search_start,
+    search_stop,
+)
+from vllm_sparse.keys import PlainKeys
+
+AVERAGE_TILE, CHUNK_TILE, SELECT_TILE = 1024, 32, 1024
+# Numbers (rows times dimensions) of queries that can stay in shared memory through the descents of a program, and of a
+# tile of those that cannot.
+RESIDENT_NUMBERS, PASSING_NUMBERS = 512 * 128, 64 * 128
+# Several for each place on the GPU. With fewer query blocks, more programs share the chunks of one.
+LEAST_PROGRAMS = 4096
+LEAST_KEY = tl.constexpr(-(1 << 31))
+
+
+# Lengths change with every chunk; specialising on them would compile in the middle of serving.
+@triton.jit(do_not_specialize=["chunk", "width"])
+def averaged_queries_kernel(
+    query_pointer,
+    averaged_pointer,
+    chunk,
+    width,
+    query_row_stride,
+    STRIDE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    o_number = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    in_row = o_number < width
+    count = tl.minimum(chunk - i_row * STRIDE, STRIDE).to(tl.int32)
+    b_sum = tl.zeros([TILE], tl.float32)
+    for step in range(count):
+        p_query = query_pointer + (i_row * STRIDE + step) * query_row_stride
+        b_sum += tl.load(p_query + o_number, mask=in_row, other=0.0).to(tl.float32)
+    tl.store(averaged_pointer + i_row * width + o_number, b_sum / count, mask=in_row)
+
+
+def averaged_queries(query: torch.Tensor, stride: int) -> torch.Tensor:
+    """Equal to `reference.averaged_queries`; arguments as there, a token's queries side by side."""
+    if stride == 1:
+        return query
+    chunk, heads, head_size = query.shape
+    rows, width = triton.cdiv(chunk, stride), heads * head_size
+    averaged = torch.empty(rows, heads, head_size, dtype=query.dtype, device=query.device)
+    averaged_queries_kernel[(rows, triton.cdiv(width, AVERAGE_TILE))](
+        query, averaged, chunk, width, query.stride(0), STRIDE=stride, TILE=AVERAGE_TILE, num_warps=4
+    )
+    return averaged
+
+
+@triton.jit
+def _last_and_end(i_block, chunk, context, window, dense_from, QUERY_BLOCK: tl.constexpr):
+    """Last position of a query block and the end of its search range; 0 if it keeps everything."""
+    first = context - chunk + i_block * QUERY_BLOCK
+    last = tl.minimum(first + QUERY_BLOCK, context) - 1
+    return last, tl.where(last >= dense_from, 0, tl.maximum(first - window, 0))
+
+
+@triton.jit
+def _live_chunks(p_parent, begin, end, parent_tokens, chunk_tokens, FIRST: tl.constexpr):
+    """Chunks that a stage chooses from for one query block. Only the one at the end of the range may be short."""
+    if FIRST:
+        live = tl.cdiv(tl.maximum(end - begin, 0), chunk_tokens)
+    else:
+        parents = tl.load(p_parent)
+        last_parent = tl.load(p_parent + parents, mask=parents > 0, other=0)
+        in_last = tl.cdiv(tl.minimum(end - last_parent, parent_tokens), chunk_tokens)
+        live = tl.where(parents > 0, (parents - 1) * (parent_tokens // chunk_tokens) + in_last, 0)
+    return live
+
+
+@triton.jit
+def _chunk_start(p_parent, o_chunk, live, begin, parent_tokens, chunk_tokens, FIRST: tl.constexpr):
+    """First tokens of the chunks that a stage chooses from, in ascending order."""
+    if FIRST:
+        start = begin + o_chunk * chunk_tokens
+    else:
+        parts = parent_tokens // chunk_tokens
+        start = tl.load(p_parent + 1 + o_chunk // parts, mask=o_chunk < live, other=0)
+        start += o_chunk % parts * chunk_tokens
+    return start
+
+
+@triton.jit
+def _queries(
+    query_pointer,
+    query_row_stride,
+    query_rows,
+    i_block,
+    i_part,
+    row_start,
+    o_dim,
+    in_head,
+    BLOCK_ROWS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+):
+    """Queries of a block and of the heads of a part: ``[dimensions, ROW_TILE]``."""
+    o_row = row_start + tl.arange(0, ROW_TILE)
+    # What would lie past the block or the chunk repeats the last query, which changes no maximum.
+    row = tl.minimum(i_block * BLOCK_ROWS + tl.minimum(o_row // MEMBERS, BLOCK_ROWS - 1), query_rows - 1)
+    head = i_part * MEMBERS + o_row % MEMBERS
+    p_query = query_pointer + row.to(tl.int64) * query_row_stride + head * HEAD_SIZE
+    return tl.trans(tl.load(p_query[:, None] + o_dim[None, :], mask=in_head[None, :], other=0.0))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "chunk",
+        "context",
+        "begin",
+        "window",
+        "dense_from",
+        "query_rows",
+        "parent_tokens",
+        "chunk_tokens",
+        "kept_chunks",
+        "steps",
+        "list_width",
+        "score_width",
+    ]
+)
+def chunk_scores_kernel(
+    query_pointer,
+    cache_pointer,
+    block_table_pointer,
+    parent_pointer,
+    score_pointer,
+    chunk,
+    context,
+    begin,
+    window,
+    dense_from,
+    query_rows,
+    parent_tokens,
+    chunk_tokens,
+    kept_chunks,
+    steps,
+    list_width,
+    score_width,
+    query_row_stride,
+    cache_block_stride,
+    cache_head_stride,
+    cache_token_stride,
+    FIRST: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    PARTS: tl.constexpr,
+    LISTS_PER_KV_HEAD: tl.constexpr,
+    CACHE_BLOCK: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    resident: tl.constexpr = PARTS == 1 and BLOCK_ROWS * MEMBERS <= ROW_TILE
+    i_block = tl.program_id(0)
+    i_head = tl.program_id(2)
+    i_row = (i_head * tl.num_programs(0) + i_block).to(tl.int64)
+    p_parent = parent_pointer + i_row * list_width
+    _, end = _last_and_end(i_block, chunk, context, window, dense_from, QUERY_BLOCK)
+    live = _live_chunks(p_parent, begin, end, parent_tokens, chunk_tokens, FIRST)
+    # Where all chunks are kept nobody asks for scores.
+    live = tl.where(live > kept_chunks, live, 0)
+    o_dim = tl.arange(0, HEAD_TILE)
+    in_head = o_dim < HEAD_SIZE
+    is_left = tl.arange(0, 2)[:, None] == 0
+    if resident:
+        b_query = _queries(
+            query_pointer,
+            query_row_stride,
+            query_rows,
+            i_block,
+            i_head,
+            0,
+            o_dim,
+            in_head,
+            BLOCK_ROWS,
+            MEMBERS,
+            HEAD_SIZE,
+            ROW_TILE,
+        )
+    for first in range(tl.program_id(1) * TILE, live, tl.num_programs(1) * TILE):
+        o_chunk = first + tl.arange(0, TILE)
+        exists = o_chunk < live
+        start = _chunk_start(p_parent, o_chunk, live, begin, parent_tokens, chunk_tokens, FIRST)
+        # Both halves of a chunk in one tile, [2, TILE]: their keys are fetched together.
+        low = tl.broadcast_to(tl.where(exists, start, 0)[None, :], [2, TILE])
+        high = tl.broadcast_to(tl.where(exists, tl.minimum(start + chunk_tokens, end), 1)[None, :], [2, TILE])
+        b_best = tl.full([2, TILE], float("-inf"), tl.float32)
+        for _ in range(steps):
+            middle = (low + high + 1) // 2
+            # A half without keys stands for the one key that is left.
+            right = tl.minimum((middle + high) // 2, high - 1)
+            position = tl.reshape(tl.where(is_left, (low + middle) // 2, right), [2 * TILE])
+            physical = tl.load(block_table_pointer + position // CACHE_BLOCK).to(tl.int64)
+            p_key = cache_pointer + physical * cache_block_stride + position % CACHE_BLOCK * cache_token_stride
+            b_score = tl.full([2 * TILE], float("-inf"), tl.float32)
+            for i_member in range(PARTS):
+                i_part = i_head * PARTS + i_member
+                p_part = p_key + i_part // LISTS_PER_KV_HEAD * cache_head_stride
+                b_key = tl.load(p_part[:, None] + o_dim[None, :], mask=in_head[None, :], other=0.0)
+                for row_start in range(0, BLOCK_ROWS * MEMBERS, ROW_TILE):
+                    if not resident:
+                        b_query = _queries(
+                            query_pointer,
+                            query_row_stride,
+                            query_rows,
+                            i_block,
+                            i_part,
+                            row_start,
+                            o_dim,
+                            in_head,
+                            BLOCK_ROWS,
+                            MEMBERS,
+                            HEAD_SIZE,
+                            ROW_TILE,
+                        )
+                    # float32 inputs are not to be rounded to TF32.
+                    b_product = tl.dot(b_key, b_query, input_precision="ieee")
+                    b_score = tl.maximum(b_score, tl.max(b_product, axis=1))
+            b_half = tl.reshape(b_score, [2, TILE])
+            b_best = tl.maximum(b_best, b_half)
+            b_left = tl.max(tl.where(is_left, b_half, float("-inf")), axis=0)
+            b_right = tl.max(tl.where(is_left, float("-inf"), b_half), axis=0)
+            goes_left = (b_left >= b_right)[None, :]
+            low, high = tl.where(goes_left, low, middle), tl.where(goes_left, middle, high)
+        tl.store(score_pointer + i_row * score_width + o_chunk, tl.max(b_best, axis=0), mask=exists)
+
+
+@triton.jit
+def _ordered(p_score, o_chunk, competes):
+    """Scores as integers of the same order; the least integer for chunks that do not compete."""
+    b_score = tl.load(p_score + o_chunk, mask=competes, other=0.0)
+    # Adding zero makes a negative zero positive: the two are equal and must tie.
+    b_bits = (b_score + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(competes, b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF), LEAST_KEY)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "chunk",
+        "context",
+        "begin",
+        "window",
+        "dense_from",
+        "parent_tokens",
+        "chunk_tokens",
+        "kept_chunks",
+        "list_width",
+        "score_width",
+        "leaves",
+    ]
+)
+def best_chunks_kernel(
+    score_pointer,
+    parent_pointer,
+    kept_pointer,
+    mask_pointer,
+    chunk,
+    context,
+    begin,
+    window,
+    dense_from,
+    parent_tokens,
+    chunk_tokens,
+    kept_chunks,
+    list_width,
+    score_width,
+    leaves,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    LEAF: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    i_block = tl.program_id(0)
+    i_row = (tl.program_id(1) * tl.num_programs(0) + i_block).to(tl.int64)
+    p_parent = parent_pointer + i_row * list_width
+    p_kept = kept_pointer + i_row * list_width
+    p_mask = mask_pointer + i_row * leaves
+    p_score = score_pointer + i_row * score_width
+    last, end = _last_and_end(i_block, chunk, context, window, dense_from, QUERY_BLOCK)
+    live = _live_chunks(p_parent, begin, end, parent_tokens, chunk_tokens, FIRST)
+    # Where all chunks are kept there are no scores: none competes, and all are equal.
+    competing = tl.where(live > kept_chunks, live, 0)
+    count = tl.minimum(live, kept_chunks)
+
+    # The largest key that at least `count` keys reach, bit by bit from the highest. The row stays in the cache.
+    threshold = tl.full([], LEAST_KEY, tl.int64)
+    bit = tl.full([], 1 << 31, tl.int64)
+    for _ in range(32):
+        candidate = (threshold + bit).to(tl.int32)
+        b_count = tl.zeros([TILE], tl.int32)
+        for first in range(0, competing, TILE):
+            o_chunk = first + tl.arange(0, TILE)
+            b_count += (_ordered(p_score, o_chunk, o_chunk < competing) >= candidate).to(tl.int32)
+        threshold = tl.where(tl.sum(b_count) >= count, threshold + bit, threshold)
+        bit = bit >> 1
+    least = threshold.to(tl.int32)
+
+    b_count = tl.zeros([TILE], tl.int32)
+    for first in range(0, competing, TILE):
+        o_chunk = first + tl.arange(0, TILE)
+        b_count += (_ordered(p_score, o_chunk, o_chunk < competing) > least).to(tl.int32)
+    # Of the keys equal to the threshold, the lower chunks win.
+    equal_left = count - tl.sum(b_count)
+    written = 0
+    for first in range(0, live, TILE):
+        o_chunk = first + tl.arange(0, TILE)
+        b_key = _ordered(p_score, o_chunk, o_chunk < competing)
+        b_equal = ((b_key == least) & (o_chunk < live)).to(tl.int32)
+        b_chosen = (b_key > least) | ((b_equal > 0) & (tl.cumsum(b_equal, axis=0) <= equal_left))
+        equal_left -= tl.sum(b_equal)
+        start = _chunk_start(p_parent, o_chunk, live, begin, parent_tokens, chunk_tokens, FIRST)
+        if LAST:
+            for offset in range(0, chunk_tokens, LEAF):
+                tl.store(p_mask + (start + offset) // LEAF, 1, mask=b_chosen & (start + offset < end))
+        else:
+            b_slot = written + tl.cumsum(b_chosen.to(tl.int32), axis=0)
+            tl.store(p_kept + b_slot, start, mask=b_chosen)
+            written += tl.sum(b_chosen.to(tl.int32))
+    if LAST:
+        # The sink, and the window to the block's last query.
+        for first in range(0, tl.minimum(begin, last + 1), TILE * LEAF):
+            o_leaf = first // LEAF + tl.arange(0, TILE)
+            tl.store(p_mask + o_leaf, 1, mask=o_leaf * LEAF < tl.minimum(begin, last + 1))
+        for first in range(end // LEAF, last // LEAF + 1, TILE):
+            o_leaf = first + tl.arange(0, TILE)
+            tl.store(p_mask + o_leaf, 1, mask=o_leaf <= last // LEAF)
+    else:
+        tl.store(p_kept, written)
+
+
+def hierarchical_descent(
+    query: torch.Tensor,
+    keys: PlainKeys,
+    stages: Sequence[Stage],
+    query_block: int,
+    heads: int,
+    sink_tokens: int,
+    window_tokens: int,
+    dense_tail_tokens: int,
+) -> torch.Tensor:
+    """Equal to `reference.hierarchical_descent` up to float32 rounding of scores; arguments as there."""
+    chunk, query_heads, head_size = query.shape
+    context, cache = keys.context_tokens, keys.kv_cache
+    begin = search_start(sink_tokens)
+    range_tokens = search_stop(chunk, context, query_block, window_tokens) - begin
+    pruning = pruning_stages(stages, range_tokens)
+    if not pruning:
+        return reachable_leaves(chunk, context, query_block, query.device).expand(heads, -1, -1)
+
+    if query.stride(2) != 1 or query.stride(1) != head_size:
+        query = query.contiguous()
+    queries = {stride: averaged_queries(query, stride) for stride in {stage.query_stride for stage in pruning}}
+    blocks = triton.cdiv(chunk, query_block)
+    widths = candidates(pruning, range_tokens)
+    list_width = 1 + max(stage.kept_chunks for stage in pruning)
+    score_width = max(widths)
+    scores = torch.empty(heads * blocks, score_width, dtype=torch.float32, device=query.device)
+    # Of each stage and query block: how many chunks are kept, then their starts.
+    kept = torch.empty(len(pruning), heads * blocks, list_width, dtype=torch.int32, device=query.device)
+    leaves = triton.cdiv(context, LEAF_TOKENS)
+    mask = torch.zeros(heads, blocks, leaves, dtype=torch.bool, device=query.device)
+
+    # Heads that share a list but read different KV heads are searched in parts.
+    parts = max(keys.num_kv_heads // heads, 1)
+    members = query_heads // (heads * parts)
+    head_tile = max(triton.next_power_of_2(head_size), 16)
+    ranges = chunk, context, begin, window_tokens, context - dense_tail_tokens
+    parent_tokens = 0
+    for index, (stage, width) in enumerate(zip(pruning, widths, strict=True)):
+        stage_query = queries[stage.query_stride]
+        block_rows = query_block // stage.query_stride
+        row_tile = max(triton.next_power_of_2(block_rows * members), 16)
+        if parts > 1 or row_tile * head_tile > RESIDENT_NUMBERS:
+            row_tile = min(row_tile, PASSING_NUMBERS // head_tile)
+        parent = kept[max(index - 1, 0)]
+        programs = min(triton.cdiv(LEAST_PROGRAMS, heads * blocks), triton.cdiv(width, CHUNK_TILE))
+        chunk_scores_kernel[(blocks, programs, heads)](
+            stage_query,
+            cache,
+            keys.block_table,
+            parent,
+            scores,
+            *ranges,
+            stage_query.shape[0],
+            parent_tokens,
+            stage.chunk_tokens,
+            stage.kept_chunks,
+            stage.chunk_tokens.bit_length() - 1,
+            list_width,
+            score_width,
+            stage_query.stride(0),
+            cache.stride(0),
+            cache.stride(1),
+            cache.stride(2),
+            FIRST=index == 0,
+            QUERY_BLOCK=query_block,
+            BLOCK_ROWS=block_rows,
+            MEMBERS=members,
+            PARTS=parts,
+            LISTS_PER_KV_HEAD=max(heads // keys.num_kv_heads, 1),
+            CACHE_BLOCK=keys.block_size_tokens,
+            HEAD_SIZE=head_size,
+            HEAD_TILE=head_tile,
+            ROW_TILE=row_tile,
+            TILE=CHUNK_TILE,
+            num_warps=4 if row_tile <= 256 and head_tile <= 128 else 8,  # as registers allow
+            num_stages=1,
+        )
+        best_chunks_kernel[(blocks, heads)](
+            scores,
+            parent,
+            kept[index],
+            mask.view(torch.uint8),
+            *ranges,
+            parent_tokens,
+            stage.chunk_tokens,
+            stage.kept_chunks,
+            list_width,
+            score_width,
+            leaves,
+            FIRST=index == 0,
+            LAST=index == len(pruning) - 1,
+            QUERY_BLOCK=query_block,
+            LEAF=LEAF_TOKENS,
+            TILE=SELECT_TILE,
+            num_warps=4,
+        )
+        parent_tokens = stage.chunk_tokens
+    return mask

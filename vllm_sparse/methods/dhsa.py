@@ -1,0 +1,118 @@
+"""DHSA (arXiv 2510.24606): per query block, the key chunks whose mean key is most like its mean query."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from vllm_sparse.kernels.adaptive_chunks import adaptive_chunks
+from vllm_sparse.kernels.chunk_scores import KeyChunks, kept_pages
+from vllm_sparse.kernels.page_list import chunk_lists, query_blocks
+from vllm_sparse.kernels.page_summaries import page_summaries
+from vllm_sparse.keys import PagedKeys
+from vllm_sparse.methods.base import KNOBS, DenseLayers, Layer, PrefillMethod, QueryBlock, Rows
+from vllm_sparse.pages import PageList
+
+# The key block of the paper's second version. Finer pages double the score map and the lists, while the executor gains
+# nothing: chunks of 16 give each page the better of two.
+PAGE_TOKENS = 32
+UNBOUNDED_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True, config=KNOBS)
+class Dhsa(PrefillMethod):
+    """Score chunks of keys by length-normalised means, give the scores to their tokens, keep the best up to a budget.
+
+    The budget of a query block is `budget` tokens, or `density` of the context where `budget` is 0; it counts the
+    forced tokens and is rounded up to pages. Forced are the first `sink` tokens and all from `local` before the query
+    block to its last token. Query blocks that hold one of the last `dense_tail` queries of a chunk read everything,
+    and so do those whose whole past fits the budget.
+
+    ``chunks="page"`` cuts the keys every `chunk` tokens, as the paper's second version does; ``"adaptive"`` where they
+    change most, as the first version's trained predictor would (`boundary_threshold` is its knob, `chunk` the
+    other's). A chunk competes once it lies wholly in a query block's past and its end is decided; until then it is
+    forced. So later tokens change no choice, and with `budget`, ``dense_tail=0`` and chunks of the prompt that start
+    at multiples of `query_block`, the choice is the same for every chunking, up to rounding of the scores.
+
+    The paper's first version has one list for all heads of a layer: ``heads="layer"``, which scores mean queries of
+    all heads against mean keys of all heads. With tensor parallelism these are the heads of one rank, and so are those
+    that adaptive boundaries look at. Lists shared over layers are not offered.
+    """
+
+    name: ClassVar[str] = "dhsa"
+    page_tokens: ClassVar[int] = PAGE_TOKENS
+
+    chunks: Annotated[
+        Literal["page", "adaptive"], Field(description="cut keys at fixed lengths, or where they change")
+    ] = "page"
+    chunk: Annotated[Literal[16, 32, 64, 128], Field(description="tokens of a fixed chunk")] = 32
+    boundary_threshold: Annotated[
+        float, Field(ge=0, le=2, allow_inf_nan=False, description="least 1 - cosine of the keys around a boundary")
+    ] = 0.1
+    density: Annotated[
+        float, Field(gt=0, le=1, allow_inf_nan=False, description="share of the context that a query block reads")
+    ] = 0.125
+    budget: Annotated[
+        int,
+        Field(ge=0, le=UNBOUNDED_TOKENS, description="tokens that a query block reads, in place of density; 0: off"),
+    ] = 0
+    sink: Annotated[int, Field(ge=0, le=1 << 16, description="first tokens, always read")] = 128
+    local: Annotated[int, Field(ge=0, le=1 << 16, description="tokens before a query block, always read")] = 128
+    dense_tail: Annotated[
+        int, Field(ge=0, le=1 << 16, description="last queries of each chunk, whose query blocks read everything")
+    ] = 64
+    heads: Annotated[
+        Literal["query_head", "kv_head", "layer"],
+        Field(description="heads that share scores: none, a KV head's query heads, all"),
+    ] = "query_head"
+    dense_layers: DenseLayers = 0
+    query_block: QueryBlock = 128
+    rows: Rows = "query_head"
+
+    @property
+    def exactly_dense(self) -> bool:
+        return self.budget == UNBOUNDED_TOKENS or (self.budget == 0 and self.density >= 1)
+
+    def select(
+        self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, layer: Layer
+    ) -> PageList:
+        list_heads = keys.num_kv_heads if self.rows == "kv_head" else query.shape[1]
+        mask = self.page_mask(query, keys)
+        if mask.shape[0] < list_heads:
+            mask = mask.repeat_interleave(list_heads // mask.shape[0], dim=0)
+        return chunk_lists(
+            mask, PAGE_TOKENS, query.shape[0], keys.context_tokens, self.query_block, page_size_tokens, list_heads
+        )
+
+    def page_mask(self, query: torch.Tensor, keys: PagedKeys) -> torch.Tensor:
+        """Selected pages: bool ``[heads that share scores, query_blocks, pages]`` on a key grid from token 0."""
+        context = keys.context_tokens
+        key_chunks = self.key_chunks(keys)
+        first_query, last_query = query_blocks(query.shape[0], context, self.query_block, query.device)
+        decided = (last_query + 1 - key_chunks.look_ahead_tokens).clamp(min=0)
+        open_chunk = torch.searchsorted(key_chunks.start, decided, right=True) - 1
+        band_start = torch.minimum((first_query - self.local).clamp(min=0), key_chunks.start[open_chunk])
+        return kept_pages(
+            query,
+            key_chunks,
+            context,
+            self.query_block,
+            PAGE_TOKENS,
+            {"query_head": query.shape[1], "kv_head": keys.num_kv_heads, "layer": 1}[self.heads],
+            self.sink,
+            band_start.masked_fill(last_query >= context - self.dense_tail, 0),
+            self.budget or math.ceil(self.density * context),
+        )
+
+    def key_chunks(self, keys: PagedKeys) -> KeyChunks:
+        """The context's keys in chunks, as the knobs say."""
+        if self.chunks == "adaptive":
+            return adaptive_chunks(keys, self.boundary_threshold)
+        mean = page_summaries(keys, self.chunk).mean
+        start = torch.arange(0, (mean.shape[1] + 1) * self.chunk, self.chunk, device=mean.device)
+        length = (keys.context_tokens - start[:-1]).clamp(max=self.chunk)
+        return KeyChunks(mean * length.sqrt().unsqueeze(1), start, 0)

@@ -1,0 +1,115 @@
+"""HiP (arXiv 2406.09827) as InfiniteHiP (arXiv 2502.08910) has it: key chunks that descents to single keys find."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from vllm_sparse.kernels.hierarchical_descent import LEAF_TOKENS, Stage, hierarchical_descent
+from vllm_sparse.kernels.page_list import chunk_lists
+from vllm_sparse.keys import PagedKeys
+from vllm_sparse.methods.base import KNOBS, DenseLayers, KnobError, Layer, PrefillMethod, QueryBlock, Rows
+from vllm_sparse.pages import PageList
+
+UNBOUNDED_TOKENS = 1 << 24
+LONGEST_STRIDE = 64
+
+Integers = tuple[Annotated[int, Field(strict=True)], ...]
+
+
+@dataclass(frozen=True, config=KNOBS)
+class Hip(PrefillMethod):
+    """Prune the keys in stages; each scores chunks by single keys that a descent picks, and keeps the best chunks.
+
+    The descent and the search range of a query block stand with `hierarchical_descent`. Stage ``i`` cuts what is left
+    into chunks of ``stage_chunks[i]`` tokens, averages ``query_stride[i]`` adjacent queries and keeps
+    ``stage_tokens[i]`` tokens. Beside that a query block reads the first `sink` tokens, the `window` tokens before it
+    and its own; those that hold one of the last `dense_tail` queries of a chunk read everything. With ``dense_tail=0``
+    and chunks of the prompt that start at multiples of `query_block`, the choice is the same for every chunking.
+
+    Scores are plain products, of heads that share a list (`heads`) the largest, as in the official code. Heads with
+    large queries weigh more in it; only the order of chunks is at stake. With tensor parallelism ``heads="layer"``
+    means the heads of one rank. The last chunk of the paper has 8 tokens, here 16, the smallest page.
+    """
+
+    name: ClassVar[str] = "hip"
+    page_tokens: ClassVar[int] = LEAF_TOKENS
+
+    stage_chunks: Annotated[
+        Integers,
+        Field(description="tokens of a chunk in each stage, falling powers of two of 16 or more", strict=False),
+    ] = (256, 64, 16)
+    stage_tokens: Annotated[
+        Integers, Field(description="tokens that each stage keeps, not rising, multiples of its chunk", strict=False)
+    ] = (32768, 8192, 2048)
+    query_stride: Annotated[
+        Integers,
+        Field(description="adjacent queries that each stage averages, powers of two of at most 64", strict=False),
+    ] = (4, 4, 1)
+    sink: Annotated[int, Field(ge=0, le=1 << 16, description="first tokens, always read")] = 256
+    window: Annotated[int, Field(ge=0, le=1 << 16, description="tokens before a query block, always read")] = 1024
+    dense_tail: Annotated[
+        int, Field(ge=0, le=1 << 16, description="last queries of each chunk, whose query blocks read everything")
+    ] = 64
+    heads: Annotated[
+        Literal["query_head", "kv_head", "layer"],
+        Field(description="heads that share scores: none, a KV head's query heads, all"),
+    ] = "kv_head"
+    dense_layers: DenseLayers = 0
+    query_block: QueryBlock = 64
+    rows: Rows = "kv_head"
+
+    def __post_init__(self) -> None:
+        if not self.stage_chunks:
+            raise KnobError("stage_chunks", [], "at least one stage is needed")
+        for knob in ("stage_tokens", "query_stride"):
+            values = list(getattr(self, knob))
+            if len(values) != len(self.stage_chunks):
+                raise KnobError(knob, values, f"one number for each of the {len(self.stage_chunks)} stages is needed")
+        for knob, least, most in (("stage_chunks", LEAF_TOKENS, UNBOUNDED_TOKENS), ("query_stride", 1, LONGEST_STRIDE)):
+            values = list(getattr(self, knob))
+            if not all(least <= value <= most and value.bit_count() == 1 for value in values):
+                raise KnobError(knob, values, f"powers of two from {least} to {most} are allowed")
+        if any(length <= shorter for length, shorter in itertools.pairwise(self.stage_chunks)):
+            raise KnobError("stage_chunks", list(self.stage_chunks), "each must be below the one before it")
+        kept = list(self.stage_tokens)
+        if any(tokens < fewer for tokens, fewer in itertools.pairwise(kept)):
+            raise KnobError("stage_tokens", kept, "none may be above the one before it")
+        for tokens, length in zip(kept, self.stage_chunks, strict=True):
+            if not length <= tokens <= UNBOUNDED_TOKENS or tokens % length:
+                raise KnobError(
+                    "stage_tokens", kept, f"multiples of the chunk, here {length}, up to {UNBOUNDED_TOKENS} are allowed"
+                )
+
+    @property
+    def exactly_dense(self) -> bool:
+        return self.stage_tokens[-1] == UNBOUNDED_TOKENS
+
+    def select(
+        self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, layer: Layer
+    ) -> PageList:
+        list_heads = keys.num_kv_heads if self.rows == "kv_head" else query.shape[1]
+        mask = self.leaf_mask(query, keys)
+        if mask.shape[0] < list_heads:
+            mask = mask.repeat_interleave(list_heads // mask.shape[0], dim=0)
+        return chunk_lists(
+            mask, LEAF_TOKENS, query.shape[0], keys.context_tokens, self.query_block, page_size_tokens, list_heads
+        )
+
+    def leaf_mask(self, query: torch.Tensor, keys: PagedKeys) -> torch.Tensor:
+        """Selected leaves: bool ``[heads that share scores, query_blocks, leaves]`` on a key grid from token 0."""
+        stages = zip(self.stage_chunks, self.stage_tokens, self.query_stride, strict=True)
+        return hierarchical_descent(
+            query,
+            keys,
+            [Stage(length, tokens, stride) for length, tokens, stride in stages],
+            self.query_block,
+            {"query_head": query.shape[1], "kv_head": keys.num_kv_heads, "layer": 1}[self.heads],
+            self.sink,
+            self.window,
+            self.dense_tail,
+        )
