@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 
@@ -18,39 +16,38 @@ pytest.importorskip("triton")
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=11)
+    run_under_the_interpreter(__file__, passing=13)
 
 
 def assert_equals_reference(
-    heads: int,
-    kv_heads: int,
-    lists: int,
-    head_size: int,
-    chunk: int,
-    context: int,
-    query_block: int,
-    forced: tuple[int, int, int],
-    stages: list[Stage],
+    query: torch.Tensor, keys: torch.Tensor, lists: int, query_block: int, forced: tuple[int, int, int], *stages: Stage
 ) -> None:
-    """Small whole numbers, so that scores are exact and many are equal; also where means are of fewer queries."""
+    """Both choose alike for queries ``[chunk, heads, head_size]`` and keys ``[kv_heads, context, head_size]``.
+
+    The keys lie in a paged cache, which holds NaN wherever no key does.
+    """
     from vllm_sparse.kernels.hierarchical_descent import triton as hierarchical_triton
 
-    seed = random.randrange(1 << 30)
-    generator = torch.Generator().manual_seed(seed)
+    kv_heads, context, head_size = keys.shape
     block_size = 48
     blocks = -(-context // block_size)
-    cache = torch.randint(-2, 3, (blocks + 3, kv_heads, block_size, 2 * head_size), generator=generator).float()
-    block_table = torch.randperm(blocks + 3, generator=generator)[:blocks].int()
-    # What lies behind the context is stale and may be anything.
-    stale = blocks * block_size - context
-    if stale:
-        cache[int(block_table[-1]), :, block_size - stale :] = float("nan")
-    query = 12.0 * torch.randint(-2, 3, (chunk, heads, head_size), generator=generator)
-    keys = PlainKeys(cache.to(DEVICE), block_table.to(DEVICE), context)
-    arguments = query.to(DEVICE), keys, stages, query_block, lists, *forced
+    padded = torch.nn.functional.pad(keys, (0, head_size, 0, blocks * block_size - context), value=float("nan"))
+    cache = torch.full((blocks + 3, kv_heads, block_size, 2 * head_size), float("nan"))
+    block_table = torch.randperm(blocks + 3)[:blocks].int()
+    cache[block_table.long()] = padded.view(kv_heads, blocks, block_size, -1).transpose(0, 1)
+    paged = PlainKeys(cache.to(DEVICE), block_table.to(DEVICE), context)
+    arguments = query.to(DEVICE), paged, stages, query_block, lists, *forced
     expected = reference.hierarchical_descent(*arguments)
     actual = hierarchical_triton.hierarchical_descent(*arguments)
-    assert torch.equal(actual, expected), f"{int((actual != expected).sum())} leaves differ (seed {seed})"
+    assert torch.equal(actual, expected), f"{int((actual != expected).sum())} leaves differ"
+
+
+def whole_numbers(
+    generator: torch.Generator, chunk: int, context: int, heads: int, kv_heads: int, head_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys with exact scores of which many are equal, also where means are of fewer queries."""
+    query = 12.0 * torch.randint(-2, 3, (chunk, heads, head_size), generator=generator)
+    return query, torch.randint(-2, 3, (kv_heads, context, head_size), generator=generator).float()
 
 
 @needs_triton
@@ -80,36 +77,49 @@ def test_equals_reference(
     query_block: int,
     forced: tuple[int, int, int],
     stages: list[Stage],
+    generator: torch.Generator,
 ) -> None:
-    assert_equals_reference(heads, kv_heads, lists, head_size, chunk, context, query_block, forced, stages)
+    query, keys = whole_numbers(generator, chunk, context, heads, kv_heads, head_size)
+    assert_equals_reference(query, keys, lists, query_block, forced, *stages)
 
 
 @needs_triton
-def test_queries_too_wide_to_stay_pass_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stages", [[Stage(128, 256, 4)], [Stage(128, 256, 4), Stage(16, 128, 4)]], ids=len)
+def test_chunks_at_the_end_of_a_range_end_there(stages: list[Stage]) -> None:
+    """Scores that grow with the position: the last chunk is kept, and what lies behind it would be even better."""
+    keys = torch.zeros(1, 600, 16)
+    keys[0, :, 0] = torch.arange(600)
+    assert_equals_reference(torch.ones(200, 1, 16), keys, 1, 64, (0, 0, 0), *stages)
+
+
+@needs_triton
+def test_queries_too_wide_to_stay_pass_in_tiles(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
     from vllm_sparse.kernels.hierarchical_descent import triton as hierarchical_triton
 
-    monkeypatch.setattr(hierarchical_triton, "RESIDENT_NUMBERS", 32 * 32)
+    monkeypatch.setattr(hierarchical_triton, "RESIDENT_NUMBERS", 16 * 32)
     monkeypatch.setattr(hierarchical_triton, "PASSING_NUMBERS", 16 * 32)
-    assert_equals_reference(2, 1, 1, 32, 70, 300, 64, (0, 0, 0), [Stage(16, 32, 4)])
+    query, keys = whole_numbers(generator, 70, 300, 2, 1, 32)
+    assert_equals_reference(query, keys, 1, 64, (0, 0, 0), Stage(16, 32, 4))
 
 
 @needs_triton
-def test_selection_in_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_selection_in_several_tiles(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
     """Rows of scores longer than a tile, with ties across its edge, and programs that score several tiles of chunks."""
     from vllm_sparse.kernels.hierarchical_descent import triton as hierarchical_triton
 
     monkeypatch.setattr(hierarchical_triton, "SELECT_TILE", 8)
     monkeypatch.setattr(hierarchical_triton, "CHUNK_TILE", 16)
     monkeypatch.setattr(hierarchical_triton, "LEAST_PROGRAMS", 2)
-    assert_equals_reference(2, 1, 1, 16, 65, 900, 64, (30, 40, 0), [Stage(32, 640, 4), Stage(16, 160, 1)])
+    query, keys = whole_numbers(generator, 65, 900, 2, 1, 16)
+    assert_equals_reference(query, keys, 1, 64, (30, 40, 0), Stage(32, 640, 4), Stage(16, 160, 1))
 
 
 @needs_triton
 @pytest.mark.parametrize(("chunk", "stride"), [(1, 4), (66, 64)])
-def test_means_equal_reference(chunk: int, stride: int) -> None:
+def test_means_equal_reference(chunk: int, stride: int, generator: torch.Generator) -> None:
     from vllm_sparse.kernels.hierarchical_descent import triton as hierarchical_triton
 
-    query = torch.randn(chunk, 3, 80).to(DEVICE)
+    query = torch.randn(chunk, 3, 80, generator=generator).to(DEVICE)
     difference = hierarchical_triton.averaged_queries(query, stride) - reference.averaged_queries(query, stride)
     assert float(difference.abs().max()) < 1e-6
 
