@@ -25,6 +25,8 @@ METHODS: dict[str, type[PrefillMethod] | type[DecodeMethod]] = {**PREFILL_METHOD
 
 REQUEST_KEYS = ("sparse_prefill", "sparse_decode", "sparse_min_tokens")
 
+_OWN_KEY = re.compile(rf"(?i:sparse|(?:{'|'.join(METHODS)})(?-i:(?![a-z])))")
+
 # Where admission leaves the resolved parameters for the workers. Clients cannot send it: unknown sparse_* keys are
 # refused.
 RESOLVED_KEY = "sparse_resolved"
@@ -228,9 +230,12 @@ def resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) ->
 
 
 def is_sparse_key(key: str) -> bool:
-    """Whether a sampling extra is meant for this plugin, misspelt ones such as ``sparse-decode`` included."""
-    lower = key.lower()
-    return lower.startswith("sparse") or re.split("[_-]", lower, maxsplit=1)[0] in METHODS
+    """Whether a sampling extra is meant for this plugin.
+
+    Misspelt ones such as ``sparse-decode`` and ``tidalBudget`` are; words that only begin like a method, such as
+    ``hipster``, are not.
+    """
+    return _OWN_KEY.match(key) is not None
 
 
 def _knob_error(method: str, error: KnobError) -> SparseParamsError:

@@ -96,7 +96,7 @@ def test_one_wrong_prompt_of_a_list_reaches_no_engine(server: Server) -> None:
 
 def test_other_extras_are_left_alone(server: Server) -> None:
     """Keys without a prefix of the plugin belong to others."""
-    assert server.complete("Hello.", {"tide_table": 3, "spare": "x"}, max_tokens=2).status == 200
+    assert server.complete("Hello.", {"tide_table": 3, "spare": "x", "hipster": 1}, max_tokens=2).status == 200
 
 
 def test_server_still_answers(server: Server) -> None:
