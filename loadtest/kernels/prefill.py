@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm_sparse.methods.dhsa import Dhsa
-from vllm_sparse.methods.hip import Hip
 
 from loadtest.kernels.cache import Cache, write_cache
 from loadtest.kernels.heads import Heads, recorded_heads, synthetic_heads
@@ -29,7 +27,9 @@ from loadtest.kernels.truth import TrueMass, block_mass, recall
 from vllm_sparse.backend.chunk import attend_chunk, list_heads
 from vllm_sparse.backend.plan import RowSpan
 from vllm_sparse.methods.base import Layer, PrefillMethod
+from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
+from vllm_sparse.methods.hip import Hip
 from vllm_sparse.metrics import PrefillDensity
 from vllm_sparse.pages import PageList
 
