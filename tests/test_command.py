@@ -41,7 +41,7 @@ def test_a_benchmark_prints_a_table() -> None:
     ended = run("bench", "prefill", *sizes, "--densities", "0.3", "--concentrations", "6", "--repeats", "1")
     assert ended.returncode == 0, ended.stderr
     methods = [line.split("|")[4].strip() for line in ended.stdout.splitlines() if line.startswith("| synthetic 6")]
-    assert methods == ["flexprefill", "dhsa", "hip", "true mass"]
+    assert methods == ["flexprefill", "sale", "dhsa", "hip", "true mass"]
 
 
 def test_a_benchmark_outside_the_repository_says_where_to_run_it(tmp_path: Path) -> None:

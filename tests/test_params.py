@@ -23,14 +23,14 @@ from vllm_sparse.params import (
     resolve,
 )
 
-LAYERS = 32
+LAYERS, HEADS = 32, 32
 DEFAULT = ServerConfig()
 MIN_TOKENS = DEFAULT.min_tokens
 BOTH = {"sparse_prefill": "flexprefill", "sparse_decode": "tidal"}
 
 
 def configured(**settings: Any) -> ServerConfig:
-    return parse_server_config({"sparse": settings, "another_plugin": {"x": 1}}, LAYERS)
+    return parse_server_config({"sparse": settings, "another_plugin": {"x": 1}}, LAYERS, HEADS)
 
 
 @pytest.mark.parametrize(
@@ -210,13 +210,13 @@ def test_a_method_that_is_not_enabled_is_refused() -> None:
 )
 def test_a_wrong_server_configuration_is_refused_at_start(settings: Any, message: str) -> None:
     with pytest.raises(ValueError, match="--additional-config") as caught:
-        parse_server_config({"sparse": settings}, LAYERS)
+        parse_server_config({"sparse": settings}, LAYERS, HEADS)
     assert re.search(message, str(caught.value)), str(caught.value)
 
 
 @pytest.mark.parametrize("additional", [None, {}, {"other": 1}, "text"])
 def test_no_configuration_means_the_defaults(additional: object) -> None:
-    assert parse_server_config(additional, LAYERS) == DEFAULT
+    assert parse_server_config(additional, LAYERS, HEADS) == DEFAULT
 
 
 flex = st.builds(

@@ -6,7 +6,7 @@ import importlib
 import sys
 
 # Verb to the module whose `main` takes the rest of the arguments; imported when it is asked for.
-VERBS = {"bench prefill": "loadtest.kernels.prefill"}
+VERBS = {"bench prefill": "loadtest.kernels.prefill", "calibrate sale": "vllm_sparse.calibrate.command"}
 
 USAGE = f"usage: vllm-sparse VERB ...\n\nverbs: {', '.join(VERBS)}; 'vllm-sparse VERB --help' says what one takes"
 

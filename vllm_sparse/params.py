@@ -58,7 +58,7 @@ class ServerConfig(BaseModel):
         decode: likewise for decoding.
         methods: methods that requests may choose.
         min_tokens: contexts shorter than this run dense, unless the request says otherwise.
-        flexprefill, dhsa, hip, tidal: default knobs of a method, each an object.
+        flexprefill, sale, dhsa, hip, tidal: default knobs of a method, each an object.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -68,6 +68,7 @@ class ServerConfig(BaseModel):
     methods: tuple[str, ...] = Field(default=tuple(METHODS), strict=False)
     min_tokens: int = Field(default=8192, ge=0)
     flexprefill: dict[str, Any] = {}
+    sale: dict[str, Any] = {}
     dhsa: dict[str, Any] = {}
     hip: dict[str, Any] = {}
     tidal: dict[str, Any] = {}
@@ -111,11 +112,12 @@ class SparseParams:
     def cache_salt(self, user_salt: str | None) -> str | None:
         """Prefix-cache salt: the user's own for a dense request, else one that only equal settings share.
 
-        Covers both phases: blocks written while decoding are cached too.
+        Covers both phases: blocks written while decoding are cached too. Covers what files hold that settings name.
         """
         if self.is_dense:
             return user_salt
-        digest = hashlib.sha256(self.serialize().encode()).hexdigest()[:16]
+        identity = self.serialize() + (self.prefill.fingerprint if self.prefill else "")
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
         return f"{user_salt or ''}{SALT_MARK}{SELECTION_VERSION}:{digest}"
 
 
@@ -134,12 +136,13 @@ def deserialize(text: str) -> SparseParams:
     return SparseParams(min_tokens=fields["min_tokens"], **methods)
 
 
-def parse_server_config(additional_config: object, num_layers: int) -> ServerConfig:
+def parse_server_config(additional_config: object, num_layers: int, num_query_heads: int) -> ServerConfig:
     """Read and check the server's configuration.
 
     Args:
         additional_config: vLLM's ``additional_config``; other keys than ``"sparse"`` belong to others.
         num_layers: attention layers of the model.
+        num_query_heads: query heads of the model, those of all processes.
 
     Raises:
         ValueError: with the setting, what was given and what is allowed.
@@ -155,9 +158,12 @@ def parse_server_config(additional_config: object, num_layers: int) -> ServerCon
     for method in METHODS:
         # Knobs in the configuration are checked as a request's would be, whether or not the method is a default.
         try:
-            _build(method, _configured_knobs(config, method), {})
-        except SparseParamsError as error:
-            raise ValueError(f"--additional-config, object sparse.{method}: {error}") from error
+            built = _build(method, _configured_knobs(config, method), {})
+            if isinstance(built, PrefillMethod):
+                built.check_model(num_layers, num_query_heads)
+        except (SparseParamsError, KnobError) as error:
+            named = _knob_error(method, error) if isinstance(error, KnobError) else error
+            raise ValueError(f"--additional-config, object sparse.{method}: {named}") from error
     try:
         resolve({}, config, num_layers)
     except SparseParamsError as error:
@@ -197,7 +203,14 @@ def resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) ->
                 key,
                 value,
                 f'{key} is no knob; a request chooses {method} by "{setting}": "{method}" and may set '
-                f"{_listed(method, _knob_names(method))}",
+                f"{_listed(method, _request_knobs(method))}",
+            )
+        if knob in METHODS[method].server_knobs:
+            raise SparseParamsError(
+                key,
+                value,
+                f"{key} is a setting of the server (--additional-config, object sparse.{method}); a request may set "
+                f"{_listed(method, _request_knobs(method))}",
             )
         if method not in chosen:
             raise SparseParamsError(
@@ -265,6 +278,10 @@ def _knob_names(method: str) -> list[str]:
     return [field.name for field in dataclasses.fields(METHODS[method])]  # type: ignore[arg-type]
 
 
+def _request_knobs(method: str) -> list[str]:
+    return [knob for knob in _knob_names(method) if knob not in METHODS[method].server_knobs]
+
+
 def _listed(method: str, knobs: list[str]) -> str:
     return ", ".join(f"{method}_{knob}" for knob in knobs)
 
@@ -303,6 +320,8 @@ def knob_schema(method: str) -> dict[str, dict[str, Any]]:
 
 def _allowed(schema: Mapping[str, Any]) -> str:
     """A knob's JSON schema in words."""
+    # A knob that may be left to the method is a union with null.
+    schema = {**schema, **next(iter(schema.get("anyOf", ())), {})}
     if "enum" in schema:
         return "one of " + ", ".join(map(repr, schema["enum"]))
     words = {"integer": "an integer", "number": "a number", "boolean": "true or false", "array": "a list of integers"}

@@ -30,6 +30,7 @@ from vllm_sparse.methods.base import Layer, PrefillMethod
 from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.hip import Hip
+from vllm_sparse.methods.sale import Sale
 from vllm_sparse.metrics import PrefillDensity
 from vllm_sparse.pages import PageList
 
@@ -43,6 +44,7 @@ SEARCH_TOLERANCE = 0.03
 Family = Callable[[float, int], PrefillMethod]
 FAMILIES: dict[str, Family] = {
     "flexprefill": lambda setting, context: FlexPrefill(gamma=max(setting, 1e-3), min_budget=128),
+    "sale": lambda setting, context: Sale(tau=10 ** (2 - 8 * setting)),
     "dhsa": lambda setting, context: Dhsa(density=max(setting, 1e-3)),
     "hip": lambda setting, context: Hip(stage_tokens=_stage_tokens(setting, context)),
 }

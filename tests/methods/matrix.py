@@ -10,6 +10,7 @@ from vllm_sparse.methods.base import DecodeMethod, PrefillMethod
 from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.hip import Hip
+from vllm_sparse.methods.sale import Sale
 from vllm_sparse.methods.tidal import Tidal
 
 
@@ -67,6 +68,9 @@ PREFILL = [
         Dhsa(chunks="adaptive", budget=200, sink=0, local=0, heads="kv_head", query_block=64, dense_tail=16),
         keeps_sink=False,
     ),
+    PrefillCase("sale-sparse", Sale(tau=0.25)),
+    PrefillCase("sale-4-bits", Sale(tau=0.25, bits=4, page_bounds=False)),
+    PrefillCase("sale-kv-head-128", Sale(tau=0.3, sink=64, local=0, query_block=128, rows="kv_head")),
     PrefillCase("hip-default", Hip()),
     PrefillCase(
         "hip-small",
@@ -98,6 +102,7 @@ PREFILL_DENSE = [
         "hip-tokens",
         Hip(stage_chunks=(64, 16), stage_tokens=(704, 704), query_stride=(4, 1), sink=0, window=0, dense_tail=0),
     ),
+    PrefillCase("sale-tau-0", Sale(tau=0.0)),
 ]
 DECODE = [
     DecodeCase("tidal-default", Tidal(), 16, 64),

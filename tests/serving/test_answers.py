@@ -16,6 +16,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dense": {},
     "flexprefill": {**FLEXPREFILL, **SHORT, "flexprefill_min_budget": 256},
     "tidal": {**TIDAL, **SHORT, "tidal_budget": 256},
+    "sale": {"sparse_prefill": "sale", **SHORT, "sale_tau": 0.03},
     "dhsa": {"sparse_prefill": "dhsa", **SHORT, "dhsa_density": 0.4},
     "hip": {"sparse_prefill": "hip", **SHORT, "hip_stage_tokens": [2048, 1024, 512], "hip_window": 256},
     "both": {**BOTH, **SHORT, "flexprefill_min_budget": 256, "tidal_budget": 256},

@@ -29,7 +29,8 @@ class SparseMetadataBuilder:
         check_supported(vllm_config, layer_names)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-        parse_server_config(vllm_config.additional_config, num_layers)
+        num_heads = vllm_config.model_config.model_arch_config.total_num_attention_heads
+        parse_server_config(vllm_config.additional_config, num_layers, num_heads)
         self._sparse_num_layers = num_layers
         self._sparse_speculative = vllm_config.speculative_config is not None
         self._sparse_metrics = WorkerMetrics.get()

@@ -59,6 +59,8 @@ class PrefillMethod(ABC):
     name: ClassVar[str]
     page_tokens: ClassVar[int]
     """Granularity of the choice, a power of two; the executor's pages are at most this, where it can."""
+    server_knobs: ClassVar[tuple[str, ...]] = ()
+    """Knobs that the server's configuration may set and a request may not."""
     dense_layers: int
     """The first layers, left dense."""
     query_block: int
@@ -75,6 +77,22 @@ class PrefillMethod(ABC):
     def min_query_tokens(self) -> int:
         """Shorter chunks run dense: the sample would cost as much as the chunk."""
         return 2 * self.query_block
+
+    @property
+    def fingerprint(self) -> str:
+        """What the choice depends on beside the knobs, such as a file's content; cached blocks are kept apart by it."""
+        return ""
+
+    def check_model(self, num_layers: int, num_query_heads: int) -> None:  # noqa: B027
+        """Check knobs that only some models suit.
+
+        Args:
+            num_layers: attention layers of the model.
+            num_query_heads: query heads of the whole model.
+
+        Raises:
+            KnobError: a knob does not go with the model.
+        """
 
     @abstractmethod
     def select(
@@ -98,6 +116,8 @@ class DecodeMethod(ABC):
     """Chooses the pages that a decode step may read, in some layers, for use in those that follow."""
 
     name: ClassVar[str]
+    server_knobs: ClassVar[tuple[str, ...]] = ()
+    """Knobs that the server's configuration may set and a request may not."""
 
     @property
     @abstractmethod

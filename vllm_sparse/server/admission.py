@@ -80,7 +80,8 @@ def resolve_for(vllm_config: VllmConfig, extras: Mapping[str, Any]) -> SparsePar
 def _server_config(vllm_config: VllmConfig, num_layers: int) -> ServerConfig:
     config: ServerConfig | None = getattr(vllm_config, "_sparse_server_config", None)
     if config is None:
-        config = parse_server_config(vllm_config.additional_config, num_layers)
+        num_heads = vllm_config.model_config.model_arch_config.total_num_attention_heads
+        config = parse_server_config(vllm_config.additional_config, num_layers, num_heads)
         vllm_config._sparse_server_config = config
     return config
 

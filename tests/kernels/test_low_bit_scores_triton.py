@@ -1,0 +1,163 @@
+"""SALE's selection in Triton equals its PyTorch specification: compiled on a GPU, interpreted elsewhere."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from tests.kernels.hopper import compile_for_hopper
+from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
+from vllm_sparse.kernels.low_bit_scores import reference
+from vllm_sparse.keys import PlainKeys
+
+pytest.importorskip("triton")
+
+PAGE = 32
+# Of float32: scores of other orders of summation, and integers that flip where a quotient is near a half.
+SLACK = 0.02
+
+
+@pytest.mark.skipif(CAN_RUN, reason="runs right here")
+def test_under_the_interpreter() -> None:
+    run_under_the_interpreter(__file__, passing=13)
+
+
+def request(
+    chunk: int, context: int, heads: int, kv_heads: int, head_size: int, block_size: int
+) -> tuple[int, torch.Tensor, PlainKeys]:
+    """A seed, queries in a wider row as a fused projection leaves them, and keys of many sizes on scattered blocks."""
+    seed = random.randrange(1 << 30)
+    generator = torch.Generator().manual_seed(seed)
+    blocks = -(-context // block_size)
+    cache = torch.randn(blocks + 3, kv_heads, block_size, 2 * head_size, generator=generator)
+    cache *= 1.5 * torch.rand(blocks + 3, 1, block_size, 1, generator=generator)
+    block_table = torch.randperm(blocks + 3, generator=generator)[:blocks].int()
+    # What lies behind the context is stale and may be anything.
+    stale = blocks * block_size - context
+    if stale:
+        cache[int(block_table[-1]), :, block_size - stale :] = float("nan")
+    query = torch.randn(chunk, heads + 1, head_size, generator=generator).mul_(2).to(DEVICE)[:, 1:]
+    return seed, query, PlainKeys(cache.to(DEVICE), block_table.to(DEVICE), context)
+
+
+@needs_triton
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("kv_heads", "head_size", "block_size"), [(2, 64, 16), (1, 80, 48), (3, 128, 128)])
+def test_keys_equal_the_reference(bits: int, kv_heads: int, head_size: int, block_size: int) -> None:
+    from vllm_sparse.kernels.low_bit_scores import triton as sale_triton
+
+    seed, _, keys = request(1, 5 * PAGE + 3, kv_heads, kv_heads, head_size, block_size)
+    levels, mean, numbers = sale_triton.quantise_keys(keys, 5, bits)
+    expected = reference.quantise_keys(keys, 5, bits)
+    assert bool((levels[..., head_size:] == 0).all())
+    difference = levels[..., :head_size].int() - expected.levels.int()
+    assert int(difference.abs().max()) <= 1, f"seed {seed}"
+    assert float(difference.float().abs().mean()) < 1e-3, f"seed {seed}"
+    for name, part in (
+        ("scale", numbers[:, :4].transpose(1, 2)),
+        ("mean", mean[..., :head_size]),
+        ("radius", numbers[:, 4]),
+        ("error", numbers[:, 5]),
+    ):
+        wanted = getattr(expected, name)
+        assert part.shape == wanted.shape
+        assert float((part - wanted).norm() / wanted.norm()) < 1e-3, f"{name}, seed {seed}"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("chunk", "context", "bits", "sink", "local", "query_block"),
+    [(1, 1, 8, 32, 128, 64), (200, 500, 8, 64, 100, 64), (150, 400, 4, 32, 0, 128)],
+)
+def test_rows_equal_the_reference(chunk: int, context: int, bits: int, sink: int, local: int, query_block: int) -> None:
+    from vllm_sparse.kernels.low_bit_scores import triton as sale_triton
+
+    heads, head_size = 4, 80
+    seed, query, keys = request(chunk, context, heads, 2, head_size, 48)
+    log_tau = torch.tensor([-1.0, 0.0, 2.0, float("-inf")], device=DEVICE)
+    levels, numbers = sale_triton.quantise_rows(query, keys, 0.1, log_tau, bits, sink, local, query_block)
+    rows = query.transpose(0, 1).contiguous()
+    expected = reference.quantise_queries(rows, bits)
+    least = reference.thresholds(rows, keys, 0.1, log_tau, sink, local, query_block)
+    assert torch.allclose(numbers[0], least, atol=2e-3), f"seed {seed}"
+    assert bool((levels[..., head_size:] == 0).all())
+    assert int((levels[..., :head_size].int() - expected.levels.int()).abs().max()) <= 1, f"seed {seed}"
+    for name, part in zip(("scale", "norm", "error"), numbers[1:], strict=True):
+        assert torch.allclose(part, getattr(expected, name), rtol=1e-3, atol=1e-6), f"{name}, seed {seed}"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_size", "chunk", "context", "bits", "bounds", "query_block"),
+    [
+        pytest.param(4, 1, 64, 200, 900, 8, True, 64, id="group-4"),
+        pytest.param(2, 2, 80, 100, 500, 8, False, 128, id="128-rows-no-bounds"),
+        pytest.param(1, 1, 128, 70, 600, 4, False, 64, id="4-bits"),
+        pytest.param(2, 1, 32, 64, 2600, 4, True, 64, id="more-than-a-page-tile"),
+    ],
+)
+def test_the_map_equals_the_reference(
+    heads: int, kv_heads: int, head_size: int, chunk: int, context: int, bits: int, bounds: bool, query_block: int
+) -> None:
+    """It lies between the reference's maps for thresholds a little higher and a little lower."""
+    from vllm_sparse.kernels.low_bit_scores import triton as sale_triton
+
+    seed, query, keys = request(chunk, context, heads, kv_heads, head_size, 16)
+    scale, log_tau = head_size**-0.5, torch.linspace(-0.5, 1.5, heads, device=DEVICE)
+
+    def expected(shift: float) -> torch.Tensor:
+        return reference.kept_map(query, keys, scale, log_tau + shift, bits, bounds, 32, 128, query_block)
+
+    kept = sale_triton.kept_map(query, keys, scale, log_tau, bits, bounds, 32, 128, query_block)
+    few, many = expected(SLACK), expected(-SLACK)
+    assert kept.shape == few.shape
+    assert kept.dtype == torch.bool
+    assert bool((kept | ~few).all()), f"pages are missing, seed {seed}"
+    assert bool((many | ~kept).all()), f"pages too many, seed {seed}"
+    middle = few[..., 1 : reference.middle_end(chunk, context, 128, query_block)]
+    share = float(middle.float().mean())
+    assert 0 < share < 1, f"a test of nothing: {share}, seed {seed}"
+
+
+@pytest.mark.skipif(CAN_RUN and DEVICE == "cpu", reason="Triton only interprets in this process")
+@pytest.mark.parametrize(("head_size", "query_block"), [(80, 64), (128, 64), (128, 128), (256, 64)])
+def test_kernels_compile_for_hopper(head_size: int, query_block: int) -> None:
+    from vllm_sparse.kernels.low_bit_scores import triton as sale_triton
+
+    constants = {
+        "CACHE_BLOCK": 128,
+        "HEAD_SIZE": head_size,
+        "HEAD_TILE": 1 << (head_size - 1).bit_length(),
+        "PAGE": PAGE,
+        "GROUPS": 4,
+        "TOP_LEVEL": 127,
+        "MARGIN": True,
+        "TINY": reference.TINY,
+        "ROUNDING": reference.ROUNDING,
+        "ROUNDING_NATS": reference.ROUNDING_NATS,
+        "GROUP": 4,
+        "QUERY_BLOCK": query_block,
+        "ROW_TILE": 16,
+        "BLOCKS": sale_triton.SCORED_ROWS // query_block,
+        "PAGE_TILE": sale_triton.PAGE_TILE,
+        "SEGMENT": sale_triton.SEGMENT_PAGES,
+        "PAGE_BOUNDS": True,
+    }
+    pointers = {
+        **dict.fromkeys(("query_pointer", "cache_pointer", "mean_pointer"), "*bf16"),
+        **dict.fromkeys(("levels_pointer", "query_levels_pointer", "key_levels_pointer"), "*i8"),
+        **dict.fromkeys(("number_pointer", "row_number_pointer", "page_number_pointer", "log_tau_pointer"), "*fp32"),
+        "block_table_pointer": "*i32",
+        "kept_pointer": "*u8",
+        "scale": "fp32",
+    }
+    for kernel, num_warps in (
+        (sale_triton.quantise_keys_kernel, 4),
+        (sale_triton.rows_kernel, query_block // 16),
+        (sale_triton.scores_kernel, 8),
+    ):
+        names = kernel.arg_names
+        types = {name: pointers.get(name, "i32") for name in names if name not in constants}
+        compile_for_hopper(kernel, types, {name: constants[name] for name in names if name in constants}, num_warps)

@@ -1,0 +1,1 @@
+"""What is found offline, per model, and loaded by a server."""

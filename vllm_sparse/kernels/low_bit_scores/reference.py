@@ -1,0 +1,293 @@
+"""SALE's selection in PyTorch: the specification, on any device.
+
+SALE (arXiv 2505.24179, sections 3.1 and 3.2) scores every key with few-bit integers and compares each score with the
+attention that the same row gives the sink and its local window. What decides a page before its keys are scored, the
+margin for rounding and the removal of a mean per page are this project's.
+
+Scores are laid out ``[keys, rows]``: a page's keys are then whole rows of a matrix, so that few pages are gathered as
+cheaply as many, and a maximum over keys never crosses a vector register.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from vllm_sparse.kernels.page_list.reference import query_blocks
+from vllm_sparse.keys import PagedKeys
+
+PAGE_TOKENS = 32
+# Tokens j of a page with equal (j mod 8) // 2 share a scale, queries r and r + 8 of 16 rows do.
+KEY_GROUPS = 4
+ROW_TILE = 16
+# Least scale: a group of zeros is divided by it and stays zero.
+TINY = 1e-30
+# Allowances for float32: relative to the norms of a dot product of up to 256 channels, and absolute, in nats.
+ROUNDING = 2.0**-14
+ROUNDING_NATS = 1e-4
+
+# Work of one pass, so that on a CPU its numbers stay in the cache.
+READ_TOKENS = 8192
+NEAR_BLOCKS = 16
+SCORED_ROWS = 512
+SCORED_PAGES = 64
+
+
+@dataclass(frozen=True)
+class QuantisedKeys:
+    """Whole pages of keys as integers, what was removed before and how far off they are.
+
+    Attributes:
+        levels: int8 ``[kv_heads, pages, 4, 8, head_size]``, the keys of each group of a page side by side.
+        scale: float32 ``[kv_heads, pages, 4]`` what one level of a group is worth.
+        mean: ``[kv_heads, pages, head_size]`` what was removed, in the cache's dtype: the page's mean key, rounded.
+        radius: float32 ``[kv_heads, pages]`` largest norm of a key less `mean`.
+        error: float32 ``[kv_heads, pages]`` largest norm of what rounding to levels changed, or 0 for 4 bits. Both
+            norms include the allowance for float32.
+    """
+
+    levels: torch.Tensor
+    scale: torch.Tensor
+    mean: torch.Tensor
+    radius: torch.Tensor
+    error: torch.Tensor
+
+
+@dataclass(frozen=True)
+class QuantisedQueries:
+    """Queries as integers.
+
+    Attributes:
+        levels: int8 ``[heads, rows, head_size]``.
+        scale: float32 ``[heads, rows]`` what one level is worth.
+        norm: float32 ``[heads, rows]`` of the queries.
+        error: float32 ``[heads, rows]`` norm of what rounding to levels changed, or 0 for 4 bits.
+    """
+
+    levels: torch.Tensor
+    scale: torch.Tensor
+    norm: torch.Tensor
+    error: torch.Tensor
+
+
+def top_level(bits: int) -> int:
+    """Levels are the integers from minus this to this."""
+    return (1 << (bits - 1)) - 1
+
+
+def _to_levels(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Nearest integers, halves upwards, in float32."""
+    return values.div(scale).add_(0.5).floor_()
+
+
+def quantise_keys(keys: PagedKeys, pages: int, bits: int) -> QuantisedKeys:
+    """Quantise the first `pages` pages of a request's keys, all of them full.
+
+    Args:
+        keys: the request's keys.
+        pages: how many; 1 or more.
+        bits: 4 or 8.
+    """
+    parts = []
+    for start in range(0, pages * PAGE_TOKENS, READ_TOKENS):
+        tile = keys.read(start, min(start + READ_TOKENS, pages * PAGE_TOKENS))
+        tile = tile.unflatten(1, (-1, PAGE_TOKENS))  # type: ignore[no-untyped-call]
+        mean = tile.float().mean(2).to(tile.dtype)
+        rest = tile.float() - mean.float().unsqueeze(2)
+        # Token 8a + 2g + b of a page is member 2a + b of group g.
+        grouped = rest.view(*rest.shape[:2], 4, KEY_GROUPS, 2, -1).transpose(2, 3).flatten(3, 4)
+        scale = grouped.abs().amax((3, 4)).div_(top_level(bits)).clamp_(min=TINY)
+        levels = _to_levels(grouped, scale[..., None, None])
+        radius = grouped.norm(dim=4).amax((2, 3))
+        rounding = (mean.float().norm(dim=2) + radius) * ROUNDING
+        error = rounding
+        if bits == 8:
+            error = rounding + (grouped - levels * scale[..., None, None]).norm(dim=4).amax((2, 3))
+        parts.append((levels.to(torch.int8), scale, mean, radius + rounding, error))
+    return QuantisedKeys(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True)))
+
+
+def quantise_queries(query: torch.Tensor, bits: int) -> QuantisedQueries:
+    """Quantise float32 queries ``[heads, rows, head_size]`` whose first row begins a query block.
+
+    Rows past the end of a 16-row tile count as zero.
+    """
+    heads, rows, head_size = query.shape
+    padded = torch.nn.functional.pad(query, (0, 0, 0, -rows % ROW_TILE))
+    pairs = padded.view(heads, -1, 2, ROW_TILE // 2, head_size)
+    largest = pairs.abs().amax((2, 4)).unsqueeze(2).expand(-1, -1, 2, -1)
+    scale = largest.reshape(heads, -1)[:, :rows].div(top_level(bits)).clamp_(min=TINY)
+    levels = _to_levels(query, scale.unsqueeze(2))
+    error = (query - levels * scale.unsqueeze(2)).norm(dim=2) if bits == 8 else torch.zeros_like(scale)
+    return QuantisedQueries(levels.to(torch.int8), scale, query.norm(dim=2), error)
+
+
+def local_starts(chunk: int, context: int, local_tokens: int, query_block: int, device: torch.device) -> torch.Tensor:
+    """First page of each query block's local window, which ends with the block's own positions: int64 ``[blocks]``."""
+    first, last = query_blocks(chunk, context, query_block, device)
+    return torch.minimum((last + 1 - local_tokens).clamp(min=0), first) // PAGE_TOKENS
+
+
+def middle_end(chunk: int, context: int, local_tokens: int, query_block: int) -> int:
+    """The last of the `local_starts`, which is the largest: pages before it may have to be scored."""
+    first = context - chunk + (chunk - 1) // query_block * query_block
+    return min(max(context - local_tokens, 0), first) // PAGE_TOKENS
+
+
+def thresholds(
+    query: torch.Tensor,
+    keys: PagedKeys,
+    scale: float,
+    log_tau: torch.Tensor,
+    sink_tokens: int,
+    local_tokens: int,
+    query_block: int,
+) -> torch.Tensor:
+    """Score from which on a key holds `tau` of a row's attention to the sink and the local window.
+
+    Arguments as in the public function, `query` float32 and head-major.
+
+    Returns:
+        float32 ``[query_heads, chunk]``: ``m + log(tau * l)``, lowered by what float32 may be off.
+    """
+    heads, chunk, head_size = query.shape
+    kv_heads, context = keys.num_kv_heads, keys.context_tokens
+    device = query.device
+    sink = keys.read(0, min(sink_tokens, context)).float()
+    sink_key = torch.arange(sink.shape[1], device=device)
+    window_key = torch.arange(max(local_tokens, query_block) + PAGE_TOKENS, device=device)
+    parts = []
+    for begin in range(0, chunk, NEAR_BLOCKS * query_block):
+        rows = query[:, begin : begin + NEAR_BLOCKS * query_block]
+        # The last position of these rows is that of a shorter chunk's last row.
+        seen = context - chunk + begin + rows.shape[1]
+        starts = local_starts(rows.shape[1], seen, local_tokens, query_block, device).unsqueeze(1) * PAGE_TOKENS
+        blocks, low = starts.shape[0], int(starts[0])
+        near = torch.cat([sink, keys.read(low, seen).float()], dim=1)
+        local_key = starts + window_key
+        index = (local_key - low).clamp(max=seen - low - 1) + sink.shape[1]
+        near = near[:, torch.cat([sink_key.expand(blocks, -1), index], dim=1)]
+        padded = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[1] % query_block))
+        # [kv_heads, blocks, group, query_block, head_size]
+        grouped = padded.view(kv_heads, -1, blocks, query_block, head_size).transpose(1, 2)
+        scores = torch.matmul(grouped.flatten(2, 3), near.transpose(2, 3)).mul_(scale).view(*grouped.shape[:4], -1)
+        position = seen - rows.shape[1] + torch.arange(blocks * query_block, device=device).view(blocks, -1, 1)
+        hidden = torch.cat(
+            [(sink_key >= starts).unsqueeze(1).expand(-1, query_block, -1), local_key.unsqueeze(1) > position], dim=2
+        )
+        scores.masked_fill_(hidden.unsqueeze(1), float("-inf"))
+        slack = grouped.norm(dim=4) * near.norm(dim=3).amax(2)[:, :, None, None] * (scale * ROUNDING)
+        parts.append((scores.logsumexp(4) - slack).transpose(1, 2).reshape(heads, -1)[:, : rows.shape[1]])
+    return torch.cat(parts, dim=1) + (log_tau.unsqueeze(1) - ROUNDING_NATS)
+
+
+@functools.cache
+def _multiplies_integers() -> bool:
+    """Whether this CPU's int8 products are exact; without dot-product instructions they may saturate at 16 bits."""
+    left = torch.full((32, 64), -127, dtype=torch.int8)
+    right = torch.full((64, 32), 127, dtype=torch.int8)
+    product = torch._int_mm(left, right)
+    return bool((product == -127 * 127 * 64).all())
+
+
+def integer_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Exact product of int8 matrices, int32 or float32, which holds the integers that can occur."""
+    if left.is_cuda or not _multiplies_integers():
+        return torch.mm(left.float(), right.float())
+    return torch._int_mm(left, right)
+
+
+def kept_map(
+    query: torch.Tensor,
+    keys: PagedKeys,
+    scale: float,
+    log_tau: torch.Tensor,
+    bits: int,
+    page_bounds: bool,
+    sink_tokens: int,
+    local_tokens: int,
+    query_block: int,
+) -> torch.Tensor:
+    """Pages that each query block keeps; arguments as in the public function."""
+    chunk, heads, _ = query.shape
+    device = query.device
+    rows = query.transpose(0, 1).float()
+    starts = local_starts(chunk, keys.context_tokens, local_tokens, query_block, device)
+    sink_pages = sink_tokens // PAGE_TOKENS
+    page = torch.arange(-(-keys.context_tokens // PAGE_TOKENS), device=device)
+    near = (page < sink_pages) | (page >= starts.unsqueeze(1))
+    kept = near.repeat(heads, 1, 1)
+    pages = middle_end(chunk, keys.context_tokens, local_tokens, query_block)
+    if pages <= sink_pages:
+        return kept
+    least = thresholds(rows, keys, scale, log_tau, sink_tokens, local_tokens, query_block)
+    quantised = quantise_keys(keys, pages, bits)
+    tile_blocks = SCORED_ROWS // query_block
+    for begin in range(0, starts.shape[0], tile_blocks):
+        blocks = slice(begin, begin + tile_blocks)
+        middle = slice(sink_pages, int(starts[blocks][-1]))
+        candidates = ~near[blocks, middle].t()
+        if not candidates.numel():
+            continue
+        tile = slice(begin * query_block, (begin + tile_blocks) * query_block)
+        past_end = -rows[:, tile].shape[1] % query_block
+        tile_rows = torch.nn.functional.pad(rows[:, tile], (0, 0, 0, past_end))
+        tile_least = torch.nn.functional.pad(least[:, tile], (0, past_end), value=float("inf"))
+        queries = quantise_queries(tile_rows, bits)
+        for head in range(heads):
+            kv_head = head * keys.num_kv_heads // heads
+            head_keys = QuantisedKeys(*(part[kv_head, middle] for part in vars(quantised).values()))
+            head_queries = QuantisedQueries(*(part[head] for part in vars(queries).values()))
+            # Scores of the means, less what a row's keys must reach.
+            above = torch.addmm(-tile_least[head], head_keys.mean.float(), tile_rows[head].t(), alpha=scale)
+            kept[head, blocks, middle] |= _passing(above, head_keys, head_queries, scale, candidates, page_bounds).t()
+    return kept
+
+
+def _passing(
+    above: torch.Tensor,
+    keys: QuantisedKeys,
+    queries: QuantisedQueries,
+    scale: float,
+    candidates: torch.Tensor,
+    page_bounds: bool,
+) -> torch.Tensor:
+    """Pages in which a key scores more than a row's least: bool ``[pages, blocks]``, none but candidates.
+
+    Args:
+        above: float32 ``[pages, rows]`` score of each page's mean less the row's least.
+        keys: the pages, of one head.
+        queries: the rows, of one head.
+        scale: softmax scale.
+        candidates: bool ``[pages, blocks]``.
+        page_bounds: decide what the means decide.
+    """
+
+    def in_some_row(difference: torch.Tensor) -> torch.Tensor:
+        return difference.view(*difference.shape[:1], candidates.shape[1], -1).amax(2) > 0
+
+    kept = torch.zeros_like(candidates)
+    undecided = candidates
+    if page_bounds:
+        # The best key scores at least what the mean does, and at most as much more as the farthest key may.
+        kept = candidates & in_some_row(above)
+        highest = torch.addcmul(above, keys.radius.unsqueeze(1), queries.norm, value=scale)
+        undecided = candidates & ~kept & in_some_row(highest)
+    # What rounding to levels may hide.
+    page_margin = torch.stack([keys.error, keys.radius + keys.error], dim=1)
+    row_margin = torch.stack([queries.norm, queries.error]) * scale
+    levels = keys.levels.flatten(1)
+    columns = queries.levels.t().contiguous()
+    pages = undecided.any(1).nonzero().squeeze(1)
+    for start in range(0, pages.shape[0], SCORED_PAGES):
+        part = pages[start : start + SCORED_PAGES]
+        products = integer_products(levels.index_select(0, part).view(-1, columns.shape[0]), columns)
+        # The best integer of each group, and only then what a level is worth.
+        best = products.view(part.shape[0], KEY_GROUPS, -1, columns.shape[1]).amax(2)
+        best = (best * keys.scale[part].unsqueeze(2)).amax(1)
+        difference = above.index_select(0, part).addmm_(page_margin[part], row_margin)
+        difference.addcmul_(best, queries.scale, value=scale)
+        kept[part] |= undecided[part] & in_some_row(difference)
+    return kept

@@ -1,0 +1,143 @@
+"""SALE (arXiv 2505.24179): score keys with few-bit integers, keep pages that nearby attention does not dwarf."""
+
+from __future__ import annotations
+
+import functools
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from vllm_sparse.calibrate.sale import load, log_thresholds
+from vllm_sparse.kernels.low_bit_scores import PAGE_TOKENS, kept_map
+from vllm_sparse.kernels.page_list import chunk_lists
+from vllm_sparse.keys import PagedKeys
+from vllm_sparse.methods.base import KNOBS, DenseLayers, KnobError, Layer, PrefillMethod, QueryBlock, Rows
+from vllm_sparse.pages import PageList
+
+DEFAULT_TAU = 0.004
+
+
+@dataclass(frozen=True, config=KNOBS)
+class Sale(PrefillMethod):
+    """Keep a page of 32 keys if one of them scores at least `tau` of a row's attention to the sink and local window.
+
+    The score is the paper's Relative Attention Score: ``exp(score - m) / l``, with the row's largest score `m` and its
+    sum `l` over the first `sink` and the last `local` tokens, which are always kept and scored exactly. All other keys
+    are scored by integers: in the paper's groups, but less the mean of their page, whose share is added exactly, where
+    the paper removes a mean that looks into the future. A page is kept if one row of the query block asks for it.
+
+    With 8 bits each score is raised by what its rounding may hide, so no key with a probability of `tau` or more is
+    ever dropped: the score is relative to a part of the keys and thus at least the probability. 4 bits are the paper's
+    and promise nothing; Hopper has no 4-bit tensor cores, so they cost as much. `page_bounds` decides pages by their
+    mean key and the distance of the farthest key from it where that is enough, and scores only the others; it drops no
+    page in which an exact score passes.
+
+    The choice looks at single rows, so it does not depend on the chunking if chunks start at multiples of
+    `query_block`.
+    """
+
+    name: ClassVar[str] = "sale"
+    page_tokens: ClassVar[int] = PAGE_TOKENS
+    server_knobs: ClassVar[tuple[str, ...]] = ("calibration",)
+
+    tau: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            le=1e6,
+            allow_inf_nan=False,
+            description="share of the attention to sink and local window that keeps a key; 0 keeps all; by default "
+            f"the calibrated thresholds, {DEFAULT_TAU} where there are none",
+        ),
+    ] = None
+    bits: Annotated[Literal[4, 8], Field(description="of the integers; 8 never loses a key, 4 is the paper's")] = 8
+    page_bounds: Annotated[bool, Field(description="score only keys of pages that the mean key leaves open")] = True
+    sink: Annotated[
+        int, Field(ge=32, le=1 << 16, multiple_of=32, description="first tokens, always read; a multiple of 32")
+    ] = 32
+    local: Annotated[int, Field(ge=0, le=1 << 16, description="tokens to the end of a query block, always read")] = 128
+    calibration: Annotated[
+        str, Field(description="file of thresholds per layer and head, from vllm-sparse calibrate sale")
+    ] = ""
+    dense_layers: DenseLayers = 0
+    query_block: QueryBlock = 64
+    rows: Rows = "query_head"
+
+    def __post_init__(self) -> None:
+        if self.calibration:
+            try:
+                load(self.calibration)
+            except ValueError as error:
+                raise KnobError("calibration", self.calibration, str(error)) from error
+
+    @property
+    def exactly_dense(self) -> bool:
+        return self.tau == 0
+
+    @property
+    def fingerprint(self) -> str:
+        return load(self.calibration).digest if self.calibration else ""
+
+    def check_model(self, num_layers: int, num_query_heads: int) -> None:
+        if not self.calibration:
+            return
+        found = load(self.calibration).calibration
+        if (found.layers, found.heads) != (num_layers, num_query_heads):
+            raise KnobError(
+                "calibration",
+                self.calibration,
+                f"the file holds {found.layers} layers of {found.heads} query heads, of {found.model}; the model has "
+                f"{num_layers} layers of {num_query_heads}",
+            )
+
+    def select(
+        self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, layer: Layer
+    ) -> PageList:
+        return chunk_lists(
+            self.block_mask(query, keys, scale, layer),
+            PAGE_TOKENS,
+            query.shape[0],
+            keys.context_tokens,
+            self.query_block,
+            page_size_tokens,
+            keys.num_kv_heads if self.rows == "kv_head" else query.shape[1],
+        )
+
+    def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
+        """Kept pages of 32 tokens, perhaps some of the future: bool ``[query_heads, query_blocks, pages]``."""
+        return kept_map(
+            query,
+            keys,
+            scale,
+            _log_thresholds(self.thresholds(layer, query.shape[1]), query.device),
+            bits=self.bits,
+            page_bounds=self.page_bounds,
+            sink_tokens=self.sink,
+            local_tokens=self.local,
+            query_block=self.query_block,
+        )
+
+    def thresholds(self, layer: Layer, query_heads: int) -> tuple[float, ...]:
+        """Threshold of each of this process's query heads in a layer.
+
+        Raises:
+            ValueError: the calibration file is of another model.
+        """
+        if self.tau is not None or not self.calibration:
+            return (DEFAULT_TAU if self.tau is None else self.tau,) * query_heads
+        found = load(self.calibration).calibration
+        last_head = layer.first_query_head + query_heads
+        if layer.index >= found.layers or last_head > found.heads:
+            raise ValueError(
+                f"{self.calibration} holds thresholds of {found.layers} layers of {found.heads} query heads; "
+                f"those of heads {layer.first_query_head} to {last_head - 1} of layer {layer.index} are asked for"
+            )
+        return tuple(found.thresholds[layer.index][layer.first_query_head : last_head])
+
+
+@functools.lru_cache(maxsize=4096)
+def _log_thresholds(taus: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """As `log_thresholds`, kept on the device."""
+    return log_thresholds(taus, device)
