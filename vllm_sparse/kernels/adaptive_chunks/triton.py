@@ -7,30 +7,10 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.adaptive_chunks.reference import SHORTEST_TOKENS, WINDOW_TOKENS
+from vllm_sparse.kernels.common.triton import load_keys
 from vllm_sparse.keys import PlainKeys
 
 SCORE_TILE, MEAN_TILE = 128, 32
-
-
-@triton.jit
-def _keys(
-    cache_pointer,
-    block_table_pointer,
-    i_kv_head,
-    o_key,
-    live,
-    o_dim,
-    in_head,
-    cache_block_stride,
-    cache_head_stride,
-    cache_token_stride,
-    CACHE_BLOCK: tl.constexpr,
-):
-    """Keys of live positions through the block table, 0 for others: ``[positions, dimensions]``."""
-    physical = tl.load(block_table_pointer + o_key // CACHE_BLOCK, mask=live, other=0).to(tl.int64)
-    p_key = cache_pointer + physical * cache_block_stride + i_kv_head * cache_head_stride
-    p_key += (o_key % CACHE_BLOCK) * cache_token_stride
-    return tl.load(p_key[:, None] + o_dim[None, :], mask=live[:, None] & in_head[None, :], other=0.0)
 
 
 # Lengths change with every chunk; specialising on them would compile in the middle of serving.
@@ -68,12 +48,12 @@ def boundary_scores_kernel(
     for i_kv_head in range(KV_HEADS):
         for first_dim in range(0, HEAD_SIZE, DIM_TILE):
             o_dim = first_dim + tl.arange(0, DIM_TILE)
-            b_key = _keys(
+            b_key = load_keys(
                 cache_pointer,
                 block_table_pointer,
-                i_kv_head,
                 o_key,
                 live,
+                i_kv_head,
                 o_dim,
                 o_dim < HEAD_SIZE,
                 cache_block_stride,
@@ -140,12 +120,12 @@ def representations_kernel(
     b_sum = tl.zeros([HEAD_TILE], tl.float32)
     for first in range(begin, end, TILE):
         o_key = first + tl.arange(0, TILE)
-        b_key = _keys(
+        b_key = load_keys(
             cache_pointer,
             block_table_pointer,
-            i_kv_head,
             o_key,
             o_key < end,
+            i_kv_head,
             o_dim,
             in_head,
             cache_block_stride,

@@ -10,11 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.common.triton import LEAST_KEY, ordered_scores
+
 BLOCK_TILE, PAGE_TILE = 64, 64
 # Small, for registers: the split into TF32 parts holds its operands in them.
 DIM_TILE = 16
 SELECT_TILE = 1024
-LEAST_KEY = tl.constexpr(-(1 << 31))
 
 
 # Lengths change with every chunk; specialising on them would compile in the middle of serving.
@@ -129,16 +130,6 @@ def page_scores(
     return scores
 
 
-@triton.jit
-def _ordered(p_score, o_page, first, stop):
-    """Scores of pages `first` to `stop` as integers of the same order; the least integer for all others."""
-    b_score = tl.load(p_score + o_page, mask=(o_page >= first) & (o_page < stop), other=0.0)
-    # Adding zero makes a negative zero positive: the two are equal and must tie.
-    b_bits = (b_score + 0.0).to(tl.int32, bitcast=True)
-    b_key = b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
-    return tl.where((o_page >= first) & (o_page < stop), b_key, LEAST_KEY)
-
-
 @triton.jit(do_not_specialize=["blocks", "pages", "sink_pages", "budget_pages"])
 def select_pages_kernel(
     score_pointer,
@@ -168,7 +159,8 @@ def select_pages_kernel(
         candidate = (threshold + bit).to(tl.int32)
         b_count = tl.zeros([TILE], tl.int32)
         for start in range(first, stop, TILE):
-            b_key = _ordered(p_score, start + tl.arange(0, TILE), first, stop)
+            o_page = start + tl.arange(0, TILE)
+            b_key = ordered_scores(p_score, o_page, o_page < stop)
             b_count += (b_key >= candidate).to(tl.int32)
         threshold = tl.where(tl.sum(b_count) >= free, threshold + bit, threshold)
         bit = bit >> 1
@@ -176,13 +168,14 @@ def select_pages_kernel(
 
     b_count = tl.zeros([TILE], tl.int32)
     for start in range(first, stop, TILE):
-        b_count += (_ordered(p_score, start + tl.arange(0, TILE), first, stop) > least).to(tl.int32)
+        o_page = start + tl.arange(0, TILE)
+        b_count += (ordered_scores(p_score, o_page, o_page < stop) > least).to(tl.int32)
     # Of the keys equal to the threshold, the lower pages win.
     equal_left = free - tl.sum(b_count)
     for start in range(0, pages, TILE):
         o_page = start + tl.arange(0, TILE)
-        b_key = _ordered(p_score, o_page, first, stop)
         competes = (o_page >= first) & (o_page < stop)
+        b_key = ordered_scores(p_score, o_page, competes)
         b_equal = ((b_key == least) & competes).to(tl.int32)
         b_chosen = (b_key > least) | ((b_equal > 0) & (tl.cumsum(b_equal, axis=0) <= equal_left))
         equal_left -= tl.sum(b_equal)

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.common.triton import load_keys
 from vllm_sparse.kernels.flex_estimate.reference import BlockMasses, FlexEstimate
 from vllm_sparse.keys import PlainKeys
 
@@ -49,11 +50,19 @@ def block_masses_kernel(
     live = o_key < context
     in_head = o_dim < HEAD_SIZE
 
-    # Keys through the block table: [BLOCK, HEAD_TILE].
-    physical = tl.load(block_table_pointer + o_key // CACHE_BLOCK, mask=live, other=0).to(tl.int64)
-    p_key = cache_pointer + physical * cache_block_stride + i_kv_head * cache_head_stride
-    p_key += (o_key % CACHE_BLOCK) * cache_token_stride
-    b_key = tl.load(p_key[:, None] + o_dim[None, :], mask=live[:, None] & in_head[None, :], other=0.0)
+    b_key = load_keys(
+        cache_pointer,
+        block_table_pointer,
+        o_key,
+        live,
+        i_kv_head,
+        o_dim,
+        in_head,
+        cache_block_stride,
+        cache_head_stride,
+        cache_token_stride,
+        CACHE_BLOCK,
+    )
 
     count = tl.minimum(context - i_block * BLOCK, BLOCK)
     b_mean = tl.sum(b_key.to(tl.float32), axis=0) / count

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.common.triton import LEAST_KEY, ordered_scores
 from vllm_sparse.kernels.hierarchical_descent.reference import (
     LEAF_TOKENS,
     Stage,
@@ -31,7 +32,6 @@ AVERAGE_TILE, CHUNK_TILE, SELECT_TILE = 1024, 32, 1024
 RESIDENT_NUMBERS, PASSING_NUMBERS = 512 * 128, 64 * 128
 # Several for each place on the GPU. With fewer query blocks, more programs share the chunks of one.
 LEAST_PROGRAMS = 4096
-LEAST_KEY = tl.constexpr(-(1 << 31))
 
 
 # Lengths change with every chunk; specialising on them would compile in the middle of serving.
@@ -251,15 +251,6 @@ def chunk_scores_kernel(
         tl.store(score_pointer + i_row * score_width + o_chunk, tl.max(b_best, axis=0), mask=exists)
 
 
-@triton.jit
-def _ordered(p_score, o_chunk, competes):
-    """Scores as integers of the same order; the least integer for chunks that do not compete."""
-    b_score = tl.load(p_score + o_chunk, mask=competes, other=0.0)
-    # Adding zero makes a negative zero positive: the two are equal and must tie.
-    b_bits = (b_score + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(competes, b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF), LEAST_KEY)
-
-
 @triton.jit(
     do_not_specialize=[
         "chunk",
@@ -317,7 +308,7 @@ def best_chunks_kernel(
         b_count = tl.zeros([TILE], tl.int32)
         for first in range(0, competing, TILE):
             o_chunk = first + tl.arange(0, TILE)
-            b_count += (_ordered(p_score, o_chunk, o_chunk < competing) >= candidate).to(tl.int32)
+            b_count += (ordered_scores(p_score, o_chunk, o_chunk < competing) >= candidate).to(tl.int32)
         threshold = tl.where(tl.sum(b_count) >= count, threshold + bit, threshold)
         bit = bit >> 1
     least = threshold.to(tl.int32)
@@ -325,13 +316,13 @@ def best_chunks_kernel(
     b_count = tl.zeros([TILE], tl.int32)
     for first in range(0, competing, TILE):
         o_chunk = first + tl.arange(0, TILE)
-        b_count += (_ordered(p_score, o_chunk, o_chunk < competing) > least).to(tl.int32)
+        b_count += (ordered_scores(p_score, o_chunk, o_chunk < competing) > least).to(tl.int32)
     # Of the keys equal to the threshold, the lower chunks win.
     equal_left = count - tl.sum(b_count)
     written = 0
     for first in range(0, live, TILE):
         o_chunk = first + tl.arange(0, TILE)
-        b_key = _ordered(p_score, o_chunk, o_chunk < competing)
+        b_key = ordered_scores(p_score, o_chunk, o_chunk < competing)
         b_equal = ((b_key == least) & (o_chunk < live)).to(tl.int32)
         b_chosen = (b_key > least) | ((b_equal > 0) & (tl.cumsum(b_equal, axis=0) <= equal_left))
         equal_left -= tl.sum(b_equal)

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.common.triton import load_keys
 from vllm_sparse.kernels.low_bit_scores.reference import (
     KEY_GROUPS,
     PAGE_TOKENS,
@@ -33,24 +34,6 @@ SEGMENT_PAGES = 512
 def _levels(b_value, b_scale):
     """Nearest integers, halves upwards."""
     return tl.floor(tl.div_rn(b_value, b_scale) + 0.5)
-
-
-@triton.jit
-def _key_pointers(
-    cache_pointer,
-    block_table_pointer,
-    o_key,
-    live,
-    i_kv_head,
-    cache_block_stride,
-    cache_head_stride,
-    cache_token_stride,
-    CACHE_BLOCK: tl.constexpr,
-):
-    """Where keys of one head begin, through the block table."""
-    physical = tl.load(block_table_pointer + o_key // CACHE_BLOCK, mask=live, other=0).to(tl.int64)
-    p_key = cache_pointer + physical * cache_block_stride + i_kv_head * cache_head_stride
-    return p_key + (o_key % CACHE_BLOCK) * cache_token_stride
 
 
 # Lengths change with every chunk; specialising on them would compile in the middle of serving.
@@ -81,18 +64,19 @@ def quantise_keys_kernel(
     o_dim = tl.arange(0, HEAD_TILE)
     in_head = o_dim < HEAD_SIZE
     o_key = i_page * PAGE + o_slot
-    p_key = _key_pointers(
+    b_key = load_keys(
         cache_pointer,
         block_table_pointer,
         o_key,
         o_key < pages * PAGE,
         i_kv_head,
+        o_dim,
+        in_head,
         cache_block_stride,
         cache_head_stride,
         cache_token_stride,
         CACHE_BLOCK,
-    )
-    b_key = tl.load(p_key[:, None] + o_dim[None, :], mask=in_head[None, :], other=0.0).to(tl.float32)
+    ).to(tl.float32)
     b_mean = (tl.sum(b_key, axis=0) / PAGE).to(mean_pointer.dtype.element_ty)
     i_out = i_kv_head.to(tl.int64) * pages + i_page
     tl.store(mean_pointer + i_out * HEAD_TILE + o_dim, b_mean)
@@ -227,18 +211,19 @@ def rows_kernel(
         i_page = tl.where(step < sinks, step, local_start + step - sinks)
         o_key = i_page * PAGE + tl.arange(0, PAGE)
         live_key = o_key < context
-        p_key = _key_pointers(
+        b_key = load_keys(
             cache_pointer,
             block_table_pointer,
             o_key,
             live_key,
             i_head // GROUP,
+            o_dim,
+            in_head,
             cache_block_stride,
             cache_head_stride,
             cache_token_stride,
             CACHE_BLOCK,
         )
-        b_key = tl.load(p_key[:, None] + o_dim[None, :], mask=live_key[:, None] & in_head[None, :], other=0.0)
         # float32 inputs are not to be rounded to TF32.
         b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale
         b_score = tl.where(o_key[None, :] <= position[:, None], b_score, float("-inf"))

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.common.triton import load_keys
 from vllm_sparse.kernels.page_summaries.reference import PageSummaries
 from vllm_sparse.keys import PlainKeys
 
@@ -34,10 +35,19 @@ def page_summaries_kernel(
     o_dim = tl.arange(0, HEAD_TILE)
     live = o_key < context
     in_head = o_dim < HEAD_SIZE
-    physical = tl.load(block_table_pointer + o_key // CACHE_BLOCK, mask=live, other=0).to(tl.int64)
-    p_key = cache_pointer + physical * cache_block_stride + i_kv_head * cache_head_stride
-    p_key += (o_key % CACHE_BLOCK) * cache_token_stride
-    b_key = tl.load(p_key[:, None] + o_dim[None, :], mask=live[:, None] & in_head[None, :], other=0.0).to(tl.float32)
+    b_key = load_keys(
+        cache_pointer,
+        block_table_pointer,
+        o_key,
+        live,
+        i_kv_head,
+        o_dim,
+        in_head,
+        cache_block_stride,
+        cache_head_stride,
+        cache_token_stride,
+        CACHE_BLOCK,
+    ).to(tl.float32)
     b_mean = tl.sum(b_key, axis=0) / tl.minimum(context - i_page * PAGE, PAGE)
     b_minimum = tl.min(tl.where(live[:, None], b_key, float("inf")), axis=0)
     b_maximum = tl.max(tl.where(live[:, None], b_key, float("-inf")), axis=0)

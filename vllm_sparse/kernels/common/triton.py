@@ -1,0 +1,38 @@
+"""Pieces of Triton kernels: keys of the paged cache, and scores in an order that integers have."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LEAST_KEY = tl.constexpr(-(1 << 31))
+
+
+@triton.jit
+def load_keys(
+    cache_pointer,
+    block_table_pointer,
+    o_key,
+    live,
+    i_kv_head,
+    o_dim,
+    in_head,
+    cache_block_stride,
+    cache_head_stride,
+    cache_token_stride,
+    CACHE_BLOCK: tl.constexpr,
+):
+    """Keys of one head at live positions, through the block table; 0 for others: ``[positions, dimensions]``."""
+    physical = tl.load(block_table_pointer + o_key // CACHE_BLOCK, mask=live, other=0).to(tl.int64)
+    p_key = cache_pointer + physical * cache_block_stride + i_kv_head * cache_head_stride
+    p_key += (o_key % CACHE_BLOCK) * cache_token_stride
+    return tl.load(p_key[:, None] + o_dim[None, :], mask=live[:, None] & in_head[None, :], other=0.0)
+
+
+@triton.jit
+def ordered_scores(p_score, o_entry, competes):
+    """Scores as integers of the same order; the least integer for entries that do not compete."""
+    b_score = tl.load(p_score + o_entry, mask=competes, other=0.0)
+    # Adding zero makes a negative zero positive: the two are equal and must tie.
+    b_bits = (b_score + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(competes, b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF), LEAST_KEY)
