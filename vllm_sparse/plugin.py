@@ -41,14 +41,11 @@ def _check_configuration_early() -> None:
 
     @functools.wraps(create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm_sparse.params import parse_server_config
-        from vllm_sparse.server.admission import uses_sparse_backend
+        from vllm_sparse.server.admission import server_config, uses_sparse_backend
 
         vllm_config = create(self, *args, **kwargs)
         if uses_sparse_backend(vllm_config):
-            num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-            num_heads = vllm_config.model_config.model_arch_config.total_num_attention_heads
-            config = parse_server_config(vllm_config.additional_config, num_layers, num_heads)
+            config = server_config(vllm_config)
             logging.getLogger("vllm.sparse").info(
                 "Sparse attention: requests may choose %s; those that name no method run prefill %s and decode %s; "
                 "contexts of fewer than %d tokens run dense unless a request sets sparse_min_tokens.",

@@ -24,7 +24,7 @@ from loadtest.kernels.cache import Cache, write_cache
 from loadtest.kernels.heads import Heads, recorded_heads, synthetic_heads
 from loadtest.kernels.timing import median_seconds
 from loadtest.kernels.truth import TrueMass, block_mass, recall
-from vllm_sparse.backend.chunk import attend_chunk, list_heads
+from vllm_sparse.backend.chunk import attend_chunk
 from vllm_sparse.backend.plan import RowSpan
 from vllm_sparse.methods.base import Layer, PrefillMethod
 from vllm_sparse.methods.dhsa import Dhsa
@@ -84,7 +84,7 @@ class Measurement:
 def density_of(method: PrefillMethod, lists: PageList, heads: Heads) -> float:
     """KV tokens read over KV tokens in reach, as the server's metric counts them."""
     density = PrefillDensity(method.name)
-    having = list_heads(method, heads.query.shape[1], heads.keys.shape[0])
+    having = method.list_heads(heads.query.shape[1], heads.keys.shape[0])
     density.add(lists.kept_tokens, RowSpan(0, 0, heads.chunk, heads.context), method.query_block, having)
     return float(density.kept[0]) / density.candidates
 

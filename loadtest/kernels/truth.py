@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from loadtest.kernels.heads import Heads
-from vllm_sparse.kernels.page_list import chunk_lists, query_blocks
+from vllm_sparse.kernels.page_list import query_blocks
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import Layer, PrefillMethod
 from vllm_sparse.pages import PageList
@@ -98,23 +98,11 @@ class TrueMass(PrefillMethod):
     def exactly_dense(self) -> bool:
         return self.density >= 1
 
-    def select(
-        self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, layer: Layer
-    ) -> PageList:
-        chunk, heads, _ = query.shape
-        context = keys.context_tokens
+    def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         halves = torch.nn.functional.pad(self.mass, (0, self.mass.shape[2] % 2))
         mass = halves.view(*halves.shape[:2], -1, 2).sum(3)
-        _, last = query_blocks(chunk, context, self.query_block, query.device)
+        _, last = query_blocks(query.shape[0], keys.context_tokens, self.query_block, query.device)
         candidate = torch.arange(mass.shape[2], device=query.device) * self.page_tokens <= last.unsqueeze(1)
-        count = max(round(float(candidate.sum()) * heads * self.density), 1)
+        count = max(round(float(candidate.sum()) * mass.shape[0] * self.density), 1)
         threshold = mass.masked_fill(~candidate, -1.0).flatten().topk(count).values[-1]
-        return chunk_lists(
-            (mass >= threshold) & candidate,
-            self.page_tokens,
-            chunk,
-            context,
-            self.query_block,
-            page_size_tokens,
-            heads,
-        )
+        return (mass >= threshold) & candidate

@@ -9,7 +9,6 @@ import torch
 from tests import oracle
 from tests.oracle import Paged, Platform
 from vllm_sparse.backend import chunk as backend_chunk
-from vllm_sparse.backend.chunk import list_heads
 from vllm_sparse.executors import Executor, Launch
 from vllm_sparse.methods.base import Layer, PrefillMethod
 from vllm_sparse.pages import PageList, to_physical
@@ -68,7 +67,7 @@ def chunk_allowed(
     chunk, heads, _ = query.shape
     context = data.keys[request].shape[1]
     lists = PageList(lists.pages.cpu(), lists.kept_tokens.cpu(), lists.page_size_tokens)
-    having = list_heads(method, heads, data.num_kv_heads)
+    having = method.list_heads(heads, data.num_kv_heads)
     blocks = -(-chunk // method.query_block)
     assert lists.pages.shape[0] == having * blocks
     rows = torch.stack([oracle.kept_positions(lists, row, context) for row in range(having * blocks)])

@@ -42,7 +42,7 @@ def changing(
 
 
 def page_mask(method: Dhsa, query: torch.Tensor, data: Paged) -> torch.Tensor:
-    return method.page_mask(query, data.reader(0)).cpu()
+    return method.block_mask(query, data.reader(0), SCALE, FIRST_LAYER).cpu()
 
 
 def pooled(query: torch.Tensor, query_block: int) -> torch.Tensor:
@@ -153,7 +153,7 @@ def test_d2_keys_that_arrive_later_change_no_choice(
     whole = page_mask(method, query, data)
     for start, stop in ((0, 256), (256, 640), (640, 1100), (0, 777)):
         reader = platform.keys_of(data.kv_cache, data.block_table[0], stop)
-        part = method.page_mask(query[start:stop], reader).cpu()
+        part = method.block_mask(query[start:stop], reader, SCALE, FIRST_LAYER).cpu()
         # The last row of a chunk of the prompt may hold fewer queries.
         rows = (stop - start) // query_block
         expected = whole[:, start // query_block :][:, :rows, : part.shape[2]]

@@ -42,7 +42,7 @@ def peaked(
 
 
 def block_mask(method: FlexPrefill, query: torch.Tensor, data: Paged, request: int = 0) -> torch.Tensor:
-    return method.block_mask(query, data.reader(request), SCALE).cpu()
+    return method.block_mask(query, data.reader(request), SCALE, FIRST_LAYER).cpu()
 
 
 def assert_between(low: torch.Tensor, mask: torch.Tensor, high: torch.Tensor, what: str) -> None:
@@ -229,7 +229,7 @@ def test_f8_a_sink_head_keeps_forced_blocks_and_the_minimum(
     query = torch.ones(context, 1, 32)
     data = oracle.paged(PLAIN, [keys], [keys], 32, generator)
     method = FlexPrefill(gamma=0.95, tau=0.0, min_budget=min_budget, faithful=faithful)
-    mask = method.block_mask(query, data.reader(0), 30.0)[0]
+    mask = method.block_mask(query, data.reader(0), 30.0, FIRST_LAYER)[0]
     expected = reference.forced(context, context)
     if faithful:
         # The official scale, 1/sqrt(head_size), leaves this head less sharp; only the forced blocks are certain.
@@ -323,7 +323,7 @@ def test_faithful_mode_reproduces_the_official_counts(
     for gamma in (0.4, 0.9):
         method = FlexPrefill(gamma=gamma, tau=tau, min_budget=min_budget, faithful=True)
         # The model's scale must not matter: the official code samples with its own.
-        mask = method.block_mask(query, data.reader(0), 123.0).cpu()
+        mask = method.block_mask(query, data.reader(0), 123.0, FIRST_LAYER).cpu()
         for head in range(2):
             low = reference.faithful(query, data.keys[0], head, gamma - 1e-5, tau, min_budget)
             high = reference.faithful(query, data.keys[0], head, gamma + 1e-5, tau, min_budget)

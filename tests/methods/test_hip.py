@@ -58,7 +58,7 @@ def planted(score: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tens
 
 
 def leaf_mask(method: Hip, query: torch.Tensor, data: Paged) -> torch.Tensor:
-    return method.leaf_mask(query, data.reader(0)).cpu()
+    return method.block_mask(query, data.reader(0), SCALE, FIRST_LAYER).cpu()
 
 
 def block_ends(method: Hip, chunk: int, context: int) -> list[tuple[int, int]]:
@@ -342,7 +342,7 @@ def test_the_choice_is_the_same_for_every_chunking(generator: torch.Generator) -
     whole = leaf_mask(method, query, data)
     for start, stop in ((0, 256), (256, 640), (640, 1100), (0, 777)):
         reader = PLAIN.keys_of(data.kv_cache, data.block_table[0], stop)
-        part = method.leaf_mask(query[start:stop], reader)
+        part = method.block_mask(query[start:stop], reader, SCALE, FIRST_LAYER)
         rows = (stop - start) // 64
         assert torch.equal(part[:, :rows], whole[:, start // 64 :][:, :rows, : part.shape[2]]), f"{start} to {stop}"
 

@@ -21,7 +21,6 @@ from tests.methods.lists import (
 )
 from tests.methods.matrix import DecodeCase, PrefillCase
 from tests.oracle import EXECUTING, PLAIN, SELECTING, Paged, Platform
-from vllm_sparse.backend.chunk import list_heads
 from vllm_sparse.methods.base import DecodeMethod, PrefillMethod
 from vllm_sparse.pages import PageList
 
@@ -41,7 +40,7 @@ def test_prefill_lists_are_well_formed(
         assert lists.pages.dtype == lists.kept_tokens.dtype == torch.int32
         query_block = case.method.query_block
         blocks = -(-chunk // query_block)
-        rows = list_heads(case.method, 4, 2) * blocks
+        rows = case.method.list_heads(4, 2) * blocks
         assert lists.pages.shape[0] == rows
         for row in range(rows):
             first = context - chunk + row % blocks * query_block

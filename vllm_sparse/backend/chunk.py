@@ -13,11 +13,6 @@ if TYPE_CHECKING:
     from vllm_sparse.methods.base import PrefillMethod
 
 
-def list_heads(method: PrefillMethod, query_heads: int, kv_heads: int) -> int:
-    """Heads that have lists of their own."""
-    return kv_heads if method.rows == "kv_head" else query_heads
-
-
 def attend_chunk(
     executor: Executor,
     method: PrefillMethod,
@@ -43,7 +38,7 @@ def attend_chunk(
     """
     tokens, query_heads, _ = query.shape
     kv_heads, block_size = kv_cache.shape[1:3]
-    having = list_heads(method, query_heads, kv_heads)
+    having = method.list_heads(query_heads, kv_heads)
     row_heads, starts = chunk_rows(tokens, method.query_block, having, query.device)
     pages = to_physical(lists, request_blocks, row_heads * kv_heads // having, block_size, kv_heads)
     # Head-major copies of the queries: a row is a run of tokens, each with the heads that share its list.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 
-from vllm_sparse.backend.chunk import attend_chunk, list_heads
+from vllm_sparse.backend.chunk import attend_chunk
 from vllm_sparse.backend.plan import DecodeLaunch, LayerWork, PrefillRow, RowSpan, StepPlan
 from vllm_sparse.executors import Executor
 from vllm_sparse.keys import PagedKeys
@@ -140,7 +140,7 @@ class SparseAttentionImpl:
         attended = attend_chunk(self._sparse_executor, method, lists, chunk, kv_cache, request_blocks, self.scale)
         heads[span.query_start : span.query_start + span.query_tokens] = attended
         row.density.add(
-            lists.kept_tokens, span, method.query_block, list_heads(method, self.num_heads, self.num_kv_heads)
+            lists.kept_tokens, span, method.query_block, method.list_heads(self.num_heads, self.num_kv_heads)
         )
 
     def _forward_dense(

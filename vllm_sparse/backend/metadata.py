@@ -8,8 +8,8 @@ from vllm import envs
 
 from vllm_sparse.backend.plan import plan_step
 from vllm_sparse.metrics import WorkerMetrics
-from vllm_sparse.params import parse_server_config
 from vllm_sparse.routing import TABLE
+from vllm_sparse.server.admission import server_config
 
 if TYPE_CHECKING:
     import torch
@@ -28,10 +28,9 @@ class SparseMetadataBuilder:
     ) -> None:
         check_supported(vllm_config, layer_names)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
-        num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-        num_heads = vllm_config.model_config.model_arch_config.total_num_attention_heads
-        parse_server_config(vllm_config.additional_config, num_layers, num_heads)
-        self._sparse_num_layers = num_layers
+        # Checked here too: a configuration need not come from vLLM's arguments.
+        server_config(vllm_config)
+        self._sparse_num_layers = vllm_config.model_config.get_total_num_hidden_layers()
         self._sparse_speculative = vllm_config.speculative_config is not None
         self._sparse_metrics = WorkerMetrics.get()
 

@@ -1,4 +1,4 @@
-"""What a sparse method is: one file, one frozen dataclass of knobs, one `select`."""
+"""What a sparse method is: one file, one frozen dataclass of knobs, one choice."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
+
+from vllm_sparse.kernels.page_list import chunk_lists
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +26,20 @@ Rows = Annotated[
     Literal["query_head", "kv_head"],
     Field(description="heads that share a list; kv_head reads what any query head of its group chose"),
 ]
+# Knobs that methods with a budget have.
+SinkTokens = Annotated[int, Field(ge=0, le=1 << 16, description="first tokens, always read")]
+DenseTail = Annotated[
+    int, Field(ge=0, le=1 << 16, description="last queries of each chunk, whose query blocks read everything")
+]
+ScoreHeads = Annotated[
+    Literal["query_head", "kv_head", "layer"],
+    Field(description="heads that share scores: none, a KV head's query heads, all"),
+]
+
+
+def heads_with_scores(heads: str, query_heads: int, kv_heads: int) -> int:
+    """Heads that have scores of their own, as the knob `ScoreHeads` says."""
+    return {"query_head": query_heads, "kv_head": kv_heads, "layer": 1}[heads]
 
 
 @dataclass(frozen=True)
@@ -94,7 +110,20 @@ class PrefillMethod(ABC):
             KnobError: a knob does not go with the model.
         """
 
+    def list_heads(self, query_heads: int, kv_heads: int) -> int:
+        """Heads that have lists of their own."""
+        return kv_heads if self.rows == "kv_head" else query_heads
+
     @abstractmethod
+    def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
+        """Choose blocks of `page_tokens` keys for one request's chunk; arguments as in `select`.
+
+        Returns:
+            bool ``[heads, ceil(chunk / query_block), ceil(context / page_tokens)]`` on a key grid from token 0. There
+            may be more heads than lists, which are then merged, or fewer, which then share; blocks of the future do
+            not matter.
+        """
+
     def select(
         self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, layer: Layer
     ) -> PageList:
@@ -110,6 +139,14 @@ class PrefillMethod(ABC):
         Returns:
             Lists of ``heads * ceil(chunk / query_block)`` rows, head-major, with `heads` as `rows` says.
         """
+        chunk, query_heads, _ = query.shape
+        having = self.list_heads(query_heads, keys.num_kv_heads)
+        mask = self.block_mask(query, keys, scale, layer)
+        if mask.shape[0] < having:
+            mask = mask.repeat_interleave(having // mask.shape[0], dim=0)
+        return chunk_lists(
+            mask, self.page_tokens, chunk, keys.context_tokens, self.query_block, page_size_tokens, having
+        )
 
 
 class DecodeMethod(ABC):

@@ -11,11 +11,21 @@ from pydantic.dataclasses import dataclass
 
 from vllm_sparse.kernels.adaptive_chunks import adaptive_chunks
 from vllm_sparse.kernels.chunk_scores import KeyChunks, kept_pages
-from vllm_sparse.kernels.page_list import chunk_lists, query_blocks
+from vllm_sparse.kernels.page_list import query_blocks
 from vllm_sparse.kernels.page_summaries import page_summaries
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import KNOBS, DenseLayers, Layer, PrefillMethod, QueryBlock, Rows
-from vllm_sparse.pages import PageList
+from vllm_sparse.methods.base import (
+    KNOBS,
+    DenseLayers,
+    DenseTail,
+    Layer,
+    PrefillMethod,
+    QueryBlock,
+    Rows,
+    ScoreHeads,
+    SinkTokens,
+    heads_with_scores,
+)
 
 # The key block of the paper's second version. Finer pages double the score map and the lists, while the executor gains
 # nothing: chunks of 16 give each page the better of two.
@@ -60,15 +70,10 @@ class Dhsa(PrefillMethod):
         int,
         Field(ge=0, le=UNBOUNDED_TOKENS, description="tokens that a query block reads, in place of density; 0: off"),
     ] = 0
-    sink: Annotated[int, Field(ge=0, le=1 << 16, description="first tokens, always read")] = 128
+    sink: SinkTokens = 128
     local: Annotated[int, Field(ge=0, le=1 << 16, description="tokens before a query block, always read")] = 128
-    dense_tail: Annotated[
-        int, Field(ge=0, le=1 << 16, description="last queries of each chunk, whose query blocks read everything")
-    ] = 64
-    heads: Annotated[
-        Literal["query_head", "kv_head", "layer"],
-        Field(description="heads that share scores: none, a KV head's query heads, all"),
-    ] = "query_head"
+    dense_tail: DenseTail = 64
+    heads: ScoreHeads = "query_head"
     dense_layers: DenseLayers = 0
     query_block: QueryBlock = 128
     rows: Rows = "query_head"
@@ -77,19 +82,7 @@ class Dhsa(PrefillMethod):
     def exactly_dense(self) -> bool:
         return self.budget == UNBOUNDED_TOKENS or (self.budget == 0 and self.density >= 1)
 
-    def select(
-        self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, layer: Layer
-    ) -> PageList:
-        list_heads = keys.num_kv_heads if self.rows == "kv_head" else query.shape[1]
-        mask = self.page_mask(query, keys)
-        if mask.shape[0] < list_heads:
-            mask = mask.repeat_interleave(list_heads // mask.shape[0], dim=0)
-        return chunk_lists(
-            mask, PAGE_TOKENS, query.shape[0], keys.context_tokens, self.query_block, page_size_tokens, list_heads
-        )
-
-    def page_mask(self, query: torch.Tensor, keys: PagedKeys) -> torch.Tensor:
-        """Selected pages: bool ``[heads that share scores, query_blocks, pages]`` on a key grid from token 0."""
+    def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         context = keys.context_tokens
         key_chunks = self.key_chunks(keys)
         first_query, last_query = query_blocks(query.shape[0], context, self.query_block, query.device)
@@ -102,7 +95,7 @@ class Dhsa(PrefillMethod):
             context,
             self.query_block,
             PAGE_TOKENS,
-            {"query_head": query.shape[1], "kv_head": keys.num_kv_heads, "layer": 1}[self.heads],
+            heads_with_scores(self.heads, query.shape[1], keys.num_kv_heads),
             self.sink,
             band_start.masked_fill(last_query >= context - self.dense_tail, 0),
             self.budget or math.ceil(self.density * context),

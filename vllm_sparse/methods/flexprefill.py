@@ -13,11 +13,11 @@ from vllm_sparse.kernels.coverage import coverage_mask
 from vllm_sparse.kernels.coverage.reference import top_mask
 from vllm_sparse.kernels.flex_estimate import FlexEstimate, flex_estimate, token_profiles
 from vllm_sparse.kernels.flex_lines import line_map
+from vllm_sparse.kernels.flex_lines.reference import with_forced
 from vllm_sparse.kernels.flex_pattern import pooled_distance
-from vllm_sparse.kernels.page_list import chunk_lists, query_blocks
+from vllm_sparse.kernels.page_list import query_blocks
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import KNOBS, DenseLayers, KnobError, Layer, PrefillMethod, QueryBlock, Rows
-from vllm_sparse.pages import PageList
 
 BLOCK_TOKENS = 128
 
@@ -61,21 +61,7 @@ class FlexPrefill(PrefillMethod):
     def exactly_dense(self) -> bool:
         return self.gamma >= 1 and self.max_budget == 1 << 24
 
-    def select(
-        self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, layer: Layer
-    ) -> PageList:
-        return chunk_lists(
-            self.block_mask(query, keys, scale),
-            BLOCK_TOKENS,
-            query.shape[0],
-            keys.context_tokens,
-            self.query_block,
-            page_size_tokens,
-            keys.num_kv_heads if self.rows == "kv_head" else query.shape[1],
-        )
-
-    def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float) -> torch.Tensor:
-        """Selected key blocks: bool ``[query_heads, query_blocks, key_blocks]`` on a key grid from token 0."""
+    def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         chunk, heads, head_size = query.shape
         context = keys.context_tokens
         causal = self._causal(chunk, context, query.device)
@@ -95,7 +81,7 @@ class FlexPrefill(PrefillMethod):
         if self.tau > 0 and (query.is_cuda or bool(query_aware.any())):
             pooled = self._pooled_map(query, estimate, causal, query_aware, sample_scale)
         if self.faithful:
-            return self._faithful_map(query, keys, sample_scale, estimate, causal, query_aware, pooled)
+            return self._faithful_map(query, keys, sample_scale, estimate, query_aware, pooled)
         # The pooled map's cut is global and may leave a query block next to nothing, not even its neighbours; as in
         # the official code its heads keep the least budget of lines.
         gamma = torch.where(query_aware, 0.0, self.gamma)
@@ -121,7 +107,6 @@ class FlexPrefill(PrefillMethod):
         keys: PagedKeys,
         scale: float,
         estimate: FlexEstimate,
-        causal: torch.Tensor,
         query_aware: torch.Tensor,
         pooled: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -142,15 +127,10 @@ class FlexPrefill(PrefillMethod):
 
         columns = top_mask(estimate.column_mass, blocks_for(profiles.column))
         bands = top_mask(band_mass, blocks_for(profiles.distance))
-        last_block = causal.sum(1, keepdim=True) - 1
-        offset = last_block - torch.arange(blocks, device=query.device)
+        first_query, last_query = query_blocks(query.shape[0], context, self.query_block, query.device)
+        offset = (last_query // BLOCK_TOKENS).unsqueeze(1) - torch.arange(blocks, device=query.device)
         chosen = columns.unsqueeze(1) | bands[:, offset.clamp(min=0)] & (offset >= 0)
-        if pooled is not None:
-            chosen |= pooled
-        first_query, _ = query_blocks(query.shape[0], context, self.query_block, query.device)
-        block = torch.arange(blocks, device=query.device)
-        own = block >= (first_query // BLOCK_TOKENS).unsqueeze(1)
-        return (chosen | own | (block == 0)) & causal
+        return with_forced(chosen if pooled is None else chosen | pooled, first_query, last_query, BLOCK_TOKENS)
 
     def _pooled_map(
         self,

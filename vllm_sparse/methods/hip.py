@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vllm_sparse.kernels.hierarchical_descent import LEAF_TOKENS, Stage, hierarchical_descent
-from vllm_sparse.kernels.page_list import chunk_lists
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import KNOBS, DenseLayers, KnobError, Layer, PrefillMethod, QueryBlock, Rows
-from vllm_sparse.pages import PageList
+from vllm_sparse.methods.base import (
+    KNOBS,
+    DenseLayers,
+    DenseTail,
+    KnobError,
+    Layer,
+    PrefillMethod,
+    QueryBlock,
+    Rows,
+    ScoreHeads,
+    SinkTokens,
+    heads_with_scores,
+)
 
 UNBOUNDED_TOKENS = 1 << 24
 LONGEST_STRIDE = 64
@@ -50,15 +60,10 @@ class Hip(PrefillMethod):
         Integers,
         Field(description="adjacent queries that each stage averages, powers of two of at most 64", strict=False),
     ] = (4, 4, 1)
-    sink: Annotated[int, Field(ge=0, le=1 << 16, description="first tokens, always read")] = 256
+    sink: SinkTokens = 256
     window: Annotated[int, Field(ge=0, le=1 << 16, description="tokens before a query block, always read")] = 1024
-    dense_tail: Annotated[
-        int, Field(ge=0, le=1 << 16, description="last queries of each chunk, whose query blocks read everything")
-    ] = 64
-    heads: Annotated[
-        Literal["query_head", "kv_head", "layer"],
-        Field(description="heads that share scores: none, a KV head's query heads, all"),
-    ] = "kv_head"
+    dense_tail: DenseTail = 64
+    heads: ScoreHeads = "kv_head"
     dense_layers: DenseLayers = 0
     query_block: QueryBlock = 64
     rows: Rows = "kv_head"
@@ -89,26 +94,14 @@ class Hip(PrefillMethod):
     def exactly_dense(self) -> bool:
         return self.stage_tokens[-1] == UNBOUNDED_TOKENS
 
-    def select(
-        self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, layer: Layer
-    ) -> PageList:
-        list_heads = keys.num_kv_heads if self.rows == "kv_head" else query.shape[1]
-        mask = self.leaf_mask(query, keys)
-        if mask.shape[0] < list_heads:
-            mask = mask.repeat_interleave(list_heads // mask.shape[0], dim=0)
-        return chunk_lists(
-            mask, LEAF_TOKENS, query.shape[0], keys.context_tokens, self.query_block, page_size_tokens, list_heads
-        )
-
-    def leaf_mask(self, query: torch.Tensor, keys: PagedKeys) -> torch.Tensor:
-        """Selected leaves: bool ``[heads that share scores, query_blocks, leaves]`` on a key grid from token 0."""
+    def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         stages = zip(self.stage_chunks, self.stage_tokens, self.query_stride, strict=True)
         return hierarchical_descent(
             query,
             keys,
             [Stage(length, tokens, stride) for length, tokens, stride in stages],
             self.query_block,
-            {"query_head": query.shape[1], "kv_head": keys.num_kv_heads, "layer": 1}[self.heads],
+            heads_with_scores(self.heads, query.shape[1], keys.num_kv_heads),
             self.sink,
             self.window,
             self.dense_tail,

@@ -11,10 +11,8 @@ from pydantic.dataclasses import dataclass
 
 from vllm_sparse.calibrate.sale import load, log_thresholds
 from vllm_sparse.kernels.low_bit_scores import PAGE_TOKENS, kept_map
-from vllm_sparse.kernels.page_list import chunk_lists
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import KNOBS, DenseLayers, KnobError, Layer, PrefillMethod, QueryBlock, Rows
-from vllm_sparse.pages import PageList
 
 DEFAULT_TAU = 0.004
 
@@ -91,19 +89,6 @@ class Sale(PrefillMethod):
                 f"the file holds {found.layers} layers of {found.heads} query heads, of {found.model}; the model has "
                 f"{num_layers} layers of {num_query_heads}",
             )
-
-    def select(
-        self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, layer: Layer
-    ) -> PageList:
-        return chunk_lists(
-            self.block_mask(query, keys, scale, layer),
-            PAGE_TOKENS,
-            query.shape[0],
-            keys.context_tokens,
-            self.query_block,
-            page_size_tokens,
-            keys.num_kv_heads if self.rows == "kv_head" else query.shape[1],
-        )
 
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         """Kept pages of 32 tokens, perhaps some of the future: bool ``[query_heads, query_blocks, pages]``."""

@@ -74,14 +74,23 @@ def resolve_for(vllm_config: VllmConfig, extras: Mapping[str, Any]) -> SparsePar
             )
         return ALL_DENSE
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-    return resolve(extras, _server_config(vllm_config, num_layers), num_layers)
+    return resolve(extras, server_config(vllm_config), num_layers)
 
 
-def _server_config(vllm_config: VllmConfig, num_layers: int) -> ServerConfig:
+def server_config(vllm_config: VllmConfig) -> ServerConfig:
+    """The server's configuration, parsed once; processes that are started later get it with vLLM's.
+
+    Raises:
+        ValueError: it is wrong.
+    """
     config: ServerConfig | None = getattr(vllm_config, "_sparse_server_config", None)
     if config is None:
-        num_heads = vllm_config.model_config.model_arch_config.total_num_attention_heads
-        config = parse_server_config(vllm_config.additional_config, num_layers, num_heads)
+        model = vllm_config.model_config
+        config = parse_server_config(
+            vllm_config.additional_config,
+            model.get_total_num_hidden_layers(),
+            model.model_arch_config.total_num_attention_heads,
+        )
         vllm_config._sparse_server_config = config
     return config
 

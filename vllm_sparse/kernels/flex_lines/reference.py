@@ -18,13 +18,17 @@ def line_map(
 ) -> torch.Tensor:
     """Columns, bands and pooled pairs as one map; arguments as in the public function."""
     first, last = query_blocks(chunk, context, query_block, columns.device)
-    block = torch.arange(columns.shape[1], device=columns.device)
     touched = band_blocks(bands, first, last, block_size_tokens) | columns.unsqueeze(1)
-    if pooled is not None:
-        touched |= pooled
-    own = block >= (first // block_size_tokens).unsqueeze(1)
-    touched |= own | (block == 0)
-    return touched & (block <= (last // block_size_tokens).unsqueeze(1))
+    return with_forced(touched if pooled is None else touched | pooled, first, last, block_size_tokens)
+
+
+def with_forced(
+    touched: torch.Tensor, first_query: torch.Tensor, last_query: torch.Tensor, block_size_tokens: int
+) -> torch.Tensor:
+    """A map ``[heads, query_blocks, key_blocks]`` with the first block and each query block's own, without futures."""
+    block = torch.arange(touched.shape[2], device=touched.device)
+    own = block >= (first_query // block_size_tokens).unsqueeze(1)
+    return (touched | own | (block == 0)) & (block <= (last_query // block_size_tokens).unsqueeze(1))
 
 
 def band_blocks(
