@@ -73,15 +73,24 @@ def test_kernels_compile_for_hopper() -> None:
             **dict.fromkeys((*strides, "cache_token_stride"), "i32"),
             **dict.fromkeys(("sample_pointer", "cache_pointer"), "*bf16"),
             "block_table_pointer": "*i32",
-            "key_mean_pointer": "*fp32",
             "scale": "fp32",
         },
-        {"CACHE_BLOCK": 128, "GROUP": 4, "HEAD_SIZE": 128, "HEAD_TILE": 128, "ROW_TILE": 128, "BLOCK": BLOCK},
+        {
+            "CACHE_BLOCK": 128,
+            "GROUP": 4,
+            "HEAD_SIZE": 128,
+            "HEAD_TILE": 128,
+            "ROW_TILE": 128,
+            "BLOCK": BLOCK,
+            "SEGMENT": flex_triton.SEGMENT_BLOCKS,
+        },
         num_warps=8,
+        num_stages=2,
     )
+    tiles = {"BLOCK_TILE": 128, "ROW_TILE": flex_triton.NORMALISER_TILE}
     compile_for_hopper(
-        flex_triton.normaliser_kernel, {**masses, **lengths, "normaliser_pointer": "*fp32"}, {"TILE": 1024}
+        flex_triton.normaliser_kernel, {**masses, **lengths, "normaliser_pointer": "*fp32"}, tiles, num_warps=8
     )
     lines = dict.fromkeys(("normaliser_pointer", "column_pointer", "band_pointer"), "*fp32")
-    tiles = {"BLOCK_TILE": flex_triton.BLOCK_TILE, "ROW_TILE": flex_triton.ROW_TILE}
+    tiles = {"BLOCK_TILE": flex_triton.COMBINE_TILE, "ROW_TILE": 32}
     compile_for_hopper(flex_triton.combine_kernel, {**masses, **lengths, **lines}, {"BLOCK": BLOCK, **tiles})

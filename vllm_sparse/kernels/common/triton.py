@@ -30,6 +30,47 @@ def load_keys(
 
 
 @triton.jit
+def load_key_block(
+    cache_pointer,
+    block_table_pointer,
+    first_key,
+    context,
+    i_kv_head,
+    o_dim,
+    in_head,
+    cache_block_stride,
+    cache_head_stride,
+    cache_token_stride,
+    CACHE_BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """As `load_keys` for a run of keys that begins at a multiple of its length; one look-up where a block holds it."""
+    o_offset = tl.arange(0, TOKENS)
+    live = first_key + o_offset < context
+    if CACHE_BLOCK % TOKENS == 0:
+        physical = tl.load(block_table_pointer + first_key // CACHE_BLOCK).to(tl.int64)
+        p_key = cache_pointer + physical * cache_block_stride + i_kv_head * cache_head_stride
+        p_key += first_key % CACHE_BLOCK * cache_token_stride
+        p_key = p_key + o_offset[:, None] * cache_token_stride + o_dim[None, :]
+        b_key = tl.load(p_key, mask=live[:, None] & in_head[None, :], other=0.0)
+    else:
+        b_key = load_keys(
+            cache_pointer,
+            block_table_pointer,
+            first_key + o_offset,
+            live,
+            i_kv_head,
+            o_dim,
+            in_head,
+            cache_block_stride,
+            cache_head_stride,
+            cache_token_stride,
+            CACHE_BLOCK,
+        )
+    return b_key
+
+
+@triton.jit
 def ordered_scores(p_score, o_entry, competes):
     """Scores as integers of the same order; the least integer for entries that do not compete."""
     b_score = tl.load(p_score + o_entry, mask=competes, other=0.0)

@@ -14,7 +14,7 @@ def pooled_distance(
 ) -> torch.Tensor:
     """Jensen-Shannon distance between pooled and sampled attention over key blocks (section 3.2).
 
-    Runs in Triton on CUDA, else in PyTorch.
+    The distance is taken in Triton on CUDA, else in PyTorch.
 
     Args:
         sample: ``[rows, query_heads, head_size]`` the last queries of the chunk.
@@ -26,8 +26,10 @@ def pooled_distance(
     Returns:
         float32 ``[query_heads]``, 0 to sqrt(ln 2).
     """
-    if sample.is_cuda:
+    pooled = sample.float().mean(0).view(key_block_mean.shape[0], -1, sample.shape[2])
+    logits = torch.matmul(pooled * scale, key_block_mean.transpose(1, 2)).flatten(0, 1)
+    if logits.is_cuda:
         from vllm_sparse.kernels.flex_pattern import triton
 
-        return triton.pooled_distance(sample, key_block_mean, column_mass, scale, guard_zeros)
-    return reference.pooled_distance(sample, key_block_mean, column_mass, scale, guard_zeros)
+        return triton.distance(logits, column_mass, guard_zeros)
+    return reference.distance(logits, column_mass, guard_zeros)

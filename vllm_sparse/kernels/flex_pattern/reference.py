@@ -7,13 +7,15 @@ import math
 import torch
 
 
-def pooled_distance(
-    sample: torch.Tensor, key_block_mean: torch.Tensor, column_mass: torch.Tensor, scale: float, guard_zeros: bool
-) -> torch.Tensor:
-    """Distance of the pooled guess from the sampled masses; arguments as in the public function."""
-    pooled = sample.float().mean(0).view(key_block_mean.shape[0], -1, sample.shape[2])
-    guess = torch.matmul(pooled, key_block_mean.transpose(1, 2)).mul(scale).softmax(-1).flatten(0, 1)
-    return jensen_shannon_distance(guess, column_mass, guard_zeros)
+def distance(logits: torch.Tensor, mass: torch.Tensor, guard_zeros: bool) -> torch.Tensor:
+    """Distance of a guess, whose softmax gives its probabilities, from masses: float32 ``[rows]``.
+
+    Args:
+        logits: float32 ``[rows, n]``.
+        mass: float32 ``[rows, n]``; rows sum to 1.
+        guard_zeros: as in `jensen_shannon_distance`.
+    """
+    return jensen_shannon_distance(logits.softmax(-1), mass, guard_zeros)
 
 
 def jensen_shannon_distance(first: torch.Tensor, second: torch.Tensor, guard_zeros: bool = True) -> torch.Tensor:
