@@ -19,7 +19,7 @@ def adaptive_chunks(keys: PagedKeys, threshold: float) -> KeyChunks:
     boundary is set once the keys that decide it exist, so that more keys never move one: the boundaries of a shorter
     context are the first ones of a longer.
 
-    Computed from the cache at every chunk of the prompt, as page summaries are. Runs in Triton on CUDA, else in
+    Computed from the cache at every chunk of the prompt, as page means are. Runs in Triton on CUDA, else in
     PyTorch; without a device-to-host sync.
 
     Args:
