@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 SHARED_MEMORY_BYTES = 227 * 1024
@@ -37,3 +40,16 @@ def compile_for_hopper(
     )
     assert compiled.metadata.shared <= SHARED_MEMORY_BYTES, f"{compiled.metadata.shared} bytes of shared memory"
     return compiled
+
+
+def spilled_bytes(compiled: Any, folder: Path) -> int:
+    """Bytes of local memory that each thread of a compiled kernel has, because registers are too few."""
+    import triton
+
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(binary)]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    stack = re.search(r" STACK:(\d+) ", usage)
+    assert stack, usage
+    return int(stack[1])

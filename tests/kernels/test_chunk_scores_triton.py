@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.kernels.hopper import compile_for_hopper
+from tests.kernels.hopper import compile_for_hopper, spilled_bytes
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from vllm_sparse.kernels.chunk_scores import reference
 
@@ -16,7 +17,7 @@ pytest.importorskip("triton")
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=13)
+    run_under_the_interpreter(__file__, passing=17)
 
 
 def fresh() -> tuple[int, torch.Generator]:
@@ -72,10 +73,27 @@ def test_page_scores_equal_the_reference(
 @needs_triton
 @pytest.mark.parametrize(
     ("pages", "sink_pages", "budget_pages"),
-    [(1, 0, 1), (60, 4, 20), (60, 100, 3), (70, 1, 1 << 19), (2500, 0, 300)],
+    [(1, 0, 1), (60, 4, 20), (60, 100, 3), (70, 1, 1 << 19), (2500, 0, 300), (40000, 9, 11000)],
 )
 def test_selection_equals_the_reference(pages: int, sink_pages: int, budget_pages: int) -> None:
-    """Rows full of ties, of both zeros, of extremes."""
+    """Rows full of ties, of both zeros, of extremes; the widest does not fit the registers of a program."""
+    assert_selection_equals_the_reference(pages, sink_pages, budget_pages)
+
+
+@needs_triton
+@pytest.mark.parametrize(("pages", "sink_pages", "budget_pages"), [(1024, 0, 300), (1025, 0, 300), (3000, 1500, 1700)])
+def test_selection_where_a_row_leaves_the_registers(
+    pages: int, sink_pages: int, budget_pages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Registers for 1024 pages: for all of a row, all but one, and none that compete."""
+    from vllm_sparse.kernels.common import triton as common_triton
+
+    monkeypatch.setattr(common_triton, "LARGEST_ROW_TILE", 1024)
+    assert_selection_equals_the_reference(pages, sink_pages, budget_pages)
+
+
+def assert_selection_equals_the_reference(pages: int, sink_pages: int, budget_pages: int) -> None:
+    """To the last page."""
     from vllm_sparse.kernels.chunk_scores import triton as chunk_triton
 
     seed, generator = fresh()
@@ -123,7 +141,16 @@ def test_kernels_compile_for_hopper(head_size: int) -> None:
             "DIM_TILE": chunk_triton.DIM_TILE,
         },
     )
-    compile_for_hopper(
+
+
+@pytest.mark.skipif(CAN_RUN and DEVICE == "cpu", reason="Triton only interprets in this process")
+@pytest.mark.parametrize("pages", [1000, 8192, 16384, 40000])
+def test_selection_compiles_for_hopper(pages: int, tmp_path: Path) -> None:
+    from vllm_sparse.kernels.chunk_scores import triton as chunk_triton
+    from vllm_sparse.kernels.common.triton import threshold_tile
+
+    entries, num_warps = threshold_tile(pages)
+    compiled = compile_for_hopper(
         chunk_triton.select_pages_kernel,
         {
             "score_pointer": "*fp32",
@@ -131,5 +158,7 @@ def test_kernels_compile_for_hopper(head_size: int) -> None:
             **dict.fromkeys(("band_page_pointer", "last_page_pointer"), "*i32"),
             **dict.fromkeys(("blocks", "pages", "sink_pages", "budget_pages"), "i32"),
         },
-        {"TILE": chunk_triton.SELECT_TILE},
+        {"ROW_TILE": entries, "TILE": chunk_triton.SELECT_TILE},
+        num_warps=num_warps,
     )
+    assert spilled_bytes(compiled, tmp_path) == 0

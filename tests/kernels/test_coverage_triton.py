@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.kernels.hopper import compile_for_hopper
+from tests.kernels.hopper import compile_for_hopper, spilled_bytes
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from vllm_sparse.kernels.coverage import reference
 
@@ -18,15 +19,16 @@ SLACK = 1e-5
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=7)
+    run_under_the_interpreter(__file__, passing=12)
 
 
 @needs_triton
 @pytest.mark.parametrize(
     ("rows", "n", "low", "high"),
-    [(7, 1024, 8, 1 << 20), (3, 1, 1, 5), (4, 5000, 0, 5000), (5, 333, 1, 20), (2, 64, 100, 200)],
+    [(7, 1024, 8, 1 << 20), (3, 1, 1, 5), (4, 5000, 0, 5000), (5, 333, 1, 20), (2, 64, 100, 200), (4, 40000, 0, 40000)],
 )
 def test_keeps_what_the_reference_keeps(rows: int, n: int, low: int, high: int) -> None:
+    """The widest rows do not fit the registers of a program."""
     from vllm_sparse.kernels.coverage import triton as coverage_triton
 
     seed = random.randrange(1 << 30)
@@ -46,11 +48,17 @@ def test_keeps_what_the_reference_keeps(rows: int, n: int, low: int, high: int) 
 
 
 @needs_triton
+@pytest.mark.parametrize("entries", [256, 512, 1024])
 @pytest.mark.parametrize("gamma", [0.3, 0.5])
-def test_ties_go_to_the_lower_index(gamma: float) -> None:
-    """Sums of powers of two are exact, so both implementations agree to the last entry."""
+def test_ties_go_to_the_lower_index(gamma: float, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of powers of two are exact, so both implementations agree to the last entry.
+
+    Registers hold all of a row, or the first 256 or 512 of its 900 entries.
+    """
+    from vllm_sparse.kernels.common import triton as common_triton
     from vllm_sparse.kernels.coverage import triton as coverage_triton
 
+    monkeypatch.setattr(common_triton, "LARGEST_ROW_TILE", entries)
     seed = random.randrange(1 << 30)
     generator = torch.Generator().manual_seed(seed)
     mass = 2.0 ** -torch.randint(3, 12, (4, 900), generator=generator).float()
@@ -63,11 +71,18 @@ def test_ties_go_to_the_lower_index(gamma: float) -> None:
 
 
 @pytest.mark.skipif(CAN_RUN and DEVICE == "cpu", reason="Triton only interprets in this process")
-def test_kernel_compiles_for_hopper() -> None:
+@pytest.mark.parametrize("n", [1024, 8192, 16384, 65536])
+def test_kernel_compiles_for_hopper(n: int, tmp_path: Path) -> None:
+    from vllm_sparse.kernels.common.triton import threshold_tile
     from vllm_sparse.kernels.coverage import triton as coverage_triton
 
+    entries, num_warps = threshold_tile(n)
     lengths = dict.fromkeys(("n", "min_count", "max_count"), "i32")
     pointers = {"mass_pointer": "*fp32", "gamma_pointer": "*fp32", "keep_pointer": "*u8"}
-    compile_for_hopper(
-        coverage_triton.coverage_mask_kernel, {**lengths, **pointers}, {"TILE": coverage_triton.TILE}, num_warps=8
+    compiled = compile_for_hopper(
+        coverage_triton.coverage_mask_kernel,
+        {**lengths, **pointers},
+        {"ROW_TILE": entries, "TILE": min(entries, coverage_triton.TILE)},
+        num_warps=num_warps,
     )
+    assert spilled_bytes(compiled, tmp_path) == 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests.kernels.hopper import compile_for_hopper
+from tests.kernels.hopper import compile_for_hopper, spilled_bytes
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from vllm_sparse.kernels.hierarchical_descent import reference
 from vllm_sparse.kernels.hierarchical_descent.reference import Stage
@@ -104,9 +106,11 @@ def test_queries_too_wide_to_stay_pass_in_tiles(monkeypatch: pytest.MonkeyPatch,
 
 @needs_triton
 def test_selection_in_several_tiles(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
-    """Rows of scores longer than a tile, with ties across its edge, and programs that score several tiles of chunks."""
+    """Rows of scores beyond the registers, ties across the edges of tiles; programs that score several tiles."""
+    from vllm_sparse.kernels.common import triton as common_triton
     from vllm_sparse.kernels.hierarchical_descent import triton as hierarchical_triton
 
+    monkeypatch.setattr(common_triton, "LARGEST_ROW_TILE", 16)
     monkeypatch.setattr(hierarchical_triton, "SELECT_TILE", 8)
     monkeypatch.setattr(hierarchical_triton, "CHUNK_TILE", 16)
     monkeypatch.setattr(hierarchical_triton, "LEAST_PROGRAMS", 2)
@@ -125,7 +129,8 @@ def test_means_equal_reference(chunk: int, stride: int, generator: torch.Generat
 
 
 @pytest.mark.skipif(CAN_RUN and DEVICE == "cpu", reason="Triton only interprets in this process")
-def test_kernels_compile_for_hopper() -> None:
+def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    from vllm_sparse.kernels.common.triton import threshold_tile
     from vllm_sparse.kernels.hierarchical_descent import triton as hierarchical_triton
 
     integers = ("chunk", "context", "begin", "window", "dense_from", "parent_tokens", "chunk_tokens", "kept_chunks")
@@ -150,12 +155,16 @@ def test_kernels_compile_for_hopper() -> None:
             {"FIRST": first, "BLOCK_ROWS": block_rows, "ROW_TILE": 4 * block_rows, **heads, **sizes},
             num_stages=1,
         )
-    for last in (False, True):
-        compile_for_hopper(
+    sizes = {"QUERY_BLOCK": 64, "LEAF": 16, "TILE": hierarchical_triton.SELECT_TILE}
+    for last, width in ((False, 512), (True, 512), (False, 40000), (True, 8192)):
+        entries, num_warps = threshold_tile(width)
+        compiled = compile_for_hopper(
             hierarchical_triton.best_chunks_kernel,
             {**types, "kept_pointer": "*i32", "mask_pointer": "*u8", "leaves": "i32"},
-            {"FIRST": not last, "LAST": last, "QUERY_BLOCK": 64, "LEAF": 16, "TILE": hierarchical_triton.SELECT_TILE},
+            {"FIRST": not last, "LAST": last, "ROW_TILE": entries, **sizes},
+            num_warps=num_warps,
         )
+        assert spilled_bytes(compiled, tmp_path) == 0, f"{width} chunks"
     compile_for_hopper(
         hierarchical_triton.averaged_queries_kernel,
         {

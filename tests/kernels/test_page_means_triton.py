@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests import oracle
-from tests.kernels.hopper import compile_for_hopper
+from tests.kernels.hopper import compile_for_hopper, spilled_bytes
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from tests.oracle import Platform
 from vllm_sparse.kernels.page_means import reference
@@ -65,11 +66,11 @@ def test_equals_reference(kv_heads: int, head_size: int, context: int, block_siz
 @pytest.mark.parametrize(
     ("head_size", "cache_block", "page_tokens"), [(80, 128, 16), (128, 128, 32), (128, 16, 128), (256, 128, 128)]
 )
-def test_kernel_compiles_for_hopper(head_size: int, cache_block: int, page_tokens: int) -> None:
+def test_kernel_compiles_for_hopper(head_size: int, cache_block: int, page_tokens: int, tmp_path: Path) -> None:
     from vllm_sparse.kernels.page_means import triton as means_triton
 
     head_tile = 1 << (head_size - 1).bit_length()
-    compile_for_hopper(
+    compiled = compile_for_hopper(
         means_triton.page_means_kernel,
         {
             "cache_pointer": "*bf16",
@@ -87,3 +88,4 @@ def test_kernel_compiles_for_hopper(head_size: int, cache_block: int, page_token
             "KEYS": means_triton.KEYS,
         },
     )
+    assert spilled_bytes(compiled, tmp_path) == 0

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.common.triton import LEAST_KEY, ordered_scores
+from vllm_sparse.kernels.common.triton import ordered_scores, row_threshold, threshold_tile
 
 BLOCK_TILE, PAGE_TILE = 64, 64
 # Small, for registers: the split into TF32 parts holds its operands in them.
@@ -140,6 +140,7 @@ def select_pages_kernel(
     pages,
     sink_pages,
     budget_pages,
+    ROW_TILE: tl.constexpr,
     TILE: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
@@ -152,26 +153,9 @@ def select_pages_kernel(
     stop = tl.maximum(tl.minimum(band, last + 1), first)
     free = tl.maximum(budget_pages - (first + last + 1 - stop), 0)
 
-    # The largest key that at least `free` keys reach, bit by bit from the highest. The row stays in the cache.
-    threshold = tl.full([], LEAST_KEY, tl.int64)
-    bit = tl.full([], 1 << 31, tl.int64)
-    for _ in range(32):
-        candidate = (threshold + bit).to(tl.int32)
-        b_count = tl.zeros([TILE], tl.int32)
-        for start in range(first, stop, TILE):
-            o_page = start + tl.arange(0, TILE)
-            b_key = ordered_scores(p_score, o_page, o_page < stop)
-            b_count += (b_key >= candidate).to(tl.int32)
-        threshold = tl.where(tl.sum(b_count) >= free, threshold + bit, threshold)
-        bit = bit >> 1
-    least = threshold.to(tl.int32)
-
-    b_count = tl.zeros([TILE], tl.int32)
-    for start in range(first, stop, TILE):
-        o_page = start + tl.arange(0, TILE)
-        b_count += (ordered_scores(p_score, o_page, o_page < stop) > least).to(tl.int32)
+    least, above = row_threshold(p_score, first, stop, free, False, ROW_TILE, TILE)
     # Of the keys equal to the threshold, the lower pages win.
-    equal_left = free - tl.sum(b_count)
+    equal_left = free - above
     for start in range(0, pages, TILE):
         o_page = start + tl.arange(0, TILE)
         competes = (o_page >= first) & (o_page < stop)
@@ -189,6 +173,7 @@ def select_pages(
     """Equal to `reference.select_pages` for the same scores; arguments as there, all contiguous."""
     heads, blocks, pages = scores.shape
     kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    entries, num_warps = threshold_tile(pages)
     select_pages_kernel[(heads * blocks,)](
         scores,
         band_page,
@@ -198,7 +183,8 @@ def select_pages(
         pages,
         sink_pages,
         budget_pages,
+        ROW_TILE=entries,
         TILE=SELECT_TILE,
-        num_warps=4,
+        num_warps=num_warps,
     )
     return kept

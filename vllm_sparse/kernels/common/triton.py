@@ -1,4 +1,4 @@
-"""Pieces of Triton kernels: keys of the paged cache, and scores in an order that integers have."""
+"""Pieces of Triton kernels: keys of the paged cache, and the threshold of the best scores of a row."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 
 LEAST_KEY = tl.constexpr(-(1 << 31))
+# A program has at most 16 warps for a row; below four there is nothing to gain.
+LEAST_ROW_TILE, LARGEST_ROW_TILE = 1024, 32768
 
 
 @triton.jit
@@ -85,3 +87,52 @@ def ordered_scores(p_score, o_entry, competes):
     # Adding zero makes a negative zero positive: the two are equal and must tie.
     b_bits = (b_score + 0.0).to(tl.int32, bitcast=True)
     return tl.where(competes, b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF), LEAST_KEY)
+
+
+def threshold_tile(width: int) -> tuple[int, int]:
+    """Entries of a row that `row_threshold` holds in registers, at most 64 a thread, and the warps for them."""
+    entries = min(max(triton.next_power_of_2(width), LEAST_ROW_TILE), LARGEST_ROW_TILE)
+    return entries, max(entries // (32 * 64), 4)
+
+
+@triton.jit
+def _counted(b_key, least, MASS: tl.constexpr):
+    """1 for each key that reaches the least one, or if `MASS` the score that it is; 0 for the others."""
+    b_weight = b_key.to(tl.float32, bitcast=True) if MASS else tl.full(b_key.shape, 1, tl.int32)
+    return tl.where(b_key >= least, b_weight, 0)
+
+
+@triton.jit
+def row_threshold(p_score, first, stop, target, MASS: tl.constexpr, ROW_TILE: tl.constexpr, TILE: tl.constexpr):
+    """The largest key that at least `target` of a row's entries from `first` on to `stop` reach.
+
+    Bit by bit from the highest. The row's first `ROW_TILE` entries stay in registers; what a longer row has beyond
+    them is read again for each bit, from the cache.
+
+    If `MASS`, scores count instead of entries, none of them negative: the entries from the key on sum up to `target`.
+
+    Returns:
+        int32 key as of `ordered_scores`, the least integer if all entries together do not reach the target; and how
+        many entries are above it, or their sum.
+    """
+    o_row = tl.arange(0, ROW_TILE)
+    b_row = ordered_scores(p_score, o_row, (o_row >= first) & (o_row < stop))
+    threshold = tl.full([], LEAST_KEY, tl.int64)
+    bit = tl.full([], 1 << 31, tl.int64)
+    above = tl.full([], 0, tl.float32 if MASS else tl.int32)
+    for _ in range(32):
+        least = (threshold + bit).to(tl.int32)
+        reaching = tl.sum(_counted(b_row, least, MASS))
+        if stop > ROW_TILE:
+            b_more = tl.full([TILE], 0, tl.float32 if MASS else tl.int32)
+            for start in range(ROW_TILE, stop, TILE):
+                o_entry = start + tl.arange(0, TILE)
+                b_key = ordered_scores(p_score, o_entry, (o_entry >= first) & (o_entry < stop))
+                b_more += _counted(b_key, least, MASS)
+            reaching += tl.sum(b_more)
+        enough = reaching >= target
+        threshold = tl.where(enough, threshold + bit, threshold)
+        # Only ones follow the last bit that was too much, so what reached it is what lies above the threshold.
+        above = tl.where(enough, above, reaching)
+        bit = bit >> 1
+    return threshold.to(tl.int32), above

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.common.triton import LEAST_KEY, ordered_scores
+from vllm_sparse.kernels.common.triton import ordered_scores, row_threshold, threshold_tile
 from vllm_sparse.kernels.hierarchical_descent.reference import (
     LEAF_TOKENS,
     Stage,
@@ -286,6 +286,7 @@ def best_chunks_kernel(
     LAST: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     LEAF: tl.constexpr,
+    ROW_TILE: tl.constexpr,
     TILE: tl.constexpr,
 ):
     i_block = tl.program_id(0)
@@ -300,25 +301,9 @@ def best_chunks_kernel(
     competing = tl.where(live > kept_chunks, live, 0)
     count = tl.minimum(live, kept_chunks)
 
-    # The largest key that at least `count` keys reach, bit by bit from the highest. The row stays in the cache.
-    threshold = tl.full([], LEAST_KEY, tl.int64)
-    bit = tl.full([], 1 << 31, tl.int64)
-    for _ in range(32):
-        candidate = (threshold + bit).to(tl.int32)
-        b_count = tl.zeros([TILE], tl.int32)
-        for first in range(0, competing, TILE):
-            o_chunk = first + tl.arange(0, TILE)
-            b_count += (ordered_scores(p_score, o_chunk, o_chunk < competing) >= candidate).to(tl.int32)
-        threshold = tl.where(tl.sum(b_count) >= count, threshold + bit, threshold)
-        bit = bit >> 1
-    least = threshold.to(tl.int32)
-
-    b_count = tl.zeros([TILE], tl.int32)
-    for first in range(0, competing, TILE):
-        o_chunk = first + tl.arange(0, TILE)
-        b_count += (ordered_scores(p_score, o_chunk, o_chunk < competing) > least).to(tl.int32)
+    least, above = row_threshold(p_score, 0, competing, count, False, ROW_TILE, TILE)
     # Of the keys equal to the threshold, the lower chunks win.
-    equal_left = count - tl.sum(b_count)
+    equal_left = count - above
     written = 0
     for first in range(0, live, TILE):
         o_chunk = first + tl.arange(0, TILE)
@@ -424,6 +409,7 @@ def hierarchical_descent(
             num_warps=4 if row_tile <= 256 and head_tile <= 128 else 8,  # as registers allow
             num_stages=1,
         )
+        entries, num_warps = threshold_tile(width)
         best_chunks_kernel[(blocks, heads)](
             scores,
             parent,
@@ -440,8 +426,9 @@ def hierarchical_descent(
             LAST=index == len(pruning) - 1,
             QUERY_BLOCK=query_block,
             LEAF=LEAF_TOKENS,
+            ROW_TILE=entries,
             TILE=SELECT_TILE,
-            num_warps=4,
+            num_warps=num_warps,
         )
         parent_tokens = stage.chunk_tokens
     return mask
