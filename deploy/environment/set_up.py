@@ -232,6 +232,7 @@ class Environment:
         inputs = sorted(Path(__file__).parent.glob("*.py"))
         if step != "engine":
             inputs += [path for name in ("pyproject.toml", "setup.py") if (path := self.root / name).exists()]
+            inputs += sorted((self.root / "csrc").rglob("*.cu*"))
         for path in inputs:
             content = path.read_bytes()
             digest.update(f"\n{path.name} {len(content)}\n".encode() + content)

@@ -30,7 +30,7 @@ def kept_map(
     With 8 bits a score is raised by what its rounding may hide, so each key whose attention probability is at least
     tau is kept: the sum over a part of the keys is at most the sum over all. With 4 bits scores are the paper's.
 
-    Runs in Triton on CUDA, else in PyTorch.
+    Runs in CUDA where the kernels of csrc/ are made for the inputs, else in Triton on CUDA, else in PyTorch.
 
     Args:
         query: ``[chunk, query_heads, head_size]`` at the last positions of the context.
@@ -50,7 +50,9 @@ def kept_map(
     """
     knobs = bits, page_bounds, sink_tokens, local_tokens, query_block
     if query.is_cuda and isinstance(keys, PlainKeys):
-        from vllm_sparse.kernels.low_bit_scores import triton
+        from vllm_sparse.kernels.low_bit_scores import cuda, triton
 
+        if cuda.can_run(query, keys):
+            return cuda.kept_map(query, keys, scale, log_tau, *knobs)
         return triton.kept_map(query, keys, scale, log_tau, *knobs)
     return reference.kept_map(query, keys, scale, log_tau, *knobs)

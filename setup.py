@@ -1,0 +1,76 @@
+"""Builds the CUDA kernels of csrc/ into the package, where nvcc is found; pyproject.toml says everything else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import ClassVar
+
+from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+# Folder of csrc/ by the machine code that its kernels need; each becomes one library.
+ARCHITECTURES = {"sm90": "arch=compute_90a,code=sm_90a"}
+
+
+def find_nvcc() -> str | None:
+    """The compiler on PATH, in CUDA_HOME, or where CUDA's packages put it."""
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    return shutil.which("nvcc") or next(
+        (str(found) for home in homes if home and (found := Path(home) / "bin" / "nvcc").exists()), None
+    )
+
+
+def build_libraries(nvcc: str, folder: Path) -> None:
+    """Compile each architecture's sources into ``folder/<architecture>.so``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, code in ARCHITECTURES.items():
+        sources = [str(source) for source in sorted((ROOT / "csrc" / name).glob("*.cu"))]
+        command = [nvcc, "-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC", "--cudart=static", f"-gencode={code}"]
+        print(f"compiling csrc/{name} with {nvcc}")
+        if subprocess.run([*command, "-o", str(folder / f"{name}.so"), *sources], check=False).returncode:
+            sys.exit(
+                f"{nvcc} does not compile csrc/{name}; what it says is above. CUDA 12.3 or newer is needed. To install "
+                "without the CUDA kernels, which Triton then replaces, take nvcc off PATH and unset CUDA_HOME."
+            )
+
+
+class BuildPackage(build_py):
+    """Adds the libraries to the package, in place for an editable installation."""
+
+    def run(self) -> None:
+        super().run()
+        nvcc = find_nvcc()
+        if nvcc is None:
+            print("nvcc was not found: installing without the CUDA kernels of csrc/; Triton runs in their place")
+            return
+        base = ROOT if self.editable_mode else Path(self.build_lib)
+        build_libraries(nvcc, base / "vllm_sparse" / "kernels" / "libraries")
+
+
+class Wheel(bdist_wheel):
+    """The libraries suit every Python version, but one platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        if find_nvcc() is None:
+            return "py3", "none", "any"
+        return "py3", "none", sysconfig.get_platform().replace("-", "_").replace(".", "_")
+
+
+class BinaryDistribution(Distribution):
+    """Installed where packages with machine code belong."""
+
+    has_libraries: ClassVar[bool] = find_nvcc() is not None
+
+    def has_ext_modules(self) -> bool:
+        return self.has_libraries
+
+
+if __name__ == "__main__":
+    setup(cmdclass={"build_py": BuildPackage, "bdist_wheel": Wheel}, distclass=BinaryDistribution)

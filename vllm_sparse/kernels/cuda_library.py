@@ -1,0 +1,54 @@
+"""The CUDA kernels of csrc/: one library for each architecture, built with the package where nvcc was found."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent / "libraries"
+# Architecture of a library by the compute capability that runs it.
+ARCHITECTURES = {(9, 0): "sm90"}
+
+
+class CudaError(RuntimeError):
+    """A kernel of csrc/ could not be launched."""
+
+
+@functools.cache
+def cuda_library(device: torch.device) -> ctypes.CDLL | None:
+    """The library for a device, or None where there is none for it, which the log says once.
+
+    Args:
+        device: a CUDA device.
+    """
+    architecture = ARCHITECTURES.get(torch.cuda.get_device_capability(device))
+    if architecture is None:
+        return None
+    path = FOLDER / f"{architecture}.so"
+    if not path.exists():
+        logger.warning(
+            "vllm_sparse was installed without its CUDA kernels for %s (%s is missing, because pip found no nvcc); "
+            "SALE's selection runs in Triton, which takes longer. To have them, install again with nvcc on PATH.",
+            architecture,
+            path,
+        )
+        return None
+    return ctypes.CDLL(str(path))
+
+
+def launch(function: ctypes._NamedFuncPointer, device: torch.device, *arguments: object) -> None:
+    """Launch a kernel on the device's current stream, which becomes the last argument.
+
+    Raises:
+        CudaError: CUDA refused.
+    """
+    with torch.cuda.device(device):
+        status = function(*arguments, ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream))
+    if status:
+        raise CudaError(f"{function.__name__} was not launched: CUDA error {status} (see cudaError_t)")

@@ -1,0 +1,139 @@
+"""SALE's selection with the CUDA kernels of csrc/sm90: keys to integers, and scores by the tensor cores' own layout."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from vllm_sparse.kernels.cuda_library import cuda_library, launch
+from vllm_sparse.kernels.low_bit_scores.reference import (
+    KEY_GROUPS,
+    PAGE_TOKENS,
+    ROUNDING,
+    TINY,
+    middle_end,
+    top_level,
+)
+from vllm_sparse.kernels.low_bit_scores.triton import quantise_rows
+from vllm_sparse.keys import PlainKeys
+
+# As in csrc/sm90/quantised_pages.cuh and low_bit_scores.cu.
+HEAD_SIZE = 128
+BATCH_PAGES = 32
+PAGE_NUMBERS = 8
+SCORED_ROWS = 64
+
+
+def can_run(query: torch.Tensor, keys: PlainKeys) -> bool:
+    """Whether the kernels are there and made for these inputs; others take Triton."""
+    return (
+        query.shape[2] == HEAD_SIZE
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and keys.kv_cache.dtype == query.dtype
+        and keys.block_size_tokens % (PAGE_TOKENS // 2) == 0
+        and keys.kv_cache.data_ptr() % 8 == 0
+        and query.stride(2) == 1
+        and query.data_ptr() % 16 == 0
+        and all(stride % 8 == 0 for stride in query.stride()[:2])
+        and cuda_library(query.device) is not None
+    )
+
+
+def _library(device: torch.device) -> ctypes.CDLL:
+    library = cuda_library(device)
+    assert library is not None
+    return library
+
+
+def quantise_keys(keys: PlainKeys, pages: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `reference.quantise_keys`, in the layout of csrc/sm90/quantised_pages.cuh.
+
+    Returns:
+        `levels`, int8 ``[kv_heads, padded_pages, 32, 128]``; `mean`, ``[kv_heads, padded_pages / 32, 2, 32, 64]`` in
+        the cache's dtype; both with the 16-byte pieces of a row of 128 bytes swizzled. Float32
+        ``[kv_heads, padded_pages, 8]``, the four groups' `scale`, `radius`, `error` and two spare numbers. Pages are
+        padded to a multiple of 32 and may hold anything from `pages` on.
+    """
+    cache = keys.kv_cache
+    padded_pages = -(-pages // BATCH_PAGES) * BATCH_PAGES
+    levels = torch.empty(keys.num_kv_heads, padded_pages, PAGE_TOKENS, HEAD_SIZE, dtype=torch.int8, device=cache.device)
+    halves = 2, BATCH_PAGES, HEAD_SIZE // 2
+    mean = torch.empty(keys.num_kv_heads, padded_pages // BATCH_PAGES, *halves, dtype=cache.dtype, device=cache.device)
+    numbers = torch.empty(keys.num_kv_heads, padded_pages, PAGE_NUMBERS, dtype=torch.float32, device=cache.device)
+    launch(
+        _library(cache.device).vllm_sparse_quantise_keys,
+        cache.device,
+        ctypes.c_void_p(cache.data_ptr()),
+        ctypes.c_void_p(keys.block_table.data_ptr()),
+        ctypes.c_void_p(levels.data_ptr()),
+        ctypes.c_void_p(mean.data_ptr()),
+        ctypes.c_void_p(numbers.data_ptr()),
+        *(ctypes.c_longlong(stride) for stride in cache.stride()[:3]),
+        keys.block_size_tokens,
+        pages,
+        padded_pages,
+        keys.num_kv_heads,
+        top_level(bits),
+        ctypes.c_float(TINY),
+        ctypes.c_float(ROUNDING),
+        int(cache.dtype == torch.float16),
+    )
+    return levels, mean, numbers
+
+
+def kept_map(
+    query: torch.Tensor,
+    keys: PlainKeys,
+    scale: float,
+    log_tau: torch.Tensor,
+    bits: int,
+    page_bounds: bool,
+    sink_tokens: int,
+    local_tokens: int,
+    query_block: int,
+) -> torch.Tensor:
+    """Equal to `reference.kept_map` up to rounding; arguments as there, and such that `can_run`.
+
+    With query blocks of 128 the page bounds look at each half on its own, which may score fewer keys.
+    """
+    assert KEY_GROUPS * 2 == 8, "a group is the two columns of eight that a thread of a warp holds"
+    chunk, heads, _ = query.shape
+    context = keys.context_tokens
+    query_block_count, key_pages = -(-chunk // query_block), -(-context // PAGE_TOKENS)
+    pages = middle_end(chunk, context, local_tokens, query_block)
+    if pages <= sink_tokens // PAGE_TOKENS:
+        return torch.ones(heads, query_block_count, key_pages, dtype=torch.bool, device=query.device)
+    key_levels, mean, page_numbers = quantise_keys(keys, pages, bits)
+    query_levels, row_numbers = quantise_rows(query, keys, scale, log_tau, bits, sink_tokens, local_tokens, query_block)
+    parts = query_block // SCORED_ROWS
+    kept = torch.empty(heads, -(-chunk // SCORED_ROWS), key_pages, dtype=torch.bool, device=query.device)
+    launch(
+        _library(query.device).vllm_sparse_low_bit_scores,
+        query.device,
+        ctypes.c_void_p(query.data_ptr()),
+        ctypes.c_void_p(query_levels.data_ptr()),
+        ctypes.c_void_p(row_numbers.data_ptr()),
+        ctypes.c_void_p(key_levels.data_ptr()),
+        ctypes.c_void_p(mean.data_ptr()),
+        ctypes.c_void_p(page_numbers.data_ptr()),
+        ctypes.c_void_p(kept.data_ptr()),
+        ctypes.c_longlong(query.stride(0)),
+        ctypes.c_longlong(query.stride(1)),
+        chunk,
+        context,
+        key_levels.shape[1],
+        key_pages,
+        sink_tokens // PAGE_TOKENS,
+        local_tokens,
+        query_block,
+        heads,
+        heads // keys.num_kv_heads,
+        int(page_bounds),
+        ctypes.c_float(scale),
+        int(query.dtype == torch.float16),
+    )
+    if parts == 1:
+        return kept
+    padded = torch.nn.functional.pad(kept, (0, 0, 0, -kept.shape[1] % parts))
+    return padded.view(heads, query_block_count, parts, key_pages).any(2)
