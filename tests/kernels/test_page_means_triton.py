@@ -32,10 +32,9 @@ def test_under_the_interpreter() -> None:
         pytest.param(1, 96, 257, 128, 16, id="page-in-block"),
         pytest.param(2, 128, 1, 48, 64, id="one-token"),
         pytest.param(1, 256, 96, 48, 32, id="page-across-blocks"),
-        # A program takes 8 pages of 128 numbers a key: exactly, one key more, and two programs but for one key.
-        pytest.param(2, 128, 256, 64, 32, id="whole-tile"),
-        pytest.param(2, 128, 257, 64, 32, id="tile-and-one-key"),
-        pytest.param(1, 128, 255, 16, 16, id="tiles-but-one-key"),
+        pytest.param(2, 128, 256, 64, 32, id="whole-pages"),
+        pytest.param(2, 128, 257, 64, 32, id="one-key-more"),
+        pytest.param(1, 128, 255, 16, 16, id="one-key-less"),
     ],
 )
 def test_equals_reference(kv_heads: int, head_size: int, context: int, block_size: int, page_tokens: int) -> None:
@@ -84,8 +83,7 @@ def test_kernel_compiles_for_hopper(head_size: int, cache_block: int, page_token
             "HEAD_SIZE": head_size,
             "HEAD_TILE": head_tile,
             "PAGE": page_tokens,
-            "PAGE_TILE": means_triton.TILE_NUMBERS // head_tile,
-            "KEYS": means_triton.KEYS,
         },
+        num_warps=means_triton.warps(page_tokens, head_tile),
     )
     assert spilled_bytes(compiled, tmp_path) == 0

@@ -11,15 +11,6 @@ LEAST_ROW_TILE, LARGEST_ROW_TILE = 1024, 32768
 
 
 @triton.jit
-def key_pointers(
-    p_head, block_table_pointer, o_key, live, cache_block_stride, cache_token_stride, CACHE_BLOCK: tl.constexpr
-):
-    """Where the keys of one head at live positions begin, through the block table; `p_head` is the head's first."""
-    physical = tl.load(block_table_pointer + o_key // CACHE_BLOCK, mask=live, other=0).to(tl.int64)
-    return p_head + physical * cache_block_stride + (o_key % CACHE_BLOCK) * cache_token_stride
-
-
-@triton.jit
 def load_keys(
     cache_pointer,
     block_table_pointer,
@@ -34,8 +25,9 @@ def load_keys(
     CACHE_BLOCK: tl.constexpr,
 ):
     """Keys of one head at live positions; 0 for others: ``[positions, dimensions]``."""
-    p_head = cache_pointer + i_kv_head * cache_head_stride
-    p_key = key_pointers(p_head, block_table_pointer, o_key, live, cache_block_stride, cache_token_stride, CACHE_BLOCK)
+    physical = tl.load(block_table_pointer + o_key // CACHE_BLOCK, mask=live, other=0).to(tl.int64)
+    p_key = cache_pointer + physical * cache_block_stride + i_kv_head * cache_head_stride
+    p_key += (o_key % CACHE_BLOCK) * cache_token_stride
     return tl.load(p_key[:, None] + o_dim[None, :], mask=live[:, None] & in_head[None, :], other=0.0)
 
 
