@@ -92,5 +92,7 @@ def test_kernels_compile_for_hopper() -> None:
         flex_triton.normaliser_kernel, {**masses, **lengths, "normaliser_pointer": "*fp32"}, tiles, num_warps=8
     )
     lines = dict.fromkeys(("normaliser_pointer", "column_pointer", "band_pointer"), "*fp32")
-    tiles = {"BLOCK_TILE": flex_triton.COMBINE_TILE, "ROW_TILE": 32}
-    compile_for_hopper(flex_triton.combine_kernel, {**masses, **lengths, **lines}, {"BLOCK": BLOCK, **tiles})
+    tiles = {"BLOCK_TILE": flex_triton.COMBINE_TILE, "ROW_TILE": 128}
+    compile_for_hopper(
+        flex_triton.combine_kernel, {**masses, **lengths, **lines}, {"BLOCK": BLOCK, **tiles}, num_warps=8
+    )

@@ -122,8 +122,8 @@ def block_masses(sample: torch.Tensor, keys: PlainKeys, scale: float, block_size
     return BlockMasses(maximum, total, nearer, page_means(keys, block_size_tokens))
 
 
-# Rows and blocks of a tile.
-NORMALISER_TILE = COMBINE_TILE = 32
+# Rows of a tile of blocks, and blocks of a tile of rows: many programs, each with all its loads in flight.
+NORMALISER_TILE, COMBINE_TILE = 32, 16
 
 
 @triton.jit(do_not_specialize=["rows", "blocks"])
@@ -230,7 +230,7 @@ def combine(masses: BlockMasses, context_tokens: int, block_size_tokens: int) ->
         blocks,
         BLOCK=block_size_tokens,
         BLOCK_TILE=COMBINE_TILE,
-        ROW_TILE=32,
-        num_warps=4,
+        ROW_TILE=128,
+        num_warps=8,
     )
     return FlexEstimate(line_mass, masses.key_mean)
