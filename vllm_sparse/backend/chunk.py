@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +13,9 @@ from vllm_sparse.pages import PageList, to_physical
 
 if TYPE_CHECKING:
     from vllm_sparse.methods.base import PrefillMethod
+
+# Of each head, so that the last queries lie in them where the very last block is short.
+LAST_BLOCKS = 2
 
 
 def attend_chunk(
@@ -38,38 +43,83 @@ def attend_chunk(
     """
     tokens, query_heads, _ = query.shape
     kv_heads, block_size = kv_cache.shape[1:3]
-    having = method.list_heads(query_heads, kv_heads)
-    row_heads, starts = chunk_rows(tokens, method.query_block, having, query.device)
-    pages = to_physical(lists, request_blocks, row_heads * kv_heads // having, block_size, kv_heads)
-    # Head-major copies of the queries: a row is a run of tokens, each with the heads that share its list.
-    rows = head_major(query, having)
-    attended = torch.empty_like(rows)
-    launch = Launch(starts, method.query_block, pages, lists.kept_tokens, lists.page_size_tokens)
-    executor.run(launch, rows, attended, kv_cache, scale)
-    return token_major(attended, having)
+    rows = chunk_rows(tokens, method.query_block, method.list_heads(query_heads, kv_heads), kv_heads, query.device)
+    lists = PageList(lists.pages[rows.lists], lists.kept_tokens[rows.lists], lists.page_size_tokens)
+    pages = to_physical(lists, request_blocks, rows.kv_head, block_size, kv_heads)
+    queries = rows.gather(query)
+    attended = torch.empty_like(queries)
+    launch = Launch(rows.starts, method.query_block, pages, lists.kept_tokens, lists.page_size_tokens)
+    executor.run(launch, queries, attended, kv_cache, scale)
+    return rows.scatter(attended)
 
 
-def head_major(chunk: torch.Tensor, list_heads: int) -> torch.Tensor:
-    """``[tokens, query_heads, head_size]`` to ``[list_heads * tokens, query_heads / list_heads, head_size]``."""
-    tokens, _, head_size = chunk.shape
-    grouped = chunk.reshape(tokens, list_heads, -1, head_size).transpose(0, 1)
-    return grouped.reshape(list_heads * tokens, -1, head_size)
+@dataclass(frozen=True)
+class ChunkRows:
+    """The rows of a chunk in the order of execution: first each head's last query blocks, then the others head by head.
+
+    Methods that read everything for the last queries of a chunk make those rows many times longer than the others. A
+    kernel that met one at the end would leave all but one multiprocessor idle.
+
+    Attributes:
+        lists: int64 ``[rows]`` which list, head-major, belongs to each row.
+        kv_head: int64 ``[rows]`` which KV head it reads.
+        starts: int32 ``[rows + 1]`` first query token of each row in what `gather` returns.
+        list_heads: heads that have lists of their own.
+        first_last: token of the chunk that begins the last query blocks.
+    """
+
+    lists: torch.Tensor
+    kv_head: torch.Tensor
+    starts: torch.Tensor
+    list_heads: int
+    first_last: int
+
+    def gather(self, chunk: torch.Tensor) -> torch.Tensor:
+        """Queries row by row, each with the heads that share its list.
+
+        Args:
+            chunk: ``[tokens, query_heads, head_size]``.
+
+        Returns:
+            ``[list_heads * tokens, query_heads / list_heads, head_size]``.
+        """
+        tokens, query_heads, head_size = chunk.shape
+        grouped = chunk.reshape(tokens, self.list_heads, query_heads // self.list_heads, head_size)
+        rows = chunk.new_empty(self.list_heads * tokens, grouped.shape[2], head_size)
+        for of_rows, of_chunk in self._parts(rows, grouped):
+            of_rows.copy_(of_chunk)
+        return rows
+
+    def scatter(self, rows: torch.Tensor) -> torch.Tensor:
+        """Inverse of `gather`."""
+        grouped = rows.new_empty(rows.shape[0] // self.list_heads, self.list_heads, *rows.shape[1:])
+        for of_rows, of_chunk in self._parts(rows, grouped):
+            of_chunk.copy_(of_rows)
+        return grouped.flatten(1, 2)
+
+    def _parts(self, rows: torch.Tensor, grouped: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The last blocks and the others, in both orders: pairs of ``[list_heads, tokens, group, head_size]``."""
+        cut = self.list_heads * (grouped.shape[0] - self.first_last)
+        parts = (rows[:cut], grouped[self.first_last :]), (rows[cut:], grouped[: self.first_last])
+        return [(part.view(self.list_heads, -1, *part.shape[1:]), of_chunk.transpose(0, 1)) for part, of_chunk in parts]
 
 
-def token_major(rows: torch.Tensor, list_heads: int) -> torch.Tensor:
-    """Inverse of `head_major`."""
-    grouped = rows.view(list_heads, -1, rows.shape[1], rows.shape[2]).transpose(0, 1)
-    return grouped.flatten(1, 2)
+@functools.lru_cache(maxsize=64)
+def chunk_rows(tokens: int, query_block: int, list_heads: int, kv_heads: int, device: torch.device) -> ChunkRows:
+    """Rows of a chunk.
 
-
-def chunk_rows(
-    tokens: int, query_block_tokens: int, list_heads: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of a head-major chunk: list head ``[rows]`` and int32 first token ``[rows + 1]`` of each."""
-    blocks = -(-tokens // query_block_tokens)
-    head = torch.arange(list_heads, device=device).repeat_interleave(blocks)
-    offset = torch.arange(blocks, device=device).repeat(list_heads) * query_block_tokens
-    starts = torch.empty(list_heads * blocks + 1, dtype=torch.int32, device=device)
-    starts[:-1] = head * tokens + offset
-    starts[-1:] = list_heads * tokens
-    return head, starts
+    Args:
+        tokens: of the chunk.
+        query_block: query tokens that share a list.
+        list_heads: heads that have lists of their own.
+        kv_heads: KV heads.
+        device: of the result.
+    """
+    blocks = -(-tokens // query_block)
+    lists = torch.arange(list_heads * blocks).view(list_heads, blocks)
+    cut = max(blocks - LAST_BLOCKS, 0)
+    lists = torch.cat([lists[:, cut:].flatten(), lists[:, :cut].flatten()])
+    lengths = (tokens - lists % blocks * query_block).clamp(max=query_block)
+    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    kv_head = lists // blocks // (list_heads // kv_heads)
+    return ChunkRows(lists.to(device), kv_head.to(device), starts.to(device), list_heads, cut * query_block)
