@@ -23,9 +23,9 @@ CHUNKS = [(1000, 1000), (512, 1024), (300, 1000), (257, 1153), (129, 700)]
 
 
 def hip(*stages: tuple[int, ...], **knobs: Any) -> Hip:
-    """Stages of chunk length, kept tokens and query stride; nothing forced but for other knobs given."""
+    """Stages of chunk length, kept tokens and query stride; nothing forced, blocks of 64, but for other knobs given."""
     lengths, tokens, strides = zip(*(stage if len(stage) == 3 else (*stage, 1) for stage in stages), strict=True)
-    forced = {"sink": 0, "window": 0, "dense_tail": 0, **knobs}
+    forced = {"sink": 0, "window": 0, "dense_tail": 0, "query_block": 64, **knobs}
     return Hip(stage_chunks=lengths, stage_tokens=tokens, query_stride=strides, **forced)
 
 
@@ -293,7 +293,7 @@ def test_h6_one_stage_of_leaves_is_the_exact_block_top_k(chunk: int, past: int, 
     leaf_keys = data.keys[0][:, ::LEAF]
     keys = leaf_keys.repeat_interleave(LEAF, dim=1)[:, : past + chunk]
     mask = leaf_mask(hip((16, 16 * leaves)), query, oracle.paged(PLAIN, [keys], [keys], 64, generator))
-    for row, (first, _) in enumerate(block_ends(Hip(), chunk, past + chunk)):
+    for row, (first, _) in enumerate(block_ends(Hip(query_block=64), chunk, past + chunk)):
         before = leaf_keys[0, : -(-first // LEAF)]
         score = torch.einsum("rhd,kd->rhk", query[64 * row : 64 * row + 64], before).amax((0, 1))
         best = score.sort(descending=True, stable=True).indices[:leaves]

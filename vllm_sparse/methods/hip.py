@@ -43,7 +43,8 @@ class Hip(PrefillMethod):
 
     Scores are plain products, of heads that share a list (`heads`) the largest, as in the official code. Heads with
     large queries weigh more in it; only the order of chunks is at stake. With tensor parallelism ``heads="layer"``
-    means the heads of one rank. The last chunk of the paper has 8 tokens, here 16, the smallest page.
+    means the heads of one rank. The last chunk of the paper has 8 tokens, here 16, the smallest page. The paper's
+    query blocks have 64 queries, of which the last stage averages none; 128, averaged by fours, cost a quarter of it.
     """
 
     name: ClassVar[str] = "hip"
@@ -59,13 +60,13 @@ class Hip(PrefillMethod):
     query_stride: Annotated[
         Integers,
         Field(description="adjacent queries that each stage averages, powers of two of at most 64", strict=False),
-    ] = (4, 4, 1)
+    ] = (4, 4, 4)
     sink: SinkTokens = 256
     window: Annotated[int, Field(ge=0, le=1 << 16, description="tokens before a query block, always read")] = 1024
     dense_tail: DenseTail = 64
     heads: ScoreHeads = "kv_head"
     dense_layers: DenseLayers = 0
-    query_block: QueryBlock = 64
+    query_block: QueryBlock = 128
     rows: Rows = "kv_head"
 
     def __post_init__(self) -> None:
