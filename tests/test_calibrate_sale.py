@@ -128,6 +128,16 @@ def test_a_file_of_another_model_is_refused_at_start(file: Path) -> None:
     assert "32 layers of 32" in str(refused.value)
 
 
+def test_a_server_has_one_threshold_or_a_file_of_them(file: Path) -> None:
+    """A request may still set its own."""
+    with pytest.raises(ValueError, match=r"sale_tau.*would never be used"):
+        parse_server_config({"sparse": {"sale": {"calibration": str(file), "tau": 0.01}}}, LAYERS, HEADS)
+    config = parse_server_config({"sparse": {"sale": {"calibration": str(file)}}}, LAYERS, HEADS)
+    chosen = resolve({"sparse_prefill": "sale", "sale_tau": 0.01}, config, LAYERS).prefill
+    assert isinstance(chosen, Sale)
+    assert chosen.thresholds(Layer(0, 0), 1) == (0.01,)
+
+
 def test_the_command_calibrates_the_bundled_model(tmp_path: Path) -> None:
     output = tmp_path / "found.json"
     ended = run("calibrate", "sale", str(MODEL), "--output", str(output), "--tokens", "600", "--count", "2")

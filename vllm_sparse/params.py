@@ -160,7 +160,7 @@ def parse_server_config(additional_config: object, num_layers: int, num_query_he
         try:
             built = _build(method, _configured_knobs(config, method), {})
             if isinstance(built, PrefillMethod):
-                built.check_model(num_layers, num_query_heads)
+                built.check_defaults(num_layers, num_query_heads)
         except (SparseParamsError, KnobError) as error:
             named = _knob_error(method, error) if isinstance(error, KnobError) else error
             raise ValueError(f"--additional-config, object sparse.{method}: {named}") from error

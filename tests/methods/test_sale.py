@@ -322,5 +322,5 @@ def test_calibrated_thresholds_are_those_of_the_layer_and_the_processs_heads(
         with pytest.raises(ValueError, match=r"thresholds.json holds thresholds of 2 layers of 4 query heads"):
             method.block_mask(query, data.reader(0), SCALE, layer)
     with pytest.raises(KnobError, match="2 layers of 4 query heads, of some model; the model has 3 layers of 8"):
-        method.check_model(3, 8)
-    method.check_model(2, 4)
+        method.check_defaults(3, 8)
+    method.check_defaults(2, 4)

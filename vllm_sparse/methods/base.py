@@ -99,15 +99,15 @@ class PrefillMethod(ABC):
         """What the choice depends on beside the knobs, such as a file's content; cached blocks are kept apart by it."""
         return ""
 
-    def check_model(self, num_layers: int, num_query_heads: int) -> None:  # noqa: B027
-        """Check knobs that only some models suit.
+    def check_defaults(self, num_layers: int, num_query_heads: int) -> None:  # noqa: B027
+        """Check knobs as the server's configuration sets them: against the model and against one another.
 
         Args:
             num_layers: attention layers of the model.
             num_query_heads: query heads of the whole model.
 
         Raises:
-            KnobError: a knob does not go with the model.
+            KnobError: a knob does not go with the model, or would never count.
         """
 
     def list_heads(self, query_heads: int, kv_heads: int) -> int:

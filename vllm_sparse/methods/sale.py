@@ -78,9 +78,13 @@ class Sale(PrefillMethod):
     def fingerprint(self) -> str:
         return load(self.calibration).digest if self.calibration else ""
 
-    def check_model(self, num_layers: int, num_query_heads: int) -> None:
+    def check_defaults(self, num_layers: int, num_query_heads: int) -> None:
         if not self.calibration:
             return
+        if self.tau is not None:
+            raise KnobError(
+                "tau", self.tau, f"calibration {self.calibration!r} would never be used beside it; drop one of the two"
+            )
         found = load(self.calibration).calibration
         if (found.layers, found.heads) != (num_layers, num_query_heads):
             raise KnobError(
