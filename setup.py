@@ -20,7 +20,9 @@ ARCHITECTURES = {"sm90": "arch=compute_90a,code=sm_90a"}
 
 
 def find_nvcc() -> str | None:
-    """The compiler on PATH, in CUDA_HOME, or where CUDA's packages put it."""
+    """The compiler on PATH, in CUDA_HOME, or where CUDA's packages put it; None also without g++, which it calls."""
+    if not shutil.which("g++"):
+        return None
     homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
     return shutil.which("nvcc") or next(
         (str(found) for home in homes if home and (found := Path(home) / "bin" / "nvcc").exists()), None
@@ -48,7 +50,9 @@ class BuildPackage(build_py):
         super().run()
         nvcc = find_nvcc()
         if nvcc is None:
-            print("nvcc was not found: installing without the CUDA kernels of csrc/; Triton runs in their place")
+            print(
+                "nvcc and g++ were not both found: installing without the CUDA kernels of csrc/; Triton replaces them"
+            )
             return
         base = ROOT if self.editable_mode else Path(self.build_lib)
         build_libraries(nvcc, base / "vllm_sparse" / "kernels" / "libraries")

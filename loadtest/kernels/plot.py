@@ -71,13 +71,14 @@ def draw(lines: dict[str, list[tuple[float, float]]]) -> str:
     parts.append(
         f'<text transform="translate(16 {HEIGHT / 2}) rotate(-90)" text-anchor="middle">attention mass kept</text>'
     )
-    for (name, points), (colour, dashes) in zip(lines.items(), STYLES * len(lines), strict=False):
+    for index, (name, points) in enumerate(lines.items()):
+        colour, dashes = STYLES[index % len(STYLES)]
+        stroke = f'stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}"'
         path = " ".join(f"{x(density):.1f},{y(recall):.1f}" for density, recall in points)
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}"/>'
-        )
-        density, recall = points[-1]
-        parts.append(f'<text x="{x(density) + 8:.1f}" y="{y(recall) + 4:.1f}" fill="{colour}">{escape(name)}</text>')
+        parts.append(f'<polyline points="{path}" fill="none" {stroke}/>')
+        legend = WIDTH - RIGHT + 12, TOP + 12 + 22 * index
+        parts.append(f'<path d="M{legend[0]} {legend[1]}h28" {stroke}/>')
+        parts.append(f'<text x="{legend[0] + 34}" y="{legend[1] + 4}">{escape(name)}</text>')
     return "\n".join([*parts, "</svg>\n"])
 
 

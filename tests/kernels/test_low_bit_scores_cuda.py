@@ -22,7 +22,7 @@ SLACK = 0.02
 FUNCTIONS = ("vllm_sparse_quantise_keys", "vllm_sparse_low_bit_scores")
 
 needs_hopper = pytest.mark.skipif(not has_hopper(), reason="no Hopper GPU")
-needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
+needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc, or no g++ for it")
 
 
 def request(
@@ -128,6 +128,11 @@ def test_other_inputs_are_left_to_triton() -> None:
     assert not cuda.can_run(query[..., :64], keys)
     assert not cuda.can_run(query.float(), keys)
     assert not cuda.can_run(query.transpose(0, 2).contiguous().transpose(0, 2), keys)
+
+
+def test_without_a_host_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_nvcc() is None
 
 
 @needs_nvcc

@@ -33,8 +33,8 @@ def cuda_library(device: torch.device) -> ctypes.CDLL | None:
     path = FOLDER / f"{architecture}.so"
     if not path.exists():
         logger.warning(
-            "vllm_sparse was installed without its CUDA kernels for %s (%s is missing, because pip found no nvcc); "
-            "SALE's selection runs in Triton, which takes longer. To have them, install again with nvcc on PATH.",
+            "vllm_sparse was installed without its CUDA kernels for %s (%s is missing, because there was no nvcc or no "
+            "g++); SALE's selection runs in Triton, which takes longer. To have them, install again with both on PATH.",
             architecture,
             path,
         )
