@@ -43,7 +43,10 @@ def attend_chunk(
 ) -> torch.Tensor:
     """Run a prefill list through the platform's stock kernel: ``[chunk, heads, head_size]``."""
     executor = Poisoning(data.platform.executor())
-    return backend_chunk.attend_chunk(executor, method, lists, query, data.kv_cache, data.block_table[request], SCALE)
+    output = torch.full(query.shape, oracle.NAN, dtype=query.dtype, device=query.device)
+    table = data.block_table[request]
+    backend_chunk.attend_chunk(executor, method, lists, query, output, data.kv_cache, table, SCALE)
+    return output
 
 
 def attend_newest(lists: PageList, data: Paged, request: int, query: torch.Tensor) -> torch.Tensor:

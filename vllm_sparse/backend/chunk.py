@@ -23,10 +23,11 @@ def attend_chunk(
     method: PrefillMethod,
     lists: PageList,
     query: torch.Tensor,
+    output: torch.Tensor,
     kv_cache: torch.Tensor,
     request_blocks: torch.Tensor,
     scale: float,
-) -> torch.Tensor:
+) -> None:
     """Run the stock kernel over a chunk's lists.
 
     Args:
@@ -34,12 +35,10 @@ def attend_chunk(
         method: what chose the lists.
         lists: as `PrefillMethod.select` returns them.
         query: ``[chunk, query_heads, head_size]``.
+        output: likewise, written.
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]``, head-major.
         request_blocks: int32 ``[blocks]`` of the request.
         scale: softmax scale.
-
-    Returns:
-        ``[chunk, query_heads, head_size]``.
     """
     tokens, query_heads, _ = query.shape
     kv_heads, block_size = kv_cache.shape[1:3]
@@ -50,7 +49,7 @@ def attend_chunk(
     attended = torch.empty_like(queries)
     launch = Launch(rows.starts, method.query_block, pages, lists.kept_tokens, lists.page_size_tokens)
     executor.run(launch, queries, attended, kv_cache, scale)
-    return rows.scatter(attended)
+    rows.scatter(attended, output)
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,10 @@ class ChunkRows:
             of_rows.copy_(of_chunk)
         return rows
 
-    def scatter(self, rows: torch.Tensor) -> torch.Tensor:
-        """Inverse of `gather`."""
-        grouped = rows.new_empty(rows.shape[0] // self.list_heads, self.list_heads, *rows.shape[1:])
-        for of_rows, of_chunk in self._parts(rows, grouped):
+    def scatter(self, rows: torch.Tensor, chunk: torch.Tensor) -> None:
+        """Inverse of `gather`: writes `chunk`, whose heads lie side by side."""
+        for of_rows, of_chunk in self._parts(rows, chunk.view(chunk.shape[0], self.list_heads, *rows.shape[1:])):
             of_chunk.copy_(of_rows)
-        return grouped.flatten(1, 2)
 
     def _parts(self, rows: torch.Tensor, grouped: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The last blocks and the others, in both orders: pairs of ``[list_heads, tokens, group, head_size]``."""

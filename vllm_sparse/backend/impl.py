@@ -137,8 +137,8 @@ class SparseAttentionImpl:
         keys = self.keys_of(layer, kv_cache, request_blocks, span.context_tokens)
         page_size = self.prefill_page_size(method.page_tokens, block_size)
         lists = method.select(chunk, keys, self.scale, page_size, Layer(layer_index, self._first_query_head))
-        attended = attend_chunk(self._sparse_executor, method, lists, chunk, kv_cache, request_blocks, self.scale)
-        heads[span.query_start : span.query_start + span.query_tokens] = attended
+        output = heads[span.query_start : span.query_start + span.query_tokens]
+        attend_chunk(self._sparse_executor, method, lists, chunk, output, kv_cache, request_blocks, self.scale)
         row.density.add(
             lists.kept_tokens, span, method.query_block, method.list_heads(self.num_heads, self.num_kv_heads)
         )
