@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,9 +35,17 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """Read ``TOKENS`` or ``REQUESTSxTOKENS``."""
-        requests, _, tokens = text.rpartition("x")
-        return cls(int(requests or 1), int(tokens))
+        """Read ``TOKENS`` or ``REQUESTSxTOKENS``.
+
+        Raises:
+            argparse.ArgumentTypeError: it is neither.
+        """
+        found = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", text)
+        if found is None:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is neither TOKENS nor REQUESTSxTOKENS, such as 32768 or 8x32768"
+            )
+        return cls(int(found[1] or 1), int(found[2]))
 
 
 @dataclass(frozen=True)
