@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import ClassVar
 
@@ -29,12 +28,17 @@ def find_nvcc() -> str | None:
     )
 
 
+def nvcc_command(nvcc: str, architecture: str) -> list[str]:
+    """The compiler with what every compilation for an architecture has in common."""
+    return [nvcc, "-std=c++17", "-O3", f"-gencode={ARCHITECTURES[architecture]}"]
+
+
 def build_libraries(nvcc: str, folder: Path) -> None:
     """Compile each architecture's sources into ``folder/<architecture>.so``."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, code in ARCHITECTURES.items():
+    for name in ARCHITECTURES:
         sources = [str(source) for source in sorted((ROOT / "csrc" / name).glob("*.cu"))]
-        command = [nvcc, "-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC", "--cudart=static", f"-gencode={code}"]
+        command = [*nvcc_command(nvcc, name), "-shared", "-Xcompiler=-fPIC", "--cudart=static"]
         print(f"compiling csrc/{name} with {nvcc}")
         if subprocess.run([*command, "-o", str(folder / f"{name}.so"), *sources], check=False).returncode:
             sys.exit(
@@ -62,9 +66,8 @@ class Wheel(bdist_wheel):
     """The libraries suit every Python version, but one platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        if find_nvcc() is None:
-            return "py3", "none", "any"
-        return "py3", "none", sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        _, _, platform = super().get_tag()
+        return "py3", "none", platform
 
 
 class BinaryDistribution(Distribution):

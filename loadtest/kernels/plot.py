@@ -1,7 +1,9 @@
 """Draw the table of `vllm-sparse bench prefill`: recall over density, one line a method.
 
-vllm-sparse bench prefill --heads recorded > table.md
-python -m loadtest.kernels.plot table.md --output loadtest/recall.svg
+    vllm-sparse bench prefill --heads recorded > table.md
+    python -m loadtest.kernels.plot table.md --output loadtest/recall.svg
+
+Points are told apart by their method alone, so the table is of one length and kind of heads.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import subprocess
 from pathlib import Path
@@ -10,37 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from setup import ARCHITECTURES, ROOT, build_libraries, find_nvcc
+from setup import ARCHITECTURES, ROOT, build_libraries, find_nvcc, nvcc_command
+from tests.kernels.low_bit import PAGE, SLACK, request
 from tests.oracle import has_hopper, relative_error
 from vllm_sparse.kernels import cuda_library
 from vllm_sparse.kernels.low_bit_scores import cuda, reference
-from vllm_sparse.keys import PlainKeys
 
-PAGE = 32
-# Of float32: scores of other orders of summation, and integers that flip where a quotient is near a half.
-SLACK = 0.02
 FUNCTIONS = ("vllm_sparse_quantise_keys", "vllm_sparse_low_bit_scores")
 
 needs_hopper = pytest.mark.skipif(not has_hopper(), reason="no Hopper GPU")
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc, or no g++ for it")
-
-
-def request(
-    chunk: int, context: int, heads: int, kv_heads: int, block_size: int, dtype: torch.dtype
-) -> tuple[int, torch.Tensor, PlainKeys]:
-    """A seed, queries in a wider row as a fused projection leaves them, and keys of many sizes on scattered blocks."""
-    seed = random.randrange(1 << 30)
-    generator = torch.Generator().manual_seed(seed)
-    blocks = -(-context // block_size)
-    cache = torch.randn(blocks + 3, kv_heads, block_size, 256, generator=generator)
-    cache *= 1.5 * torch.rand(blocks + 3, 1, block_size, 1, generator=generator)
-    block_table = torch.randperm(blocks + 3, generator=generator)[:blocks].int()
-    # What lies behind the context is stale and may be anything.
-    stale = blocks * block_size - context
-    if stale:
-        cache[int(block_table[-1]), :, block_size - stale :] = float("nan")
-    query = torch.randn(chunk, heads + 1, 128, generator=generator).mul_(2).to(dtype).cuda()[:, 1:]
-    return seed, query, PlainKeys(cache.to(dtype).cuda(), block_table.cuda(), context)
 
 
 def unswizzled(rows: torch.Tensor) -> torch.Tensor:
@@ -60,7 +38,7 @@ def unswizzled(rows: torch.Tensor) -> torch.Tensor:
     [(2, 16, 5, torch.bfloat16), (1, 48, 33, torch.float16), (3, 128, 70, torch.bfloat16)],
 )
 def test_keys_equal_the_reference(bits: int, kv_heads: int, block_size: int, pages: int, dtype: torch.dtype) -> None:
-    seed, query, keys = request(1, pages * PAGE + 3, kv_heads, kv_heads, block_size, dtype)
+    seed, query, keys = request(1, pages * PAGE + 3, kv_heads, kv_heads, 128, block_size, dtype)
     assert cuda.can_run(query, keys)
     levels, mean, numbers = cuda.quantise_keys(keys, pages, bits)
     expected = reference.quantise_keys(keys, pages, bits)
@@ -98,7 +76,7 @@ def test_the_map_equals_the_reference(
     heads: int, kv_heads: int, chunk: int, context: int, bits: int, bounds: bool, query_block: int, dtype: torch.dtype
 ) -> None:
     """It lies between the reference's maps for thresholds a little higher and a little lower."""
-    seed, query, keys = request(chunk, context, heads, kv_heads, 48, dtype)
+    seed, query, keys = request(chunk, context, heads, kv_heads, 128, 48, dtype)
     assert cuda.can_run(query, keys)
     # Of more keys the best is better: thresholds that split the pages rise with the length.
     log_tau = torch.linspace(-0.5, 1.5, heads, device="cuda")
@@ -123,7 +101,7 @@ def test_the_map_equals_the_reference(
 
 @needs_hopper
 def test_other_inputs_are_left_to_triton() -> None:
-    _, query, keys = request(64, 300, 2, 1, 16, torch.bfloat16)
+    _, query, keys = request(64, 300, 2, 1, 128, 16, torch.bfloat16)
     assert cuda.can_run(query, keys)
     assert not cuda.can_run(query[..., :64], keys)
     assert not cuda.can_run(query.float(), keys)
@@ -158,10 +136,8 @@ def test_scores_stay_in_registers(tmp_path: Path) -> None:
     nvcc = find_nvcc()
     assert nvcc is not None
     source = ROOT / "csrc" / "sm90" / "low_bit_scores.cu"
-    command = [nvcc, "-std=c++17", "-O3", "-cubin", "-Xptxas=-v", f"-gencode={ARCHITECTURES['sm90']}"]
-    run = subprocess.run(
-        [*command, "-o", str(tmp_path / "scores.cubin"), str(source)], capture_output=True, text=True, check=True
-    )
+    command = [*nvcc_command(nvcc, "sm90"), "-cubin", "-Xptxas=-v", "-o", str(tmp_path / "scores.cubin"), str(source)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     spills = [int(found) for found in re.findall(r"(\d+) bytes spill", run.stdout + run.stderr)]
     assert spills, run.stderr
     assert not any(spills), run.stderr

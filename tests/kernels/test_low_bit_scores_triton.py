@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 
 from tests.kernels.hopper import compile_for_hopper
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
+from tests.kernels.low_bit import PAGE, SLACK, request
 from vllm_sparse.kernels.low_bit_scores import reference
-from vllm_sparse.keys import PlainKeys
 
 pytest.importorskip("triton")
-
-PAGE = 32
-# Of float32: scores of other orders of summation, and integers that flip where a quotient is near a half.
-SLACK = 0.02
 
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
     run_under_the_interpreter(__file__, passing=13)
-
-
-def request(
-    chunk: int, context: int, heads: int, kv_heads: int, head_size: int, block_size: int
-) -> tuple[int, torch.Tensor, PlainKeys]:
-    """A seed, queries in a wider row as a fused projection leaves them, and keys of many sizes on scattered blocks."""
-    seed = random.randrange(1 << 30)
-    generator = torch.Generator().manual_seed(seed)
-    blocks = -(-context // block_size)
-    cache = torch.randn(blocks + 3, kv_heads, block_size, 2 * head_size, generator=generator)
-    cache *= 1.5 * torch.rand(blocks + 3, 1, block_size, 1, generator=generator)
-    block_table = torch.randperm(blocks + 3, generator=generator)[:blocks].int()
-    # What lies behind the context is stale and may be anything.
-    stale = blocks * block_size - context
-    if stale:
-        cache[int(block_table[-1]), :, block_size - stale :] = float("nan")
-    query = torch.randn(chunk, heads + 1, head_size, generator=generator).mul_(2).to(DEVICE)[:, 1:]
-    return seed, query, PlainKeys(cache.to(DEVICE), block_table.to(DEVICE), context)
 
 
 @needs_triton
@@ -48,7 +24,7 @@ def request(
 def test_keys_equal_the_reference(bits: int, kv_heads: int, head_size: int, block_size: int) -> None:
     from vllm_sparse.kernels.low_bit_scores import triton as sale_triton
 
-    seed, _, keys = request(1, 5 * PAGE + 3, kv_heads, kv_heads, head_size, block_size)
+    seed, _, keys = request(1, 5 * PAGE + 3, kv_heads, kv_heads, head_size, block_size, torch.float32)
     levels, mean, numbers = sale_triton.quantise_keys(keys, 5, bits)
     expected = reference.quantise_keys(keys, 5, bits)
     assert bool((levels[..., head_size:] == 0).all())
@@ -75,7 +51,7 @@ def test_rows_equal_the_reference(chunk: int, context: int, bits: int, sink: int
     from vllm_sparse.kernels.low_bit_scores import triton as sale_triton
 
     heads, head_size = 4, 80
-    seed, query, keys = request(chunk, context, heads, 2, head_size, 48)
+    seed, query, keys = request(chunk, context, heads, 2, head_size, 48, torch.float32)
     log_tau = torch.tensor([-1.0, 0.0, 2.0, float("-inf")], device=DEVICE)
     levels, numbers = sale_triton.quantise_rows(query, keys, 0.1, log_tau, bits, sink, local, query_block)
     rows = query.transpose(0, 1).contiguous()
@@ -104,7 +80,7 @@ def test_the_map_equals_the_reference(
     """It lies between the reference's maps for thresholds a little higher and a little lower."""
     from vllm_sparse.kernels.low_bit_scores import triton as sale_triton
 
-    seed, query, keys = request(chunk, context, heads, kv_heads, head_size, 16)
+    seed, query, keys = request(chunk, context, heads, kv_heads, head_size, 16, torch.float32)
     scale, log_tau = head_size**-0.5, torch.linspace(-0.5, 1.5, heads, device=DEVICE)
 
     def expected(shift: float) -> torch.Tensor:

@@ -1,9 +1,8 @@
 """Hierarchical pruning of keys in Triton: for each stage one launch for all descents and one for the best chunks.
 
-At 128K tokens, a chunk of 8192, 8 KV heads of 128 numbers in bfloat16, query blocks of 64 and the default stages, a
-(KV head, query block) reads about 8 000, 6 100 and 4 100 single keys: 4.8 GB, which many query blocks share and which
-come from the L2 cache, and 0.5 TFLOP. Chunks of a tile are the rows of the product, so that the maximum over queries
-stays in a warp.
+At 128K tokens, a chunk of 8192, 8 KV heads of 128 numbers in bfloat16 and the default knobs, a (KV head, query block)
+reads about 8 000, 6 100 and 4 100 single keys: 2.4 GB, which many query blocks share and which come from the L2 cache,
+and 0.3 TFLOP. Chunks of a tile are the rows of the product, so that the maximum over queries stays in a warp.
 """
 
 from __future__ import annotations
