@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vllm_sparse.backend.plan import RowSpan
-from vllm_sparse.metrics import DIRECTORY_VARIABLE, PROMETHEUS_VARIABLE, PrefillDensity
+from vllm_sparse.metrics import DIRECTORY_VARIABLE, PROMETHEUS_VARIABLE, RowDensity
 
 SERVER = """
 import subprocess, sys, os
@@ -31,20 +31,20 @@ print("directory", directory)
 WORKER = """
 import torch
 from vllm_sparse.backend.plan import RowSpan
-from vllm_sparse.metrics import PrefillDensity, WorkerMetrics
+from vllm_sparse.metrics import RowDensity, WorkerMetrics
 metrics = WorkerMetrics(recording=True)
 metrics.count_fallback("prefill", "flexprefill", "short_chunk")
 metrics.count_fallback("prefill", "flexprefill", "short_chunk")
-metrics.observe_density("decode", "tidal", 0.25)
-density = PrefillDensity("flexprefill")
+newest = RowDensity("decode", "tidal")
+newest.add(torch.tensor([64, 64], dtype=torch.int32), RowSpan(3, 900, 1, 256), 1, 2)
+density = RowDensity("prefill", "flexprefill")
 for _ in range(2):
     density.add(torch.tensor([128, 256], dtype=torch.int32), RowSpan(0, 0, 256, 256), 128, 1)
-metrics.finish_step([density])
+metrics.finish_step([density, newest, RowDensity("decode", "nothing sparse")])
 metrics.finish_step([])
 metrics.collect_finished()
 silent = WorkerMetrics(recording=False)
 silent.count_fallback("decode", "tidal", "short_context")
-silent.observe_density("decode", "tidal", 1.0)
 silent.finish_step([density])
 """
 
@@ -84,6 +84,7 @@ def test_a_worker_writes_where_the_server_announced() -> None:
     assert values["vllm_sparse_density_ratio_sum" + prefill] == 1.0
     assert 'vllm_sparse_density_ratio_bucket{le="0.2",method="tidal",phase="decode"} 0.0' in output
     assert 'vllm_sparse_density_ratio_bucket{le="0.3",method="tidal",phase="decode"} 1.0' in output
+    assert "nothing sparse" not in output
     assert not any("short_context" in name for name in values), "a silent rank must record nothing"
     directory = output.split("directory ")[1].strip()
     assert not Path(directory).exists(), "the server removes its directory"
@@ -96,7 +97,7 @@ def test_a_dense_chunk_has_density_one(chunk: int, context: int, heads: int) -> 
     """Candidates are what rows of a dense chunk would keep, counted row by row."""
     lasts = [min(first + 128, context) for first in range(context - chunk, context, 128)]
     kept = torch.tensor(lasts * heads, dtype=torch.int32)
-    density = PrefillDensity("flexprefill")
+    density = RowDensity("prefill", "flexprefill")
     for _ in range(3):
         density.add(kept, RowSpan(0, 0, chunk, context), 128, heads)
     assert int(torch.stack(density.kept).sum()) == density.candidates == 3 * heads * sum(lasts)

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from vllm import SamplingParams
 
+from vllm_sparse.methods.base import LayerMemory
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.tidal import Tidal
-from vllm_sparse.params import ALL_DENSE, RESOLVED_KEY, SparseParams
-from vllm_sparse.routing import TABLE, RequestTable, SparseParamsProcessor
+from vllm_sparse.params import RESOLVED_KEY, SparseParams
+from vllm_sparse.routing import TABLE, RequestTable, SparseParamsProcessor, SparseRequest
 
 CHOICES = [
     None,
@@ -25,6 +26,11 @@ CHOICES = [
     SparseParams(FlexPrefill(gamma=0.5), Tidal(budget=512), 2),
 ]
 choices = st.sampled_from(CHOICES)
+
+
+def params_of(rows: dict[int, SparseRequest]) -> dict[int, SparseParams]:
+    """Parameters by row."""
+    return {row: request.params for row, request in rows.items()}
 
 
 def sampling(params: SparseParams | None) -> SamplingParams:
@@ -89,9 +95,14 @@ class V1Batch(RuleBasedStateMachine):
         expected = {
             row: self.params[name] for row, name in enumerate(self.batch.req_ids) if self.params[name] is not None
         }
-        assert TABLE.sparse_rows(None, self.batch.num_reqs) == expected
+        assert params_of(TABLE.sparse_rows(None, self.batch.num_reqs)) == expected
         # Nothing lingers behind the batch either.
-        assert TABLE.sparse_rows(None, self.slots) == expected
+        found = TABLE.sparse_rows(None, self.slots)
+        assert params_of(found) == expected
+        # A request's memory moves with it and no other gets it.
+        for row, request in found.items():
+            name = self.batch.req_ids[row]
+            assert request.memory.setdefault(0, name) == name
 
 
 V1Batch.TestCase.settings = settings(max_examples=30, stateful_step_count=15, deadline=None)
@@ -116,7 +127,7 @@ class V2Slots(RuleBasedStateMachine):
     def step(self, rows: list[int], padding: int) -> None:
         expected = {row: self.model[slot] for row, slot in enumerate(rows) if self.model.get(slot) is not None}
         slots = np.array(rows, dtype=np.int32)
-        assert self.table.sparse_rows(slots, len(rows) + padding) == expected
+        assert params_of(self.table.sparse_rows(slots, len(rows) + padding)) == expected
         decoding = any(params is not None and params.decode is not None for params in expected.values())
         assert self.table.decodes_sparsely(slots) == decoding
         assert self.table.sparse_rows(None, len(rows)) == {}
@@ -143,8 +154,19 @@ def test_a_new_runner_starts_with_an_empty_table() -> None:
 def test_taking_a_slot_empties_it() -> None:
     table = RequestTable()
     table.set(3, sampling(CHOICES[1]))
-    assert table.take(3) == CHOICES[1]
-    assert table.take(3) is ALL_DENSE
+    taken = table.take(3)
+    assert taken is not None
+    assert taken.params == CHOICES[1]
+    assert table.take(3) is None
+
+
+def test_a_request_that_enters_a_slot_finds_no_memory() -> None:
+    table = RequestTable()
+    for _ in range(2):
+        table.set(3, sampling(CHOICES[2]))
+        request = table.sparse_rows(None, 4)[3]
+        assert not request.memory
+        request.memory[0] = LayerMemory([torch.zeros(1)])
 
 
 def test_the_v2_loader_accepts_and_builds_the_processor() -> None:

@@ -69,9 +69,17 @@ def _write_to_announced_directory() -> None:
 
 
 @dataclass
-class PrefillDensity:
-    """Kept over candidate KV tokens of one chunk, summed over its sparse layers; kept counts stay on the device."""
+class RowDensity:
+    """Kept over candidate KV tokens of one row's step, summed over its sparse layers; kept counts stay on the device.
 
+    Attributes:
+        phase: ``prefill`` or ``decode``.
+        method: name of the method.
+        kept: tokens read, one scalar a layer.
+        candidates: tokens in reach, of all layers.
+    """
+
+    phase: str
     method: str
     kept: list[torch.Tensor] = field(default_factory=list)
     candidates: int = 0
@@ -81,8 +89,8 @@ class PrefillDensity:
 
         Args:
             kept_tokens: int32 ``[rows]``.
-            span: the chunk.
-            query_block_tokens: tokens of a row.
+            span: the request's place in the step.
+            query_block_tokens: query tokens that share a list.
             list_heads: heads that have a list of their own, one row per query block.
         """
         self.kept.append(kept_tokens.sum())
@@ -99,7 +107,7 @@ class WorkerMetrics:
 
     def __init__(self, recording: bool) -> None:
         self._recording = recording
-        self._pending: list[tuple[torch.cuda.Event, torch.Tensor, list[PrefillDensity]]] = []
+        self._pending: list[tuple[torch.cuda.Event, torch.Tensor, list[RowDensity]]] = []
         self._logged: set[tuple[str, str, str]] = set()
         if not recording:
             return
@@ -126,11 +134,6 @@ class WorkerMetrics:
             cls._instance = cls(recording=get_tensor_model_parallel_rank() == 0)
         return cls._instance
 
-    def observe_density(self, phase: str, method: str, density: float) -> None:
-        """One chunk's or one decode step's density, 0 to 1."""
-        if self._recording:
-            self._density.labels(phase, method).observe(density)
-
     def count_fallback(self, phase: str, method: str, reason: str) -> None:
         """A row that asked for `method` and runs dense; `reason` is a key of `FALLBACK_REASONS`."""
         if not self._recording:
@@ -147,8 +150,9 @@ class WorkerMetrics:
                 reason,
             )
 
-    def finish_step(self, densities: list[PrefillDensity]) -> None:
-        """All layers of the step are queued: fetch the chunks' kept counts without waiting for the device."""
+    def finish_step(self, densities: list[RowDensity]) -> None:
+        """All layers of the step are queued: fetch the rows' kept counts without waiting for the device."""
+        densities = [density for density in densities if density.kept]
         if not densities or not self._recording:
             return
         kept = torch.stack([torch.stack(density.kept).sum() for density in densities])
@@ -162,11 +166,11 @@ class WorkerMetrics:
         self._pending.append((event, host, densities))
 
     def collect_finished(self) -> None:
-        """Observe the chunks whose counts have arrived; called once a step."""
+        """Observe the rows whose counts have arrived; called once a step."""
         while self._pending and self._pending[0][0].query():  # type: ignore[no-untyped-call]
             _, host, densities = self._pending.pop(0)
             self._observe(host, densities)
 
-    def _observe(self, kept: torch.Tensor, densities: list[PrefillDensity]) -> None:
+    def _observe(self, kept: torch.Tensor, densities: list[RowDensity]) -> None:
         for density, tokens in zip(densities, kept.tolist(), strict=True):
-            self.observe_density("prefill", density.method, tokens / density.candidates)
+            self._density.labels(density.phase, density.method).observe(tokens / density.candidates)

@@ -7,6 +7,7 @@ runner V1 reports batch changes, and row ``i`` of the metadata is index ``i``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
@@ -19,12 +20,27 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
 
+    from vllm_sparse.methods.base import LayerMemory
+
+
+@dataclass
+class SparseRequest:
+    """A request that is not all dense, as the model runner holds it.
+
+    Attributes:
+        params: its resolved parameters.
+        memory: what its decode method keeps from step to step, by layer.
+    """
+
+    params: SparseParams
+    memory: dict[int, LayerMemory] = field(default_factory=dict)
+
 
 class RequestTable:
-    """Sparse parameters by slot; slots of dense requests are absent."""
+    """Sparse requests by slot; slots of dense requests are absent."""
 
     def __init__(self) -> None:
-        self._params: dict[int, SparseParams] = {}
+        self._requests: dict[int, SparseRequest] = {}
         self.attached = False
         """A model runner feeds this table."""
         self.slots_in_metadata = False
@@ -34,48 +50,48 @@ class RequestTable:
 
     def attach(self, slots_in_metadata: bool) -> None:
         """Start over for a new model runner."""
-        self._params.clear()
+        self._requests.clear()
         self.attached = True
         self.slots_in_metadata = slots_in_metadata
 
     def set(self, slot: int, sampling_params: SamplingParams) -> None:
-        """A request enters a slot, which may hold a former request's parameters."""
+        """A request enters a slot, which may hold a former request."""
         resolved = (sampling_params.extra_args or {}).get(RESOLVED_KEY)
         params = ALL_DENSE if resolved is None else deserialize(resolved)
-        self.put(slot, params)
+        self.put(slot, None if params.is_dense else SparseRequest(params))
 
-    def put(self, slot: int, params: SparseParams) -> None:
-        """Place resolved parameters in a slot."""
-        if params.is_dense:
-            self._params.pop(slot, None)
+    def put(self, slot: int, request: SparseRequest | None) -> None:
+        """Place a request in a slot, or none."""
+        if request is None:
+            self._requests.pop(slot, None)
         else:
-            self._params[slot] = params
+            self._requests[slot] = request
 
-    def take(self, slot: int) -> SparseParams:
-        """Remove and return a slot's parameters."""
-        return self._params.pop(slot, ALL_DENSE)
+    def take(self, slot: int) -> SparseRequest | None:
+        """Remove and return a slot's request."""
+        return self._requests.pop(slot, None)
 
-    def sparse_rows(self, req_idx: np.ndarray | None, num_rows: int) -> dict[int, SparseParams]:
-        """Rows of a step whose request is not all dense.
+    def sparse_rows(self, req_idx: np.ndarray | None, num_rows: int) -> dict[int, SparseRequest]:
+        """Rows of a step whose request is not all dense, and their requests.
 
         Args:
             req_idx: ``[<= num_rows]`` slot of each row, or None.
             num_rows: rows in the step, padding included.
         """
-        if not self._params or self.dummy_step:
+        if not self._requests or self.dummy_step:
             return {}
         if not self.slots_in_metadata:
-            return {row: params for row, params in self._params.items() if row < num_rows}
+            return {row: request for row, request in self._requests.items() if row < num_rows}
         if req_idx is None:
             # Runner V2's speculators build metadata for their draft model, which stays dense.
             return {}
         rows = enumerate(req_idx.tolist())
-        return {row: self._params[slot] for row, slot in rows if slot in self._params}
+        return {row: self._requests[slot] for row, slot in rows if slot in self._requests}
 
     def decodes_sparsely(self, slots: np.ndarray) -> bool:
         """Whether any of these slots holds a request with a sparse decode method."""
-        return bool(self._params) and any(
-            slot in self._params and self._params[slot].decode is not None for slot in slots.tolist()
+        return bool(self._requests) and any(
+            slot in self._requests and self._requests[slot].params.decode is not None for slot in slots.tolist()
         )
 
 

@@ -31,7 +31,7 @@ from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.hip import Hip
 from vllm_sparse.methods.sale import Sale
-from vllm_sparse.metrics import PrefillDensity
+from vllm_sparse.metrics import RowDensity
 from vllm_sparse.pages import PageList
 
 BUNDLED_MODEL = Path(__file__).parents[1] / "model" / "weights"
@@ -83,7 +83,7 @@ class Measurement:
 
 def density_of(method: PrefillMethod, lists: PageList, heads: Heads) -> float:
     """KV tokens read over KV tokens in reach, as the server's metric counts them."""
-    density = PrefillDensity(method.name)
+    density = RowDensity("prefill", method.name)
     having = method.list_heads(heads.query.shape[1], heads.keys.shape[0])
     density.add(lists.kept_tokens, RowSpan(0, 0, heads.chunk, heads.context), method.query_block, having)
     return float(density.kept[0]) / density.candidates

@@ -14,7 +14,7 @@ from tests import oracle
 from tests.backend.conftest import HEAD_SIZE, HEADS, KV_HEADS, LAYERS, SCALE, Engine
 from tests.methods.lists import chunk_allowed
 from tests.oracle import Paged, Platform
-from vllm_sparse.methods.base import Layer
+from vllm_sparse.methods.base import Layer, LayerMemory
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.params import ALL_DENSE, SparseParams
@@ -104,10 +104,10 @@ def make_step(rows: list[Row], generator: torch.Generator) -> Step:
 
 def run(engine: Engine, step: Step) -> list[torch.Tensor]:
     """Each layer's output of the sparse backend."""
-    from vllm_sparse.routing import TABLE
+    from vllm_sparse.routing import TABLE, SparseRequest
 
     for index, row in enumerate(step.rows):
-        TABLE.put(index, row.params)
+        TABLE.put(index, None if row.params.is_dense else SparseRequest(row.params))
     metadata = engine.builder.build(0, step.common)
     return [
         forward(layer.impl, layer, query, data, metadata)
@@ -163,7 +163,7 @@ def allowed(step: Step, index: int, layer: int) -> torch.Tensor:
         assert row.params.decode is not None
         source = int(kind.split()[1])
         query = step.queries[source][span][0]
-        lists = row.params.decode.select(query, step.data[source].reader(index), SCALE, BLOCK)
+        lists = row.params.decode.select(query, step.data[source].reader(index), SCALE, BLOCK, LayerMemory())
         count = lists.pages.shape[0]
         kept = torch.stack([oracle.kept_positions(lists, list_row, row.context) for list_row in range(count)])
         assert not bool(kept.all()), "a list must leave something out for this test to see it"

@@ -21,7 +21,7 @@ from tests.methods.lists import (
 )
 from tests.methods.matrix import DecodeCase, PrefillCase
 from tests.oracle import EXECUTING, PLAIN, SELECTING, Paged, Platform
-from vllm_sparse.methods.base import DecodeMethod, PrefillMethod
+from vllm_sparse.methods.base import DecodeMethod, LayerMemory, PrefillMethod
 from vllm_sparse.pages import PageList
 
 
@@ -61,7 +61,7 @@ def test_decode_lists_are_well_formed(
     data = oracle.random_paged(platform, generator, contexts, kv_heads, 32, max(page, 16))
     for request, context in enumerate(contexts):
         query = oracle.random_tensor(platform, generator, heads, 32, spread=2)
-        lists = case.method.select(query, data.reader(request), SCALE, page)
+        lists = case.method.select(query, data.reader(request), SCALE, page, LayerMemory())
         assert lists.page_size_tokens == page
         assert lists.pages.dtype == lists.kept_tokens.dtype == torch.int32
         assert lists.pages.shape[0] == (kv_heads if case.lists_per_kv_head else heads)
@@ -109,7 +109,7 @@ def test_decode_equals_the_oracle_over_its_list(
         for request, context in enumerate(contexts):
             query = oracle.random_tensor(platform, generator, heads, head_size, spread=2)
             for page in platform.page_sizes(block_size):
-                lists = case.method.select(query, data.reader(request), SCALE, page)
+                lists = case.method.select(query, data.reader(request), SCALE, page, LayerMemory())
                 output = attend_newest(lists, data, request, query)
                 rows = lists.pages.shape[0]
                 allowed = torch.stack([oracle.kept_positions(lists, row, context) for row in range(rows)])
@@ -152,7 +152,7 @@ def test_decode_dense_limit(case: DecodeCase, platform: Platform, generator: tor
         everything = torch.ones(context, dtype=torch.bool)
         dense = oracle.attention(query.unsqueeze(0), data.keys[0], data.values[0], SCALE, everything)
         for page in platform.page_sizes(64):
-            lists = case.method.select(query, data.reader(0), SCALE, page)
+            lists = case.method.select(query, data.reader(0), SCALE, page, LayerMemory())
             oracle.assert_close(attend_newest(lists, data, 0, query), dense[0], f"context {context}, page {page}")
 
 
@@ -175,7 +175,7 @@ def test_lists_do_not_depend_on_the_cache(
         if isinstance(method, PrefillMethod):
             lists = select_chunk(method, data, neighbours, chunk, 16)
         else:
-            lists = method.select(chunk[-1], data.reader(neighbours), SCALE, 16)
+            lists = method.select(chunk[-1], data.reader(neighbours), SCALE, 16, LayerMemory())
         expected = expected or lists
         assert same_lists(expected, lists), f"block size {block_size}, {neighbours} other requests"
 

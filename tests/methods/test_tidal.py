@@ -11,7 +11,7 @@ from tests import oracle
 from tests.methods.lists import SCALE as EXECUTED_SCALE
 from tests.methods.lists import attend_newest, same_lists
 from tests.oracle import EXECUTING, PLAIN, SELECTING, Paged, Platform
-from vllm_sparse.methods.base import KnobError
+from vllm_sparse.methods.base import KnobError, LayerMemory
 from vllm_sparse.methods.tidal import Tidal
 
 SCALE = 0.15
@@ -19,7 +19,7 @@ SCALE = 0.15
 
 def kept(method: Tidal, query: torch.Tensor, data: Paged, page: int = 1, scale: float = SCALE) -> list[set[int]]:
     """Token positions of each list."""
-    lists = method.select(query, data.reader(0), scale, page)
+    lists = method.select(query, data.reader(0), scale, page, LayerMemory())
     context = data.keys[0].shape[1]
     return [
         set(oracle.kept_positions(lists, row, context).nonzero().flatten().tolist())
@@ -52,7 +52,7 @@ def test_t1_a_budget_of_the_context_is_dense(
     everything = torch.ones(context, dtype=torch.bool)
     dense = oracle.attention(query.unsqueeze(0), data.keys[0], data.values[0], EXECUTED_SCALE, everything)
     for page in platform.page_sizes(32):
-        chosen = faithful(context, lists).select(query, data.reader(0), SCALE, page)
+        chosen = faithful(context, lists).select(query, data.reader(0), SCALE, page, LayerMemory())
         assert chosen.kept_tokens.tolist() == [context] * chosen.pages.shape[0]
         oracle.assert_close(attend_newest(chosen, data, 0, query), dense[0])
 
@@ -141,7 +141,7 @@ def test_t6_merged_lists_equal_per_head_lists_without_groups(
     query = oracle.random_tensor(platform, generator, 4, 32)
     merged, single = (Tidal(budget=96, lists=lists) for lists in ("kv_head", "query_head"))
     reader = data.reader(0)
-    assert same_lists(merged.select(query, reader, SCALE, page), single.select(query, reader, SCALE, page))
+    assert same_lists(*(method.select(query, reader, SCALE, page, LayerMemory()) for method in (merged, single)))
 
 
 @pytest.mark.parametrize("platform", SELECTING)
@@ -174,7 +174,7 @@ def test_t7_a_page_is_worth_its_best_token(platform: Platform, page: int, genera
         order = sorted(range(len(scores) - 1), key=lambda index: -scores[index])
         count = -(-budget // size)
         expected = sorted([*order[: count - 1], len(scores) - 1])
-        lists = faithful(budget).select(query, data.reader(0), SCALE, size)
+        lists = faithful(budget).select(query, data.reader(0), SCALE, size, LayerMemory())
         assert oracle.live_pages(lists, 0) == expected, f"pages of {size}"
 
 

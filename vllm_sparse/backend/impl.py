@@ -13,7 +13,7 @@ from vllm_sparse.backend.chunk import attend_chunk
 from vllm_sparse.backend.plan import DecodeLaunch, LayerWork, PrefillRow, RowSpan, StepPlan
 from vllm_sparse.executors import Executor
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import Layer
+from vllm_sparse.methods.base import Layer, LayerMemory
 
 
 class SparseAttentionImpl:
@@ -85,18 +85,20 @@ class SparseAttentionImpl:
         block_table = attn_metadata.block_table
         for chunk in work.prefill:
             self._forward_chunk(chunk, layer, layer_index, query, kv_cache, block_table, heads)
-        for row in work.selecting:
+        for row in work.choosing:
             keys = self.keys_of(layer, kv_cache, block_table[row.span.row], row.span.context_tokens)
             page_size = self.decode_page_size(kv_cache.shape[2])
-            plan.choose(row, row.method.select(query[row.span.query_start], keys, self.scale, page_size))
+            memory = row.memory.setdefault(layer_index, LayerMemory())
+            plan.choose(row, row.method.select(query[row.span.query_start], keys, self.scale, page_size, memory))
+        for row in work.reading:
+            assert row.pages is not None, "a layer that reads a list follows one that chose it, or chose it itself"
+            row.density.add(row.pages.kept_tokens, row.span, 1, row.pages.kept_tokens.shape[0])
         if work.reading:
             self._forward_reading(
                 plan.decode_launches(work, block_table, self.num_kv_heads, kv_cache.shape[2]), query, heads, kv_cache
             )
         if layer_index == plan.num_layers - 1:
-            plan.metrics.finish_step([row.density for row in plan.prefill])
-            for decoding in plan.decode:
-                plan.record_decode_density(decoding)
+            plan.metrics.finish_step([row.density for row in plan.prefill] + [row.density for row in plan.decode])
         return output
 
     def _forward_reading(

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_sparse.executors import Launch
-from vllm_sparse.metrics import PrefillDensity, WorkerMetrics
+from vllm_sparse.metrics import RowDensity, WorkerMetrics
 from vllm_sparse.pages import PageList, concatenate, to_physical
-from vllm_sparse.params import SparseParams
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
-    from vllm_sparse.methods.base import DecodeMethod, PrefillMethod
+    from vllm_sparse.methods.base import DecodeMethod, LayerMemory, PrefillMethod
+    from vllm_sparse.routing import SparseRequest
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,18 @@ class PrefillRow:
 
     span: RowSpan
     method: PrefillMethod
-    density: PrefillDensity
+    density: RowDensity
 
 
 @dataclass
 class DecodeRow:
-    """A request whose decode step is sparse. Its list lives for this step only."""
+    """A request whose decode step is sparse. Its list lives for this step only, its memory as long as its slot."""
 
     span: RowSpan
     method: DecodeMethod
     roles: tuple[str, ...]
+    density: RowDensity
+    memory: dict[int, LayerMemory]
     pages: PageList | None = None
 
 
@@ -74,8 +76,8 @@ class LayerWork:
 
     Attributes:
         prefill: chunks that are sparse.
-        reading: decode rows that read their list.
-        selecting: decode rows that choose their list (and run dense).
+        reading: decode rows that read a list.
+        choosing: decode rows that choose a list.
         dense: rows for the stock kernel.
         dense_metadata: what the stock kernel needs for them, made on first use.
         launches: what the reading rows need, made on first use after a choice.
@@ -83,7 +85,7 @@ class LayerWork:
 
     prefill: list[PrefillRow]
     reading: list[DecodeRow]
-    selecting: list[DecodeRow]
+    choosing: list[DecodeRow]
     dense: list[RowSpan]
     dense_metadata: tuple[torch.Tensor, Any] | None = None
     launches: list[DecodeLaunch] | None = None
@@ -116,12 +118,12 @@ class StepPlan:
         )
         if roles not in self._work:
             prefill = [row for row in self.prefill if layer >= row.method.dense_layers]
-            reading = [row for row in self.decode if row.roles[layer] == "reuse"]
+            reading = [row for row in self.decode if row.roles[layer] in ("reuse", "choose")]
             sparse = {row.span.row for row in prefill} | {row.span.row for row in reading}
             self._work[roles] = LayerWork(
                 prefill,
                 reading,
-                [row for row in self.decode if row.roles[layer] == "select"],
+                [row for row in self.decode if row.roles[layer] in ("select", "choose")],
                 [span for span in self.spans if span.row not in sparse],
             )
         return self._work[roles]
@@ -170,17 +172,10 @@ class StepPlan:
             work.launches.append(DecodeLaunch(tokens, launch))
         return work.launches
 
-    def record_decode_density(self, row: DecodeRow) -> None:
-        """Densities of decode lists are known on the host: every list of a request is equally long."""
-        assert row.pages is not None
-        width, page_size = row.pages.pages.shape[1], row.pages.page_size_tokens
-        kept = (width - 1) * page_size + (row.span.context_tokens - 1) % page_size + 1
-        self.metrics.observe_density("decode", row.method.name, kept / row.span.context_tokens)
-
 
 def plan_step(
     common: CommonAttentionMetadata,
-    sparse_rows: dict[int, SparseParams],
+    sparse_rows: dict[int, SparseRequest],
     num_layers: int,
     speculative: bool,
     metrics: WorkerMetrics,
@@ -189,7 +184,7 @@ def plan_step(
 
     Args:
         common: vLLM's description of the step.
-        sparse_rows: parameters of the rows whose request is not all dense.
+        sparse_rows: the rows whose request is not all dense.
         num_layers: layers of the model.
         speculative: the server drafts tokens; verification rows run dense.
         metrics: receives fallbacks and densities.
@@ -211,9 +206,10 @@ def plan_step(
     prefill: list[PrefillRow] = []
     decode: list[DecodeRow] = []
     for span in spans:
-        params = sparse_rows.get(span.row)
-        if params is None:
+        request = sparse_rows.get(span.row)
+        if request is None:
             continue
+        params = request.params
         in_prompt = span.row < len(prefilling) and prefilling[span.row]
         if in_prompt or (span.query_tokens > 1 and not speculative):
             if params.prefill is None:
@@ -223,14 +219,16 @@ def plan_step(
             elif span.query_tokens < params.prefill.min_query_tokens:
                 metrics.count_fallback("prefill", params.prefill.name, "short_chunk")
             else:
-                prefill.append(PrefillRow(span, params.prefill, PrefillDensity(params.prefill.name)))
+                prefill.append(PrefillRow(span, params.prefill, RowDensity("prefill", params.prefill.name)))
         elif params.decode is not None:
             if speculative:
                 metrics.count_fallback("decode", params.decode.name, "speculative")
             elif span.context_tokens < params.min_tokens or span.context_tokens <= params.decode.budget_tokens:
                 metrics.count_fallback("decode", params.decode.name, "short_context")
             else:
-                decode.append(DecodeRow(span, params.decode, _layer_roles(params.decode, num_layers)))
+                roles = _layer_roles(params.decode, num_layers)
+                density = RowDensity("decode", params.decode.name)
+                decode.append(DecodeRow(span, params.decode, roles, density, request.memory))
     if not prefill and not decode:
         return None
     return StepPlan(spans, prefill, decode, num_layers, metrics)

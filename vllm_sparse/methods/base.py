@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
@@ -149,8 +149,19 @@ class PrefillMethod(ABC):
         )
 
 
+@dataclass
+class LayerMemory:
+    """What a decode method keeps of one request in one layer from step to step; empty at the request's first step.
+
+    Attributes:
+        stages: results of a search's stages, earlier ones first.
+    """
+
+    stages: list[torch.Tensor] = field(default_factory=list)
+
+
 class DecodeMethod(ABC):
-    """Chooses the pages that a decode step may read, in some layers, for use in those that follow."""
+    """Chooses the pages that a decode step may read, in some layers, for the same layer or for those that follow."""
 
     name: ClassVar[str]
     server_knobs: ClassVar[tuple[str, ...]] = ()
@@ -163,14 +174,19 @@ class DecodeMethod(ABC):
 
     @abstractmethod
     def layer_roles(self, num_layers: int) -> list[str]:
-        """Role of each layer: ``dense``, ``select`` (dense, and chooses a list) or ``reuse`` (reads the list).
+        """Role of each layer: what it reads, and whether it chooses a list.
+
+        ``dense`` reads everything; ``select`` too, and chooses a list for the layers that follow; ``reuse`` reads the
+        list chosen last; ``choose`` chooses a list and reads it.
 
         Raises:
             KnobError: a knob names a layer that the model does not have.
         """
 
     @abstractmethod
-    def select(self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int) -> PageList:
+    def select(
+        self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory
+    ) -> PageList:
         """Choose pages for one request's newest token.
 
         Args:
@@ -178,6 +194,7 @@ class DecodeMethod(ABC):
             keys: the request's keys, the newest token's included.
             scale: the model's softmax scale.
             page_size_tokens: page size of the executor.
+            memory: of this request in this layer, updated.
 
         Returns:
             Lists of one row per KV head, or one row per query head.

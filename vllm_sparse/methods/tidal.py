@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from vllm_sparse.kernels.page_list import compact_pages
 from vllm_sparse.kernels.token_scores import token_scores
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import KNOBS, DecodeMethod, KnobError
+from vllm_sparse.methods.base import KNOBS, DecodeMethod, KnobError, LayerMemory
 from vllm_sparse.pages import PageList
 
 # The paper's re-selection layer of a 32-layer Llama, scaled to a model's depth. Its two full layers are not scaled:
@@ -75,7 +75,9 @@ class Tidal(DecodeMethod):
             for layer in range(num_layers)
         ]
 
-    def select(self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int) -> PageList:
+    def select(
+        self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory
+    ) -> PageList:
         context = keys.context_tokens
         scores = token_scores(query, keys, scale, merge_heads=self.lists == "kv_head")
         if page_size_tokens > 1:
