@@ -1,0 +1,47 @@
+"""Decode rows as device kernels see them: all of a step's rows at once, with nothing about them known to the host.
+
+A decode step runs inside a CUDA graph: shapes and addresses are those of the capture, and which row does what, how long
+its context is and how much it may read are values on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """The newest tokens of several requests in one layer.
+
+    Attributes:
+        query: ``[rows, query_heads, head_size]``.
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]``, head-major (LBHNC), a token's key and value side by
+            side.
+        block_table: int32 ``[rows, blocks]``; entries past a row's context are stale.
+        context_tokens: int32 ``[rows]`` tokens in the row's cache, the newest included; 0 for a row that does not
+            choose here, whose list stays as it is.
+        scale: softmax scale of the model.
+    """
+
+    query: torch.Tensor
+    kv_cache: torch.Tensor
+    block_table: torch.Tensor
+    context_tokens: torch.Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class TokenLists:
+    """Tokens that each decode row may read, one list per KV head, as the executor takes them with pages of one token.
+
+    Attributes:
+        slots: int32 ``[rows * kv_heads, width]``, ascending by position: ``(block * kv_heads + head) * block_size +
+            offset`` of each token, its place in the per-head view of the cache. Entries past `kept_tokens` are never
+            read, and are valid places or left over from former steps.
+        kept_tokens: int32 ``[rows * kv_heads]``.
+    """
+
+    slots: torch.Tensor
+    kept_tokens: torch.Tensor
