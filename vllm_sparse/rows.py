@@ -45,3 +45,22 @@ class TokenLists:
 
     slots: torch.Tensor
     kept_tokens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """Scores of the units of decode rows' contexts, a unit being `unit_tokens` adjacent tokens from token 0 on.
+
+    Unit ``u`` of KV head ``h`` of row ``r`` is element ``starts[r] + h * head_stride + u``.
+
+    Attributes:
+        values: float32, any shape, contiguous; neither NaN nor plus infinity.
+        starts: int64 ``[rows]``.
+        head_stride: elements from a head's scores to the next head's.
+        unit_tokens: tokens of a unit; divides a block of the cache, or is a multiple of one.
+    """
+
+    values: torch.Tensor
+    starts: torch.Tensor
+    head_stride: int
+    unit_tokens: int
