@@ -48,6 +48,25 @@ class TokenLists:
 
 
 @dataclass(frozen=True)
+class RowsPlace:
+    """Where a choice for decode rows finds its room.
+
+    Attributes:
+        starts: int64 ``[rows]`` first token of each row's room for scores of all its tokens; rows do not overlap.
+        capacity_tokens: tokens that there is room for.
+        slots: int32 ``[rows]`` place of each row's request in what a method keeps from step to step.
+        fresh: int32 ``[rows]`` 1 if another request held the slot before this step, else 0.
+        kept: what a method keeps of this layer, by a name that it chooses; made on first use.
+    """
+
+    starts: torch.Tensor
+    capacity_tokens: int
+    slots: torch.Tensor
+    fresh: torch.Tensor
+    kept: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
 class RowScores:
     """Scores of the units of decode rows' contexts, a unit being `unit_tokens` adjacent tokens from token 0 on.
 

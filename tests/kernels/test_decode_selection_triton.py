@@ -104,7 +104,7 @@ def test_lists_equal_the_reference(unit: int, ties: bool) -> None:
         values[3::11] = float("-inf")
     starts = torch.arange(len(contexts)) * kv_heads * head_stride
     scores = RowScores(values.to(DEVICE), starts.to(DEVICE), head_stride, unit)
-    knob_tensor = torch.tensor(knobs, dtype=torch.int32, device=DEVICE)
+    knob_tensor = torch.tensor(knobs, dtype=torch.int32, device=DEVICE).repeat(1, 2)[:, 3:]
     width = max(budget for budget, *_ in knobs) + 2 * unit
     expected, actual = (empty_lists(len(contexts) * kv_heads, width) for _ in range(2))
     top_tokens_reference.top_tokens(scores, rows, knob_tensor, expected)
@@ -127,7 +127,7 @@ def test_top_tokens_compiles_for_hopper(unit: int) -> None:
             **dict.fromkeys(
                 ("context_pointer", "knob_pointer", "block_table_pointer", "slot_pointer", "kept_pointer"), "*i32"
             ),
-            **dict.fromkeys(("head_stride", "table_row_stride", "width", "kv_heads"), "i32"),
+            **dict.fromkeys(("head_stride", "knob_row_stride", "table_row_stride", "width", "kv_heads"), "i32"),
             "score_pointer": "*fp32",
             "start_pointer": "*i64",
         },

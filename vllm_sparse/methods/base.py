@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from vllm_sparse.keys import PagedKeys
     from vllm_sparse.pages import PageList
+    from vllm_sparse.rows import DecodeRows, RowsPlace, TokenLists
 
 # Knobs are checked strictly: a string is no number, a typo is no knob.
 KNOBS = ConfigDict(extra="forbid", strict=True)
@@ -166,6 +167,8 @@ class DecodeMethod(ABC):
     name: ClassVar[str]
     server_knobs: ClassVar[tuple[str, ...]] = ()
     """Knobs that the server's configuration may set and a request may not."""
+    scores_tokens: ClassVar[bool] = False
+    """`choose_rows` scores all cached tokens and needs room for that."""
 
     @property
     @abstractmethod
@@ -177,7 +180,8 @@ class DecodeMethod(ABC):
         """Role of each layer: what it reads, and whether it chooses a list.
 
         ``dense`` reads everything; ``select`` too, and chooses a list for the layers that follow; ``reuse`` reads the
-        list chosen last; ``choose`` chooses a list and reads it.
+        list chosen last; ``choose`` chooses a list and reads it, and it alone. A method has either ``select`` and
+        ``reuse`` or ``choose``.
 
         Raises:
             KnobError: a knob names a layer that the model does not have.
@@ -198,4 +202,31 @@ class DecodeMethod(ABC):
 
         Returns:
             Lists of one row per KV head, or one row per query head.
+        """
+
+    @property
+    def in_batches(self) -> bool:
+        """`choose_rows` serves these knobs; otherwise requests are served one by one, on a GPU too."""
+        return True
+
+    @abstractmethod
+    def list_tokens(self, context_tokens: int) -> int:
+        """Tokens in a list of single tokens for a context longer than `budget_tokens`."""
+
+    @abstractmethod
+    def row_knobs(self) -> tuple[int, ...]:
+        """What `choose_rows` needs of a row's knobs."""
+
+    @classmethod
+    @abstractmethod
+    def choose_rows(cls, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
+        """Choose tokens for all rows of a step in one layer, on a GPU, as `select` does for one with pages of a token.
+
+        May be captured in a CUDA graph: no more is known to the host than shapes.
+
+        Args:
+            rows: the rows; those with a context of 0 keep their lists.
+            knobs: int32 ``[rows, knobs]`` as of `row_knobs`; a row's lie side by side.
+            place: where there is room.
+            lists: written.
         """

@@ -13,6 +13,7 @@ from vllm_sparse.kernels.top_tokens import top_pages
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import KNOBS, DecodeMethod, KnobError, LayerMemory
 from vllm_sparse.pages import PageList
+from vllm_sparse.rows import DecodeRows, RowsPlace, TokenLists
 
 # The paper's re-selection layer of a 32-layer Llama, scaled to a model's depth. Its two full layers are not scaled:
 # choosing one layer earlier loses needles on the 8-layer bundled model.
@@ -29,6 +30,7 @@ class Tidal(DecodeMethod):
     """
 
     name: ClassVar[str] = "tidal"
+    scores_tokens: ClassVar[bool] = True
 
     budget: Annotated[int, Field(ge=16, le=1 << 24, description="tokens read by a sparse layer")] = 2048
     full_layers: Annotated[int, Field(ge=0, le=1024, description="first layers, dense; the next one selects")] = 2
@@ -86,3 +88,22 @@ class Tidal(DecodeMethod):
             scores = torch.nn.functional.pad(scores, (0, padding), value=float("-inf"))
             scores = scores.view(scores.shape[0], -1, page_size_tokens).amax(2)
         return top_pages(scores, context, page_size_tokens, self.budget, self.sink_tokens, self.recent_tokens)
+
+    @property
+    def in_batches(self) -> bool:
+        return self.lists == "kv_head"
+
+    def list_tokens(self, context_tokens: int) -> int:
+        # The newest token is forced even where no recent ones are.
+        return min(max(self.budget, self.sink_tokens + max(self.recent_tokens, 1)), context_tokens)
+
+    def row_knobs(self) -> tuple[int, ...]:
+        return self.budget, self.sink_tokens, self.recent_tokens
+
+    @classmethod
+    def choose_rows(cls, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
+        # Imported here: there is Triton only where there is a GPU.
+        from vllm_sparse.kernels.token_scores.triton import token_scores_of_rows
+        from vllm_sparse.kernels.top_tokens.triton import top_tokens
+
+        top_tokens(token_scores_of_rows(rows, place.starts, place.capacity_tokens), rows, knobs, lists)

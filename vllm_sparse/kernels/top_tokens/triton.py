@@ -39,6 +39,7 @@ def top_tokens_kernel(
     slot_pointer,
     kept_pointer,
     head_stride,
+    knob_row_stride,
     table_row_stride,
     width,
     kv_heads,
@@ -52,9 +53,9 @@ def top_tokens_kernel(
     context = tl.load(context_pointer + i_row)
     if context == 0:
         return
-    budget = tl.load(knob_pointer + i_row * 3)
-    sink = tl.load(knob_pointer + i_row * 3 + 1)
-    recent = tl.load(knob_pointer + i_row * 3 + 2)
+    budget = tl.load(knob_pointer + i_row * knob_row_stride)
+    sink = tl.load(knob_pointer + i_row * knob_row_stride + 1)
+    recent = tl.load(knob_pointer + i_row * knob_row_stride + 2)
     units = tl.cdiv(context, UNIT)
     sink_units = tl.minimum(tl.cdiv(sink, UNIT), units)
     first_recent = tl.maximum(tl.maximum(context - tl.maximum(recent, 1), 0) // UNIT, sink_units)
@@ -115,7 +116,7 @@ def top_tokens_kernel(
 def top_tokens(scores: RowScores, rows: DecodeRows, knobs: torch.Tensor, lists: TokenLists) -> None:
     """Equal to `reference.top_tokens`; arguments as there, units of a power of two of tokens."""
     _, kv_heads, block_size, _ = rows.kv_cache.shape
-    assert knobs.stride() == (3, 1)
+    assert knobs.stride(1) == 1
     assert lists.slots.stride(1) == 1
     top_tokens_kernel[(rows.query.shape[0] * kv_heads,)](
         scores.values,
@@ -126,6 +127,7 @@ def top_tokens(scores: RowScores, rows: DecodeRows, knobs: torch.Tensor, lists: 
         lists.slots,
         lists.kept_tokens,
         scores.head_stride,
+        knobs.stride(0),
         rows.block_table.stride(0),
         lists.slots.stride(0),
         kv_heads,
