@@ -58,6 +58,8 @@ class ServerConfig(BaseModel):
         decode: likewise for decoding.
         methods: methods that requests may choose.
         min_tokens: contexts shorter than this run dense, unless the request says otherwise.
+        decode_list_tokens: tokens of the longest decode list that a GPU server keeps room for and CUDA graphs hold;
+            requests that read more decode without them.
         flexprefill, sale, dhsa, hip, tidal: default knobs of a method, each an object.
     """
 
@@ -67,6 +69,7 @@ class ServerConfig(BaseModel):
     decode: str = DENSE
     methods: tuple[str, ...] = Field(default=tuple(METHODS), strict=False)
     min_tokens: int = Field(default=8192, ge=0)
+    decode_list_tokens: int = Field(default=4352, ge=16, le=1 << 24)
     flexprefill: dict[str, Any] = {}
     sale: dict[str, Any] = {}
     dhsa: dict[str, Any] = {}

@@ -7,6 +7,7 @@ runner V1 reports batch changes, and row ``i`` of the metadata is index ``i``.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +30,14 @@ class SparseRequest:
 
     Attributes:
         params: its resolved parameters.
+        slot: of this request alone while it is held, the lowest that was free.
+        fresh: it has not decoded sparsely in its slot.
         memory: what its decode method keeps from step to step, by layer.
     """
 
     params: SparseParams
+    slot: int = 0
+    fresh: bool = True
     memory: dict[int, LayerMemory] = field(default_factory=dict)
 
 
@@ -58,7 +63,10 @@ class RequestTable:
         """A request enters a slot, which may hold a former request."""
         resolved = (sampling_params.extra_args or {}).get(RESOLVED_KEY)
         params = ALL_DENSE if resolved is None else deserialize(resolved)
-        self.put(slot, None if params.is_dense else SparseRequest(params))
+        self.take(slot)
+        if not params.is_dense:
+            taken = {request.slot for request in self._requests.values()}
+            self.put(slot, SparseRequest(params, next(place for place in itertools.count() if place not in taken)))
 
     def put(self, slot: int, request: SparseRequest | None) -> None:
         """Place a request in a slot, or none."""

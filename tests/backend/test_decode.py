@@ -30,7 +30,7 @@ WIDE = Tidal(budget=300, full_layers=0, reselect_layers=(2, 3), sink_tokens=0, r
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=5)
+    run_under_the_interpreter(__file__, passing=7)
 
 
 @pytest.fixture(autouse=True)
@@ -114,13 +114,15 @@ def run_step(
     queries: list[torch.Tensor],
     padding: int = 0,
     capacity: int = 1 << 20,
+    all_sparse: bool = False,
 ) -> list[torch.Tensor]:
     """Each layer's output."""
     settings = [row.setting for row in rows]
     buffers.say(settings)
     contexts = torch.tensor([row.context for row in rows] + [0] * padding, dtype=torch.int32, device=DEVICE)
     table = torch.nn.functional.pad(data[0].block_table, (0, 0, 0, padding))
-    step = DecodeStep(buffers, len(rows) + padding, buffers.launches(settings), contexts, table, capacity)
+    launches = buffers.launches(settings, all_sparse)
+    step = DecodeStep(buffers, len(rows) + padding, launches, contexts, table, capacity)
     outputs = []
     for layer in range(LAYERS):
         query = torch.nn.functional.pad(queries[layer], (0, 0, 0, 0, 0, padding))
@@ -228,6 +230,19 @@ def test_rows_without_room_for_their_scores_are_dense() -> None:
     data, queries, seed = draw(ROWS)
     outputs = run_step(new_buffers(), ROWS, data, queries, capacity=700 + 501)
     check(ROWS, outputs, expected(ROWS, data, queries, {5, 6}), seed)
+
+
+@needs_triton
+@pytest.mark.parametrize("rows", [[ROWS[0], Row(450, TIDAL)], [ROWS[0], ROWS[2], ROWS[6]]], ids=["alike", "unlike"])
+def test_a_step_of_sparse_rows_launches_no_more_than_it_needs(rows: list[Row]) -> None:
+    """Where all rows read lists there is no dense launch; where rows differ there are both."""
+    buffers = new_buffers()
+    settings = [row.setting for row in rows]
+    launches = buffers.launches(settings, all_sparse=True)
+    assert all(launches[layer].dense == any(s.roles[layer] != "reuse" for s in settings) for layer in range(LAYERS))
+    data, queries, seed = draw(rows)
+    outputs = run_step(buffers, rows, data, queries, padding=2, all_sparse=True)
+    check(rows, outputs, expected(rows, data, queries, set()), seed)
 
 
 @needs_triton

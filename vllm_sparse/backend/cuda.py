@@ -17,13 +17,18 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_sparse.backend.declarations import SparseDeclarations
+from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep
 from vllm_sparse.backend.impl import SparseAttentionImpl
 from vllm_sparse.backend.metadata import SparseMetadataBuilder
 from vllm_sparse.backend.plan import RowSpan
 from vllm_sparse.executors import Executor, FlashAttentionExecutor
 from vllm_sparse.keys import PagedKeys, PlainKeys
+from vllm_sparse.methods.registry import DECODE_METHODS
+from vllm_sparse.server.admission import server_config
 
 PREFERRED_BLOCK_TOKENS = 128
+# Decode rows that buffers are kept for; a step with more makes its own.
+MOST_ROWS = 256
 
 
 class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionMetadataBuilder):
@@ -32,6 +37,28 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
     # Decode batches run in FULL graphs; those hold dense attention only, and steps with sparse decode rows run
     # without them (vllm_sparse.routing).
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        config = server_config(vllm_config)
+        methods = [method for name, method in DECODE_METHODS.items() if name in config.methods]
+        if methods:
+            self.decode_buffers = DecodeBuffers(
+                min(vllm_config.scheduler_config.max_num_seqs, MOST_ROWS),
+                len(layer_names),
+                kv_cache_spec.num_kv_heads,
+                methods,
+                config.decode_list_tokens,
+                device,
+            )
+            self._sparse_metrics.set_buffer_bytes(self.decode_buffers.bytes)
+
+    @property
+    def batch_capacity_tokens(self) -> int | None:
+        """As many as the cache holds: more are in reach only where requests share a prefix."""
+        blocks: int = self.vllm_config.cache_config.num_gpu_blocks
+        block_tokens: int = self.kv_cache_spec.block_size
+        return blocks * block_tokens
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -80,6 +107,20 @@ class SparseFlashAttentionImpl(SparseAttentionImpl, FlashAttentionImpl):
         subset.seq_lens = metadata.seq_lens[rows]
         subset.block_table = metadata.block_table[rows]
         # The kernel schedules itself; the stored schedule is for the whole batch.
+        subset.scheduler_metadata = None
+        return subset
+
+    def dense_rows(
+        self, metadata: FlashAttentionMetadata, context_tokens: torch.Tensor, step: DecodeStep
+    ) -> FlashAttentionMetadata:
+        subset = copy.copy(metadata)
+        rows = context_tokens.shape[0]
+        subset.num_actual_tokens = rows
+        subset.max_query_len = 1
+        subset.query_start_loc = step.query_starts[: rows + 1]
+        subset.seq_lens = context_tokens
+        subset.block_table = step.block_table
+        # As above: the stored schedule is for other lengths.
         subset.scheduler_metadata = None
         return subset
 

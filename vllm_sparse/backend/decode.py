@@ -30,7 +30,7 @@ METHOD, LEAST_CONTEXT, SCORED, SLOT, FRESH, KNOBS = range(6)
 class DenseAttention(Protocol):
     """The stock kernel over decode rows, each with a length of its own."""
 
-    def __call__(self, query: torch.Tensor, context_tokens: torch.Tensor, output: torch.Tensor) -> None:
+    def __call__(self, query: torch.Tensor, context_tokens: torch.Tensor, output: torch.Tensor, /) -> None:
         """Attend.
 
         Args:
@@ -148,8 +148,17 @@ class DecodeBuffers:
             staged = staged.pin_memory() if target.is_cuda else staged
             target[: len(rows)].copy_(staged, non_blocking=True)
 
-    def launches(self, rows: Sequence[RowSetting]) -> list[LayerLaunches]:
-        """What rows such as these need in each layer, whichever of them are long enough to be sparse."""
+    def holds(self, rows: int, list_tokens: int) -> bool:
+        """Whether there is room for a step of so many rows with lists of so many tokens."""
+        return rows <= self.settings.shape[0] and list_tokens <= self.lists.slots.shape[1]
+
+    def launches(self, rows: Sequence[RowSetting], all_sparse: bool) -> list[LayerLaunches]:
+        """What a step needs in each layer.
+
+        Args:
+            rows: with the settings that may occur in the step.
+            all_sparse: no row is dense throughout, for want of a method or because its context is short.
+        """
         layers = []
         for layer in range(self.roles.shape[1]):
             roles = {(self.methods.index(type(row.method)), row.roles[layer]) for row in rows if row.method is not None}
@@ -157,7 +166,8 @@ class DecodeBuffers:
                 tuple(sorted(number for number, role in roles if role == chosen)) for chosen in ("select", "choose")
             )
             reading = any(role in ("reuse", "choose") for _, role in roles)
-            layers.append(LayerLaunches(True, selecting, choosing, reading))
+            dense = not all_sparse or any(role in ("dense", "select") for _, role in roles)
+            layers.append(LayerLaunches(dense, selecting, choosing, reading))
         return layers
 
 

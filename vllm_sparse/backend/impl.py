@@ -10,6 +10,7 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from vllm_sparse.backend.chunk import attend_chunk
+from vllm_sparse.backend.decode import DecodeStep
 from vllm_sparse.backend.plan import DecodeLaunch, LayerWork, PrefillRow, RowSpan, StepPlan
 from vllm_sparse.executors import Executor
 from vllm_sparse.keys import PagedKeys
@@ -32,6 +33,7 @@ class SparseAttentionImpl:
                 "attention backend sparse does not support a soft cap on attention logits; serve this model without it"
             )
         self._sparse_executor: Executor | None = None
+        self._kept_by_methods: dict[str, torch.Tensor] = {}
         self._first_query_head = get_tensor_model_parallel_rank() * self.num_heads
 
     @abstractmethod
@@ -53,6 +55,16 @@ class SparseAttentionImpl:
     @abstractmethod
     def dense_subset(self, layer: Any, query: torch.Tensor, metadata: Any, spans: list[RowSpan]) -> Any:
         """Stock metadata for some rows of the step, whose query tokens are gathered in that order."""
+
+    def dense_rows(self, metadata: Any, context_tokens: torch.Tensor, step: DecodeStep) -> Any:
+        """Stock metadata for decode rows that are served at once, with lengths of their own.
+
+        Args:
+            metadata: of the whole step.
+            context_tokens: int32 ``[rows]``.
+            step: the rows.
+        """
+        raise NotImplementedError(f"{type(self).__name__} serves decode rows one by one")
 
     def forward(
         self,
@@ -83,6 +95,8 @@ class SparseAttentionImpl:
 
         heads = output.view(-1, self.num_heads, query.shape[-1])
         block_table = attn_metadata.block_table
+        if plan.batch:
+            self.forward_batch(plan, layer, layer_index, query, key, value, kv_cache, attn_metadata, heads)
         for chunk in work.prefill:
             self._forward_chunk(chunk, layer, layer_index, query, kv_cache, block_table, heads)
         for row in work.choosing:
@@ -100,6 +114,44 @@ class SparseAttentionImpl:
         if layer_index == plan.num_layers - 1:
             plan.metrics.finish_step([row.density for row in plan.prefill] + [row.density for row in plan.decode])
         return output
+
+    def forward_batch(
+        self,
+        plan: StepPlan,
+        layer: Any,
+        layer_index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        heads: torch.Tensor,
+    ) -> None:
+        """The decode rows that are served at once; arguments as in `forward`, `heads` being its output."""
+        assert self._sparse_executor is not None
+        batch = plan.start_batch(attn_metadata.seq_lens, attn_metadata.block_table, self.num_kv_heads)
+
+        def dense(rows_query: torch.Tensor, context_tokens: torch.Tensor, rows_output: torch.Tensor) -> None:
+            metadata = self.dense_rows(attn_metadata, context_tokens, batch.step)
+            # As in `_forward_dense`, keys and values are only passed through.
+            super(SparseAttentionImpl, self).forward(  # type: ignore[misc]
+                layer, rows_query, key, value, kv_cache, metadata, rows_output
+            )
+
+        in_place = isinstance(batch.tokens, slice)
+        target = heads[batch.tokens]
+        batch.step.attend(
+            layer_index,
+            query[batch.tokens],
+            kv_cache,
+            self.scale,
+            target,
+            self._sparse_executor,
+            dense,
+            self._kept_by_methods,
+        )
+        if not in_place:
+            heads[batch.tokens] = target
 
     def _forward_reading(
         self, launches: list[DecodeLaunch], query: torch.Tensor, heads: torch.Tensor, kv_cache: torch.Tensor

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
+    from vllm_sparse.backend.decode import DecodeBuffers
+
 
 class SparseMetadataBuilder:
     """Mixin before a stock builder. A step without sparse rows gets the stock metadata and nothing else.
@@ -48,10 +50,20 @@ class SparseMetadataBuilder:
                 self._sparse_num_layers,
                 self._sparse_speculative,
                 self._sparse_metrics,
+                self.batch_capacity_tokens,
+                self.decode_buffers,
             )
             if plan is not None:
                 metadata.sparse_plan = plan
         return metadata
+
+    decode_buffers: DecodeBuffers | None = None
+    """What the server keeps for decode rows that are served at once."""
+
+    @property
+    def batch_capacity_tokens(self) -> int | None:
+        """Tokens that there is room to score where decode rows are served at once; None: one by one."""
+        return None
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         """Captured graphs hold dense attention only, whatever slots held requests before."""
