@@ -161,7 +161,7 @@ def parse_server_config(additional_config: object, num_layers: int, num_query_he
     for method in METHODS:
         # Knobs in the configuration are checked as a request's would be, whether or not the method is a default.
         try:
-            built = _build(method, _configured_knobs(config, method), {})
+            built = configured_method(config, method)
             if isinstance(built, PrefillMethod):
                 built.check_defaults(num_layers, num_query_heads)
         except (SparseParamsError, KnobError) as error:
@@ -243,6 +243,11 @@ def resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) ->
     if params.prefill is not None and (params.prefill.exactly_dense or params.prefill.dense_layers >= num_layers):
         params = dataclasses.replace(params, prefill=None)
     return ALL_DENSE if params.is_dense else params
+
+
+def configured_method(config: ServerConfig, method: str) -> PrefillMethod | DecodeMethod:
+    """A method with the knobs that the server's configuration gives it."""
+    return _build(method, _configured_knobs(config, method), {})
 
 
 def is_sparse_key(key: str) -> bool:

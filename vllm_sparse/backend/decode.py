@@ -102,6 +102,7 @@ class DecodeBuffers:
 
         self.methods = tuple(methods)
         self.kv_heads = kv_heads
+        self._said: list[RowSetting] = []
         self.settings = integers(most_rows, KNOBS + MOST_KNOBS)
         self.settings[:, METHOD] = -1
         self.roles = integers(most_rows, num_layers, dtype=torch.int8)
@@ -125,7 +126,10 @@ class DecodeBuffers:
         return sum(tensor.nbytes for tensor in tensors)
 
     def say(self, rows: Sequence[RowSetting]) -> None:
-        """Copy what the host says of a step's rows to the device, without waiting for it."""
+        """Copy what the host says of a step's rows to the device, without waiting for it; nothing if it holds that."""
+        if list(rows) == self._said:
+            return
+        self._said = list(rows)
         settings = np.zeros((len(rows), self.settings.shape[1]), dtype=np.int32)
         roles = np.zeros((len(rows), self.roles.shape[1]), dtype=np.int8)
         settings[:, METHOD] = -1

@@ -88,14 +88,14 @@ class SparseAttentionImpl:
             self._sparse_executor = self.make_executor(layer)
         layer_index = _layer_index(layer.layer_name)
         work = plan.work(layer_index)
-        if len(work.dense) == len(plan.spans):
+        if work.dense and len(work.dense) == len(plan.spans):
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output)  # type: ignore[misc]
         elif work.dense:
             self._forward_dense(work, layer, query, key, value, kv_cache, attn_metadata, output)
 
         heads = output.view(-1, self.num_heads, query.shape[-1])
         block_table = attn_metadata.block_table
-        if plan.batch:
+        if plan.batch or plan.batch_step is not None:
             self.forward_batch(plan, layer, layer_index, query, key, value, kv_cache, attn_metadata, heads)
         for chunk in work.prefill:
             self._forward_chunk(chunk, layer, layer_index, query, kv_cache, block_table, heads)

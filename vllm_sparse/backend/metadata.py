@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm import envs
 
-from vllm_sparse.backend.plan import plan_step
+from vllm_sparse.backend.plan import StepPlan, plan_step
 from vllm_sparse.metrics import WorkerMetrics
 from vllm_sparse.routing import TABLE
 from vllm_sparse.server.admission import server_config
@@ -55,7 +55,11 @@ class SparseMetadataBuilder:
             )
             if plan is not None:
                 metadata.sparse_plan = plan
+                self.planned(plan)
         return metadata
+
+    def planned(self, plan: StepPlan) -> None:
+        """A step with sparse rows is about to run."""
 
     decode_buffers: DecodeBuffers | None = None
     """What the server keeps for decode rows that are served at once."""
@@ -66,7 +70,7 @@ class SparseMetadataBuilder:
         return None
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
-        """Captured graphs hold dense attention only, whatever slots held requests before."""
+        """vLLM's own graphs hold dense attention only, whatever slots held requests before."""
         return super().build(0, common_attn_metadata)  # type: ignore[misc]
 
 
