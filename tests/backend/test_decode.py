@@ -33,15 +33,6 @@ def test_under_the_interpreter() -> None:
     run_under_the_interpreter(__file__, passing=7)
 
 
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where kernels are interpreted, programs run one after the other."""
-    if CAN_RUN and DEVICE == "cpu":
-        from vllm_sparse.kernels.token_scores import triton as token_scores
-
-        monkeypatch.setattr(token_scores, "PROGRAMS", 32)
-
-
 class Gather(Executor):
     """Attention over lists in PyTorch, where there is no stock kernel for this packing."""
 
@@ -257,3 +248,45 @@ def test_a_row_alone_equals_the_oracle() -> None:
     for row in (ROWS[0], ROWS[2], ROWS[7]):
         data, queries, seed = draw([row])
         check([row], run_step(new_buffers(), [row], data, queries), expected([row], data, queries, set()), seed)
+
+
+@oracle.needs_cuda
+def test_t8_a_graph_gives_what_eager_steps_give() -> None:
+    """Bit for bit, with other rows, contexts and lengths than were captured."""
+    data, queries, seed = draw(ROWS)
+    generator = torch.Generator().manual_seed(seed)
+    buffers = new_buffers()
+    settings = [row.setting for row in ROWS]
+    launches = buffers.launches(settings, all_sparse=False)
+    contexts = torch.ones(len(ROWS), dtype=torch.int32, device=DEVICE)
+    table = data[0].block_table
+    step = DecodeStep(buffers, len(ROWS), launches, contexts, table, 1 << 14)
+    outputs = [torch.full_like(query, oracle.NAN) for query in queries]
+
+    def attend() -> None:
+        for layer in range(LAYERS):
+            dense = Dense(data[layer], table)
+            kv_cache = data[layer].kv_cache
+            step.attend(layer, queries[layer], kv_cache, SCALE, outputs[layer], executor(), dense, {})
+
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(side):
+        attend()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attend()
+    for _ in range(4):
+        order = torch.randperm(len(ROWS), generator=generator).tolist()
+        buffers.say([settings[index] for index in order])
+        lengths = [int(torch.randint(1, row.context + 1, (1,), generator=generator)) for row in ROWS]
+        lengths[-1] = 0
+        contexts.copy_(torch.tensor(lengths, dtype=torch.int32))
+        graph.replay()
+        replayed = [output.clone() for output in outputs]
+        for output in outputs:
+            output.fill_(oracle.NAN)
+        attend()
+        for layer, (first, second) in enumerate(zip(replayed, outputs, strict=True)):
+            assert torch.equal(first[:-1], second[:-1]), f"layer {layer}, seed {seed}"
+            assert not bool(first.isnan().any()), f"layer {layer}, seed {seed}"
