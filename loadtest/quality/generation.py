@@ -176,7 +176,7 @@ def line(m: Measurement) -> str:
     )
     cells = [f"{sum(map(sum, part))} / {sum(map(len, part))}" for part in parts]
     return (
-        f"| {m.variant} | {m.density:.3f} | {m.common_prefix:.0f} | {m.same:.3f} | {m.agreement:.3f} "
+        f"| {m.variant} | {m.density:.3f} | {m.common_prefix:.0f} | {m.same:.3f} | {m.agreement:.4f} "
         f"| {' | '.join(cells)} |"
     )
 
