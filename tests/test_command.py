@@ -44,6 +44,17 @@ def test_a_benchmark_prints_a_table() -> None:
     assert methods == ["flexprefill", "sale", "dhsa", "hip", "true mass"]
 
 
+def test_the_decode_benchmark_prints_a_table() -> None:
+    sizes = ["--lengths", "1024", "--query-heads", "2", "--kv-heads", "1", "--head-size", "64", "--batches", "1", "3"]
+    ended = run("bench", "decode", *sizes, "--budgets", "256", "--repeats", "2", "--methods", "tidal")
+    assert ended.returncode == 0, ended.stderr
+    rows = [line.split("|") for line in ended.stdout.splitlines() if line.startswith("| synthetic 8")]
+    assert [(row[3].strip(), row[5].strip(), row[6].strip()) for row in rows] == [
+        ("1", "tidal", "256"),
+        ("3", "tidal", "256"),
+    ]
+
+
 def test_a_benchmark_outside_the_repository_says_where_to_run_it(tmp_path: Path) -> None:
     ended = run("bench", "prefill", folder=tmp_path)
     assert ended.returncode == 2

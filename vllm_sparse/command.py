@@ -6,7 +6,12 @@ import importlib
 import sys
 
 # Verb to the module whose `main` takes the rest of the arguments; imported when it is asked for.
-VERBS = {"bench prefill": "loadtest.kernels.prefill", "calibrate sale": "vllm_sparse.calibrate.command"}
+VERBS = {
+    "bench prefill": "loadtest.kernels.prefill",
+    "bench decode": "loadtest.kernels.decode",
+    "calibrate sale": "vllm_sparse.calibrate.sale_command",
+    "calibrate tidal": "vllm_sparse.calibrate.tidal_command",
+}
 
 USAGE = f"usage: vllm-sparse VERB ...\n\nverbs: {', '.join(VERBS)}; 'vllm-sparse VERB --help' says what one takes"
 

@@ -119,7 +119,8 @@ class SparseParams:
         """
         if self.is_dense:
             return user_salt
-        identity = self.serialize() + (self.prefill.fingerprint if self.prefill else "")
+        fingerprints = [method.fingerprint for method in (self.prefill, self.decode) if method is not None]
+        identity = "".join([self.serialize(), *fingerprints])
         digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
         return f"{user_salt or ''}{SALT_MARK}{SELECTION_VERSION}:{digest}"
 
@@ -161,9 +162,7 @@ def parse_server_config(additional_config: object, num_layers: int, num_query_he
     for method in METHODS:
         # Knobs in the configuration are checked as a request's would be, whether or not the method is a default.
         try:
-            built = configured_method(config, method)
-            if isinstance(built, PrefillMethod):
-                built.check_defaults(num_layers, num_query_heads)
+            configured_method(config, method).check_defaults(num_layers, num_query_heads)
         except (SparseParamsError, KnobError) as error:
             named = _knob_error(method, error) if isinstance(error, KnobError) else error
             raise ValueError(f"--additional-config, object sparse.{method}: {named}") from error

@@ -176,7 +176,7 @@ def line(m: Measurement) -> str:
     )
 
 
-def _prompt_tokens(length: int, seed: int) -> list[int]:
+def prompt_tokens(length: int, seed: int) -> list[int]:
     """A retrieval prompt of the bundled model."""
     from loadtest.serving.latency import make_prompt
 
@@ -188,7 +188,7 @@ def layers_of(arguments: argparse.Namespace, length: int) -> Iterator[tuple[str,
     chunk = min(arguments.chunk, length)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.heads == "recorded":
-        tokens = _prompt_tokens(length, arguments.seed)
+        tokens = prompt_tokens(length, arguments.seed)
         yield "recorded", recorded_heads(arguments.model, tokens, min(chunk, len(tokens)), arguments.layers)
         return
     for concentration in arguments.concentrations:

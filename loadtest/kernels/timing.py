@@ -14,6 +14,10 @@ import torch
 
 # About 5 ms, the time that an 8B model's linear layers take for 8192 tokens between two attention layers.
 HEAD_START_CYCLES = 10_000_000
+# In a graph; about the layers of a model. A method that searches anew only every few steps does so several times.
+GRAPH_CALLS = 32
+# More than the L2 cache of any GPU holds so far.
+EVICTED_BYTES = 1 << 28
 
 
 def median_seconds(call: Callable[[], object], repeats: int, warm_ups: int = 1) -> float:
@@ -42,3 +46,49 @@ def median_seconds(call: Callable[[], object], repeats: int, warm_ups: int = 1) 
             call()
             times.append(time.perf_counter() - started)
     return statistics.median(times)
+
+
+def mean_seconds(call: Callable[[], object], calls: int) -> float:
+    """Mean time of consecutive calls after a first one, the host's part included; calls need not do the same."""
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(calls):
+        call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / calls
+
+
+def graph_seconds(call: Callable[[], object], repeats: int) -> float:
+    """Device time of a call inside a CUDA graph, mean over consecutive calls, median over replays.
+
+    Before each call the graph reads a large buffer, since in a model the weights between two attention layers leave
+    nothing of the cache's data in L2; the time of the same graph without the calls is taken off.
+
+    Args:
+        call: what to measure; it must be capturable.
+        repeats: measured replays.
+    """
+    buffer = torch.ones(EVICTED_BYTES // 4, device="cuda")
+    both = median_seconds(capture([buffer.sum, call]).replay, repeats)
+    alone = median_seconds(capture([buffer.sum]).replay, repeats)
+    return (both - alone) / GRAPH_CALLS
+
+
+def capture(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """A graph that does the calls one after the other, `GRAPH_CALLS` times."""
+    # Kernels compile and libraries allocate outside the capture.
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPH_CALLS):
+            for call in calls:
+                call()
+    return graph

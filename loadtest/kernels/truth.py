@@ -7,7 +7,9 @@ from typing import ClassVar
 
 import torch
 
+from loadtest.kernels.batch import DecodeBatch
 from loadtest.kernels.heads import Heads
+from vllm_sparse.executors import Launch
 from vllm_sparse.kernels.page_list import query_blocks
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import Layer, PrefillMethod
@@ -75,6 +77,51 @@ def recall(mass: torch.Tensor, lists: PageList, query_block: int, chunk: int, co
     kept = kept.view(-1, -(-chunk // query_block), kept.shape[1])
     kept = kept.repeat_interleave(query_heads // kept.shape[0], dim=0).repeat_interleave(per_list, dim=1)[:, :blocks]
     return float((mass * kept).sum() / (chunk * query_heads))
+
+
+def kept_tokens_of(batch: DecodeBatch, launch: Launch, row: int) -> torch.Tensor:
+    """Tokens of a row that its lists hold, found through the block table: bool ``[lists, context]``.
+
+    Raises:
+        ValueError: a list names a page of another row or another head, or one beyond the context.
+    """
+    blocks, kv_heads, block_size, _ = batch.kv_cache.shape
+    page_size = launch.page_size_tokens
+    lists = len(launch.kept_tokens) // batch.rows
+    mine = slice(row * lists, (row + 1) * lists)
+    pages, kept_tokens = launch.pages[mine].long(), launch.kept_tokens[mine].long()
+    device = pages.device
+    context = batch.context_tokens[row]
+    used = -(-context // block_size)
+    logical = torch.full((blocks,), -1, device=device)
+    logical[batch.block_table[row, :used].long()] = torch.arange(used, device=device)
+    pages_per_block = block_size // page_size
+    places = torch.arange(pages.shape[1], device=device) * page_size
+    offsets = torch.arange(page_size, device=device)
+    head = pages // pages_per_block % kv_heads
+    block = logical[pages // (pages_per_block * kv_heads)]
+    token = (block * block_size + pages % pages_per_block * page_size).unsqueeze(2) + offsets
+    live = places.unsqueeze(1) + offsets < kept_tokens.view(-1, 1, 1)
+    owner = torch.arange(lists, device=device) // (lists // kv_heads)
+    wrong = (head != owner.unsqueeze(1)) | (block < 0)
+    if bool((live & (wrong.unsqueeze(2) | (token >= context))).any()):
+        raise ValueError(f"a list of row {row} names a token of another row or head, or one beyond its context")
+    kept = torch.zeros(lists, context + 1, dtype=torch.bool, device=device)
+    kept.scatter_(1, torch.where(live, token, context).flatten(1), True)
+    return kept[:, :context]
+
+
+def kept_mass(batch: DecodeBatch, launch: Launch) -> float:
+    """Share of the rows' attention that their lists hold, mean over rows and query heads."""
+    kv_heads, _, head_size = batch.heads.keys.shape
+    total = 0.0
+    for row, context in enumerate(batch.context_tokens):
+        query = batch.query[row].view(kv_heads, -1, head_size).float()
+        scores = query @ batch.heads.keys[:, :context].float().transpose(1, 2) * batch.heads.scale
+        weight = scores.softmax(-1).flatten(0, 1)
+        kept = kept_tokens_of(batch, launch, row)
+        total += float((weight * kept.repeat_interleave(len(weight) // len(kept), dim=0)).sum() / len(weight))
+    return total / batch.rows
 
 
 @dataclass(frozen=True)

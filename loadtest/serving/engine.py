@@ -15,7 +15,7 @@ from vllm_sparse.metrics import DIRECTORY_VARIABLE, announce_directory
 
 @contextmanager
 def engine(model: str, backend: str, **arguments: Any) -> Iterator[Any]:
-    """A `vllm.LLM` without prefix caching, shut down at the end.
+    """A `vllm.LLM`, without prefix caching unless asked for, shut down at the end.
 
     Args:
         model: folder of the model.
@@ -25,9 +25,8 @@ def engine(model: str, backend: str, **arguments: Any) -> Iterator[Any]:
     announce_directory()
     from vllm import LLM
 
-    llm = LLM(
-        model, attention_backend=backend, enable_prefix_caching=False, disable_log_stats=False, seed=0, **arguments
-    )
+    settings = {"enable_prefix_caching": False, **arguments}
+    llm = LLM(model, attention_backend=backend, disable_log_stats=False, seed=0, **settings)
     try:
         yield llm
     finally:

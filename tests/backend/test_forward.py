@@ -145,6 +145,7 @@ def role(row: Row, layer: int) -> str:
         return "dense"
     assert isinstance(decode, Tidal)
     first, again = decode.full_layers, decode.reselect_layers[0]
+    assert first is not None
     if layer <= first or layer == again:
         return "dense"
     return f"list {first if layer < again else again}"

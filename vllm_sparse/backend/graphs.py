@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, LayerLaunches, RowSetting
-from vllm_sparse.backend.plan import BatchStep, StepPlan
+from vllm_sparse.backend.plan import BatchStep, StepPlan, layer_roles
 from vllm_sparse.metrics import WorkerMetrics
 from vllm_sparse.routing import TABLE, SparseRequest
 
@@ -46,7 +46,7 @@ class DecodeGraphs:
         self.buffers = buffers
         self.num_layers = num_layers
         self.speculative = speculative
-        self.roles = {type(method): tuple(method.layer_roles(num_layers)) for method in methods if method.in_batches}
+        self.roles = {type(method): layer_roles(method, num_layers) for method in methods if method.in_batches}
         rows = [RowSetting(method, 0, self.roles[type(method)], 0, True) for method in methods if method.in_batches]
         self.launches: dict[str, list[LayerLaunches]] = {MIXED: buffers.launches(rows, all_sparse=False)}
         for row in rows:
@@ -71,7 +71,7 @@ class DecodeGraphs:
         assert method is not None
         return (
             method.in_batches
-            and tuple(method.layer_roles(self.num_layers)) == self.roles.get(type(method))
+            and layer_roles(method, self.num_layers) == self.roles.get(type(method))
             and self.buffers.holds(1, method.list_tokens(UNBOUNDED_TOKENS))
         )
 

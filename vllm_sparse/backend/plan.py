@@ -295,7 +295,7 @@ def plan_step(
             if span.context_tokens < params.min_tokens or span.context_tokens <= params.decode.budget_tokens:
                 metrics.count_fallback("decode", params.decode.name, "short_context")
                 continue
-            roles = _layer_roles(params.decode, num_layers)
+            roles = layer_roles(params.decode, num_layers)
             if batch_capacity_tokens is not None and params.decode.in_batches:
                 scored_tokens += span.context_tokens if params.decode.scores_tokens else 0
                 if scored_tokens > batch_capacity_tokens:
@@ -323,5 +323,6 @@ def row_setting(request: SparseRequest, roles: tuple[str, ...]) -> RowSetting:
 
 
 @lru_cache(maxsize=1024)
-def _layer_roles(method: DecodeMethod, num_layers: int) -> tuple[str, ...]:
+def layer_roles(method: DecodeMethod, num_layers: int) -> tuple[str, ...]:
+    """A method's layer roles, worked out once."""
     return tuple(method.layer_roles(num_layers))

@@ -7,7 +7,6 @@ model; here the bound is relative to the norm of the dense output.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -15,9 +14,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from vllm_sparse.calibrate.file import read
 from vllm_sparse.kernels.low_bit_scores import PAGE_TOKENS, kept_map
 from vllm_sparse.keys import PlainKeys
 
@@ -89,17 +89,7 @@ def load(path: str) -> CalibrationFile:
     Raises:
         ValueError: it cannot be read or is no calibration file.
     """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"the file cannot be read: {error.strerror}") from error
-    try:
-        calibration = TypeAdapter(Calibration).validate_json(content)
-    except ValidationError as error:
-        detail = error.errors()[0]
-        place = ".".join(map(str, detail["loc"]))
-        raise ValueError(f"the file is no SALE calibration: {place + ': ' if place else ''}{detail['msg']}") from error
-    return CalibrationFile(calibration, hashlib.sha256(content).hexdigest())
+    return CalibrationFile(*read(path, Calibration, "SALE calibration"))
 
 
 class SaleCalibrator:

@@ -70,30 +70,12 @@ class KnobError(ValueError):
         self.value = value
 
 
-class PrefillMethod(ABC):
-    """Chooses the pages that each query block of a prefill chunk may read."""
+class Method(ABC):
+    """What methods of both phases are: a name, and knobs of a server and of its requests."""
 
     name: ClassVar[str]
-    page_tokens: ClassVar[int]
-    """Granularity of the choice, a power of two; the executor's pages are at most this, where it can."""
     server_knobs: ClassVar[tuple[str, ...]] = ()
     """Knobs that the server's configuration may set and a request may not."""
-    dense_layers: int
-    """The first layers, left dense."""
-    query_block: int
-    """Query tokens that share one list."""
-    rows: str
-    """Heads that share one list: ``query_head`` or ``kv_head``."""
-
-    @property
-    @abstractmethod
-    def exactly_dense(self) -> bool:
-        """These knobs select everything, for every prompt."""
-
-    @property
-    def min_query_tokens(self) -> int:
-        """Shorter chunks run dense: the sample would cost as much as the chunk."""
-        return 2 * self.query_block
 
     @property
     def fingerprint(self) -> str:
@@ -110,6 +92,29 @@ class PrefillMethod(ABC):
         Raises:
             KnobError: a knob does not go with the model, or would never count.
         """
+
+
+class PrefillMethod(Method):
+    """Chooses the pages that each query block of a prefill chunk may read."""
+
+    page_tokens: ClassVar[int]
+    """Granularity of the choice, a power of two; the executor's pages are at most this, where it can."""
+    dense_layers: int
+    """The first layers, left dense."""
+    query_block: int
+    """Query tokens that share one list."""
+    rows: str
+    """Heads that share one list: ``query_head`` or ``kv_head``."""
+
+    @property
+    @abstractmethod
+    def exactly_dense(self) -> bool:
+        """These knobs select everything, for every prompt."""
+
+    @property
+    def min_query_tokens(self) -> int:
+        """Shorter chunks run dense: the sample would cost as much as the chunk."""
+        return 2 * self.query_block
 
     def list_heads(self, query_heads: int, kv_heads: int) -> int:
         """Heads that have lists of their own."""
@@ -161,12 +166,9 @@ class LayerMemory:
     stages: list[torch.Tensor] = field(default_factory=list)
 
 
-class DecodeMethod(ABC):
+class DecodeMethod(Method):
     """Chooses the pages that a decode step may read, in some layers, for the same layer or for those that follow."""
 
-    name: ClassVar[str]
-    server_knobs: ClassVar[tuple[str, ...]] = ()
-    """Knobs that the server's configuration may set and a request may not."""
     scores_tokens: ClassVar[bool] = False
     """`choose_rows` scores all cached tokens and needs room for that."""
 

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from vllm_sparse.calibrate.policy import load
 from vllm_sparse.kernels.token_scores import token_scores
 from vllm_sparse.kernels.top_tokens import top_pages
 from vllm_sparse.keys import PagedKeys
@@ -17,7 +18,7 @@ from vllm_sparse.rows import DecodeRows, RowsPlace, TokenLists
 
 # The paper's re-selection layer of a 32-layer Llama, scaled to a model's depth. Its two full layers are not scaled:
 # choosing one layer earlier loses needles on the 8-layer bundled model.
-PAPER_LAYERS, PAPER_RESELECT_LAYER = 32, 13
+PAPER_LAYERS, PAPER_RESELECT_LAYER, PAPER_FULL_LAYERS = 32, 13, 2
 
 
 @dataclass(frozen=True, config=KNOBS)
@@ -27,17 +28,27 @@ class Tidal(DecodeMethod):
     Lists are per KV head by default, with the query heads of a group merged by the maximum of their attention
     probabilities; the paper's accuracy code has one per query head. Sink and recent tokens are forced into every
     list, which the paper does not do; 0 switches either off. The newest token is always read.
+
+    Which layers choose is told by `full_layers` and `reselect_layers`, or by a server's `policy`, which does not count
+    for a request that sets one of the two.
     """
 
     name: ClassVar[str] = "tidal"
     scores_tokens: ClassVar[bool] = True
+    server_knobs: ClassVar[tuple[str, ...]] = ("policy",)
 
     budget: Annotated[int, Field(ge=16, le=1 << 24, description="tokens read by a sparse layer")] = 2048
-    full_layers: Annotated[int, Field(ge=0, le=1024, description="first layers, dense; the next one selects")] = 2
+    full_layers: Annotated[
+        int | None,
+        Field(ge=0, le=1024, description="first layers, dense; the next one selects; by default 2, or the policy's"),
+    ] = None
     reselect_layers: Annotated[
         tuple[Annotated[int, Field(strict=True)], ...],
         Field(description="layers that select again; empty scales the paper's 13", strict=False),
     ] = ()
+    policy: Annotated[
+        str, Field(description="file of each layer's role, from vllm-sparse calibrate tidal or written by hand")
+    ] = ""
     sink_tokens: Annotated[int, Field(ge=0, le=65536, description="first tokens, always read")] = 16
     recent_tokens: Annotated[int, Field(ge=0, le=65536, description="last tokens, always read")] = 64
     lists: Annotated[Literal["kv_head", "query_head"], Field(description="heads that share a list")] = "kv_head"
@@ -45,6 +56,11 @@ class Tidal(DecodeMethod):
     def __post_init__(self) -> None:
         # Equal sets of layers are equal settings, which share cached blocks.
         object.__setattr__(self, "reselect_layers", tuple(sorted(set(self.reselect_layers))))
+        if self.policy:
+            try:
+                load(self.policy)
+            except ValueError as error:
+                raise KnobError("policy", self.policy, str(error)) from error
         if self.sink_tokens + self.recent_tokens > self.budget:
             raise KnobError(
                 "budget",
@@ -57,8 +73,34 @@ class Tidal(DecodeMethod):
     def budget_tokens(self) -> int:
         return self.budget
 
+    @property
+    def follows_policy(self) -> bool:
+        """The policy tells the layers' roles."""
+        return bool(self.policy) and self.full_layers is None and not self.reselect_layers
+
+    @property
+    def fingerprint(self) -> str:
+        return load(self.policy).digest if self.follows_policy else ""
+
+    def check_defaults(self, num_layers: int, num_query_heads: int) -> None:
+        if not self.policy:
+            return
+        for knob, value in (("full_layers", self.full_layers), ("reselect_layers", list(self.reselect_layers))):
+            if value not in (None, []):
+                raise KnobError(
+                    knob, value, f"policy {self.policy!r} would never be used beside it; drop one of the two"
+                )
+        self.layer_roles(num_layers)
+
     def layer_roles(self, num_layers: int) -> list[str]:
-        first = self.full_layers
+        if self.follows_policy:
+            roles = load(self.policy).policy.roles
+            if len(roles) != num_layers:
+                raise KnobError(
+                    "policy", self.policy, f"the file holds roles of {len(roles)} layers; the model has {num_layers}"
+                )
+            return list(roles)
+        first = PAPER_FULL_LAYERS if self.full_layers is None else self.full_layers
         if first >= num_layers:
             raise KnobError(
                 "full_layers", first, f"this model has {num_layers} layers, so 0 to {num_layers - 1} are allowed"

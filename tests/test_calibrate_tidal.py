@@ -1,0 +1,308 @@
+"""TidalDecode's policy: recall, the dynamic programme, the file, the command, and the setting that names the file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import oracle
+from tests.test_command import run
+from vllm_sparse.calibrate.policy import Measured, Policy, load
+from vllm_sparse.calibrate.tidal import ReuseRecall, choose_roles, recall_of, worst_recall
+from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.params import (
+    ServerConfig,
+    SparseParams,
+    SparseParamsError,
+    deserialize,
+    parse_server_config,
+    resolve,
+)
+
+MODEL = Path(__file__).parents[1] / "loadtest" / "model" / "weights"
+HEADS, KV_HEADS, HEAD_SIZE, SCALE = 4, 2, 32, 0.17
+ROLES = ["dense", "select", "reuse", "reuse"]
+LAYERS = len(ROLES)
+
+
+def save(path: Path, roles: list[Any]) -> str:
+    path.write_text(json.dumps({"roles": roles}))
+    return str(path)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    return save(tmp_path / "tidal.json", ROLES)
+
+
+def configured(file: str, **tidal: Any) -> ServerConfig:
+    return parse_server_config({"sparse": {"tidal": {"policy": file, **tidal}}}, LAYERS, HEADS)
+
+
+# Recall
+
+
+def test_recall_is_the_mass_that_an_earlier_layers_list_keeps(generator: torch.Generator) -> None:
+    """Against float64 softmax and the lists that the method chooses for the very positions."""
+    layers, positions = 3, 4
+    method = Tidal(budget=40, sink_tokens=4, recent_tokens=8)
+    reuse = ReuseRecall(layers, HEADS, method, positions)
+    expected = torch.zeros(layers, layers, HEADS, dtype=torch.float64)
+    for tokens in (300, 131):
+        lists: list[list[torch.Tensor]] = []
+        for layer in range(layers):
+            query = torch.randn(HEADS, tokens, HEAD_SIZE, generator=generator) * 2
+            key = torch.randn(KV_HEADS, tokens, HEAD_SIZE, generator=generator)
+            kept_here = reuse.observe(layer, query, key, SCALE)
+            lists.append([])
+            here = torch.zeros(layers, HEADS, dtype=torch.float64)
+            for place in range(positions):
+                context = tokens - positions + 1 + place
+                newest, keys = query[:, context - 1], key[:, :context]
+                weight = oracle.probabilities(newest.unsqueeze(0), keys, SCALE, torch.ones(context, dtype=torch.bool))
+                lists[-1].append(chosen(method, newest, keys, generator))
+                for earlier in range(layer + 1):
+                    mask = lists[earlier][place].repeat_interleave(HEADS // KV_HEADS, dim=0)
+                    here[earlier] += (weight[:, 0] * mask).sum(1) / positions
+            assert torch.allclose(kept_here, here[: layer + 1], atol=1e-5)
+            expected[:, layer] += here / 2
+    assert torch.allclose(reuse.mass, expected, atol=1e-5)
+    own = torch.stack([expected[layer, layer] for layer in range(layers)])
+    for choosing, reading in itertools.combinations(range(layers), 2):
+        worst = float((expected[choosing, reading] / own[reading]).min())
+        assert reuse.recall[choosing][reading] == pytest.approx(worst, abs=1e-4)
+        assert worst < 0.9, "lists of random layers must not serve one another for this test to say anything"
+
+
+def chosen(method: Tidal, query: torch.Tensor, keys: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The method's list for one request in a cache of its own: bool ``[kv_heads, context]``."""
+    from vllm_sparse.methods.base import LayerMemory
+
+    data = oracle.paged(oracle.PLAIN, [keys], [keys], 16, generator)
+    lists = method.select(query, data.reader(0), SCALE, 1, LayerMemory())
+    context = keys.shape[1]
+    return torch.stack([oracle.kept_positions(lists, row, context) for row in range(KV_HEADS)])
+
+
+def test_a_layer_that_attends_alike_is_served_and_another_is_not(generator: torch.Generator) -> None:
+    tokens = 500
+    query = torch.randn(HEADS, tokens, HEAD_SIZE, generator=generator) * 4
+    key = torch.randn(KV_HEADS, tokens, HEAD_SIZE, generator=generator)
+    other = torch.randn(KV_HEADS, tokens, HEAD_SIZE, generator=generator)
+    reuse = ReuseRecall(3, HEADS, Tidal(budget=64, sink_tokens=0, recent_tokens=0), 8)
+    for layer, keys in enumerate((key, key, other)):
+        reuse.observe(layer, query, keys, SCALE)
+    assert reuse.recall[0][1] == pytest.approx(1)
+    assert reuse.recall[1][2] < 0.6
+
+
+# The dynamic programme
+
+
+def every_policy(layers: int, full_layers: int, selections: int) -> list[list[str]]:
+    """All ways to place the selecting layers, the first of them after the full ones."""
+    policies = []
+    for others in itertools.combinations(range(full_layers + 1, layers), selections - 1):
+        selecting = (full_layers, *others)
+        policies.append(
+            ["dense" if n < full_layers else "select" if n in selecting else "reuse" for n in range(layers)]
+        )
+    return policies
+
+
+def value(policy: list[str], recall: list[list[float]]) -> tuple[float, float]:
+    """Worst, then mean."""
+    found = [one for one in recall_of(policy, recall) if one is not None]
+    return min(found), sum(found) / len(found)
+
+
+@st.composite
+def recalls(draw: st.DrawFn) -> tuple[list[list[float]], int, int]:
+    """A recall table, full layers, selections; few distinct values, so that ties are common."""
+    layers = draw(st.integers(2, 8))
+    full_layers = draw(st.integers(0, layers - 2))
+    selections = draw(st.integers(1, layers - full_layers - 1))
+    entry = st.integers(0, 6).map(lambda sixth: sixth / 6)
+    return (
+        draw(st.lists(st.lists(entry, min_size=layers, max_size=layers), min_size=layers, max_size=layers)),
+        (full_layers),
+        selections,
+    )
+
+
+@given(recalls())
+def test_the_policy_has_the_best_worst_and_then_the_best_mean_recall(
+    drawn: tuple[list[list[float]], int, int],
+) -> None:
+    recall, full_layers, selections = drawn
+    roles = choose_roles(recall, full_layers, selections)
+    best = max(value(policy, recall) for policy in every_policy(len(recall), full_layers, selections))
+    assert value(list(roles), recall) == pytest.approx(best)
+    assert roles.count("reuse") == len(recall) - full_layers - selections
+    assert roles[:full_layers] == ["dense"] * full_layers
+    for role, following in itertools.zip_longest(roles, roles[1:]):
+        assert (role == "select") <= (following == "reuse"), "a list is chosen that no layer reads"
+    assert Policy(roles).roles == roles
+
+
+@given(recalls(), st.floats(0.05, 1))
+def test_a_floor_is_reached_with_the_fewest_layers(drawn: tuple[list[list[float]], int, int], floor: float) -> None:
+    recall, full_layers, _ = drawn
+    layers = len(recall)
+    reached = [
+        number
+        for number in range(1, layers - full_layers)
+        if any(value(policy, recall)[0] >= floor for policy in every_policy(layers, full_layers, number))
+    ]
+    if not reached:
+        with pytest.raises(ValueError, match="the best has"):
+            choose_roles(recall, full_layers, 1, floor)
+        return
+    roles = choose_roles(recall, full_layers, 1, floor)
+    assert worst_recall(roles, recall) >= floor
+    assert roles.count("reuse") == layers - full_layers - reached[0]
+
+
+# The file
+
+
+def test_the_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    measured = Measured("m", 2048, 16, 64, "kv_head", [100, 90], 32, [None, None, 0.5, 0.25])
+    policy = Policy(ROLES, measured)  # type: ignore[arg-type]
+    policy.save(tmp_path / "tidal.json")
+    assert load(str(tmp_path / "tidal.json")).policy == policy
+
+
+def test_a_policy_tells_the_roles(file: str) -> None:
+    assert Tidal(policy=file).layer_roles(LAYERS) == ROLES
+    config = configured(file)
+    params = resolve({"sparse_decode": "tidal", "tidal_budget": 512}, config, LAYERS)
+    assert params.decode == Tidal(policy=file, budget=512)
+    again = deserialize(params.serialize()).decode
+    assert again is not None
+    assert again.layer_roles(LAYERS) == ROLES
+
+
+@pytest.mark.parametrize(
+    ("extras", "expected"),
+    [
+        ({"tidal_full_layers": 2}, ["dense", "dense", "select", "reuse"]),
+        ({"tidal_full_layers": 0, "tidal_reselect_layers": [2]}, ["select", "reuse", "select", "reuse"]),
+        ({"tidal_reselect_layers": [3]}, ["dense", "dense", "select", "select"]),
+    ],
+)
+def test_a_request_that_sets_layers_does_not_follow_the_policy(
+    file: str, extras: dict[str, Any], expected: list[str]
+) -> None:
+    params = resolve({"sparse_decode": "tidal", **extras}, configured(file), LAYERS)
+    assert params.decode is not None
+    assert params.decode.layer_roles(LAYERS) == expected
+    assert params.decode.fingerprint == ""
+
+
+@pytest.mark.parametrize("knobs", [{"full_layers": 0}, {"full_layers": 2}, {"reselect_layers": [3]}])
+def test_a_server_has_a_policy_or_layers(file: str, knobs: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"tidal_{next(iter(knobs))} is .*would never be used") as refused:
+        configured(file, **knobs)
+    assert file in str(refused.value)
+
+
+def test_only_the_server_names_the_file(file: str) -> None:
+    with pytest.raises(SparseParamsError, match="tidal_policy is a setting of the server") as refused:
+        resolve({"sparse_decode": "tidal", "tidal_policy": "/etc/passwd"}, ServerConfig(), LAYERS)
+    assert "tidal_budget" in str(refused.value)
+    assert "tidal_policy," not in str(refused.value)
+
+
+def test_another_content_is_another_cache_identity(tmp_path: Path) -> None:
+    """Workers and caches know the file by its name, and a server that starts again may find another content there."""
+    path = tmp_path / "tidal.json"
+    salts = set()
+    for roles in (ROLES, ["dense", "select", "reuse", "dense"]):
+        load.cache_clear()
+        salts.add(SparseParams(decode=Tidal(policy=save(path, roles))).cache_salt(None))
+    assert len(salts) == 2
+    overridden = SparseParams(decode=Tidal(policy=str(path), full_layers=1)).cache_salt(None)
+    assert overridden not in salts
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("{", "no layer policy"),
+        ("[]", "no layer policy"),
+        ('{"role": []}', "no layer policy: roles"),
+        (json.dumps({"roles": ROLES, "layers": 4}), "no layer policy: layers"),
+        (json.dumps({"roles": ["dense", "select", "reuse", "sparse"]}), "roles.3: Input should be 'dense', 'select'"),
+        (json.dumps({"roles": ["dense", "reuse", "select", "reuse"]}), "layer 1 has the role reuse, but no layer"),
+        (json.dumps({"roles": ["dense", "select", "dense", "dense"]}), "no layer has the role reuse"),
+        (json.dumps({"roles": []}), "no layer has the role reuse"),
+        (json.dumps({"roles": ROLES, "version": 2}), "version"),
+    ],
+)
+def test_a_wrong_file_is_refused_at_start(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "tidal.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message) as refused:
+        configured(str(path))
+    assert "tidal_policy" in str(refused.value)
+    assert str(path) in str(refused.value)
+
+
+def test_a_file_of_another_model_is_refused_at_start(file: str) -> None:
+    with pytest.raises(ValueError, match="roles of 4 layers; the model has 32"):
+        parse_server_config({"sparse": {"tidal": {"policy": file}}}, 32, HEADS)
+
+
+# The command
+
+
+def test_the_command_calibrates_the_bundled_model(tmp_path: Path) -> None:
+    output = tmp_path / "found.json"
+    sizes = ["--tokens", "600", "--count", "2", "--budget", "128", "--selections", "2", "--full-layers", "1"]
+    ended = run("calibrate", "tidal", str(MODEL), "--output", str(output), *sizes)
+    assert ended.returncode == 0, ended.stderr
+    assert "prompt 2 of 2" in ended.stdout
+    assert "layer 8 of 8" in ended.stdout
+    policy = load(str(output)).policy
+    assert (len(policy.roles), policy.roles[0], policy.roles.count("reuse")) == (8, "dense", 5)
+    assert policy.measured is not None
+    assert (policy.measured.budget, len(policy.measured.prompts)) == (128, 2)
+    for role, recall in zip(policy.roles, policy.measured.recall, strict=True):
+        assert (role == "reuse") == (recall is not None)
+    rows = [line.split("|") for line in ended.stdout.splitlines() if line.startswith("| ")][1:]
+    assert [row[2].strip() for row in rows] == policy.roles
+    parse_server_config({"sparse": {"tidal": {"policy": str(output)}}}, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--full-layers", "7"], "--full-layers 7: the model has 8 layers, so 0 to 6 are allowed"),
+        (["--selections", "6"], "--selections 6: .*2 of them dense, so 1 to 5 are allowed"),
+        (["--recall-floor", "0"], "--recall-floor 0.0: above 0 to 1"),
+        (["--budget", "64"], "--budget 64: .*do not hold sink_tokens 16 and recent_tokens 64"),
+        (["--tokens", "500", "--budget", "500"], "shortest prompt has .*more than 532 are needed"),
+    ],
+)
+def test_the_command_names_what_is_wrong(
+    tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    from vllm_sparse.calibrate.tidal_command import main
+
+    with pytest.raises(SystemExit) as ended:
+        main([str(MODEL), "--output", str(tmp_path / "a.json"), *options])
+    assert ended.value.code == 2
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
