@@ -15,8 +15,12 @@ from vllm_sparse.pages import PageList, concatenate, to_physical
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
+    from vllm_sparse.kernels.page_summaries import SummaryKind
     from vllm_sparse.methods.base import DecodeMethod, LayerMemory, PrefillMethod
     from vllm_sparse.routing import SparseRequest
+
+# Roles of a layer, as of `DecodeMethod.layer_roles`, in which a method chooses a list.
+CHOOSING_ROLES = ("select", "choose")
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,15 @@ class DecodeRow:
 
 
 @dataclass(frozen=True)
+class SummaryRow:
+    """A request whose new keys are summarised, sparse or dense, in the layers in which its decode method chooses."""
+
+    span: RowSpan
+    kind: SummaryKind
+    roles: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class DecodeLaunch:
     """Decode rows in one launch.
 
@@ -75,6 +88,7 @@ class LayerWork:
     """Who does what in a layer; layers in which all rows have the same roles share one.
 
     Attributes:
+        summarising: rows whose new keys are summarised.
         prefill: chunks that are sparse.
         reading: decode rows that read a list.
         choosing: decode rows that choose a list.
@@ -83,6 +97,7 @@ class LayerWork:
         launches: what the reading rows need, made on first use after a choice.
     """
 
+    summarising: list[SummaryRow]
     prefill: list[PrefillRow]
     reading: list[DecodeRow]
     choosing: list[DecodeRow]
@@ -97,6 +112,7 @@ class StepPlan:
 
     Attributes:
         spans: all rows that hold tokens, in batch order.
+        summarising: rows whose new keys are summarised.
         prefill: sparse chunks.
         decode: sparse decode rows.
         num_layers: layers of the model; after the last, the step's densities are complete.
@@ -104,6 +120,7 @@ class StepPlan:
     """
 
     spans: list[RowSpan]
+    summarising: list[SummaryRow]
     prefill: list[PrefillRow]
     decode: list[DecodeRow]
     num_layers: int
@@ -113,6 +130,7 @@ class StepPlan:
     def work(self, layer: int) -> LayerWork:
         """Who does what in a layer."""
         roles = (
+            tuple(row.roles[layer] for row in self.summarising),
             tuple(layer >= row.method.dense_layers for row in self.prefill),
             tuple(row.roles[layer] for row in self.decode),
         )
@@ -121,9 +139,10 @@ class StepPlan:
             reading = [row for row in self.decode if row.roles[layer] in ("reuse", "choose")]
             sparse = {row.span.row for row in prefill} | {row.span.row for row in reading}
             self._work[roles] = LayerWork(
+                [row for row in self.summarising if row.roles[layer] in CHOOSING_ROLES],
                 prefill,
                 reading,
-                [row for row in self.decode if row.roles[layer] in ("select", "choose")],
+                [row for row in self.decode if row.roles[layer] in CHOOSING_ROLES],
                 [span for span in self.spans if span.row not in sparse],
             )
         return self._work[roles]
@@ -190,7 +209,7 @@ def plan_step(
         metrics: receives fallbacks and densities.
 
     Returns:
-        The plan, or None if every row runs dense.
+        The plan, or None if every row runs dense and leaves nothing behind for later steps.
     """
     if not sparse_rows or common.causal is not True:
         return None
@@ -203,6 +222,7 @@ def plan_step(
         for row in range(common.num_reqs)
         if starts[row + 1] > starts[row]
     ]
+    summarising: list[SummaryRow] = []
     prefill: list[PrefillRow] = []
     decode: list[DecodeRow] = []
     for span in spans:
@@ -210,6 +230,9 @@ def plan_step(
         if request is None:
             continue
         params = request.params
+        if params.decode is not None and params.decode.summaries is not None and not speculative:
+            roles = _layer_roles(params.decode, num_layers)
+            summarising.append(SummaryRow(span, params.decode.summaries, roles))
         in_prompt = span.row < len(prefilling) and prefilling[span.row]
         if in_prompt or (span.query_tokens > 1 and not speculative):
             if params.prefill is None:
@@ -229,9 +252,9 @@ def plan_step(
                 roles = _layer_roles(params.decode, num_layers)
                 density = RowDensity("decode", params.decode.name)
                 decode.append(DecodeRow(span, params.decode, roles, density, request.memory))
-    if not prefill and not decode:
+    if not summarising and not prefill and not decode:
         return None
-    return StepPlan(spans, prefill, decode, num_layers, metrics)
+    return StepPlan(spans, summarising, prefill, decode, num_layers, metrics)
 
 
 @lru_cache(maxsize=1024)

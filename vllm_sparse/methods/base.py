@@ -13,6 +13,7 @@ from vllm_sparse.kernels.page_list import chunk_lists
 if TYPE_CHECKING:
     import torch
 
+    from vllm_sparse.kernels.page_summaries import SummaryKind
     from vllm_sparse.keys import PagedKeys
     from vllm_sparse.pages import PageList
 
@@ -171,6 +172,14 @@ class DecodeMethod(ABC):
     @abstractmethod
     def budget_tokens(self) -> int:
         """Tokens read by a sparse layer; a request with no more context than this runs dense."""
+
+    @property
+    def summaries(self) -> SummaryKind | None:
+        """What is kept of each page's keys in the layers that choose, from a request's first token on; None: nothing.
+
+        The knobs that it depends on are the server's.
+        """
+        return None
 
     @abstractmethod
     def layer_roles(self, num_layers: int) -> list[str]:

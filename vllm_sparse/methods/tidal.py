@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vllm_sparse.kernels.page_list import compact_pages
 from vllm_sparse.kernels.token_scores import token_scores
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import KNOBS, DecodeMethod, KnobError, LayerMemory
+from vllm_sparse.methods.top_pages import top_pages
 from vllm_sparse.pages import PageList
 
 # The paper's re-selection layer of a 32-layer Llama, scaled to a model's depth. Its two full layers are not scaled:
@@ -85,18 +85,6 @@ class Tidal(DecodeMethod):
             padding = -context % page_size_tokens
             scores = torch.nn.functional.pad(scores, (0, padding), value=float("-inf"))
             scores = scores.view(scores.shape[0], -1, page_size_tokens).amax(2)
-        pages = scores.shape[1]
-        sink_pages = min(-(-self.sink_tokens // page_size_tokens), pages)
-        first_recent_page = max(max(context - max(self.recent_tokens, 1), 0) // page_size_tokens, sink_pages)
-        scores[:, :sink_pages] = float("inf")
-        scores[:, first_recent_page:] = float("inf")
-        # Forced tokens may fill more pages than the budget does; they stay.
-        forced_pages = sink_pages + pages - first_recent_page
-        count = min(max(-(-self.budget // page_size_tokens), forced_pages), pages)
-        # Ties at the cut go to the lower page, which a top-k alone does not promise.
-        threshold = scores.topk(count, dim=1, sorted=True).values[:, -1:]
-        above, equal = scores > threshold, scores == threshold
-        kept = above | (equal & (equal.cumsum(1) <= count - above.sum(1, keepdim=True)))
-        last_position = torch.full((scores.shape[0],), context - 1, device=scores.device)
-        lists = compact_pages(kept, last_position, page_size_tokens)
-        return PageList(lists.pages[:, :count].contiguous(), lists.kept_tokens, page_size_tokens)
+        return top_pages(
+            scores, context, page_size_tokens, page_size_tokens, self.budget, self.sink_tokens, self.recent_tokens
+        )
