@@ -5,6 +5,7 @@ Every output is compared with float64 attention over the list that the method ch
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -269,3 +270,37 @@ def test_another_cache_gets_summaries_of_its_size(worker: Worker) -> None:
     assert stored.shape == (BLOCKS, KV_HEADS, BLOCK // 16, HEAD_SIZE)
     assert impl._stored_summaries(kind, cache) is stored
     assert impl._stored_summaries(kind, cache[:7]).shape[0] == 7
+
+
+@pytest.mark.parametrize(
+    ("methods", "connector", "block", "refusal"),
+    [
+        (
+            ["blocktopk"],
+            "OffloadingConnector",
+            32,
+            "blocktopk keeps summaries.*OffloadingConnector.*without blocktopk in",
+        ),
+        (["blocktopk"], None, 48, "pages of 32 tokens.*block of 48; set --block-size"),
+        (["blocktopk"], None, 64, None),
+        (["tidal"], "OffloadingConnector", 48, None),
+        (None, "OffloadingConnector", 48, None),
+    ],
+)
+def test_caches_that_cannot_be_summarised_are_refused(
+    engine: Engine, methods: list[str] | None, connector: str | None, block: int, refusal: str | None
+) -> None:
+    from vllm.config import KVTransferConfig
+
+    from vllm_sparse.backend.metadata import check_summaries
+
+    config = copy.copy(engine.config)
+    del config._sparse_server_config
+    enabled = {} if methods is None else {"methods": methods}
+    config.additional_config = {"sparse": {**enabled, "blocktopk": {"block": 32}}}
+    config.kv_transfer_config = KVTransferConfig(kv_connector=connector, kv_role="kv_both") if connector else None
+    if refusal is None:
+        check_summaries(config, block)
+        return
+    with pytest.raises(ValueError, match=refusal):
+        check_summaries(config, block)
