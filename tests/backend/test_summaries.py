@@ -88,11 +88,15 @@ class Worker:
         request.keys = [torch.cat(parts, dim=1) for parts in zip(request.keys, keys, strict=True)]
         request.values = [torch.cat(parts, dim=1) for parts in zip(request.values, values, strict=True)]
 
+    def grow(self, request: Request, tokens: int) -> None:
+        """Fresh tokens enter the caches."""
+        fresh = [[self.random(KV_HEADS, tokens, HEAD_SIZE) for _ in range(LAYERS)] for _ in range(2)]
+        self.append(request, *fresh)
+
     def step(self, *work: tuple[Request, int]) -> None:
-        """Requests with so many new tokens each; the first tokens of a request and more than one are its prompt's."""
+        """Requests with so many new tokens each; more than one token are its prompt's."""
         for request, tokens in work:
-            fresh = [[self.random(KV_HEADS, tokens, HEAD_SIZE) for _ in range(LAYERS)] for _ in range(2)]
-            self.append(request, *fresh)
+            self.grow(request, tokens)
         self.attend(*work)
 
     def attend(self, *work: tuple[Request, int]) -> None:
@@ -193,6 +197,16 @@ def test_a_prompt_that_is_cached_but_for_its_last_token(worker: Worker, params: 
     second = first.prefix(288)
     worker.step((second, 1))
     worker.step((second, 1))
+
+
+@PARAMS
+def test_a_prefix_that_the_same_step_computes(worker: Worker, params: SparseParams) -> None:
+    """vLLM lets a request share blocks from the moment that another's tokens are scheduled."""
+    first = Request(params)
+    worker.grow(first, 300)
+    second = first.prefix(288)
+    worker.grow(second, 1)
+    worker.attend((second, 1), (first, 300))
 
 
 @PARAMS

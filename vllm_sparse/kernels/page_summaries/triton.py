@@ -53,15 +53,14 @@ def _summarise(
         PAGE,
     ).to(tl.float32)
     live_tokens = tl.minimum(context - i_page * PAGE, PAGE)
-    to_type = p_summary.dtype.element_ty
     if BOUNDS:
         live = (tl.arange(0, PAGE) < live_tokens)[:, None]
         b_least = tl.min(tl.where(live, b_key, float("inf")), axis=0)
         b_largest = tl.max(tl.where(live, b_key, float("-inf")), axis=0)
-        tl.store(p_summary + o_dim, b_least.to(to_type), mask=in_head)
-        tl.store(p_summary + HEAD_SIZE + o_dim, b_largest.to(to_type), mask=in_head)
+        tl.store(p_summary + o_dim, b_least, mask=in_head)
+        tl.store(p_summary + HEAD_SIZE + o_dim, b_largest, mask=in_head)
     else:
-        tl.store(p_summary + o_dim, (tl.sum(b_key, axis=0) / live_tokens).to(to_type), mask=in_head)
+        tl.store(p_summary + o_dim, tl.sum(b_key, axis=0) / live_tokens, mask=in_head)
 
 
 # Lengths change with every chunk; specialising on them would compile in the middle of serving.
