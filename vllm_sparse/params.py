@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from vllm_sparse.methods.base import DecodeMethod, KnobError, PrefillMethod
-from vllm_sparse.methods.registry import DECODE_METHODS, PREFILL_METHODS
+from vllm_sparse.methods.registry import DECODE_METHODS, PREFILL_METHODS, SUMMARISING_METHODS
 
 DENSE = "dense"
 METHODS: dict[str, type[PrefillMethod] | type[DecodeMethod]] = {**PREFILL_METHODS, **DECODE_METHODS}
@@ -56,18 +56,20 @@ class ServerConfig(BaseModel):
     Attributes:
         prefill: method of requests that name none.
         decode: likewise for decoding.
-        methods: methods that requests may choose.
+        methods: methods that requests may choose; by default those that need no memory beside the KV cache.
         min_tokens: contexts shorter than this run dense, unless the request says otherwise.
         decode_list_tokens: tokens of the longest decode list that a GPU server keeps room for and CUDA graphs hold;
             requests that read more decode without them.
-        flexprefill, sale, dhsa, hip, tidal: default knobs of a method, each an object.
+        flexprefill, sale, dhsa, hip, tidal, blocktopk: default knobs of a method, each an object.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     prefill: str = DENSE
     decode: str = DENSE
-    methods: tuple[str, ...] = Field(default=tuple(METHODS), strict=False)
+    methods: tuple[str, ...] = Field(
+        default=tuple(method for method in METHODS if method not in SUMMARISING_METHODS), strict=False
+    )
     min_tokens: int = Field(default=8192, ge=0)
     decode_list_tokens: int = Field(default=4352, ge=16, le=1 << 24)
     flexprefill: dict[str, Any] = {}
@@ -75,6 +77,7 @@ class ServerConfig(BaseModel):
     dhsa: dict[str, Any] = {}
     hip: dict[str, Any] = {}
     tidal: dict[str, Any] = {}
+    blocktopk: dict[str, Any] = {}
 
     @field_validator("methods")
     @classmethod
@@ -275,7 +278,7 @@ def _method_name(key: str, name: object, known: Mapping[str, object], config: Se
     hint = ""
     if isinstance(name, str) and name in METHODS:
         if name in known:
-            hint = " (this server's configuration does not enable it)"
+            hint = ' (this server\'s configuration does not enable it; its "methods" list those that it does)'
         else:
             hint = f" (it is a method of {'sparse_decode' if key == 'sparse_prefill' else 'sparse_prefill'})"
     raise SparseParamsError(key, name, f"{key} is {name!r}{hint}; allowed are {', '.join(enabled)}")

@@ -16,7 +16,7 @@ from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_t
 from tests.oracle import Paged, Platform
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
 from vllm_sparse.executors import Executor, FlashAttentionExecutor, Launch
-from vllm_sparse.methods.base import DecodeMethod, LayerMemory
+from vllm_sparse.methods.base import BatchDecodeMethod, LayerMemory
 from vllm_sparse.methods.tidal import Tidal
 
 pytest.importorskip("triton")
@@ -58,7 +58,7 @@ class Row:
     """
 
     context: int
-    method: DecodeMethod | None = None
+    method: BatchDecodeMethod | None = None
     least_context: int | None = None
 
     @property

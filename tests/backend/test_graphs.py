@@ -69,7 +69,7 @@ def test_launches_of_a_graph_follow_the_roles(graphs: DecodeGraphs) -> None:
 def plan_of(graphs: DecodeGraphs, rows: int, sparse: dict[int, RowSetting]) -> StepPlan:
     spans = [RowSpan(row, row, 1, 1000) for row in range(rows)]
     batch = [BatchRow(spans[row], setting) for row, setting in sparse.items()]
-    return StepPlan(spans, [], [], batch, graphs.buffers, LAYERS, WorkerMetrics(recording=False))
+    return StepPlan(spans, [], [], [], batch, graphs.buffers, LAYERS, WorkerMetrics(recording=False))
 
 
 def setting(slot: int, fresh: bool = False, method: Tidal = CONFIGURED) -> RowSetting:

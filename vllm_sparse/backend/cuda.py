@@ -24,7 +24,7 @@ from vllm_sparse.backend.metadata import SparseMetadataBuilder
 from vllm_sparse.backend.plan import RowSpan, StepPlan
 from vllm_sparse.executors import Executor, FlashAttentionExecutor
 from vllm_sparse.keys import PagedKeys, PlainKeys
-from vllm_sparse.methods.base import DecodeMethod
+from vllm_sparse.methods.base import BatchDecodeMethod
 from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.params import configured_method
 from vllm_sparse.server.admission import server_config
@@ -43,23 +43,23 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         config = server_config(vllm_config)
-        names = [name for name in DECODE_METHODS if name in config.methods]
+        configured = [configured_method(config, name) for name in DECODE_METHODS if name in config.methods]
+        methods = [method for method in configured if isinstance(method, BatchDecodeMethod) and method.in_batches]
         self._graphs: DecodeGraphs | None = None
-        if names:
+        if methods:
             self.decode_buffers = DecodeBuffers(
                 min(vllm_config.scheduler_config.max_num_seqs, MOST_ROWS),
                 len(layer_names),
                 kv_cache_spec.num_kv_heads,
-                [DECODE_METHODS[name] for name in names],
+                [type(method) for method in methods],
                 config.decode_list_tokens,
                 device,
             )
             self._sparse_metrics.set_buffer_bytes(self.decode_buffers.bytes)
-            methods = [configured_method(config, name) for name in names]
             speculative = vllm_config.speculative_config is not None
             self._graphs = DecodeGraphs(
                 self.decode_buffers,
-                [method for method in methods if isinstance(method, DecodeMethod)],
+                methods,
                 len(layer_names),
                 speculative,
             )

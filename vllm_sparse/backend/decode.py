@@ -21,7 +21,7 @@ from vllm_sparse.kernels.decode_roles.reference import ROLES
 from vllm_sparse.rows import DecodeRows, RowsPlace, TokenLists
 
 if TYPE_CHECKING:
-    from vllm_sparse.methods.base import DecodeMethod
+    from vllm_sparse.methods.base import BatchDecodeMethod
 
 # Columns of the settings that every method has; its knobs follow.
 METHOD, LEAST_CONTEXT, SCORED, SLOT, FRESH, KNOBS = range(6)
@@ -52,7 +52,7 @@ class RowSetting:
         fresh: another request held the slot before this step.
     """
 
-    method: DecodeMethod | None
+    method: BatchDecodeMethod | None
     least_context_tokens: int
     roles: tuple[str, ...]
     slot: int
@@ -93,7 +93,7 @@ class DecodeBuffers:
         most_rows: int,
         num_layers: int,
         kv_heads: int,
-        methods: Sequence[type[DecodeMethod]],
+        methods: Sequence[type[BatchDecodeMethod]],
         list_tokens: int,
         device: torch.device,
     ) -> None:

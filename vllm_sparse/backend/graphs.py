@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, LayerLaunches, RowSetting
-from vllm_sparse.backend.plan import BatchStep, StepPlan, layer_roles
+from vllm_sparse.backend.plan import BatchStep, StepPlan, layer_roles, served_in_batches
 from vllm_sparse.metrics import WorkerMetrics
 from vllm_sparse.routing import TABLE, SparseRequest
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from vllm_sparse.methods.base import DecodeMethod
+    from vllm_sparse.methods.base import BatchDecodeMethod
 
 MIXED = "mixed"
 DENSE_ROW = RowSetting(None, 0, (), 0, False)
@@ -35,19 +35,19 @@ class DecodeGraphs:
 
     Args:
         buffers: that they read.
-        methods: as the server's configuration sets them.
+        methods: as the server's configuration sets them, those that serve rows at once.
         num_layers: attention layers.
         speculative: the server drafts tokens; verification rows run dense.
     """
 
     def __init__(
-        self, buffers: DecodeBuffers, methods: Sequence[DecodeMethod], num_layers: int, speculative: bool
+        self, buffers: DecodeBuffers, methods: Sequence[BatchDecodeMethod], num_layers: int, speculative: bool
     ) -> None:
         self.buffers = buffers
         self.num_layers = num_layers
         self.speculative = speculative
-        self.roles = {type(method): layer_roles(method, num_layers) for method in methods if method.in_batches}
-        rows = [RowSetting(method, 0, self.roles[type(method)], 0, True) for method in methods if method.in_batches]
+        self.roles = {type(method): layer_roles(method, num_layers) for method in methods}
+        rows = [RowSetting(method, 0, self.roles[type(method)], 0, True) for method in methods]
         self.launches: dict[str, list[LayerLaunches]] = {MIXED: buffers.launches(rows, all_sparse=False)}
         for row in rows:
             assert row.method is not None
@@ -68,9 +68,8 @@ class DecodeGraphs:
 
     def _holds(self, request: SparseRequest) -> bool:
         method = request.params.decode
-        assert method is not None
         return (
-            method.in_batches
+            served_in_batches(method)
             and layer_roles(method, self.num_layers) == self.roles.get(type(method))
             and self.buffers.holds(1, method.list_tokens(UNBOUNDED_TOKENS))
         )
@@ -89,7 +88,7 @@ class DecodeGraphs:
         launches = self.launches[self.capturing]
         step = DecodeStep(self.buffers, rows, launches, context_tokens, block_table, capacity_tokens)
         batch = BatchStep(step, slice(0, rows))
-        return StepPlan([], [], [], [], self.buffers, self.num_layers, WorkerMetrics.get(), batch)
+        return StepPlan([], [], [], [], [], self.buffers, self.num_layers, WorkerMetrics.get(), batch)
 
     def prepare(self) -> dict[Any, Any] | None:
         """Say this step's rows to the device and return the graphs to replay one of; None for vLLM's own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from functools import lru_cache
 from typing import Any
@@ -13,8 +14,11 @@ from vllm_sparse.backend.chunk import attend_chunk
 from vllm_sparse.backend.decode import DecodeStep
 from vllm_sparse.backend.plan import DecodeLaunch, LayerWork, PrefillRow, RowSpan, StepPlan
 from vllm_sparse.executors import Executor
+from vllm_sparse.kernels.page_summaries import SummaryKind, store_summaries
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import Layer, LayerMemory
+
+logger = logging.getLogger("vllm.sparse")
 
 
 class SparseAttentionImpl:
@@ -34,6 +38,7 @@ class SparseAttentionImpl:
             )
         self._sparse_executor: Executor | None = None
         self._kept_by_methods: dict[str, torch.Tensor] = {}
+        self._summaries: dict[SummaryKind, torch.Tensor] = {}
         self._first_query_head = get_tensor_model_parallel_rank() * self.num_heads
 
     @abstractmethod
@@ -95,12 +100,19 @@ class SparseAttentionImpl:
 
         heads = output.view(-1, self.num_heads, query.shape[-1])
         block_table = attn_metadata.block_table
+        for summarised in work.summarising:
+            span, kind = summarised.span, summarised.kind
+            keys = self.keys_of(layer, kv_cache, block_table[span.row], span.context_tokens)
+            keys.summaries = self._stored_summaries(kind, kv_cache)
+            store_summaries(keys, kind, span.context_tokens - span.query_tokens)
         if plan.batch or plan.batch_step is not None:
             self.forward_batch(plan, layer, layer_index, query, key, value, kv_cache, attn_metadata, heads)
         for chunk in work.prefill:
             self._forward_chunk(chunk, layer, layer_index, query, kv_cache, block_table, heads)
         for row in work.choosing:
             keys = self.keys_of(layer, kv_cache, block_table[row.span.row], row.span.context_tokens)
+            if row.method.summaries is not None:
+                keys.summaries = self._stored_summaries(row.method.summaries, kv_cache)
             page_size = self.decode_page_size(kv_cache.shape[2])
             memory = row.memory.setdefault(layer_index, LayerMemory())
             plan.choose(row, row.method.select(query[row.span.query_start], keys, self.scale, page_size, memory))
@@ -152,6 +164,18 @@ class SparseAttentionImpl:
         )
         if not in_place:
             heads[batch.tokens] = target
+
+    def _stored_summaries(self, kind: SummaryKind, kv_cache: torch.Tensor) -> torch.Tensor:
+        """Summaries of the layer's pages, by physical block; memory is taken when the first request needs them."""
+        blocks, kv_heads, block_size, double_head_size = kv_cache.shape
+        shape = blocks, kv_heads, block_size // kind.page_tokens, kind.width(double_head_size // 2)
+        stored = self._summaries.get(kind)
+        # vLLM profiles with a smaller cache than it serves with.
+        if stored is None or stored.shape != shape:
+            stored = torch.empty(shape, dtype=kv_cache.dtype, device=kv_cache.device)
+            self._summaries[kind] = stored
+            _log_memory(kind, stored.nbytes, kv_cache.nbytes)
+        return stored
 
     def _forward_reading(
         self, launches: list[DecodeLaunch], query: torch.Tensor, heads: torch.Tensor, kv_cache: torch.Tensor
@@ -225,3 +249,16 @@ def _layer_index(layer_name: str) -> int:
     from vllm.model_executor.models.utils import extract_layer_index
 
     return int(extract_layer_index(layer_name))
+
+
+@lru_cache
+def _log_memory(kind: SummaryKind, summary_bytes: int, cache_bytes: int) -> None:
+    """Once, not for each layer."""
+    logger.info(
+        "Page summaries (%s of %d tokens) take %.1f MiB in each layer that chooses by them, beside its KV cache of "
+        "%.1f MiB; vLLM's memory settings do not count them.",
+        "bounds" if kind.bounds else "means",
+        kind.page_tokens,
+        summary_bytes / 2**20,
+        cache_bytes / 2**20,
+    )

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
 from vllm_sparse.executors import Launch
+from vllm_sparse.methods.base import BatchDecodeMethod
 from vllm_sparse.metrics import RowDensity, WorkerMetrics
 from vllm_sparse.pages import PageList, concatenate, to_physical
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
+    from vllm_sparse.kernels.page_summaries import SummaryKind
     from vllm_sparse.methods.base import DecodeMethod, LayerMemory, PrefillMethod
     from vllm_sparse.routing import SparseRequest
+
+# Roles of a layer, as of `DecodeMethod.layer_roles`, in which a method chooses a list.
+CHOOSING_ROLES = ("select", "choose")
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,15 @@ class BatchStep:
 
 
 @dataclass(frozen=True)
+class SummaryRow:
+    """A request whose new keys are summarised, sparse or dense, in the layers in which its decode method chooses."""
+
+    span: RowSpan
+    kind: SummaryKind
+    roles: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class DecodeLaunch:
     """Decode rows in one launch.
 
@@ -92,6 +106,7 @@ class LayerWork:
     """Who does what in a layer; layers in which all rows have the same roles share one.
 
     Attributes:
+        summarising: rows whose new keys are summarised.
         prefill: chunks that are sparse.
         reading: decode rows that read a list.
         choosing: decode rows that choose a list.
@@ -100,6 +115,7 @@ class LayerWork:
         launches: what the reading rows need, made on first use after a choice.
     """
 
+    summarising: list[SummaryRow]
     prefill: list[PrefillRow]
     reading: list[DecodeRow]
     choosing: list[DecodeRow]
@@ -114,6 +130,7 @@ class StepPlan:
 
     Attributes:
         spans: all rows that hold tokens, in batch order.
+        summarising: rows whose new keys are summarised.
         prefill: sparse chunks.
         decode: sparse decode rows that are served one by one.
         batch: sparse decode rows that are served at once.
@@ -123,6 +140,7 @@ class StepPlan:
     """
 
     spans: list[RowSpan]
+    summarising: list[SummaryRow]
     prefill: list[PrefillRow]
     decode: list[DecodeRow]
     batch: list[BatchRow]
@@ -135,6 +153,7 @@ class StepPlan:
     def work(self, layer: int) -> LayerWork:
         """Who does what in a layer."""
         roles = (
+            tuple(row.roles[layer] for row in self.summarising),
             tuple(layer >= row.method.dense_layers for row in self.prefill),
             tuple(row.roles[layer] for row in self.decode),
         )
@@ -144,9 +163,10 @@ class StepPlan:
             sparse = {row.span.row for row in prefill} | {row.span.row for row in reading}
             sparse |= {row.span.row for row in self.batch}
             self._work[roles] = LayerWork(
+                [row for row in self.summarising if row.roles[layer] in CHOOSING_ROLES],
                 prefill,
                 reading,
-                [row for row in self.decode if row.roles[layer] in ("select", "choose")],
+                [row for row in self.decode if row.roles[layer] in CHOOSING_ROLES],
                 [span for span in self.spans if span.row not in sparse],
             )
         return self._work[roles]
@@ -256,7 +276,7 @@ def plan_step(
         buffers: what the server keeps for rows that are served at once.
 
     Returns:
-        The plan, or None if every row runs dense.
+        The plan, or None if every row runs dense and leaves nothing behind for later steps.
     """
     if not sparse_rows or common.causal is not True:
         return None
@@ -269,6 +289,7 @@ def plan_step(
         for row in range(common.num_reqs)
         if starts[row + 1] > starts[row]
     ]
+    summarising: list[SummaryRow] = []
     prefill: list[PrefillRow] = []
     decode: list[DecodeRow] = []
     batch: list[BatchRow] = []
@@ -278,6 +299,9 @@ def plan_step(
         if request is None:
             continue
         params = request.params
+        if params.decode is not None and params.decode.summaries is not None and not speculative:
+            roles = layer_roles(params.decode, num_layers)
+            summarising.append(SummaryRow(span, params.decode.summaries, roles))
         in_prompt = span.row < len(prefilling) and prefilling[span.row]
         if in_prompt or (span.query_tokens > 1 and not speculative):
             if params.prefill is None:
@@ -296,7 +320,7 @@ def plan_step(
                 metrics.count_fallback("decode", params.decode.name, "short_context")
                 continue
             roles = layer_roles(params.decode, num_layers)
-            if batch_capacity_tokens is not None and params.decode.in_batches:
+            if batch_capacity_tokens is not None and served_in_batches(params.decode):
                 scored_tokens += span.context_tokens if params.decode.scores_tokens else 0
                 if scored_tokens > batch_capacity_tokens:
                     metrics.count_fallback("decode", params.decode.name, "no_room")
@@ -307,15 +331,20 @@ def plan_step(
             else:
                 density = RowDensity("decode", params.decode.name)
                 decode.append(DecodeRow(span, params.decode, roles, density, request.memory))
-    if not prefill and not decode and not batch:
+    if not summarising and not prefill and not decode and not batch:
         return None
-    return StepPlan(spans, prefill, decode, batch, buffers, num_layers, metrics)
+    return StepPlan(spans, summarising, prefill, decode, batch, buffers, num_layers, metrics)
+
+
+def served_in_batches(method: DecodeMethod | None) -> TypeGuard[BatchDecodeMethod]:
+    """Whether all rows of a step that decode by this method are served at once, on a GPU."""
+    return isinstance(method, BatchDecodeMethod) and method.in_batches
 
 
 def row_setting(request: SparseRequest, roles: tuple[str, ...]) -> RowSetting:
     """What a request's decode row is on the device; from now on its slot holds what it keeps."""
     method = request.params.decode
-    assert method is not None
+    assert served_in_batches(method)
     least_context_tokens = max(request.params.min_tokens - 1, method.budget_tokens)
     setting = RowSetting(method, least_context_tokens, roles, request.slot, request.fresh)
     request.fresh = False

@@ -13,6 +13,7 @@ from vllm_sparse.kernels.page_list import chunk_lists
 if TYPE_CHECKING:
     import torch
 
+    from vllm_sparse.kernels.page_summaries import SummaryKind
     from vllm_sparse.keys import PagedKeys
     from vllm_sparse.pages import PageList
     from vllm_sparse.rows import DecodeRows, RowsPlace, TokenLists
@@ -169,13 +170,18 @@ class LayerMemory:
 class DecodeMethod(Method):
     """Chooses the pages that a decode step may read, in some layers, for the same layer or for those that follow."""
 
-    scores_tokens: ClassVar[bool] = False
-    """`choose_rows` scores all cached tokens and needs room for that."""
-
     @property
     @abstractmethod
     def budget_tokens(self) -> int:
         """Tokens read by a sparse layer; a request with no more context than this runs dense."""
+
+    @property
+    def summaries(self) -> SummaryKind | None:
+        """What is kept of each page's keys in the layers that choose, from a request's first token on; None: nothing.
+
+        The knobs that it depends on are the server's.
+        """
+        return None
 
     @abstractmethod
     def layer_roles(self, num_layers: int) -> list[str]:
@@ -205,6 +211,13 @@ class DecodeMethod(Method):
         Returns:
             Lists of one row per KV head, or one row per query head.
         """
+
+
+class BatchDecodeMethod(DecodeMethod):
+    """A decode method that can choose for all rows of a step at once, on a GPU."""
+
+    scores_tokens: ClassVar[bool] = False
+    """`choose_rows` scores all cached tokens and needs room for that."""
 
     @property
     def in_batches(self) -> bool:

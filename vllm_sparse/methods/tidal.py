@@ -12,7 +12,7 @@ from vllm_sparse.calibrate.policy import load
 from vllm_sparse.kernels.token_scores import token_scores
 from vllm_sparse.kernels.top_tokens import top_pages
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import KNOBS, DecodeMethod, KnobError, LayerMemory
+from vllm_sparse.methods.base import KNOBS, BatchDecodeMethod, KnobError, LayerMemory
 from vllm_sparse.pages import PageList
 from vllm_sparse.rows import DecodeRows, RowsPlace, TokenLists
 
@@ -22,7 +22,7 @@ PAPER_LAYERS, PAPER_RESELECT_LAYER, PAPER_FULL_LAYERS = 32, 13, 2
 
 
 @dataclass(frozen=True, config=KNOBS)
-class Tidal(DecodeMethod):
+class Tidal(BatchDecodeMethod):
     """Position-persistent selection: a list is chosen in a full layer and lives for the rest of the decode step.
 
     Lists are per KV head by default, with the query heads of a group merged by the maximum of their attention
@@ -129,7 +129,8 @@ class Tidal(DecodeMethod):
             padding = -context % page_size_tokens
             scores = torch.nn.functional.pad(scores, (0, padding), value=float("-inf"))
             scores = scores.view(scores.shape[0], -1, page_size_tokens).amax(2)
-        return top_pages(scores, context, page_size_tokens, self.budget, self.sink_tokens, self.recent_tokens)
+        page = page_size_tokens
+        return top_pages(scores, context, page, page, self.budget, self.sink_tokens, self.recent_tokens)
 
     @property
     def in_batches(self) -> bool:

@@ -12,39 +12,46 @@ from vllm_sparse.rows import DecodeRows, RowScores, TokenLists
 def top_pages(
     scores: torch.Tensor,
     context_tokens: int,
+    unit_tokens: int,
     page_size_tokens: int,
     budget_tokens: int,
     sink_tokens: int,
     recent_tokens: int,
 ) -> PageList:
-    """Choose the pages with the largest scores; the first and the last ones are kept whatever their scores.
+    """Keep the units that hold the first and the last tokens, then those of the highest scores while the budget lasts.
+
+    Equal scores: the lower unit wins.
 
     Args:
-        scores: float32 ``[heads, ceil(context / page)]``, neither NaN nor plus infinity.
-        context_tokens: tokens in the cache.
-        page_size_tokens: tokens of a page.
-        budget_tokens: rounded up to pages; forced pages count, and stay where they are more.
-        sink_tokens: first tokens, always kept.
-        recent_tokens: last tokens, always kept; at least the newest is.
+        scores: float32 ``[rows, ceil(context / unit)]``, neither NaN nor plus infinity.
+        context_tokens: tokens in the request's cache.
+        unit_tokens: tokens that have a score together.
+        page_size_tokens: page size of the executor; divides a unit.
+        budget_tokens: tokens to keep, the forced ones included; rounded up to units. Forced units stay even beyond it.
+        sink_tokens: first tokens, forced.
+        recent_tokens: last tokens, forced; the newest one always is.
 
     Returns:
-        One list per head, all of one length and no wider than that. Of equal scores at the cut the lower page stays.
+        A list for each row, all of one length and no wider than that.
     """
-    heads, pages = scores.shape
-    sink_pages = min(-(-sink_tokens // page_size_tokens), pages)
-    first_recent = max(max(context_tokens - max(recent_tokens, 1), 0) // page_size_tokens, sink_pages)
-    forced_pages = sink_pages + pages - first_recent
-    count = min(max(-(-budget_tokens // page_size_tokens), forced_pages), pages)
+    rows, units = scores.shape
+    sink_units = min(-(-sink_tokens // unit_tokens), units)
+    first_recent_unit = max(max(context_tokens - max(recent_tokens, 1), 0) // unit_tokens, sink_units)
     scores = scores.clone()
-    scores[:, :sink_pages] = float("inf")
-    scores[:, first_recent:] = float("inf")
-    # A top-k alone does not promise the lower of equals.
+    scores[:, :sink_units] = float("inf")
+    scores[:, first_recent_unit:] = float("inf")
+    forced_units = sink_units + units - first_recent_unit
+    count = min(max(-(-budget_tokens // unit_tokens), forced_units), units)
+    # A top-k alone does not promise which of equal scores it takes.
     threshold = scores.topk(count, dim=1, sorted=True).values[:, -1:]
     above, equal = scores > threshold, scores == threshold
     kept = above | (equal & (equal.cumsum(1) <= count - above.sum(1, keepdim=True)))
-    last_position = torch.full((heads,), context_tokens - 1, device=scores.device)
+    pages_per_unit = unit_tokens // page_size_tokens
+    if pages_per_unit > 1:
+        kept = kept.repeat_interleave(pages_per_unit, dim=1)[:, : -(-context_tokens // page_size_tokens)]
+    last_position = torch.full((rows,), context_tokens - 1, device=scores.device)
     lists = compact_pages(kept, last_position, page_size_tokens)
-    return PageList(lists.pages[:, :count].contiguous(), lists.kept_tokens, page_size_tokens)
+    return PageList(lists.pages[:, : count * pages_per_unit].contiguous(), lists.kept_tokens, page_size_tokens)
 
 
 def top_tokens(scores: RowScores, rows: DecodeRows, knobs: torch.Tensor, lists: TokenLists) -> None:
@@ -65,7 +72,7 @@ def top_tokens(scores: RowScores, rows: DecodeRows, knobs: torch.Tensor, lists: 
         start, units = int(scores.starts[row]), -(-context // unit)
         firsts = [start + head * scores.head_stride for head in range(kv_heads)]
         heads = torch.stack([values[first : first + units] for first in firsts])
-        chosen = top_pages(heads, context, unit, *knobs[row].tolist())
+        chosen = top_pages(heads, context, unit, unit, *knobs[row].tolist())
         kept = int(chosen.kept_tokens[0])
         positions = (chosen.pages.unsqueeze(2) * unit + torch.arange(unit, device=heads.device)).flatten(1)[:, :kept]
         head = torch.arange(kv_heads, device=heads.device).unsqueeze(1)
