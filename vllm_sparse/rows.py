@@ -56,6 +56,8 @@ class RowsPlace:
         capacity_tokens: tokens that there is room for.
         slots: int32 ``[rows]`` place of each row's request in what a method keeps from step to step.
         fresh: int32 ``[rows]`` 1 if another request held the slot before this step, else 0.
+        members: int32 ``[rows]`` tokens in the cache of the rows that have the method, whether they choose or are still
+            too short for it, else 0.
         kept: what a method keeps of this layer, by a name that it chooses; made on first use.
     """
 
@@ -63,6 +65,7 @@ class RowsPlace:
     capacity_tokens: int
     slots: torch.Tensor
     fresh: torch.Tensor
+    members: torch.Tensor
     kept: dict[str, torch.Tensor]
 
 

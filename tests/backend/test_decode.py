@@ -181,7 +181,7 @@ def expected(
 
 
 def new_buffers() -> DecodeBuffers:
-    buffers = DecodeBuffers(MOST_ROWS, LAYERS, KV_HEADS, [Tidal], LIST_TOKENS, torch.device(DEVICE))
+    buffers = DecodeBuffers(MOST_ROWS, LAYERS, KV_HEADS, [TIDAL], LIST_TOKENS, torch.device(DEVICE))
     # What earlier steps left over must not matter.
     buffers.lists.slots.fill_(1 << 30)
     buffers.lists.kept_tokens.fill_(17)

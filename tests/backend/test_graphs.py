@@ -26,7 +26,7 @@ CONFIGURED = Tidal(budget=256, full_layers=1, reselect_layers=(3,))
 
 @pytest.fixture
 def graphs() -> DecodeGraphs:
-    buffers = DecodeBuffers(MOST_ROWS, LAYERS, 2, [Tidal], LIST_TOKENS, torch.device("cpu"))
+    buffers = DecodeBuffers(MOST_ROWS, LAYERS, 2, [CONFIGURED], LIST_TOKENS, torch.device("cpu"))
     made = DecodeGraphs(buffers, [CONFIGURED], LAYERS, speculative=False)
     made.most_rows = 4
     made.captured = {name: {} for name in made.launches}

@@ -38,6 +38,7 @@ def poisoned_contexts(rows: int, layers: int, methods: int, kv_heads: int) -> La
     return LayerContexts(
         poisoned(MOST_ROWS, dtype=torch.int64)[:rows],
         poisoned(layers, MOST_ROWS)[:, :rows],
+        poisoned(methods, MOST_ROWS)[:, :rows],
         poisoned(methods, layers, MOST_ROWS)[..., :rows],
         poisoned(layers, MOST_ROWS * kv_heads)[:, : rows * kv_heads],
     )
@@ -61,7 +62,7 @@ def test_contexts_equal_the_reference(rows: int, layers: int, methods: int, kv_h
         expected, actual = (poisoned_contexts(rows, layers, methods, kv_heads) for _ in range(2))
         reference.layer_contexts(settings, context, capacity, expected)
         decode_roles.layer_contexts(settings, context, capacity, actual)
-        for name in ("starts", "dense", "choosing", "kept_tokens"):
+        for name in ("starts", "dense", "members", "choosing", "kept_tokens"):
             assert torch.equal(getattr(actual, name), getattr(expected, name)), f"{name}, seed {seed}"
         chosen = actual.choosing[0, 0]
         kept = torch.randint(1, 100, (rows * kv_heads,), generator=generator).int().to(DEVICE)
@@ -115,7 +116,7 @@ def test_sparse_rows_are_put_into_the_output(rows: int, heads: int, head_size: i
 def test_kernels_compile_for_hopper() -> None:
     from vllm_sparse.kernels.decode_roles import triton as decode_roles
 
-    integers = ("method", "least_context", "scored", "context", "dense", "choosing", "kept", "layer_kept")
+    integers = ("method", "least_context", "scored", "context", "dense", "member", "choosing", "kept", "layer_kept")
     types = {
         **dict.fromkeys((f"{name}_pointer" for name in integers), "*i32"),
         **dict.fromkeys(("capacity", "rows", "layer", "layers", "width"), "i32"),

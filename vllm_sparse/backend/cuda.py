@@ -51,7 +51,7 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
                 min(vllm_config.scheduler_config.max_num_seqs, MOST_ROWS),
                 len(layer_names),
                 kv_cache_spec.num_kv_heads,
-                [type(method) for method in methods],
+                methods,
                 config.decode_list_tokens,
                 device,
             )

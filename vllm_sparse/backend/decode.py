@@ -83,7 +83,7 @@ class DecodeBuffers:
         most_rows: rows of the largest step, at most 1024.
         num_layers: attention layers.
         kv_heads: of one process.
-        methods: by which rows may choose.
+        methods: by which rows may choose, as the server's configuration sets them.
         list_tokens: tokens of the longest list.
         device: of the model.
     """
@@ -93,7 +93,7 @@ class DecodeBuffers:
         most_rows: int,
         num_layers: int,
         kv_heads: int,
-        methods: Sequence[type[BatchDecodeMethod]],
+        methods: Sequence[BatchDecodeMethod],
         list_tokens: int,
         device: torch.device,
     ) -> None:
@@ -101,6 +101,7 @@ class DecodeBuffers:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.methods = tuple(methods)
+        self._numbers = {type(method): number for number, method in enumerate(methods)}
         self.kv_heads = kv_heads
         self._said: list[RowSetting] = []
         self.settings = integers(most_rows, KNOBS + MOST_KNOBS)
@@ -109,6 +110,7 @@ class DecodeBuffers:
         self.contexts = LayerContexts(
             integers(most_rows, dtype=torch.int64),
             integers(num_layers, most_rows),
+            integers(len(methods), most_rows),
             integers(len(methods), num_layers, most_rows),
             integers(num_layers, most_rows * kv_heads),
         )
@@ -121,7 +123,7 @@ class DecodeBuffers:
         contexts = self.contexts
         tensors = (
             *(self.settings, self.roles, self.query_starts, self.lists.slots, self.lists.kept_tokens),
-            *(contexts.starts, contexts.dense, contexts.choosing, contexts.kept_tokens),
+            *(contexts.starts, contexts.dense, contexts.members, contexts.choosing, contexts.kept_tokens),
         )
         return sum(tensor.nbytes for tensor in tensors)
 
@@ -138,7 +140,7 @@ class DecodeBuffers:
                 continue
             knobs = row.method.row_knobs()
             settings[index, :KNOBS] = (
-                self.methods.index(type(row.method)),
+                self._numbers[type(row.method)],
                 row.least_context_tokens,
                 row.method.scores_tokens,
                 row.slot,
@@ -165,7 +167,7 @@ class DecodeBuffers:
         """
         layers = []
         for layer in range(self.roles.shape[1]):
-            roles = {(self.methods.index(type(row.method)), row.roles[layer]) for row in rows if row.method is not None}
+            roles = {(self._numbers[type(row.method)], row.roles[layer]) for row in rows if row.method is not None}
             selecting, choosing = (
                 tuple(sorted(number for number, role in roles if role == chosen)) for chosen in ("select", "choose")
             )
@@ -213,6 +215,7 @@ class DecodeStep:
         self.contexts = LayerContexts(
             buffers.contexts.starts[:rows],
             buffers.contexts.dense[:, :rows],
+            buffers.contexts.members[:, :rows],
             buffers.contexts.choosing[..., :rows],
             buffers.contexts.kept_tokens[:, :lists],
         )
@@ -273,7 +276,12 @@ class DecodeStep:
         """Let rows choose by a method."""
         rows = DecodeRows(query, kv_cache, self.block_table, self.contexts.choosing[number, layer], scale)
         place = RowsPlace(
-            self.contexts.starts, self.capacity_tokens, self.settings[:, SLOT], self.settings[:, FRESH], kept
+            self.contexts.starts,
+            self.capacity_tokens,
+            self.settings[:, SLOT],
+            self.settings[:, FRESH],
+            self.contexts.members[number],
+            kept,
         )
         self.methods[number].choose_rows(rows, self.settings[:, KNOBS:], place, lists)
 

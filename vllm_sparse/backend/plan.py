@@ -187,7 +187,7 @@ class StepPlan:
         longest = max(method.list_tokens(context) for method, context in zip(methods, contexts, strict=True))
         buffers = self.buffers
         if buffers is None or not buffers.holds(len(self.batch), longest):
-            kinds = sorted({type(method) for method in methods}, key=lambda method: method.name)
+            kinds = list({type(method): method for method in methods}.values())
             device = context_tokens.device
             buffers = DecodeBuffers(len(self.batch), self.num_layers, num_kv_heads, kinds, longest, device)
         buffers.say(settings)

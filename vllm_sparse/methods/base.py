@@ -232,12 +232,12 @@ class BatchDecodeMethod(DecodeMethod):
     def row_knobs(self) -> tuple[int, ...]:
         """What `choose_rows` needs of a row's knobs."""
 
-    @classmethod
     @abstractmethod
-    def choose_rows(cls, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
+    def choose_rows(self, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
         """Choose tokens for all rows of a step in one layer, on a GPU, as `select` does for one with pages of a token.
 
-        May be captured in a CUDA graph: no more is known to the host than shapes.
+        Called of the method as the server's configuration sets it; a row's own knobs are in `knobs`. May be captured
+        in a CUDA graph: no more is known to the host than shapes.
 
         Args:
             rows: the rows; those with a context of 0 keep their lists.

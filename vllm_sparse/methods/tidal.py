@@ -143,8 +143,7 @@ class Tidal(BatchDecodeMethod):
     def row_knobs(self) -> tuple[int, ...]:
         return self.budget, self.sink_tokens, self.recent_tokens
 
-    @classmethod
-    def choose_rows(cls, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
+    def choose_rows(self, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
         # Imported here: there is Triton only where there is a GPU.
         from vllm_sparse.kernels.token_scores.triton import token_scores_of_rows
         from vllm_sparse.kernels.top_tokens.triton import top_tokens

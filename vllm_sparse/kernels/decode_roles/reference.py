@@ -35,12 +35,14 @@ class LayerContexts:
     Attributes:
         starts: int64 ``[rows]`` where a row's scores begin (`vllm_sparse.rows.RowScores`).
         dense: int32 ``[layers, rows]`` context of the rows that read everything, else 0.
+        members: int32 ``[methods, rows]`` context of the rows that have a method, sparse or not, else 0.
         choosing: int32 ``[methods, layers, rows]`` context of the rows that choose by a method, else 0.
         kept_tokens: int32 ``[layers, rows * kv_heads]`` of the lists that are read; 0 until they are chosen.
     """
 
     starts: torch.Tensor
     dense: torch.Tensor
+    members: torch.Tensor
     choosing: torch.Tensor
     kept_tokens: torch.Tensor
 
@@ -69,6 +71,7 @@ def layer_contexts(
     contexts.dense.copy_(torch.where(reading, 0, context_tokens))
     chooses = sparse & ((roles == SELECT) | (roles == CHOOSE))
     for method in range(contexts.choosing.shape[0]):
+        contexts.members[method] = torch.where(settings.method == method, context_tokens, 0)
         contexts.choosing[method] = torch.where(chooses & (settings.method == method), context_tokens, 0)
     contexts.kept_tokens.zero_()
 

@@ -23,6 +23,7 @@ def layer_contexts_kernel(
     context_pointer,
     start_pointer,
     dense_pointer,
+    member_pointer,
     choosing_pointer,
     kept_pointer,
     capacity,
@@ -55,6 +56,9 @@ def layer_contexts_kernel(
     tl.store(dense_pointer + i_layer * dense_stride + o_row, tl.where(b_reads, 0, b_context), mask=live)
     b_chooses = b_sparse & ((b_role == SELECT) | (b_role == CHOOSE))
     for method in tl.static_range(METHODS):
+        if i_layer == 0:
+            p_member = member_pointer + method * dense_stride + o_row
+            tl.store(p_member, tl.where(b_method == method, b_context, 0), mask=live)
         p_choosing = choosing_pointer + method * choosing_method_stride + i_layer * dense_stride
         tl.store(p_choosing + o_row, tl.where(b_chooses & (b_method == method), b_context, 0), mask=live)
     for head in tl.static_range(KV_HEADS):
@@ -67,6 +71,7 @@ def layer_contexts(
 ) -> None:
     """Equal to `reference.layer_contexts`; arguments as there, 1 to 1024 rows."""
     rows, layers = settings.roles.shape
+    assert contexts.members.stride(0) == contexts.dense.stride(0) == contexts.choosing.stride(1)
     assert settings.method.stride() == settings.least_context.stride() == settings.scored.stride()
     layer_contexts_kernel[(layers,)](
         settings.method,
@@ -76,6 +81,7 @@ def layer_contexts(
         context_tokens,
         contexts.starts,
         contexts.dense,
+        contexts.members,
         contexts.choosing,
         contexts.kept_tokens,
         capacity_tokens,
