@@ -52,7 +52,8 @@ class RowsPlace:
     """Where a choice for decode rows finds its room.
 
     Attributes:
-        starts: int64 ``[rows]`` first token of each row's room for scores of all its tokens; rows do not overlap.
+        starts: int64 ``[rows]`` first token of each row's room for scores of all its tokens, rising with the row; rows
+            do not overlap.
         capacity_tokens: tokens that there is room for.
         slots: int32 ``[rows]`` place of each row's request in what a method keeps from step to step.
         fresh: int32 ``[rows]`` 1 if another request held the slot before this step, else 0.

@@ -16,21 +16,24 @@ from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_t
 from tests.oracle import Paged, Platform
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
 from vllm_sparse.executors import Executor, FlashAttentionExecutor, Launch
+from vllm_sparse.kernels.page_summaries import page_summaries, read_summaries, store_summaries
 from vllm_sparse.methods.base import BatchDecodeMethod, LayerMemory
+from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.tidal import Tidal
 
 pytest.importorskip("triton")
 
 LAYERS, HEADS, KV_HEADS, HEAD_SIZE, BLOCK, SCALE = 6, 4, 2, 64, 16, 0.12
-MOST_ROWS, LIST_TOKENS = 12, 300
+MOST_ROWS, LIST_TOKENS = 16, 300
 PLATFORM = Platform("plain", DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float32, None)
 TIDAL = Tidal(budget=64, full_layers=1, reselect_layers=(4,), sink_tokens=3, recent_tokens=9)
+BLOCKS = BlockTopk(budget=96, sink_tokens=5, recent_tokens=20, dense_layers=2, scores="bounds")
 WIDE = Tidal(budget=300, full_layers=0, reselect_layers=(2, 3), sink_tokens=0, recent_tokens=0)
 
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=7)
+    run_under_the_interpreter(__file__, passing=9)
 
 
 class Gather(Executor):
@@ -78,6 +81,9 @@ ROWS = [
     Row(301, WIDE),
     Row(640, replace(TIDAL, reselect_layers=(2, 5))),
     Row(1),
+    Row(777, BLOCKS),
+    Row(90, BLOCKS),
+    Row(500, replace(BLOCKS, budget=16, sink_tokens=0, recent_tokens=0)),
 ]
 
 
@@ -116,11 +122,36 @@ def run_step(
     step = DecodeStep(buffers, len(rows) + padding, launches, contexts, table, capacity)
     outputs = []
     for layer in range(LAYERS):
+        kept = {BLOCKS.name: stored_summaries(data[layer])}
         query = torch.nn.functional.pad(queries[layer], (0, 0, 0, 0, 0, padding))
         output = torch.full_like(query, oracle.NAN)
-        step.attend(layer, query, data[layer].kv_cache, SCALE, output, executor(), Dense(data[layer], table), {})
+        step.attend(layer, query, data[layer].kv_cache, SCALE, output, executor(), Dense(data[layer], table), kept)
+        check_newest(rows, data[layer], kept[BLOCKS.name], layer)
         outputs.append(output[: len(rows)])
     return outputs
+
+
+def stored_summaries(data: Paged) -> torch.Tensor:
+    """What earlier steps stored: of all keys but the newest."""
+    kind = BLOCKS.summaries
+    shape = data.kv_cache.shape[0], KV_HEADS, BLOCK // kind.page_tokens, kind.width(HEAD_SIZE)
+    stored = torch.full(shape, oracle.NAN, dtype=PLATFORM.dtype, device=DEVICE)
+    for request, keys in enumerate(data.keys):
+        if keys.shape[1] > 1:
+            reader = PLATFORM.keys_of(data.kv_cache, data.block_table[request], keys.shape[1] - 1)
+            reader.summaries = stored
+            store_summaries(reader, kind, 0)
+    return stored
+
+
+def check_newest(rows: list[Row], data: Paged, stored: torch.Tensor, layer: int) -> None:
+    """Rows of the method have their newest key summarised in the layers in which it chooses, long enough or not."""
+    for request, row in enumerate(rows):
+        if isinstance(row.method, BlockTopk) and layer >= row.method.dense_layers:
+            reader = data.reader(request)
+            expected = page_summaries(reader, BLOCKS.summaries)
+            reader.summaries = stored
+            assert torch.equal(read_summaries(reader, BLOCKS.summaries), expected.to(stored.dtype)), f"row {request}"
 
 
 @dataclass
@@ -163,14 +194,14 @@ def expected(
                 setting.method is not None and row.context > setting.least_context_tokens and index not in dense_rows
             )
             role = setting.roles[layer] if sparse else "dense"
-            if role == "select":
+            if role in ("select", "choose"):
                 assert setting.method is not None
                 chosen = setting.method.select(query, data[layer].reader(index), SCALE, 1, LayerMemory())
                 kept = [oracle.kept_positions(chosen, head, row.context) for head in range(KV_HEADS)]
                 lists[index] = torch.stack(kept).repeat_interleave(HEADS // KV_HEADS, dim=0).unsqueeze(1)
                 assert not bool(lists[index].all())
                 assert int(chosen.kept_tokens[0]) == setting.method.list_tokens(row.context)
-            allowed = lists[index] if role == "reuse" else torch.ones(row.context, dtype=torch.bool)
+            allowed = lists[index] if role in ("reuse", "choose") else torch.ones(row.context, dtype=torch.bool)
             layer_rows.append(
                 oracle.attention(
                     query.unsqueeze(0), data[layer].keys[index], data[layer].values[index], SCALE, allowed
@@ -181,7 +212,7 @@ def expected(
 
 
 def new_buffers() -> DecodeBuffers:
-    buffers = DecodeBuffers(MOST_ROWS, LAYERS, KV_HEADS, [TIDAL], LIST_TOKENS, torch.device(DEVICE))
+    buffers = DecodeBuffers(MOST_ROWS, LAYERS, KV_HEADS, [TIDAL, BLOCKS], LIST_TOKENS, torch.device(DEVICE))
     # What earlier steps left over must not matter.
     buffers.lists.slots.fill_(1 << 30)
     buffers.lists.kept_tokens.fill_(17)
@@ -220,17 +251,23 @@ def test_rows_without_room_for_their_scores_are_dense() -> None:
     """Room for the first two sparse rows only."""
     data, queries, seed = draw(ROWS)
     outputs = run_step(new_buffers(), ROWS, data, queries, capacity=700 + 501)
-    check(ROWS, outputs, expected(ROWS, data, queries, {5, 6}), seed)
+    check(ROWS, outputs, expected(ROWS, data, queries, {5, 6, 8, 10}), seed)
 
 
 @needs_triton
-@pytest.mark.parametrize("rows", [[ROWS[0], Row(450, TIDAL)], [ROWS[0], ROWS[2], ROWS[6]]], ids=["alike", "unlike"])
+@pytest.mark.parametrize(
+    "rows",
+    [[ROWS[0], Row(450, TIDAL)], [ROWS[0], ROWS[2], ROWS[6]], [ROWS[8], Row(400, BLOCKS)], [ROWS[8], ROWS[0]]],
+    ids=["alike", "unlike", "choosing", "two-methods"],
+)
 def test_a_step_of_sparse_rows_launches_no_more_than_it_needs(rows: list[Row]) -> None:
     """Where all rows read lists there is no dense launch; where rows differ there are both."""
     buffers = new_buffers()
     settings = [row.setting for row in rows]
     launches = buffers.launches(settings, all_sparse=True)
-    assert all(launches[layer].dense == any(s.roles[layer] != "reuse" for s in settings) for layer in range(LAYERS))
+    assert all(
+        launches[layer].dense == any(s.roles[layer] in ("dense", "select") for s in settings) for layer in range(LAYERS)
+    )
     data, queries, seed = draw(rows)
     outputs = run_step(buffers, rows, data, queries, padding=2, all_sparse=True)
     check(rows, outputs, expected(rows, data, queries, set()), seed)
@@ -245,7 +282,7 @@ def test_a_step_of_dense_rows_reads_no_list() -> None:
 
 @needs_triton
 def test_a_row_alone_equals_the_oracle() -> None:
-    for row in (ROWS[0], ROWS[2], ROWS[7]):
+    for row in (ROWS[0], ROWS[2], ROWS[7], ROWS[8]):
         data, queries, seed = draw([row])
         check([row], run_step(new_buffers(), [row], data, queries), expected([row], data, queries, set()), seed)
 
@@ -263,11 +300,13 @@ def test_t8_a_graph_gives_what_eager_steps_give() -> None:
     step = DecodeStep(buffers, len(ROWS), launches, contexts, table, 1 << 14)
     outputs = [torch.full_like(query, oracle.NAN) for query in queries]
 
+    kept = [{BLOCKS.name: stored_summaries(layer_data)} for layer_data in data]
+
     def attend() -> None:
         for layer in range(LAYERS):
             dense = Dense(data[layer], table)
             kv_cache = data[layer].kv_cache
-            step.attend(layer, queries[layer], kv_cache, SCALE, outputs[layer], executor(), dense, {})
+            step.attend(layer, queries[layer], kv_cache, SCALE, outputs[layer], executor(), dense, kept[layer])
 
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(side):

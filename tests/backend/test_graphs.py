@@ -12,8 +12,10 @@ import torch
 
 from vllm_sparse.backend import graphs as graphs_module
 from vllm_sparse.backend.decode import FRESH, KNOBS, LEAST_CONTEXT, METHOD, SLOT, DecodeBuffers, RowSetting
-from vllm_sparse.backend.graphs import MIXED, DecodeGraphs, set_graphs
-from vllm_sparse.backend.plan import BatchRow, RowSpan, StepPlan
+from vllm_sparse.backend.graphs import MIXED, DecodeGraphs, longest_list, set_graphs
+from vllm_sparse.backend.plan import BatchRow, RowSpan, StepPlan, SummaryRow
+from vllm_sparse.methods.base import BatchDecodeMethod
+from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.metrics import WorkerMetrics
@@ -102,6 +104,37 @@ def test_the_graph_follows_the_rows(graphs: DecodeGraphs) -> None:
     assert graphs.prepare() is graphs.captured["tidal"]
     graphs.plan = plan_of(graphs, 3, {0: setting(0), 1: setting(1)})
     assert graphs.prepare() is graphs.captured[MIXED]
+
+
+def test_rows_that_only_keep_summaries_are_dense_but_known(graphs: DecodeGraphs) -> None:
+    """A row too short for its method, whose new key the method must not miss."""
+    method = BlockTopk(budget=96)
+    roles = tuple(method.layer_roles(LAYERS))
+    buffers = DecodeBuffers(MOST_ROWS, LAYERS, 2, [CONFIGURED, method], LIST_TOKENS, torch.device("cpu"))
+    both = DecodeGraphs(buffers, [CONFIGURED, method], LAYERS, speculative=False)
+    both.captured = {name: {} for name in both.launches}
+    assert set(both.launches) == {"tidal", "blocktopk", MIXED}
+    plan = plan_of(both, 3, {0: setting(0)})
+    plan.summarising.append(SummaryRow(plan.spans[2], method, method.summaries, roles))
+    both.plan = plan
+    assert both.prepare() is both.captured[MIXED]
+    assert buffers.settings[:3, METHOD].tolist() == [0, -1, 1]
+    assert int(buffers.settings[2, LEAST_CONTEXT]) == 2**31 - 1
+    # One that is long enough is in the batch too.
+    plan.batch.append(BatchRow(plan.spans[2], RowSetting(method, 64, roles, 3, True)))
+    both.prepare()
+    assert buffers.settings[2, [LEAST_CONTEXT, SLOT]].tolist() == [64, 3]
+    alone = plan_of(both, 1, {})
+    alone.summarising.append(SummaryRow(alone.spans[0], method, method.summaries, roles))
+    both.plan = alone
+    assert both.prepare() is both.captured[MIXED]
+
+
+@pytest.mark.parametrize("method", [Tidal(), BlockTopk(), BlockTopk(budget=48, sink_tokens=17, recent_tokens=31)])
+def test_no_list_is_longer_than_the_longest(method: BatchDecodeMethod) -> None:
+    longest = longest_list(method)
+    lengths = [method.list_tokens(context) for context in range(method.budget_tokens + 1, method.budget_tokens + 600)]
+    assert max(lengths) == longest
 
 
 class Replayed:

@@ -69,17 +69,19 @@ def test_equals_reference(
     lengths = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
     lengths[3] = 0
     rows = DecodeRows(query, data.kv_cache, data.block_table, lengths, 0.15)
-    most_pages = -(-max(contexts) // page_tokens) + 5
+    # Rows lie side by side: what one wrote past its pages would be another's.
+    taken = int(lengths.sum())
+    starts = (lengths.cumsum(0) - lengths).long()
     monkeypatch.setattr(torch, "empty", lambda *size, **options: torch.full(size, POISON, **options))
-    scores = scores_triton.page_scores(rows, kind, summaries, most_pages)
-    assert scores.shape == (len(contexts), kv_heads, most_pages)
-    assert scores.dtype == torch.float32
+    scores = scores_triton.page_scores(rows, kind, summaries, starts, taken)
+    assert scores.unit_tokens == page_tokens
     for row, context in enumerate(lengths.tolist()):
         pages = -(-context // page_tokens)
-        assert bool((scores[row, :, pages:] == POISON).all()), f"seed {seed}, row {row}: written past its pages"
         if context:
             expected = reference.page_scores(query[row], page_summaries(data.reader(row), kind), 0.15)
-            found = scores[row, :, :pages]
+            first = int(scores.starts[row])
+            firsts = [first + head * scores.head_stride for head in range(kv_heads)]
+            found = torch.stack([scores.values.flatten()[place : place + pages] for place in firsts])
             where = f"seed {seed}, row {row}"
             assert oracle.relative_error(found.exp(), expected.exp()) < 2e-5, where
             assert bool((found - expected).abs().max() < 1e-4 * (1 + expected.abs().max())), where
@@ -104,7 +106,9 @@ def test_a_sharp_head_still_ranks_its_small_scores(generator: torch.Generator) -
     query[:, :, 0] = 4
     lengths = torch.tensor([context], dtype=torch.int32, device=DEVICE)
     rows = DecodeRows(query, data.kv_cache, data.block_table, lengths, 1.0)
-    scores = scores_triton.page_scores(rows, kind, reader.summaries, context // page_tokens)[0, 0]
+    starts = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    scores = scores_triton.page_scores(rows, kind, reader.summaries, starts, context).values.flatten()
+    scores = scores[: context // page_tokens]
     assert torch.equal(scores.cpu().argsort(), order.argsort())
     assert abs(float(scores.max())) < 0.1
 
@@ -125,9 +129,10 @@ def test_kernels_compile_for_hopper(head_size: int, group: int, bounds: bool, tm
             "summary_pointer": "*bf16",
             "block_table_pointer": "*i32",
             "context_pointer": "*i32",
+            "start_pointer": "*i64",
             **buffers,
             "scale": "fp32",
-            **dict.fromkeys(("most_pages", "query_row_stride", "query_head_stride", "table_row_stride"), "i32"),
+            **dict.fromkeys(("capacity", "query_row_stride", "query_head_stride", "table_row_stride"), "i32"),
         },
         {
             "PAGE": 16,
@@ -142,7 +147,14 @@ def test_kernels_compile_for_hopper(head_size: int, group: int, bounds: bool, tm
     )
     merge = compile_for_hopper(
         scores_triton.merge_kernel,
-        {**buffers, "context_pointer": "*i32", "score_pointer": "*fp32", "most_pages": "i32", "shares": "i32"},
+        {
+            **buffers,
+            "context_pointer": "*i32",
+            "start_pointer": "*i64",
+            "score_pointer": "*fp32",
+            "capacity": "i32",
+            "shares": "i32",
+        },
         {
             "PAGE": 16,
             "GROUP": group,

@@ -202,6 +202,7 @@ class DecodeStep:
         block_table: torch.Tensor,
         capacity_tokens: int,
     ) -> None:
+        assert buffers.holds(rows, 1), "kernels would write past the buffers"
         lists = rows * buffers.kv_heads
         self.launches = launches
         self.context_tokens = context_tokens

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 MIXED = "mixed"
 DENSE_ROW = RowSetting(None, 0, (), 0, False)
-# Longer than any context.
-UNBOUNDED_TOKENS = 1 << 31
+# Longer than any context, and what the device's settings still hold.
+LONGEST_CONTEXT_TOKENS = (1 << 31) - 1
+# A multiple of every unit that methods choose in; how long a list is depends on where in one a context ends.
+UNIT_TOKENS = 128
 
 
 class DecodeGraphs:
@@ -71,7 +73,7 @@ class DecodeGraphs:
         return (
             served_in_batches(method)
             and layer_roles(method, self.num_layers) == self.roles.get(type(method))
-            and self.buffers.holds(1, method.list_tokens(UNBOUNDED_TOKENS))
+            and self.buffers.holds(1, longest_list(method))
         )
 
     def capture_plan(self, context_tokens: torch.Tensor, block_table: torch.Tensor, capacity_tokens: int) -> StepPlan:
@@ -93,14 +95,25 @@ class DecodeGraphs:
     def prepare(self) -> dict[Any, Any] | None:
         """Say this step's rows to the device and return the graphs to replay one of; None for vLLM's own."""
         plan = self.plan
-        if plan is None or not plan.batch:
+        if plan is None or not (plan.batch or plan.summarising):
             return None
         rows = [DENSE_ROW] * (plan.spans[-1].row + 1)
+        for new in plan.summarising:
+            # Dense for now, whatever its context, but its new key is summarised.
+            if served_in_batches(new.method):
+                rows[new.span.row] = RowSetting(new.method, LONGEST_CONTEXT_TOKENS, new.roles, 0, False)
         for row in plan.batch:
             rows[row.span.row] = row.setting
         self.buffers.say(rows)
-        names = {"dense" if row.method is None else row.method.name for row in rows}
-        return self.captured[names.pop() if len(names) == 1 else MIXED]
+        names = {type(row.setting.method).name for row in plan.batch if row.setting.method is not None}
+        alike = len(plan.batch) == len(rows) and len(names) == 1
+        return self.captured[names.pop() if alike else MIXED]
+
+
+@functools.lru_cache(maxsize=1024)
+def longest_list(method: BatchDecodeMethod) -> int:
+    """Tokens of a method's longest list."""
+    return max(method.list_tokens(LONGEST_CONTEXT_TOKENS - ending) for ending in range(UNIT_TOKENS))
 
 
 class _Current:

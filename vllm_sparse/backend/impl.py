@@ -150,6 +150,9 @@ class SparseAttentionImpl:
                 layer, rows_query, key, value, kv_cache, metadata, rows_output
             )
 
+        for method in batch.step.methods:
+            if method.summaries is not None:
+                self._kept_by_methods[method.name] = self._stored_summaries(method.summaries, kv_cache)
         in_place = isinstance(batch.tokens, slice)
         target = heads[batch.tokens]
         batch.step.attend(

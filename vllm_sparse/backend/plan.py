@@ -84,6 +84,7 @@ class SummaryRow:
     """A request whose new keys are summarised, sparse or dense, in the layers in which its decode method chooses."""
 
     span: RowSpan
+    method: DecodeMethod
     kind: SummaryKind
     roles: tuple[str, ...]
 
@@ -301,7 +302,7 @@ def plan_step(
         params = request.params
         if params.decode is not None and params.decode.summaries is not None and not speculative:
             roles = layer_roles(params.decode, num_layers)
-            summarising.append(SummaryRow(span, params.decode.summaries, roles))
+            summarising.append(SummaryRow(span, params.decode, params.decode.summaries, roles))
         in_prompt = span.row < len(prefilling) and prefilling[span.row]
         if in_prompt or (span.query_tokens > 1 and not speculative):
             if params.prefill is None:

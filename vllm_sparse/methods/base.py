@@ -217,7 +217,7 @@ class BatchDecodeMethod(DecodeMethod):
     """A decode method that can choose for all rows of a step at once, on a GPU."""
 
     scores_tokens: ClassVar[bool] = False
-    """`choose_rows` scores all cached tokens and needs room for that."""
+    """`choose_rows` scores whole contexts and needs room for that."""
 
     @property
     def in_batches(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -12,12 +13,13 @@ from vllm_sparse.kernels.page_scores import page_scores
 from vllm_sparse.kernels.page_summaries import SummaryKind, read_summaries
 from vllm_sparse.kernels.top_tokens import top_pages
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import KNOBS, DecodeMethod, DenseLayers, KnobError, LayerMemory
+from vllm_sparse.methods.base import KNOBS, BatchDecodeMethod, DenseLayers, KnobError, LayerMemory
 from vllm_sparse.pages import PageList
+from vllm_sparse.rows import DecodeRows, RowsPlace, TokenLists
 
 
 @dataclass(frozen=True, config=KNOBS)
-class BlockTopk(DecodeMethod):
+class BlockTopk(BatchDecodeMethod):
     """In each layer, read the pages of `block` tokens whose keys, by what is kept of them, suit the query best.
 
     With `scores` ``mean`` that is the page's mean key, as in Kinetics, with ``bounds`` the largest product that the
@@ -32,6 +34,7 @@ class BlockTopk(DecodeMethod):
 
     name: ClassVar[str] = "blocktopk"
     server_knobs: ClassVar[tuple[str, ...]] = ("block", "scores")
+    scores_tokens: ClassVar[bool] = True
 
     budget: Annotated[int, Field(ge=16, le=1 << 24, description="tokens read by a sparse layer")] = 2048
     sink_tokens: Annotated[int, Field(ge=0, le=65536, description="first tokens, always read")] = 16
@@ -78,6 +81,28 @@ class BlockTopk(DecodeMethod):
             scores = _best_overlapped(scores, unit, page_size_tokens, context)
             unit = page_size_tokens
         return top_pages(scores, context, unit, page_size_tokens, self.budget, self.sink_tokens, self.recent_tokens)
+
+    def list_tokens(self, context_tokens: int) -> int:
+        block: int = self.block
+        pages = -(-context_tokens // block)
+        sink_pages = -(-self.sink_tokens // block)
+        recent_pages = pages - max(context_tokens - max(self.recent_tokens, 1), 0) // block
+        kept_pages = min(max(-(-self.budget // block), sink_pages + recent_pages), pages)
+        return kept_pages * block - -context_tokens % block
+
+    def row_knobs(self) -> tuple[int, ...]:
+        return self.budget, self.sink_tokens, self.recent_tokens
+
+    def choose_rows(self, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
+        # Imported here: there is Triton only where there is a GPU.
+        from vllm_sparse.kernels.page_scores import triton as page_scores
+        from vllm_sparse.kernels.page_summaries.triton import store_newest_summaries
+        from vllm_sparse.kernels.top_tokens.triton import top_tokens
+
+        summaries = place.kept[self.name]
+        store_newest_summaries(replace(rows, context_tokens=place.members), self.summaries, summaries)
+        scores = page_scores.page_scores(rows, self.summaries, summaries, place.starts, place.capacity_tokens)
+        top_tokens(scores, rows, knobs, lists)
 
 
 def _best_overlapped(scores: torch.Tensor, block: int, page_size_tokens: int, context_tokens: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.page_summaries import SummaryKind
-from vllm_sparse.rows import DecodeRows
+from vllm_sparse.rows import DecodeRows, RowScores
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Of summaries at once: 16 KiB in bfloat16, in registers for three or four programs on a multiprocessor.
@@ -28,11 +28,12 @@ def page_logits_kernel(
     summary_pointer,
     block_table_pointer,
     context_pointer,
+    start_pointer,
     logit_pointer,
     largest_pointer,
     total_pointer,
     scale,
-    most_pages,
+    capacity,
     query_row_stride,
     query_head_stride,
     table_row_stride,
@@ -58,6 +59,8 @@ def page_logits_kernel(
     in_head = o_dim < HEAD_SIZE
     p_query = query_pointer + i_row * query_row_stride + (i_kv_head * GROUP + o_head)[None, :] * query_head_stride
     b_query = tl.load(p_query + o_dim[:, None], mask=in_head[:, None] & in_group[None, :], other=0.0)
+    first_page = tl.load(start_pointer + i_row) // PAGE + i_row
+    p_row = logit_pointer + (i_kv_head.to(tl.int64) * capacity + first_page) * GROUP
     b_largest = tl.full([GROUP_TILE], float("-inf"), tl.float32)
     b_total = tl.zeros([GROUP_TILE], tl.float32)
     for first in range(i_share * TILE, pages, shares * TILE):
@@ -78,7 +81,7 @@ def page_logits_kernel(
         else:
             b_logit = tl.dot(b_summary, b_query, input_precision="ieee")
         b_logit = b_logit * scale
-        p_logit = logit_pointer + ((i_row * kv_heads + i_kv_head) * most_pages + o_page)[:, None] * GROUP
+        p_logit = p_row + o_page[:, None] * GROUP
         tl.store(p_logit + o_head[None, :], b_logit, mask=live[:, None] & in_group[None, :])
         b_logit = tl.where(live[:, None], b_logit, float("-inf"))
         b_before = b_largest
@@ -96,8 +99,9 @@ def merge_kernel(
     largest_pointer,
     total_pointer,
     context_pointer,
+    start_pointer,
     score_pointer,
-    most_pages,
+    capacity,
     shares,
     PAGE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -121,13 +125,15 @@ def merge_kernel(
         b_most = tl.where(in_group, tl.max(b_largest, axis=0), 0.0)
         b_sum = tl.sum(b_total * tl.exp2((b_largest - b_most[None, :]) * LOG2_E), axis=0)
         b_log_sum = b_most + tl.log2(tl.where(in_group, b_sum, 1.0)) / LOG2_E
+        first_page = tl.load(start_pointer + i_row) // PAGE + i_row
+        place = i_kv_head.to(tl.int64) * capacity + first_page
         for first in range(tl.program_id(0) * TILE, pages, tl.num_programs(0) * TILE):
             o_page = first + tl.arange(0, TILE)
             live = o_page < pages
-            p_logit = logit_pointer + (i_list * most_pages + o_page)[:, None] * GROUP + o_head[None, :]
+            p_logit = logit_pointer + (place + o_page)[:, None] * GROUP + o_head[None, :]
             b_logit = tl.load(p_logit, mask=live[:, None] & in_group[None, :], other=float("-inf"))
             b_score = tl.max(b_logit - b_log_sum[None, :], axis=1)
-            tl.store(score_pointer + i_list * most_pages + o_page, b_score, mask=live)
+            tl.store(score_pointer + place + o_page, b_score, mask=live)
 
 
 def page_tile(kind: SummaryKind, head_tile: int) -> int:
@@ -135,21 +141,23 @@ def page_tile(kind: SummaryKind, head_tile: int) -> int:
     return max(TILE_NUMBERS // kind.width(head_tile), 16)
 
 
-def page_scores(rows: DecodeRows, kind: SummaryKind, summaries: torch.Tensor, most_pages: int) -> torch.Tensor:
+def page_scores(
+    rows: DecodeRows, kind: SummaryKind, summaries: torch.Tensor, starts: torch.Tensor, capacity_tokens: int
+) -> RowScores:
     """Score all pages of each row, as `reference.page_scores` does; for CUDA graphs.
 
-    Takes ``rows * query_heads * most_pages * 4`` bytes more while it runs.
+    Takes four bytes for each page that there is room for and each query head while it runs.
 
     Args:
         rows: the rows; keys are not read.
         kind: of the summaries.
         summaries: ``[blocks, kv_heads, block_size / page_tokens, width]``, contiguous, those of the newest tokens
             included (`vllm_sparse.kernels.page_summaries.triton.store_newest_summaries`).
-        most_pages: pages of the longest context that the buffers are made for.
+        starts: int64 ``[rows]`` first token of each row's room, rising with the row; rows do not overlap.
+        capacity_tokens: tokens that there is room for.
 
     Returns:
-        float32 ``[rows, kv_heads, most_pages]``. Entries past a row's pages, and those of rows whose `context_tokens`
-        is 0, are not written.
+        Scores of pages; those of rows whose `context_tokens` is 0 are not written.
     """
     count, query_heads, head_size = rows.query.shape
     kv_heads, pages_per_block = summaries.shape[1:3]
@@ -157,20 +165,23 @@ def page_scores(rows: DecodeRows, kind: SummaryKind, summaries: torch.Tensor, mo
     group_tile = triton.next_power_of_2(group)
     head_tile = max(triton.next_power_of_2(head_size), 16)
     tile = page_tile(kind, head_tile)
-    shares = min(max(PROGRAMS // (count * kv_heads), 1), triton.cdiv(most_pages, tile))
+    # A row's last page may be short, so each row has room for one more than its tokens fill.
+    capacity = capacity_tokens // kind.page_tokens + count
+    shares = min(max(PROGRAMS // (count * kv_heads), 1), triton.cdiv(capacity, tile))
     device = rows.query.device
-    logits = torch.empty(count, kv_heads, most_pages, group, dtype=torch.float32, device=device)
+    logits = torch.empty(kv_heads, capacity, group, dtype=torch.float32, device=device)
     partial = torch.empty(2, count, kv_heads, shares, group, dtype=torch.float32, device=device)
-    scores = torch.empty(count, kv_heads, most_pages, dtype=torch.float32, device=device)
+    scores = torch.empty(kv_heads, capacity, dtype=torch.float32, device=device)
     page_logits_kernel[(shares, kv_heads, count)](
         rows.query,
         summaries,
         rows.block_table,
         rows.context_tokens,
+        starts,
         logits,
         *partial.unbind(0),
         rows.scale,
-        most_pages,
+        capacity,
         rows.query.stride(0),
         rows.query.stride(1),
         rows.block_table.stride(0),
@@ -184,12 +195,13 @@ def page_scores(rows: DecodeRows, kind: SummaryKind, summaries: torch.Tensor, mo
         TILE=tile,
         num_warps=4,
     )
-    merge_kernel[(min(shares, triton.cdiv(most_pages, MERGE_TILE)), kv_heads, count)](
+    merge_kernel[(min(shares, triton.cdiv(capacity, MERGE_TILE)), kv_heads, count)](
         logits,
         *partial.unbind(0),
         rows.context_tokens,
+        starts,
         scores,
-        most_pages,
+        capacity,
         shares,
         PAGE=kind.page_tokens,
         GROUP=group,
@@ -198,4 +210,5 @@ def page_scores(rows: DecodeRows, kind: SummaryKind, summaries: torch.Tensor, mo
         TILE=MERGE_TILE,
         num_warps=4,
     )
-    return scores
+    first_pages = starts // kind.page_tokens + torch.arange(count, device=device)
+    return RowScores(scores, first_pages, capacity, kind.page_tokens)
