@@ -8,6 +8,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.kernels.interpreter import CAN_RUN, DEVICE
+
 torch.set_num_threads(2)
 hypothesis.settings.register_profile("shared", deadline=None, max_examples=25, print_blob=True)
 hypothesis.settings.load_profile("shared")
@@ -24,3 +26,12 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
     seed = secrets.randbits(32) if given is None else given
     print(f"random inputs: --seed {seed}")
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted programs run one after the other, so grids that are to fill a GPU are kept small."""
+    if CAN_RUN and DEVICE == "cpu":
+        from vllm_sparse.kernels.token_scores import triton as token_scores
+
+        monkeypatch.setattr(token_scores, "PROGRAMS", 32)

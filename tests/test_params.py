@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.params import (
@@ -65,6 +66,9 @@ def configured(**settings: Any) -> ServerConfig:
         ({}, {"sparse_prefill": "flexprefill", "flexprefill_gamma": 1.0, "flexprefill_max_budget": 4096},
          SparseParams(FlexPrefill(gamma=1.0, max_budget=4096), None, MIN_TOKENS)),
         ({"methods": ["tidal"]}, {"sparse_decode": "tidal"}, SparseParams(None, Tidal(), MIN_TOKENS)),
+        ({"methods": ["blocktopk"], "blocktopk": {"block": 32, "scores": "bounds"}},
+         {"sparse_decode": "blocktopk", "blocktopk_budget": 512},
+         SparseParams(None, BlockTopk(budget=512, block=32, scores="bounds"), MIN_TOKENS)),
     ],
 )  # fmt: skip
 def test_resolution(config: dict[str, Any], extras: dict[str, Any], expected: SparseParams) -> None:
@@ -185,8 +189,20 @@ def test_settings_that_contradict_each_other_are_named(extras: dict[str, Any], k
 
 def test_a_method_that_is_not_enabled_is_refused() -> None:
     config = configured(methods=["flexprefill"])
-    with pytest.raises(SparseParamsError, match=r"sparse_decode is 'tidal' \(this server.*not enable it\).*are dense$"):
+    with pytest.raises(SparseParamsError, match=r"sparse_decode is 'tidal' \(this server.*not enable it.*are dense$"):
         resolve(TIDAL, config, LAYERS)
+
+
+def test_a_method_that_takes_memory_is_enabled_by_the_server_only() -> None:
+    with pytest.raises(SparseParamsError, match=r'is \'blocktopk\' \(this.*not enable it; its "methods" list.*tidal$'):
+        resolve({"sparse_decode": "blocktopk"}, DEFAULT, LAYERS)
+
+
+@pytest.mark.parametrize(("knob", "value"), [("block", 32), ("scores", "bounds")])
+def test_what_is_kept_of_a_page_is_the_servers_choice(knob: str, value: Any) -> None:
+    config = configured(methods=["blocktopk"])
+    with pytest.raises(SparseParamsError, match=f"blocktopk_{knob} is a setting of the server.*blocktopk_budget"):
+        resolve({"sparse_decode": "blocktopk", f"blocktopk_{knob}": value}, config, LAYERS)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +220,9 @@ def test_a_method_that_is_not_enabled_is_refused() -> None:
         ({"tidal": 3}, r"sparse\.tidal is 3"),
         ({"flexprefill": {"gamma": "high"}}, r"object sparse\.flexprefill: flexprefill_gamma is 'high'"),
         ({"decode": "tidal", "tidal": {"full_layers": 32}}, "32 layers"),
+        ({"blocktopk": {"block": 24}}, "blocktopk_block is 24; one of 16, 32, 64 is allowed"),
+        ({"blocktopk": {"scores": "max"}}, "blocktopk_scores is 'max'; one of 'mean', 'bounds' is allowed"),
+        ({"decode": "blocktopk"}, "sparse_decode is 'blocktopk'.*not enable it"),
         (3, "sparse is 3"),
         (None, "sparse is None"),
     ],
@@ -288,6 +307,13 @@ def test_each_knob_changes_the_salt() -> None:
             for knob in (
                 {"budget": 512}, {"full_layers": 3}, {"reselect_layers": (9,)}, {"sink_tokens": 0},
                 {"recent_tokens": 0}, {"lists": "query_head"},
+            )
+        ),
+        *(
+            SparseParams(FlexPrefill(), BlockTopk(**knob), 4096)
+            for knob in (
+                {}, {"budget": 512}, {"dense_layers": 3}, {"sink_tokens": 0}, {"recent_tokens": 0}, {"block": 32},
+                {"scores": "bounds"},
             )
         ),
     ]  # fmt: skip

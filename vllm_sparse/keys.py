@@ -17,7 +17,14 @@ class PagedKeys(ABC):
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]``, head-major (LBHNC).
         block_table: int32 ``[>= ceil(context / block_size)]`` physical blocks of the request.
         context_tokens: tokens in the cache, the new ones included.
+
+    Attributes:
+        summaries: those of the layer, stored by physical block beside the cache
+            (`vllm_sparse.kernels.page_summaries`): ``[blocks, kv_heads, block_size / page, width]`` in its dtype;
+            None where none are kept.
     """
+
+    summaries: torch.Tensor | None = None
 
     def __init__(self, kv_cache: torch.Tensor, block_table: torch.Tensor, context_tokens: int) -> None:
         self.kv_cache = kv_cache

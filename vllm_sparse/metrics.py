@@ -32,6 +32,7 @@ logger = logging.getLogger("vllm.sparse")
 FALLBACK_REASONS = {
     "short_context": "its context is shorter than sparse_min_tokens, or no longer than what the method reads",
     "short_chunk": "the chunk holds fewer tokens than the method needs",
+    "no_room": "other requests of the step left no room to score its cached tokens",
     "speculative": "verification steps of speculative decoding are not supported yet",
 }
 
@@ -119,6 +120,11 @@ class WorkerMetrics:
             ["phase", "method"],
             buckets=DENSITY_BUCKETS,
         )
+        self._buffer_bytes = prometheus_client.Gauge(
+            "vllm_sparse_decode_buffer_bytes",
+            "Device memory that is kept for decode steps beside the KV cache, of one rank.",
+            multiprocess_mode="livemostrecent",
+        )
         self._fallbacks = prometheus_client.Counter(
             "vllm_sparse_fallbacks",
             "Prefill chunks and decode steps of requests that asked for a sparse method and ran dense.",
@@ -133,6 +139,16 @@ class WorkerMetrics:
 
             cls._instance = cls(recording=get_tensor_model_parallel_rank() == 0)
         return cls._instance
+
+    def set_buffer_bytes(self, size_bytes: int) -> None:
+        """Device memory kept for decode steps."""
+        if self._recording:
+            self._buffer_bytes.set(size_bytes)
+
+    def observe_density(self, phase: str, method: str, density: float) -> None:
+        """One row's density in one step, 0 to 1, where the host knows it."""
+        if self._recording:
+            self._density.labels(phase, method).observe(density)
 
     def count_fallback(self, phase: str, method: str, reason: str) -> None:
         """A row that asked for `method` and runs dense; `reason` is a key of `FALLBACK_REASONS`."""

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from vllm_sparse.methods.base import DecodeMethod, KnobError, PrefillMethod
-from vllm_sparse.methods.registry import DECODE_METHODS, PREFILL_METHODS
+from vllm_sparse.methods.registry import DECODE_METHODS, PREFILL_METHODS, SUMMARISING_METHODS
 
 DENSE = "dense"
 METHODS: dict[str, type[PrefillMethod] | type[DecodeMethod]] = {**PREFILL_METHODS, **DECODE_METHODS}
@@ -56,22 +56,28 @@ class ServerConfig(BaseModel):
     Attributes:
         prefill: method of requests that name none.
         decode: likewise for decoding.
-        methods: methods that requests may choose.
+        methods: methods that requests may choose; by default those that need no memory beside the KV cache.
         min_tokens: contexts shorter than this run dense, unless the request says otherwise.
-        flexprefill, sale, dhsa, hip, tidal: default knobs of a method, each an object.
+        decode_list_tokens: tokens of the longest decode list that a GPU server keeps room for and CUDA graphs hold;
+            requests that read more decode without them.
+        flexprefill, sale, dhsa, hip, tidal, blocktopk: default knobs of a method, each an object.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     prefill: str = DENSE
     decode: str = DENSE
-    methods: tuple[str, ...] = Field(default=tuple(METHODS), strict=False)
+    methods: tuple[str, ...] = Field(
+        default=tuple(method for method in METHODS if method not in SUMMARISING_METHODS), strict=False
+    )
     min_tokens: int = Field(default=8192, ge=0)
+    decode_list_tokens: int = Field(default=4352, ge=16, le=1 << 24)
     flexprefill: dict[str, Any] = {}
     sale: dict[str, Any] = {}
     dhsa: dict[str, Any] = {}
     hip: dict[str, Any] = {}
     tidal: dict[str, Any] = {}
+    blocktopk: dict[str, Any] = {}
 
     @field_validator("methods")
     @classmethod
@@ -159,7 +165,7 @@ def parse_server_config(additional_config: object, num_layers: int, num_query_he
     for method in METHODS:
         # Knobs in the configuration are checked as a request's would be, whether or not the method is a default.
         try:
-            _build(method, _configured_knobs(config, method), {}).check_defaults(num_layers, num_query_heads)
+            configured_method(config, method).check_defaults(num_layers, num_query_heads)
         except (SparseParamsError, KnobError) as error:
             named = _knob_error(method, error) if isinstance(error, KnobError) else error
             raise ValueError(f"--additional-config, object sparse.{method}: {named}") from error
@@ -241,6 +247,11 @@ def resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) ->
     return ALL_DENSE if params.is_dense else params
 
 
+def configured_method(config: ServerConfig, method: str) -> PrefillMethod | DecodeMethod:
+    """A method with the knobs that the server's configuration gives it."""
+    return _build(method, _configured_knobs(config, method), {})
+
+
 def is_sparse_key(key: str) -> bool:
     """Whether a sampling extra is meant for this plugin.
 
@@ -267,7 +278,7 @@ def _method_name(key: str, name: object, known: Mapping[str, object], config: Se
     hint = ""
     if isinstance(name, str) and name in METHODS:
         if name in known:
-            hint = " (this server's configuration does not enable it)"
+            hint = ' (this server\'s configuration does not enable it; its "methods" list those that it does)'
         else:
             hint = f" (it is a method of {'sparse_decode' if key == 'sparse_prefill' else 'sparse_prefill'})"
     raise SparseParamsError(key, name, f"{key} is {name!r}{hint}; allowed are {', '.join(enabled)}")

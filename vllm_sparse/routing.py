@@ -7,6 +7,7 @@ runner V1 reports batch changes, and row ``i`` of the metadata is index ``i``.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +30,14 @@ class SparseRequest:
 
     Attributes:
         params: its resolved parameters.
+        slot: of this request alone while it is held, the lowest that was free.
+        fresh: it has not decoded sparsely in its slot.
         memory: what its decode method keeps from step to step, by layer.
     """
 
     params: SparseParams
+    slot: int = 0
+    fresh: bool = True
     memory: dict[int, LayerMemory] = field(default_factory=dict)
 
 
@@ -58,7 +63,10 @@ class RequestTable:
         """A request enters a slot, which may hold a former request."""
         resolved = (sampling_params.extra_args or {}).get(RESOLVED_KEY)
         params = ALL_DENSE if resolved is None else deserialize(resolved)
-        self.put(slot, None if params.is_dense else SparseRequest(params))
+        self.take(slot)
+        if not params.is_dense:
+            taken = {request.slot for request in self._requests.values()}
+            self.put(slot, SparseRequest(params, next(place for place in itertools.count() if place not in taken)))
 
     def put(self, slot: int, request: SparseRequest | None) -> None:
         """Place a request in a slot, or none."""
@@ -88,11 +96,12 @@ class RequestTable:
         rows = enumerate(req_idx.tolist())
         return {row: self._requests[slot] for row, slot in rows if slot in self._requests}
 
-    def decodes_sparsely(self, slots: np.ndarray) -> bool:
-        """Whether any of these slots holds a request with a sparse decode method."""
-        return bool(self._requests) and any(
-            slot in self._requests and self._requests[slot].params.decode is not None for slot in slots.tolist()
-        )
+    def sparse_decodes(self, slots: np.ndarray) -> list[SparseRequest]:
+        """Those of the requests in these slots that have a sparse decode method."""
+        if not self._requests:
+            return []
+        requests = (self._requests.get(slot) for slot in slots.tolist())
+        return [request for request in requests if request is not None and request.params.decode is not None]
 
 
 # One model runner a process: vLLM runs each worker in its own.
@@ -105,7 +114,10 @@ class SparseParamsProcessor(LogitsProcessor):
     def __init__(self, vllm_config: VllmConfig, state_or_device: Any, is_pin_memory: bool | None = None) -> None:
         TABLE.attach(slots_in_metadata=is_pin_memory is None)
         if is_pin_memory is None:
-            leave_full_graphs_to_dense_steps()
+            # Imported here: it reads this module's table.
+            from vllm_sparse.backend.graphs import install
+
+            install()
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -138,27 +150,3 @@ class SparseParamsProcessor(LogitsProcessor):
     def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
         """Return the logits as they are."""
         return logits
-
-
-def leave_full_graphs_to_dense_steps() -> None:
-    """Make runner V2 run a step that decodes sparsely without its FULL CUDA graph, which holds dense attention only.
-
-    A batch is eligible for a FULL decode graph when its rows have a uniform token count. Reporting none makes it a
-    mixed batch, for which PIECEWISE graphs run with the attention between them; data-parallel ranks agree on that
-    value, so all of them follow.
-    """
-    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-
-    original = GPUModelRunner.gather_batch_req_state
-    if getattr(original, "knows_sparse_rows", False):
-        return
-
-    def gather_batch_req_state(self: Any, scheduler_output: Any, dummy_run: bool) -> tuple[Any, int | None]:
-        batch, uniform_tokens = original(self, scheduler_output, dummy_run)
-        TABLE.dummy_step = dummy_run
-        if batch is not None and uniform_tokens is not None and TABLE.decodes_sparsely(batch.idx_mapping_np):
-            uniform_tokens = None
-        return batch, uniform_tokens
-
-    gather_batch_req_state.knows_sparse_rows = True  # type: ignore[attr-defined]
-    GPUModelRunner.gather_batch_req_state = gather_batch_req_state

@@ -45,3 +45,44 @@ class TokenLists:
 
     slots: torch.Tensor
     kept_tokens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RowsPlace:
+    """Where a choice for decode rows finds its room.
+
+    Attributes:
+        starts: int64 ``[rows]`` first token of each row's room for scores of all its tokens; rows do not overlap.
+        capacity_tokens: tokens that there is room for.
+        slots: int32 ``[rows]`` place of each row's request in what a method keeps from step to step.
+        fresh: int32 ``[rows]`` 1 if another request held the slot before this step, else 0.
+        members: int32 ``[rows]`` tokens in the cache of the rows that have the method, whether they choose or are still
+            too short for it, else 0.
+        kept: what a method keeps of this layer, by a name that it chooses; made on first use.
+    """
+
+    starts: torch.Tensor
+    capacity_tokens: int
+    slots: torch.Tensor
+    fresh: torch.Tensor
+    members: torch.Tensor
+    kept: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """Scores of the units of decode rows' contexts, a unit being `unit_tokens` adjacent tokens from token 0 on.
+
+    Unit ``u`` of KV head ``h`` of row ``r`` is element ``starts[r] + h * head_stride + u``.
+
+    Attributes:
+        values: float32, any shape, contiguous; neither NaN nor plus infinity.
+        starts: int64 ``[rows]``.
+        head_stride: elements from a head's scores to the next head's.
+        unit_tokens: tokens of a unit; divides a block of the cache, or is a multiple of one.
+    """
+
+    values: torch.Tensor
+    starts: torch.Tensor
+    head_stride: int
+    unit_tokens: int

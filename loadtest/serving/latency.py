@@ -5,7 +5,8 @@
 
 A case is ``TOKENS`` or ``REQUESTSxTOKENS``, so many fresh prompts that arrive together. Each line is the median of
 `--repeats` runs. TTFT counts from the moment that the first request is scheduled to the first token of the last, TPOT
-is the mean time per token after a request's first. Prompts are random tokens, or with `--needle-prompts` the bundled
+is the mean time per token while all requests decode; it takes as many output tokens as bring all of them to that.
+Prompts are random tokens, or with `--needle-prompts` the bundled
 model's retrieval prompts, whose attention is as sparse as real text's. Dense variants warm up in their first case only:
 their kernels do not depend on the length, and a long dense prompt takes minutes.
 """
@@ -17,6 +18,7 @@ import json
 import random
 import re
 import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +57,7 @@ class Measurement:
     name: str
     case: Case
     ttft_seconds: float
-    tpot_seconds: float
+    tpot_seconds: float | None
     density: dict[str, float]
 
 
@@ -76,7 +78,7 @@ def measure(
     rng = random.Random(0)
     warm: set[str] = set()
     for case in arguments.cases:
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+        times: dict[str, list[tuple[float, float | None]]] = {name: [] for name in variants}
         densities: dict[str, dict[str, float]] = {}
         for repeat in range(-1, arguments.repeats):
             for name, extras in variants.items():
@@ -93,20 +95,48 @@ def measure(
                 if not extras:
                     warm.add(name)
         for name, pairs in times.items():
-            ttft, tpot = (statistics.median(column) for column in zip(*pairs, strict=True))
-            yield Measurement(name, case, ttft, tpot, densities[name])
+            ttft = statistics.median(first for first, _ in pairs)
+            per_token = [tpot for _, tpot in pairs if tpot is not None]
+            yield Measurement(name, case, ttft, statistics.median(per_token) if per_token else None, densities[name])
 
 
-def _run(llm: Any, prompts: list[list[int]], extras: dict[str, Any], output_tokens: int) -> tuple[float, float]:
+def _run(llm: Any, prompts: list[list[int]], extras: dict[str, Any], output_tokens: int) -> tuple[float, float | None]:
     """TTFT and TPOT of prompts that arrive together, in seconds."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True, extra_args=extras or None)
     sampling.detokenize = False
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
-    metrics = [output.metrics for output in outputs]
+    vllm_engine = llm.llm_engine
+    for number, prompt in enumerate(prompts):
+        vllm_engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
+    counts = [0] * len(prompts)
+    steps: list[tuple[float, list[int]]] = []
+    metrics = []
+    while vllm_engine.has_unfinished_requests():
+        for output in vllm_engine.step():
+            counts[int(output.request_id)] = len(output.outputs[0].token_ids)
+            if output.finished:
+                metrics.append(output.metrics)
+        steps.append((time.perf_counter(), list(counts)))
     ttft = max(m.first_token_ts for m in metrics) - min(m.scheduled_ts for m in metrics)
-    return ttft, statistics.mean((m.last_token_ts - m.first_token_ts) / (output_tokens - 1) for m in metrics)
+    return ttft, time_per_step(steps, output_tokens)
+
+
+def time_per_step(steps: list[tuple[float, list[int]]], output_tokens: int) -> float | None:
+    """Mean time per token from the last request's first token to the first request's last one.
+
+    Args:
+        steps: after each step its end in seconds, and the tokens that each request has by then.
+        output_tokens: of each request.
+
+    Returns:
+        Seconds, or None if a request ends before the last one begins: they never decode together.
+    """
+    together = [(end, counts) for end, counts in steps if min(counts) > 0]
+    last = next(number for number, (_, counts) in enumerate(together) if max(counts) == output_tokens)
+    (first_end, first_counts), (last_end, last_counts) = together[0], together[last]
+    tokens = last_counts[0] - first_counts[0]
+    return (last_end - first_end) / tokens if tokens else None
 
 
 HEADER = (
@@ -117,11 +147,14 @@ HEADER = (
 
 def line(m: Measurement, dense: Measurement) -> str:
     """A line of the Markdown table; ratios are the dense backend's time over the line's."""
+    tpot, dense_tpot = m.tpot_seconds, dense.tpot_seconds
+    per_token = "-" if tpot is None else f"{tpot * 1e3:.2f}"
+    ratio = "-" if tpot is None or dense_tpot is None else f"{dense_tpot / tpot:.2f}x"
     by_phase = {key.partition("/")[0]: f"{value:.3f}" for key, value in m.density.items()}
     return (
         f"| {m.case.requests} | {m.case.prompt_tokens} | {m.name} | {by_phase.get('prefill', '1')} "
         f"| {by_phase.get('decode', '1')} | {m.ttft_seconds:.3f} | {dense.ttft_seconds / m.ttft_seconds:.2f}x "
-        f"| {m.tpot_seconds * 1e3:.2f} | {dense.tpot_seconds / m.tpot_seconds:.2f}x |"
+        f"| {per_token} | {ratio} |"
     )
 
 

@@ -82,3 +82,12 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         yield Engine(config, layers, builder, stock)
     parallel_state.destroy_model_parallel()
     parallel_state.destroy_distributed_environment()
+
+
+@pytest.fixture(autouse=True)
+def empty_table(engine: Engine) -> Iterator[None]:
+    from vllm_sparse.routing import TABLE
+
+    TABLE.attach(slots_in_metadata=False)
+    yield
+    TABLE.attach(slots_in_metadata=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,18 +62,28 @@ class Step:
         return slice(start, start + self.rows[row].tokens)
 
 
-@pytest.fixture(autouse=True)
-def empty_table(engine: Engine) -> Iterator[None]:
-    from vllm_sparse.routing import TABLE
+def common_metadata(rows: list[Row], block_table: torch.Tensor) -> Any:
+    """vLLM's description of a step."""
+    from vllm.v1.attention.backend import CommonAttentionMetadata
 
-    TABLE.attach(slots_in_metadata=False)
-    yield
-    TABLE.attach(slots_in_metadata=False)
+    starts = torch.tensor([0, *(row.tokens for row in rows)]).cumsum(0).int()
+    contexts = torch.tensor([row.context for row in rows], dtype=torch.int32)
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=contexts,
+        num_reqs=len(rows),
+        num_actual_tokens=int(starts[-1]),
+        max_query_len=max(row.tokens for row in rows),
+        max_seq_len=max(row.context for row in rows),
+        block_table_tensor=block_table,
+        slot_mapping=torch.zeros(int(starts[-1]), dtype=torch.int64),
+        is_prefilling=torch.tensor([row.prefilling for row in rows]),
+        seq_lens_cpu_upper_bound=contexts,
+    )
 
 
 def make_step(rows: list[Row], generator: torch.Generator) -> Step:
-    from vllm.v1.attention.backend import CommonAttentionMetadata
-
     order = int(torch.randint(1 << 30, (1,), generator=generator))
     data = []
     for _ in range(LAYERS):
@@ -84,22 +93,7 @@ def make_step(rows: list[Row], generator: torch.Generator) -> Step:
         data.append(oracle.paged(PLATFORM, keys, values, BLOCK, torch.Generator().manual_seed(order)))
     tokens = sum(row.tokens for row in rows)
     queries = [oracle.random_tensor(PLATFORM, generator, tokens, HEADS, HEAD_SIZE, spread=2) for _ in range(LAYERS)]
-    starts = torch.tensor([0, *(row.tokens for row in rows)]).cumsum(0).int()
-    contexts = torch.tensor([row.context for row in rows], dtype=torch.int32)
-    common = CommonAttentionMetadata(
-        query_start_loc=starts,
-        query_start_loc_cpu=starts,
-        seq_lens=contexts,
-        num_reqs=len(rows),
-        num_actual_tokens=tokens,
-        max_query_len=max(row.tokens for row in rows),
-        max_seq_len=max(row.context for row in rows),
-        block_table_tensor=data[0].block_table,
-        slot_mapping=torch.zeros(tokens, dtype=torch.int64),
-        is_prefilling=torch.tensor([row.prefilling for row in rows]),
-        seq_lens_cpu_upper_bound=contexts,
-    )
-    return Step(rows, data, queries, common)
+    return Step(rows, data, queries, common_metadata(rows, data[0].block_table))
 
 
 def run(engine: Engine, step: Step) -> list[torch.Tensor]:
@@ -110,7 +104,7 @@ def run(engine: Engine, step: Step) -> list[torch.Tensor]:
         TABLE.put(index, None if row.params.is_dense else SparseRequest(row.params))
     metadata = engine.builder.build(0, step.common)
     return [
-        forward(layer.impl, layer, query, data, metadata)
+        forward(layer.impl, layer, query, data.kv_cache, metadata)
         for layer, query, data in zip(engine.layers, step.queries, step.data, strict=True)
     ]
 
@@ -122,15 +116,15 @@ def run_stock(engine: Engine, step: Step) -> list[torch.Tensor]:
     metadata = CPUAttentionMetadataBuilder.build(engine.builder, 0, step.common)
     assert not hasattr(metadata, "sparse_plan")
     return [
-        forward(engine.stock, layer, query, data, metadata)
+        forward(engine.stock, layer, query, data.kv_cache, metadata)
         for layer, query, data in zip(engine.layers, step.queries, step.data, strict=True)
     ]
 
 
-def forward(impl: Any, layer: Any, query: torch.Tensor, data: Paged, metadata: Any) -> torch.Tensor:
+def forward(impl: Any, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, metadata: Any) -> torch.Tensor:
     output = torch.full_like(query, oracle.NAN)
     unused = torch.full((query.shape[0], KV_HEADS, HEAD_SIZE), oracle.NAN)
-    returned = impl.forward(layer, query, unused, unused, data.kv_cache, metadata, output)
+    returned = impl.forward(layer, query, unused, unused, kv_cache, metadata, output)
     assert returned.data_ptr() == output.data_ptr()
     return output
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from vllm_sparse.methods.base import DecodeMethod, PrefillMethod
+from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.hip import Hip
@@ -39,6 +40,7 @@ class DecodeCase:
         sink_tokens: first tokens that it promises.
         recent_tokens: last tokens that it promises, the newest included.
         lists_per_kv_head: rows of a list, as a function of the group size: 1, or 0 for one row per query head.
+        unit_tokens: granularity of the choice.
     """
 
     name: str
@@ -46,6 +48,7 @@ class DecodeCase:
     sink_tokens: int
     recent_tokens: int
     lists_per_kv_head: int = 1
+    unit_tokens: int = 1
 
 
 PREFILL = [
@@ -112,10 +115,23 @@ DECODE = [
     DecodeCase("tidal-odd-forced", Tidal(budget=200, sink_tokens=5, recent_tokens=129), 5, 129),
     DecodeCase("tidal-all-forced", Tidal(budget=160, sink_tokens=80, recent_tokens=80), 80, 80),
     DecodeCase("tidal-minimum", Tidal(budget=16, sink_tokens=0, recent_tokens=3, lists="query_head"), 0, 3, 0),
+    DecodeCase("blocktopk-default", BlockTopk(), 16, 64, unit_tokens=16),
+    DecodeCase("blocktopk-bounds", BlockTopk(budget=160, scores="bounds"), 16, 64, unit_tokens=16),
+    DecodeCase("blocktopk-32", BlockTopk(budget=96, block=32, sink_tokens=0, recent_tokens=0), 0, 1, unit_tokens=32),
+    DecodeCase(
+        "blocktopk-64-bounds",
+        BlockTopk(budget=200, block=64, scores="bounds", sink_tokens=5, recent_tokens=129),
+        5,
+        129,
+        unit_tokens=64,
+    ),
+    DecodeCase("blocktopk-all-forced", BlockTopk(budget=160, sink_tokens=80, recent_tokens=80), 80, 80, unit_tokens=16),
 ]
 DECODE_DENSE = [
     DecodeCase("tidal-budget", Tidal(budget=1 << 24), 16, 64),
     DecodeCase("tidal-budget-query-head", Tidal(budget=1 << 24, lists="query_head"), 16, 64, 0),
+    DecodeCase("blocktopk-budget", BlockTopk(budget=1 << 24), 16, 64, unit_tokens=16),
+    DecodeCase("blocktopk-budget-bounds", BlockTopk(budget=1000, block=64, scores="bounds"), 16, 64, unit_tokens=64),
 ]
 
 prefill_cases = pytest.mark.parametrize("case", PREFILL, ids=lambda case: case.name)

@@ -70,9 +70,10 @@ def test_decode_lists_are_well_formed(
             kept = oracle.kept_positions(lists, row, context)
             assert bool(kept[: case.sink_tokens].all()), "a promised first token is missing"
             assert bool(kept[-case.recent_tokens :].all()), "a promised last token is missing"
-            # Whole pages round the budget up; forced pages may exceed it, by one page at each end.
-            assert int(kept.sum()) <= case.method.budget_tokens + 2 * page
-            assert int(kept.sum()) >= min(context, case.method.budget_tokens - page)
+            # Whole units round the budget up; forced units may exceed it, by one at each end.
+            unit = max(page, case.unit_tokens)
+            assert int(kept.sum()) <= case.method.budget_tokens + 2 * unit
+            assert int(kept.sum()) >= min(context, case.method.budget_tokens - unit)
 
 
 @matrix.prefill_cases

@@ -18,7 +18,7 @@ _COMMON = ("--kv-cache-memory-bytes", "1G", "--max-num-batched-tokens", "2048", 
 _CONFIGURATION = {
     "sparse": {
         "prefill": "flexprefill",
-        "methods": ["flexprefill"],
+        "methods": ["flexprefill", "blocktopk"],
         "min_tokens": 1024,
         "flexprefill": {"gamma": 0.9, "min_budget": 256},
     }
@@ -59,7 +59,7 @@ def server(_keeper: ServerKeeper) -> Server:
 
 @pytest.fixture
 def configured_server(_keeper: ServerKeeper) -> Server:
-    """Two API servers, server-wide defaults, one enabled method, a small KV cache."""
+    """Two API servers, server-wide defaults, two enabled methods, a small KV cache."""
     return _keeper.get(_CONFIGURED)
 
 

@@ -1,4 +1,4 @@
-"""Server-wide defaults, several API servers, preemption: one server with a configuration."""
+"""Server-wide defaults, enabled methods, several API servers, preemption: one server with a configuration."""
 
 from __future__ import annotations
 
@@ -45,6 +45,23 @@ def test_defaults_and_the_same_settings_share_the_prefix_cache(configured_server
     assert configured_server.chat(content).cached_tokens == 0
     assert configured_server.chat(content, written_out).cached_tokens > 1400
     assert configured_server.chat(content, {"sparse_prefill": "dense"}).cached_tokens == 0
+
+
+def test_a_prefix_hit_changes_no_answer(configured_server: Server, answers_known: None) -> None:
+    """A decode method that reads summaries finds those of blocks that another request wrote."""
+    prompt = prompt_of(22, 3000)
+    extras = {"sparse_prefill": "dense", "sparse_decode": "blocktopk", "blocktopk_budget": 512}
+    body = {"max_tokens": 48, "ignore_eos": True, "cache_salt": configured_server.fresh_salt()}
+    before = configured_server.metrics()
+    computed = configured_server.ask("chat", prompt, extras, **body)
+    hit = configured_server.ask("chat", prompt, extras, **body)
+    change = MetricsChange(before, configured_server.metrics())
+    assert computed.cached_tokens == 0
+    assert hit.cached_tokens > 2900
+    assert hit.text == computed.text
+    assert score(prompt, hit.text) == 1, hit.text
+    assert change.density_count("decode", "blocktopk") == 2 * 47
+    assert change.density("decode", "blocktopk") < 0.25
 
 
 def test_method_that_is_not_enabled_is_refused(configured_server: Server) -> None:

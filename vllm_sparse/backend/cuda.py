@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from vllm.platforms.interface import DeviceCapability
-from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
@@ -17,21 +17,74 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_sparse.backend.declarations import SparseDeclarations
+from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep
+from vllm_sparse.backend.graphs import DecodeGraphs, set_graphs
 from vllm_sparse.backend.impl import SparseAttentionImpl
 from vllm_sparse.backend.metadata import SparseMetadataBuilder
-from vllm_sparse.backend.plan import RowSpan
+from vllm_sparse.backend.plan import RowSpan, StepPlan
 from vllm_sparse.executors import Executor, FlashAttentionExecutor
 from vllm_sparse.keys import PagedKeys, PlainKeys
+from vllm_sparse.methods.base import BatchDecodeMethod
+from vllm_sparse.methods.registry import DECODE_METHODS
+from vllm_sparse.params import configured_method
+from vllm_sparse.server.admission import server_config
 
 PREFERRED_BLOCK_TOKENS = 128
+# Decode rows that buffers are kept for; a step with more makes its own.
+MOST_ROWS = 256
 
 
 class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionMetadataBuilder):
     """FlashAttention's builder with a plan for sparse rows."""
 
-    # Decode batches run in FULL graphs; those hold dense attention only, and steps with sparse decode rows run
-    # without them (vllm_sparse.routing).
+    # Decode batches run in FULL graphs: vLLM's own hold dense attention only, others sparse steps (graphs.py).
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        config = server_config(vllm_config)
+        configured = [configured_method(config, name) for name in DECODE_METHODS if name in config.methods]
+        methods = [method for method in configured if isinstance(method, BatchDecodeMethod) and method.in_batches]
+        self._graphs: DecodeGraphs | None = None
+        if methods:
+            self.decode_buffers = DecodeBuffers(
+                min(vllm_config.scheduler_config.max_num_seqs, MOST_ROWS),
+                len(layer_names),
+                kv_cache_spec.num_kv_heads,
+                methods,
+                config.decode_list_tokens,
+                device,
+            )
+            self._sparse_metrics.set_buffer_bytes(self.decode_buffers.bytes)
+            speculative = vllm_config.speculative_config is not None
+            self._graphs = DecodeGraphs(
+                self.decode_buffers,
+                methods,
+                len(layer_names),
+                speculative,
+            )
+        set_graphs(self._graphs)
+
+    def planned(self, plan: StepPlan) -> None:
+        if self._graphs is not None:
+            self._graphs.plan = plan
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        """vLLM's own graphs hold dense attention only, those of `DecodeGraphs` what is being captured."""
+        metadata = super().build_for_cudagraph_capture(common_attn_metadata)
+        if self._graphs is not None and self._graphs.capturing is not None:
+            assert self.batch_capacity_tokens is not None
+            metadata.sparse_plan = self._graphs.capture_plan(
+                metadata.seq_lens, metadata.block_table, self.batch_capacity_tokens
+            )
+        return metadata
+
+    @property
+    def batch_capacity_tokens(self) -> int | None:
+        """As many as the cache holds: more are in reach only where requests share a prefix."""
+        blocks: int = self.vllm_config.cache_config.num_gpu_blocks
+        block_tokens: int = self.kv_cache_spec.block_size
+        return blocks * block_tokens
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -80,6 +133,20 @@ class SparseFlashAttentionImpl(SparseAttentionImpl, FlashAttentionImpl):
         subset.seq_lens = metadata.seq_lens[rows]
         subset.block_table = metadata.block_table[rows]
         # The kernel schedules itself; the stored schedule is for the whole batch.
+        subset.scheduler_metadata = None
+        return subset
+
+    def dense_rows(
+        self, metadata: FlashAttentionMetadata, context_tokens: torch.Tensor, step: DecodeStep
+    ) -> FlashAttentionMetadata:
+        subset = copy.copy(metadata)
+        rows = context_tokens.shape[0]
+        subset.num_actual_tokens = rows
+        subset.max_query_len = 1
+        subset.query_start_loc = step.query_starts[: rows + 1]
+        subset.seq_lens = context_tokens
+        subset.block_table = step.block_table
+        # As above: the stored schedule is for other lengths.
         subset.scheduler_metadata = None
         return subset
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from functools import lru_cache
 from typing import Any
@@ -10,10 +11,14 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from vllm_sparse.backend.chunk import attend_chunk
+from vllm_sparse.backend.decode import DecodeStep
 from vllm_sparse.backend.plan import DecodeLaunch, LayerWork, PrefillRow, RowSpan, StepPlan
 from vllm_sparse.executors import Executor
+from vllm_sparse.kernels.page_summaries import SummaryKind, store_summaries
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import Layer, LayerMemory
+
+logger = logging.getLogger("vllm.sparse")
 
 
 class SparseAttentionImpl:
@@ -32,6 +37,8 @@ class SparseAttentionImpl:
                 "attention backend sparse does not support a soft cap on attention logits; serve this model without it"
             )
         self._sparse_executor: Executor | None = None
+        self._kept_by_methods: dict[str, torch.Tensor] = {}
+        self._summaries: dict[SummaryKind, torch.Tensor] = {}
         self._first_query_head = get_tensor_model_parallel_rank() * self.num_heads
 
     @abstractmethod
@@ -53,6 +60,16 @@ class SparseAttentionImpl:
     @abstractmethod
     def dense_subset(self, layer: Any, query: torch.Tensor, metadata: Any, spans: list[RowSpan]) -> Any:
         """Stock metadata for some rows of the step, whose query tokens are gathered in that order."""
+
+    def dense_rows(self, metadata: Any, context_tokens: torch.Tensor, step: DecodeStep) -> Any:
+        """Stock metadata for decode rows that are served at once, with lengths of their own.
+
+        Args:
+            metadata: of the whole step.
+            context_tokens: int32 ``[rows]``.
+            step: the rows.
+        """
+        raise NotImplementedError(f"{type(self).__name__} serves decode rows one by one")
 
     def forward(
         self,
@@ -76,17 +93,26 @@ class SparseAttentionImpl:
             self._sparse_executor = self.make_executor(layer)
         layer_index = _layer_index(layer.layer_name)
         work = plan.work(layer_index)
-        if len(work.dense) == len(plan.spans):
+        if work.dense and len(work.dense) == len(plan.spans):
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output)  # type: ignore[misc]
         elif work.dense:
             self._forward_dense(work, layer, query, key, value, kv_cache, attn_metadata, output)
 
         heads = output.view(-1, self.num_heads, query.shape[-1])
         block_table = attn_metadata.block_table
+        for summarised in work.summarising:
+            span, kind = summarised.span, summarised.kind
+            keys = self.keys_of(layer, kv_cache, block_table[span.row], span.context_tokens)
+            keys.summaries = self._stored_summaries(kind, kv_cache)
+            store_summaries(keys, kind, span.context_tokens - span.query_tokens)
+        if plan.batch or plan.batch_step is not None:
+            self.forward_batch(plan, layer, layer_index, query, key, value, kv_cache, attn_metadata, heads)
         for chunk in work.prefill:
             self._forward_chunk(chunk, layer, layer_index, query, kv_cache, block_table, heads)
         for row in work.choosing:
             keys = self.keys_of(layer, kv_cache, block_table[row.span.row], row.span.context_tokens)
+            if row.method.summaries is not None:
+                keys.summaries = self._stored_summaries(row.method.summaries, kv_cache)
             page_size = self.decode_page_size(kv_cache.shape[2])
             memory = row.memory.setdefault(layer_index, LayerMemory())
             plan.choose(row, row.method.select(query[row.span.query_start], keys, self.scale, page_size, memory))
@@ -100,6 +126,56 @@ class SparseAttentionImpl:
         if layer_index == plan.num_layers - 1:
             plan.metrics.finish_step([row.density for row in plan.prefill] + [row.density for row in plan.decode])
         return output
+
+    def forward_batch(
+        self,
+        plan: StepPlan,
+        layer: Any,
+        layer_index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        heads: torch.Tensor,
+    ) -> None:
+        """The decode rows that are served at once; arguments as in `forward`, `heads` being its output."""
+        assert self._sparse_executor is not None
+        batch = plan.start_batch(attn_metadata.seq_lens, attn_metadata.block_table, self.num_kv_heads)
+
+        def dense(rows_query: torch.Tensor, context_tokens: torch.Tensor, rows_output: torch.Tensor) -> None:
+            metadata = self.dense_rows(attn_metadata, context_tokens, batch.step)
+            # As in `_forward_dense`, keys and values are only passed through.
+            super(SparseAttentionImpl, self).forward(  # type: ignore[misc]
+                layer, rows_query, key, value, kv_cache, metadata, rows_output
+            )
+
+        in_place = isinstance(batch.tokens, slice)
+        target = heads[batch.tokens]
+        batch.step.attend(
+            layer_index,
+            query[batch.tokens],
+            kv_cache,
+            self.scale,
+            target,
+            self._sparse_executor,
+            dense,
+            self._kept_by_methods,
+        )
+        if not in_place:
+            heads[batch.tokens] = target
+
+    def _stored_summaries(self, kind: SummaryKind, kv_cache: torch.Tensor) -> torch.Tensor:
+        """Summaries of the layer's pages, by physical block; memory is taken when the first request needs them."""
+        blocks, kv_heads, block_size, double_head_size = kv_cache.shape
+        shape = blocks, kv_heads, block_size // kind.page_tokens, kind.width(double_head_size // 2)
+        stored = self._summaries.get(kind)
+        # vLLM profiles with a smaller cache than it serves with.
+        if stored is None or stored.shape != shape:
+            stored = torch.empty(shape, dtype=kv_cache.dtype, device=kv_cache.device)
+            self._summaries[kind] = stored
+            _log_memory(kind, stored.nbytes, kv_cache.nbytes)
+        return stored
 
     def _forward_reading(
         self, launches: list[DecodeLaunch], query: torch.Tensor, heads: torch.Tensor, kv_cache: torch.Tensor
@@ -173,3 +249,16 @@ def _layer_index(layer_name: str) -> int:
     from vllm.model_executor.models.utils import extract_layer_index
 
     return int(extract_layer_index(layer_name))
+
+
+@lru_cache
+def _log_memory(kind: SummaryKind, summary_bytes: int, cache_bytes: int) -> None:
+    """Once, not for each layer."""
+    logger.info(
+        "Page summaries (%s of %d tokens) take %.1f MiB in each layer that chooses by them, beside its KV cache of "
+        "%.1f MiB; vLLM's memory settings do not count them.",
+        "bounds" if kind.bounds else "means",
+        kind.page_tokens,
+        summary_bytes / 2**20,
+        cache_bytes / 2**20,
+    )

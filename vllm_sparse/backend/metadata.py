@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from vllm import envs
 
-from vllm_sparse.backend.plan import plan_step
+from vllm_sparse.backend.plan import StepPlan, plan_step
+from vllm_sparse.methods.registry import SUMMARISING_METHODS
 from vllm_sparse.metrics import WorkerMetrics
+from vllm_sparse.params import resolve
 from vllm_sparse.routing import TABLE
 from vllm_sparse.server.admission import server_config
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from vllm_sparse.backend.decode import DecodeBuffers
 
 
 class SparseMetadataBuilder:
@@ -29,7 +33,7 @@ class SparseMetadataBuilder:
         check_supported(vllm_config, layer_names)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         # Checked here too: a configuration need not come from vLLM's arguments.
-        server_config(vllm_config)
+        check_summaries(vllm_config, kv_cache_spec.block_size)
         self._sparse_num_layers = vllm_config.model_config.get_total_num_hidden_layers()
         self._sparse_speculative = vllm_config.speculative_config is not None
         self._sparse_metrics = WorkerMetrics.get()
@@ -48,13 +52,27 @@ class SparseMetadataBuilder:
                 self._sparse_num_layers,
                 self._sparse_speculative,
                 self._sparse_metrics,
+                self.batch_capacity_tokens,
+                self.decode_buffers,
             )
             if plan is not None:
                 metadata.sparse_plan = plan
+                self.planned(plan)
         return metadata
 
+    def planned(self, plan: StepPlan) -> None:
+        """A step with sparse rows is about to run."""
+
+    decode_buffers: DecodeBuffers | None = None
+    """What the server keeps for decode rows that are served at once."""
+
+    @property
+    def batch_capacity_tokens(self) -> int | None:
+        """Tokens that there is room to score where decode rows are served at once; None: one by one."""
+        return None
+
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
-        """Captured graphs hold dense attention only, whatever slots held requests before."""
+        """vLLM's own graphs hold dense attention only, whatever slots held requests before."""
         return super().build(0, common_attn_metadata)  # type: ignore[misc]
 
 
@@ -91,3 +109,34 @@ def check_supported(vllm_config: VllmConfig, layer_names: list[str]) -> None:
             "attention backend sparse receives request parameters through the entry point 'sparse' of the group "
             "vllm.logits_processors, which was not loaded; reinstall vllm-sparse"
         )
+
+
+def check_summaries(vllm_config: VllmConfig, block_size_tokens: int) -> None:
+    """Refuse at start-up a cache whose pages cannot be summarised as an enabled method wants them.
+
+    Args:
+        vllm_config: the server's configuration.
+        block_size_tokens: tokens of a KV-cache block.
+
+    Raises:
+        ValueError: with the reason and what to do instead, or the plugin's configuration is wrong.
+    """
+    config = server_config(vllm_config)
+    for name in SUMMARISING_METHODS:
+        if name not in config.methods:
+            continue
+        if vllm_config.kv_transfer_config is not None:
+            raise ValueError(
+                f"{name} keeps summaries of the blocks that this process writes, and blocks that the configured KV "
+                f"connector {vllm_config.kv_transfer_config.kv_connector} loads would have none; serve without the "
+                f'connector (or KV offloading), or without {name} in "methods" of --additional-config, object sparse'
+            )
+        decode = resolve({"sparse_decode": name}, config, vllm_config.model_config.get_total_num_hidden_layers()).decode
+        assert decode is not None
+        assert decode.summaries is not None
+        if block_size_tokens % decode.summaries.page_tokens:
+            raise ValueError(
+                f"{name} scores pages of {decode.summaries.page_tokens} tokens, which do not divide a KV-cache block "
+                f"of {block_size_tokens}; set --block-size to a multiple, or block in --additional-config, object "
+                f"sparse.{name}"
+            )

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 
+from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
 from vllm_sparse.executors import Launch
+from vllm_sparse.methods.base import BatchDecodeMethod
 from vllm_sparse.metrics import RowDensity, WorkerMetrics
 from vllm_sparse.pages import PageList, concatenate, to_physical
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
+    from vllm_sparse.kernels.page_summaries import SummaryKind
     from vllm_sparse.methods.base import DecodeMethod, LayerMemory, PrefillMethod
     from vllm_sparse.routing import SparseRequest
+
+# Roles of a layer, as of `DecodeMethod.layer_roles`, in which a method chooses a list.
+CHOOSING_ROLES = ("select", "choose")
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,31 @@ class DecodeRow:
     pages: PageList | None = None
 
 
+@dataclass
+class BatchRow:
+    """A request whose decode step is sparse and is served with all others of the step at once."""
+
+    span: RowSpan
+    setting: RowSetting
+
+
+@dataclass(frozen=True)
+class BatchStep:
+    """The rows that are served at once, and their places in the step's queries as in `DecodeLaunch`."""
+
+    step: DecodeStep
+    tokens: slice | torch.Tensor
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """A request whose new keys are summarised, sparse or dense, in the layers in which its decode method chooses."""
+
+    span: RowSpan
+    kind: SummaryKind
+    roles: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class DecodeLaunch:
     """Decode rows in one launch.
@@ -75,6 +106,7 @@ class LayerWork:
     """Who does what in a layer; layers in which all rows have the same roles share one.
 
     Attributes:
+        summarising: rows whose new keys are summarised.
         prefill: chunks that are sparse.
         reading: decode rows that read a list.
         choosing: decode rows that choose a list.
@@ -83,6 +115,7 @@ class LayerWork:
         launches: what the reading rows need, made on first use after a choice.
     """
 
+    summarising: list[SummaryRow]
     prefill: list[PrefillRow]
     reading: list[DecodeRow]
     choosing: list[DecodeRow]
@@ -97,22 +130,30 @@ class StepPlan:
 
     Attributes:
         spans: all rows that hold tokens, in batch order.
+        summarising: rows whose new keys are summarised.
         prefill: sparse chunks.
-        decode: sparse decode rows.
+        decode: sparse decode rows that are served one by one.
+        batch: sparse decode rows that are served at once.
+        buffers: what the server keeps for them, if it does.
         num_layers: layers of the model; after the last, the step's densities are complete.
         metrics: where they go.
     """
 
     spans: list[RowSpan]
+    summarising: list[SummaryRow]
     prefill: list[PrefillRow]
     decode: list[DecodeRow]
+    batch: list[BatchRow]
+    buffers: DecodeBuffers | None
     num_layers: int
     metrics: WorkerMetrics
+    batch_step: BatchStep | None = None
     _work: dict[tuple[Any, ...], LayerWork] = field(default_factory=dict)
 
     def work(self, layer: int) -> LayerWork:
         """Who does what in a layer."""
         roles = (
+            tuple(row.roles[layer] for row in self.summarising),
             tuple(layer >= row.method.dense_layers for row in self.prefill),
             tuple(row.roles[layer] for row in self.decode),
         )
@@ -120,13 +161,48 @@ class StepPlan:
             prefill = [row for row in self.prefill if layer >= row.method.dense_layers]
             reading = [row for row in self.decode if row.roles[layer] in ("reuse", "choose")]
             sparse = {row.span.row for row in prefill} | {row.span.row for row in reading}
+            sparse |= {row.span.row for row in self.batch}
             self._work[roles] = LayerWork(
+                [row for row in self.summarising if row.roles[layer] in CHOOSING_ROLES],
                 prefill,
                 reading,
-                [row for row in self.decode if row.roles[layer] in ("select", "choose")],
+                [row for row in self.decode if row.roles[layer] in CHOOSING_ROLES],
                 [span for span in self.spans if span.row not in sparse],
             )
         return self._work[roles]
+
+    def start_batch(self, context_tokens: torch.Tensor, block_table: torch.Tensor, num_kv_heads: int) -> BatchStep:
+        """The step of the rows that are served at once, made in the first layer.
+
+        Args:
+            context_tokens: int32 ``[batch]``.
+            block_table: int32 ``[batch, blocks]``.
+            num_kv_heads: KV heads.
+        """
+        if self.batch_step is not None:
+            return self.batch_step
+        settings = [row.setting for row in self.batch]
+        contexts = [row.span.context_tokens for row in self.batch]
+        methods = [row.setting.method for row in self.batch if row.setting.method is not None]
+        longest = max(method.list_tokens(context) for method, context in zip(methods, contexts, strict=True))
+        buffers = self.buffers
+        if buffers is None or not buffers.holds(len(self.batch), longest):
+            kinds = list({type(method): method for method in methods}.values())
+            device = context_tokens.device
+            buffers = DecodeBuffers(len(self.batch), self.num_layers, num_kv_heads, kinds, longest, device)
+        buffers.say(settings)
+        rows = places([row.span.row for row in self.batch], context_tokens.device)
+        step = DecodeStep(
+            buffers,
+            len(self.batch),
+            buffers.launches(settings, all_sparse=True),
+            context_tokens[rows],
+            block_table[rows],
+            sum(contexts),
+        )
+        tokens = places([row.span.query_start for row in self.batch], context_tokens.device)
+        self.batch_step = BatchStep(step, tokens)
+        return self.batch_step
 
     def choose(self, row: DecodeRow, pages: PageList) -> None:
         """Keep a row's list for the layers that follow."""
@@ -165,12 +241,17 @@ class StepPlan:
                 num_kv_heads,
             )
             starts = torch.arange(page_list.kept_tokens.shape[0] + 1, dtype=torch.int32, device=device)
-            places = [row.span.query_start for row in members]
-            adjacent = places == list(range(places[0], places[0] + len(places)))
-            tokens = slice(places[0], places[-1] + 1) if adjacent else torch.tensor(places, device=device)
+            tokens = places([row.span.query_start for row in members], device)
             launch = Launch(starts, 1, pages, page_list.kept_tokens, page_list.page_size_tokens)
             work.launches.append(DecodeLaunch(tokens, launch))
         return work.launches
+
+
+def places(indices: list[int], device: torch.device) -> slice | torch.Tensor:
+    """Indices to gather by: a slice where they are adjacent, which copies nothing."""
+    if indices == list(range(indices[0], indices[0] + len(indices))):
+        return slice(indices[0], indices[-1] + 1)
+    return torch.tensor(indices, device=device)
 
 
 def plan_step(
@@ -179,6 +260,8 @@ def plan_step(
     num_layers: int,
     speculative: bool,
     metrics: WorkerMetrics,
+    batch_capacity_tokens: int | None,
+    buffers: DecodeBuffers | None,
 ) -> StepPlan | None:
     """Decide which rows of a step run sparse, and count those that asked for it and run dense.
 
@@ -188,9 +271,12 @@ def plan_step(
         num_layers: layers of the model.
         speculative: the server drafts tokens; verification rows run dense.
         metrics: receives fallbacks and densities.
+        batch_capacity_tokens: tokens that there is room to score where decode rows are served at once; None where they
+            are served one by one.
+        buffers: what the server keeps for rows that are served at once.
 
     Returns:
-        The plan, or None if every row runs dense.
+        The plan, or None if every row runs dense and leaves nothing behind for later steps.
     """
     if not sparse_rows or common.causal is not True:
         return None
@@ -203,13 +289,19 @@ def plan_step(
         for row in range(common.num_reqs)
         if starts[row + 1] > starts[row]
     ]
+    summarising: list[SummaryRow] = []
     prefill: list[PrefillRow] = []
     decode: list[DecodeRow] = []
+    batch: list[BatchRow] = []
+    scored_tokens = 0
     for span in spans:
         request = sparse_rows.get(span.row)
         if request is None:
             continue
         params = request.params
+        if params.decode is not None and params.decode.summaries is not None and not speculative:
+            roles = layer_roles(params.decode, num_layers)
+            summarising.append(SummaryRow(span, params.decode.summaries, roles))
         in_prompt = span.row < len(prefilling) and prefilling[span.row]
         if in_prompt or (span.query_tokens > 1 and not speculative):
             if params.prefill is None:
@@ -223,17 +315,43 @@ def plan_step(
         elif params.decode is not None:
             if speculative:
                 metrics.count_fallback("decode", params.decode.name, "speculative")
-            elif span.context_tokens < params.min_tokens or span.context_tokens <= params.decode.budget_tokens:
+                continue
+            if span.context_tokens < params.min_tokens or span.context_tokens <= params.decode.budget_tokens:
                 metrics.count_fallback("decode", params.decode.name, "short_context")
+                continue
+            roles = layer_roles(params.decode, num_layers)
+            if batch_capacity_tokens is not None and served_in_batches(params.decode):
+                scored_tokens += span.context_tokens if params.decode.scores_tokens else 0
+                if scored_tokens > batch_capacity_tokens:
+                    metrics.count_fallback("decode", params.decode.name, "no_room")
+                    continue
+                batch.append(BatchRow(span, row_setting(request, roles)))
+                kept_tokens = params.decode.list_tokens(span.context_tokens)
+                metrics.observe_density("decode", params.decode.name, kept_tokens / span.context_tokens)
             else:
-                roles = _layer_roles(params.decode, num_layers)
                 density = RowDensity("decode", params.decode.name)
                 decode.append(DecodeRow(span, params.decode, roles, density, request.memory))
-    if not prefill and not decode:
+    if not summarising and not prefill and not decode and not batch:
         return None
-    return StepPlan(spans, prefill, decode, num_layers, metrics)
+    return StepPlan(spans, summarising, prefill, decode, batch, buffers, num_layers, metrics)
+
+
+def served_in_batches(method: DecodeMethod | None) -> TypeGuard[BatchDecodeMethod]:
+    """Whether all rows of a step that decode by this method are served at once, on a GPU."""
+    return isinstance(method, BatchDecodeMethod) and method.in_batches
+
+
+def row_setting(request: SparseRequest, roles: tuple[str, ...]) -> RowSetting:
+    """What a request's decode row is on the device; from now on its slot holds what it keeps."""
+    method = request.params.decode
+    assert served_in_batches(method)
+    least_context_tokens = max(request.params.min_tokens - 1, method.budget_tokens)
+    setting = RowSetting(method, least_context_tokens, roles, request.slot, request.fresh)
+    request.fresh = False
+    return setting
 
 
 @lru_cache(maxsize=1024)
-def _layer_roles(method: DecodeMethod, num_layers: int) -> tuple[str, ...]:
+def layer_roles(method: DecodeMethod, num_layers: int) -> tuple[str, ...]:
+    """A method's layer roles, worked out once."""
     return tuple(method.layer_roles(num_layers))

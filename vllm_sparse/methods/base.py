@@ -13,8 +13,10 @@ from vllm_sparse.kernels.page_list import chunk_lists
 if TYPE_CHECKING:
     import torch
 
+    from vllm_sparse.kernels.page_summaries import SummaryKind
     from vllm_sparse.keys import PagedKeys
     from vllm_sparse.pages import PageList
+    from vllm_sparse.rows import DecodeRows, RowsPlace, TokenLists
 
 # Knobs are checked strictly: a string is no number, a typo is no knob.
 KNOBS = ConfigDict(extra="forbid", strict=True)
@@ -173,12 +175,21 @@ class DecodeMethod(Method):
     def budget_tokens(self) -> int:
         """Tokens read by a sparse layer; a request with no more context than this runs dense."""
 
+    @property
+    def summaries(self) -> SummaryKind | None:
+        """What is kept of each page's keys in the layers that choose, from a request's first token on; None: nothing.
+
+        The knobs that it depends on are the server's.
+        """
+        return None
+
     @abstractmethod
     def layer_roles(self, num_layers: int) -> list[str]:
         """Role of each layer: what it reads, and whether it chooses a list.
 
         ``dense`` reads everything; ``select`` too, and chooses a list for the layers that follow; ``reuse`` reads the
-        list chosen last; ``choose`` chooses a list and reads it.
+        list chosen last; ``choose`` chooses a list and reads it, and it alone. A method has either ``select`` and
+        ``reuse`` or ``choose``.
 
         Raises:
             KnobError: a knob names a layer that the model does not have.
@@ -199,4 +210,38 @@ class DecodeMethod(Method):
 
         Returns:
             Lists of one row per KV head, or one row per query head.
+        """
+
+
+class BatchDecodeMethod(DecodeMethod):
+    """A decode method that can choose for all rows of a step at once, on a GPU."""
+
+    scores_tokens: ClassVar[bool] = False
+    """`choose_rows` scores all cached tokens and needs room for that."""
+
+    @property
+    def in_batches(self) -> bool:
+        """`choose_rows` serves these knobs; otherwise requests are served one by one, on a GPU too."""
+        return True
+
+    @abstractmethod
+    def list_tokens(self, context_tokens: int) -> int:
+        """Tokens in a list of single tokens for a context longer than `budget_tokens`."""
+
+    @abstractmethod
+    def row_knobs(self) -> tuple[int, ...]:
+        """What `choose_rows` needs of a row's knobs."""
+
+    @abstractmethod
+    def choose_rows(self, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
+        """Choose tokens for all rows of a step in one layer, on a GPU, as `select` does for one with pages of a token.
+
+        Called of the method as the server's configuration sets it; a row's own knobs are in `knobs`. May be captured
+        in a CUDA graph: no more is known to the host than shapes.
+
+        Args:
+            rows: the rows; those with a context of 0 keep their lists.
+            knobs: int32 ``[rows, knobs]`` as of `row_knobs`; a row's lie side by side.
+            place: where there is room.
+            lists: written.
         """

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from vllm_sparse.kernels.adaptive_chunks import adaptive_chunks
 from vllm_sparse.kernels.chunk_scores import KeyChunks, kept_pages
 from vllm_sparse.kernels.page_list import query_blocks
-from vllm_sparse.kernels.page_means import page_means
+from vllm_sparse.kernels.page_summaries import SummaryKind, page_summaries
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import (
     KNOBS,
@@ -105,7 +105,7 @@ class Dhsa(PrefillMethod):
         """The context's keys in chunks, as the knobs say."""
         if self.chunks == "adaptive":
             return adaptive_chunks(keys, self.boundary_threshold)
-        mean = page_means(keys, self.chunk)
+        mean = page_summaries(keys, SummaryKind(self.chunk, bounds=False))
         start = torch.arange(0, (mean.shape[1] + 1) * self.chunk, self.chunk, device=mean.device)
         length = (keys.context_tokens - start[:-1]).clamp(max=self.chunk)
         return KeyChunks(mean * length.sqrt().unsqueeze(1), start, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllm_sparse.methods.base import DecodeMethod, PrefillMethod
+from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.hip import Hip
@@ -10,4 +11,6 @@ from vllm_sparse.methods.sale import Sale
 from vllm_sparse.methods.tidal import Tidal
 
 PREFILL_METHODS: dict[str, type[PrefillMethod]] = {method.name: method for method in (FlexPrefill, Sale, Dhsa, Hip)}
-DECODE_METHODS: dict[str, type[DecodeMethod]] = {method.name: method for method in (Tidal,)}
+DECODE_METHODS: dict[str, type[DecodeMethod]] = {method.name: method for method in (Tidal, BlockTopk)}
+# Their summaries take memory beside the KV cache and need blocks that this process wrote: a server has to enable them.
+SUMMARISING_METHODS = tuple(name for name, method in DECODE_METHODS.items() if method().summaries is not None)

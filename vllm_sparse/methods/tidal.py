@@ -9,11 +9,12 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vllm_sparse.calibrate.policy import load
-from vllm_sparse.kernels.page_list import compact_pages
 from vllm_sparse.kernels.token_scores import token_scores
+from vllm_sparse.kernels.top_tokens import top_pages
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import KNOBS, DecodeMethod, KnobError, LayerMemory
+from vllm_sparse.methods.base import KNOBS, BatchDecodeMethod, KnobError, LayerMemory
 from vllm_sparse.pages import PageList
+from vllm_sparse.rows import DecodeRows, RowsPlace, TokenLists
 
 # The paper's re-selection layer of a 32-layer Llama, scaled to a model's depth. Its two full layers are not scaled:
 # choosing one layer earlier loses needles on the 8-layer bundled model.
@@ -21,7 +22,7 @@ PAPER_LAYERS, PAPER_RESELECT_LAYER, PAPER_FULL_LAYERS = 32, 13, 2
 
 
 @dataclass(frozen=True, config=KNOBS)
-class Tidal(DecodeMethod):
+class Tidal(BatchDecodeMethod):
     """Position-persistent selection: a list is chosen in a full layer and lives for the rest of the decode step.
 
     Lists are per KV head by default, with the query heads of a group merged by the maximum of their attention
@@ -33,6 +34,7 @@ class Tidal(DecodeMethod):
     """
 
     name: ClassVar[str] = "tidal"
+    scores_tokens: ClassVar[bool] = True
     server_knobs: ClassVar[tuple[str, ...]] = ("policy",)
 
     budget: Annotated[int, Field(ge=16, le=1 << 24, description="tokens read by a sparse layer")] = 2048
@@ -127,18 +129,23 @@ class Tidal(DecodeMethod):
             padding = -context % page_size_tokens
             scores = torch.nn.functional.pad(scores, (0, padding), value=float("-inf"))
             scores = scores.view(scores.shape[0], -1, page_size_tokens).amax(2)
-        pages = scores.shape[1]
-        sink_pages = min(-(-self.sink_tokens // page_size_tokens), pages)
-        first_recent_page = max(max(context - max(self.recent_tokens, 1), 0) // page_size_tokens, sink_pages)
-        scores[:, :sink_pages] = float("inf")
-        scores[:, first_recent_page:] = float("inf")
-        # Forced tokens may fill more pages than the budget does; they stay.
-        forced_pages = sink_pages + pages - first_recent_page
-        count = min(max(-(-self.budget // page_size_tokens), forced_pages), pages)
-        # Ties at the cut go to the lower page, which a top-k alone does not promise.
-        threshold = scores.topk(count, dim=1, sorted=True).values[:, -1:]
-        above, equal = scores > threshold, scores == threshold
-        kept = above | (equal & (equal.cumsum(1) <= count - above.sum(1, keepdim=True)))
-        last_position = torch.full((scores.shape[0],), context - 1, device=scores.device)
-        lists = compact_pages(kept, last_position, page_size_tokens)
-        return PageList(lists.pages[:, :count].contiguous(), lists.kept_tokens, page_size_tokens)
+        page = page_size_tokens
+        return top_pages(scores, context, page, page, self.budget, self.sink_tokens, self.recent_tokens)
+
+    @property
+    def in_batches(self) -> bool:
+        return self.lists == "kv_head"
+
+    def list_tokens(self, context_tokens: int) -> int:
+        # The newest token is forced even where no recent ones are.
+        return min(max(self.budget, self.sink_tokens + max(self.recent_tokens, 1)), context_tokens)
+
+    def row_knobs(self) -> tuple[int, ...]:
+        return self.budget, self.sink_tokens, self.recent_tokens
+
+    def choose_rows(self, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
+        # Imported here: there is Triton only where there is a GPU.
+        from vllm_sparse.kernels.token_scores.triton import token_scores_of_rows
+        from vllm_sparse.kernels.top_tokens.triton import top_tokens
+
+        top_tokens(token_scores_of_rows(rows, place.starts, place.capacity_tokens), rows, knobs, lists)

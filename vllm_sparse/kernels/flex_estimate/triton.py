@@ -13,7 +13,8 @@ import triton.language as tl
 
 from vllm_sparse.kernels.common.triton import load_key_block
 from vllm_sparse.kernels.flex_estimate.reference import BlockMasses, FlexEstimate
-from vllm_sparse.kernels.page_means.triton import page_means
+from vllm_sparse.kernels.page_summaries import SummaryKind
+from vllm_sparse.kernels.page_summaries.triton import page_summaries
 from vllm_sparse.keys import PlainKeys
 
 # Key blocks that one program walks through with its rows.
@@ -119,7 +120,7 @@ def block_masses(sample: torch.Tensor, keys: PlainKeys, scale: float, block_size
         maxnreg=128,
     )
     maximum, total, nearer = masses.transpose(2, 3).unbind(0)
-    return BlockMasses(maximum, total, nearer, page_means(keys, block_size_tokens))
+    return BlockMasses(maximum, total, nearer, page_summaries(keys, SummaryKind(block_size_tokens, bounds=False)))
 
 
 # Rows of a tile of blocks, and blocks of a tile of rows: many programs, each with all its loads in flight.

@@ -1,0 +1,292 @@
+"""Decode steps for all rows at once: every layer's output of every row against float64.
+
+On a GPU with the stock kernel, elsewhere Triton's interpreter and attention in PyTorch over the same lists.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from tests import oracle
+from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
+from tests.oracle import Paged, Platform
+from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
+from vllm_sparse.executors import Executor, FlashAttentionExecutor, Launch
+from vllm_sparse.methods.base import BatchDecodeMethod, LayerMemory
+from vllm_sparse.methods.tidal import Tidal
+
+pytest.importorskip("triton")
+
+LAYERS, HEADS, KV_HEADS, HEAD_SIZE, BLOCK, SCALE = 6, 4, 2, 64, 16, 0.12
+MOST_ROWS, LIST_TOKENS = 12, 300
+PLATFORM = Platform("plain", DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float32, None)
+TIDAL = Tidal(budget=64, full_layers=1, reselect_layers=(4,), sink_tokens=3, recent_tokens=9)
+WIDE = Tidal(budget=300, full_layers=0, reselect_layers=(2, 3), sink_tokens=0, recent_tokens=0)
+
+
+@pytest.mark.skipif(CAN_RUN, reason="runs right here")
+def test_under_the_interpreter() -> None:
+    run_under_the_interpreter(__file__, passing=7)
+
+
+class Gather(Executor):
+    """Attention over lists in PyTorch, where there is no stock kernel for this packing."""
+
+    def run(
+        self, launch: Launch, query: torch.Tensor, output: torch.Tensor, kv_cache: torch.Tensor, scale: float
+    ) -> None:
+        tokens = kv_cache.view(-1, kv_cache.shape[3]).double()
+        for row, kept in enumerate(launch.kept_tokens.tolist()):
+            keys, values = tokens[launch.pages[row, :kept].long()].chunk(2, dim=1)
+            weights = (query[row].double() @ keys.T * scale).softmax(1)
+            # As FlashAttention does, a row without keys becomes 0.
+            output[row] = (weights @ values).to(output.dtype)
+
+
+@dataclass
+class Row:
+    """One row of a step.
+
+    Attributes:
+        context: tokens in its cache.
+        method: or None for a dense row.
+        least_context: not sparse unless the context is longer; default: the method's budget.
+    """
+
+    context: int
+    method: BatchDecodeMethod | None = None
+    least_context: int | None = None
+
+    @property
+    def setting(self) -> RowSetting:
+        if self.method is None:
+            return RowSetting(None, 0, (), 0, False)
+        least = self.method.budget_tokens if self.least_context is None else self.least_context
+        return RowSetting(self.method, least, tuple(self.method.layer_roles(LAYERS)), 0, True)
+
+
+ROWS = [
+    Row(700, TIDAL),
+    Row(333),
+    Row(501, WIDE),
+    Row(64, TIDAL),
+    Row(900, TIDAL, 900),
+    Row(301, WIDE),
+    Row(640, replace(TIDAL, reselect_layers=(2, 5))),
+    Row(1),
+]
+
+
+def executor() -> Executor:
+    return FlashAttentionExecutor(3) if DEVICE == "cuda" else Gather()
+
+
+def make_data(rows: list[Row], generator: torch.Generator) -> list[Paged]:
+    """A cache for each layer; all layers share a block table."""
+    order = int(torch.randint(1 << 30, (1,), generator=generator))
+    data = []
+    for _ in range(LAYERS):
+        keys, values = (
+            [oracle.random_tensor(PLATFORM, generator, KV_HEADS, row.context, HEAD_SIZE) for row in rows]
+            for _ in range(2)
+        )
+        data.append(oracle.paged(PLATFORM, keys, values, BLOCK, torch.Generator().manual_seed(order)))
+    return data
+
+
+def run_step(
+    buffers: DecodeBuffers,
+    rows: list[Row],
+    data: list[Paged],
+    queries: list[torch.Tensor],
+    padding: int = 0,
+    capacity: int = 1 << 20,
+    all_sparse: bool = False,
+) -> list[torch.Tensor]:
+    """Each layer's output."""
+    settings = [row.setting for row in rows]
+    buffers.say(settings)
+    contexts = torch.tensor([row.context for row in rows] + [0] * padding, dtype=torch.int32, device=DEVICE)
+    table = torch.nn.functional.pad(data[0].block_table, (0, 0, 0, padding))
+    launches = buffers.launches(settings, all_sparse)
+    step = DecodeStep(buffers, len(rows) + padding, launches, contexts, table, capacity)
+    outputs = []
+    for layer in range(LAYERS):
+        query = torch.nn.functional.pad(queries[layer], (0, 0, 0, 0, 0, padding))
+        output = torch.full_like(query, oracle.NAN)
+        step.attend(layer, query, data[layer].kv_cache, SCALE, output, executor(), Dense(data[layer], table), {})
+        outputs.append(output[: len(rows)])
+    return outputs
+
+
+@dataclass
+class Dense:
+    """Whole contexts, each row with the length that it is given."""
+
+    data: Paged
+    table: torch.Tensor
+
+    def __call__(self, query: torch.Tensor, context_tokens: torch.Tensor, output: torch.Tensor) -> None:
+        rows, _, head_size = query.shape
+        position = torch.arange(self.table.shape[1] * BLOCK, device=DEVICE)
+        head = torch.arange(KV_HEADS, device=DEVICE).view(1, -1, 1)
+        slots = (self.table[:, position // BLOCK].unsqueeze(1) * KV_HEADS + head) * BLOCK + position % BLOCK
+        launch = Launch(
+            torch.arange(rows * KV_HEADS + 1, dtype=torch.int32, device=DEVICE),
+            1,
+            slots.flatten(0, 1).int().contiguous(),
+            context_tokens.repeat_interleave(KV_HEADS),
+            1,
+        )
+        lists = rows * KV_HEADS
+        executor().run(
+            launch, query.view(lists, -1, head_size), output.view(lists, -1, head_size), self.data.kv_cache, SCALE
+        )
+
+
+def expected(
+    rows: list[Row], data: list[Paged], queries: list[torch.Tensor], dense_rows: set[int]
+) -> list[torch.Tensor]:
+    """Each layer's output in float64, from lists chosen request by request."""
+    outputs = []
+    lists: dict[int, torch.Tensor] = {}
+    for layer in range(LAYERS):
+        layer_rows = []
+        for index, row in enumerate(rows):
+            query = queries[layer][index]
+            setting = row.setting
+            sparse = (
+                setting.method is not None and row.context > setting.least_context_tokens and index not in dense_rows
+            )
+            role = setting.roles[layer] if sparse else "dense"
+            if role == "select":
+                assert setting.method is not None
+                chosen = setting.method.select(query, data[layer].reader(index), SCALE, 1, LayerMemory())
+                kept = [oracle.kept_positions(chosen, head, row.context) for head in range(KV_HEADS)]
+                lists[index] = torch.stack(kept).repeat_interleave(HEADS // KV_HEADS, dim=0).unsqueeze(1)
+                assert not bool(lists[index].all())
+                assert int(chosen.kept_tokens[0]) == setting.method.list_tokens(row.context)
+            allowed = lists[index] if role == "reuse" else torch.ones(row.context, dtype=torch.bool)
+            layer_rows.append(
+                oracle.attention(
+                    query.unsqueeze(0), data[layer].keys[index], data[layer].values[index], SCALE, allowed
+                )[0]
+            )
+        outputs.append(torch.stack(layer_rows))
+    return outputs
+
+
+def new_buffers() -> DecodeBuffers:
+    buffers = DecodeBuffers(MOST_ROWS, LAYERS, KV_HEADS, [TIDAL], LIST_TOKENS, torch.device(DEVICE))
+    # What earlier steps left over must not matter.
+    buffers.lists.slots.fill_(1 << 30)
+    buffers.lists.kept_tokens.fill_(17)
+    buffers.contexts.kept_tokens.fill_(23)
+    buffers.contexts.dense.fill_(99)
+    return buffers
+
+
+def draw(rows: list[Row]) -> tuple[list[Paged], list[torch.Tensor], int]:
+    seed = random.randrange(1 << 30)
+    generator = torch.Generator().manual_seed(seed)
+    data = make_data(rows, generator)
+    shape = (len(rows), HEADS, HEAD_SIZE)
+    return data, [oracle.random_tensor(PLATFORM, generator, *shape, spread=2) for _ in range(LAYERS)], seed
+
+
+def check(rows: list[Row], outputs: list[torch.Tensor], references: list[torch.Tensor], seed: int) -> None:
+    for layer, (output, reference) in enumerate(zip(outputs, references, strict=True)):
+        for index in range(len(rows)):
+            oracle.assert_close(output[index], reference[index], f"layer {layer}, row {index}, seed {seed}")
+
+
+@needs_triton
+@pytest.mark.parametrize("padding", [0, 3])
+def test_t2_and_t4_a_mixed_step_equals_the_oracle(padding: int) -> None:
+    """Two steps in the same buffers, the second with its rows in another order."""
+    buffers = new_buffers()
+    for order in (list(range(len(ROWS))), random.sample(range(len(ROWS)), len(ROWS))):
+        rows = [ROWS[index] for index in order]
+        data, queries, seed = draw(rows)
+        check(rows, run_step(buffers, rows, data, queries, padding), expected(rows, data, queries, set()), seed)
+
+
+@needs_triton
+def test_rows_without_room_for_their_scores_are_dense() -> None:
+    """Room for the first two sparse rows only."""
+    data, queries, seed = draw(ROWS)
+    outputs = run_step(new_buffers(), ROWS, data, queries, capacity=700 + 501)
+    check(ROWS, outputs, expected(ROWS, data, queries, {5, 6}), seed)
+
+
+@needs_triton
+@pytest.mark.parametrize("rows", [[ROWS[0], Row(450, TIDAL)], [ROWS[0], ROWS[2], ROWS[6]]], ids=["alike", "unlike"])
+def test_a_step_of_sparse_rows_launches_no_more_than_it_needs(rows: list[Row]) -> None:
+    """Where all rows read lists there is no dense launch; where rows differ there are both."""
+    buffers = new_buffers()
+    settings = [row.setting for row in rows]
+    launches = buffers.launches(settings, all_sparse=True)
+    assert all(launches[layer].dense == any(s.roles[layer] != "reuse" for s in settings) for layer in range(LAYERS))
+    data, queries, seed = draw(rows)
+    outputs = run_step(buffers, rows, data, queries, padding=2, all_sparse=True)
+    check(rows, outputs, expected(rows, data, queries, set()), seed)
+
+
+@needs_triton
+def test_a_step_of_dense_rows_reads_no_list() -> None:
+    rows = [Row(100), Row(64, TIDAL), Row(17)]
+    data, queries, seed = draw(rows)
+    check(rows, run_step(new_buffers(), rows, data, queries), expected(rows, data, queries, set()), seed)
+
+
+@needs_triton
+def test_a_row_alone_equals_the_oracle() -> None:
+    for row in (ROWS[0], ROWS[2], ROWS[7]):
+        data, queries, seed = draw([row])
+        check([row], run_step(new_buffers(), [row], data, queries), expected([row], data, queries, set()), seed)
+
+
+@oracle.needs_cuda
+def test_t8_a_graph_gives_what_eager_steps_give() -> None:
+    """Bit for bit, with other rows, contexts and lengths than were captured."""
+    data, queries, seed = draw(ROWS)
+    generator = torch.Generator().manual_seed(seed)
+    buffers = new_buffers()
+    settings = [row.setting for row in ROWS]
+    launches = buffers.launches(settings, all_sparse=False)
+    contexts = torch.ones(len(ROWS), dtype=torch.int32, device=DEVICE)
+    table = data[0].block_table
+    step = DecodeStep(buffers, len(ROWS), launches, contexts, table, 1 << 14)
+    outputs = [torch.full_like(query, oracle.NAN) for query in queries]
+
+    def attend() -> None:
+        for layer in range(LAYERS):
+            dense = Dense(data[layer], table)
+            kv_cache = data[layer].kv_cache
+            step.attend(layer, queries[layer], kv_cache, SCALE, outputs[layer], executor(), dense, {})
+
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(side):
+        attend()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attend()
+    for _ in range(4):
+        order = torch.randperm(len(ROWS), generator=generator).tolist()
+        buffers.say([settings[index] for index in order])
+        lengths = [int(torch.randint(1, row.context + 1, (1,), generator=generator)) for row in ROWS]
+        lengths[-1] = 0
+        contexts.copy_(torch.tensor(lengths, dtype=torch.int32))
+        graph.replay()
+        replayed = [output.clone() for output in outputs]
+        for output in outputs:
+            output.fill_(oracle.NAN)
+        attend()
+        for layer, (first, second) in enumerate(zip(replayed, outputs, strict=True)):
+            assert torch.equal(first[:-1], second[:-1]), f"layer {layer}, seed {seed}"
+            assert not bool(first.isnan().any()), f"layer {layer}, seed {seed}"

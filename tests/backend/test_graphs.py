@@ -1,0 +1,175 @@
+"""Which graph a step replays and what the device is told before; graphs themselves need a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_sparse.backend import graphs as graphs_module
+from vllm_sparse.backend.decode import FRESH, KNOBS, LEAST_CONTEXT, METHOD, SLOT, DecodeBuffers, RowSetting
+from vllm_sparse.backend.graphs import MIXED, DecodeGraphs, set_graphs
+from vllm_sparse.backend.plan import BatchRow, RowSpan, StepPlan
+from vllm_sparse.methods.flexprefill import FlexPrefill
+from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.metrics import WorkerMetrics
+from vllm_sparse.params import SparseParams
+from vllm_sparse.routing import SparseRequest
+
+LAYERS, MOST_ROWS, LIST_TOKENS = 6, 8, 512
+CONFIGURED = Tidal(budget=256, full_layers=1, reselect_layers=(3,))
+
+
+@pytest.fixture
+def graphs() -> DecodeGraphs:
+    buffers = DecodeBuffers(MOST_ROWS, LAYERS, 2, [CONFIGURED], LIST_TOKENS, torch.device("cpu"))
+    made = DecodeGraphs(buffers, [CONFIGURED], LAYERS, speculative=False)
+    made.most_rows = 4
+    made.captured = {name: {} for name in made.launches}
+    return made
+
+
+def request(method: Tidal) -> SparseRequest:
+    return SparseRequest(SparseParams(FlexPrefill(), method, 0))
+
+
+@pytest.mark.parametrize(
+    ("method", "held"),
+    [
+        (CONFIGURED, True),
+        (replace(CONFIGURED, budget=LIST_TOKENS, sink_tokens=0), True),
+        (replace(CONFIGURED, budget=LIST_TOKENS + 1), False),
+        (replace(CONFIGURED, reselect_layers=(4,)), False),
+        (replace(CONFIGURED, full_layers=0), False),
+        (replace(CONFIGURED, lists="query_head"), False),
+    ],
+)
+def test_a_graph_holds_requests_of_its_layer_roles(graphs: DecodeGraphs, method: Tidal, held: bool) -> None:
+    assert graphs.holds([request(CONFIGURED), request(method)], 3) == held
+    assert graphs.holds([request(CONFIGURED)], 4)
+    assert not graphs.holds([request(CONFIGURED)], 5), "no graph for so many rows"
+    graphs.speculative = True
+    assert graphs.holds([request(method)], 5), "verification steps are dense"
+
+
+def test_launches_of_a_graph_follow_the_roles(graphs: DecodeGraphs) -> None:
+    alone, mixed = graphs.launches["tidal"], graphs.launches[MIXED]
+    assert [layer.dense for layer in alone] == [True, True, False, True, False, False]
+    assert all(layer.dense for layer in mixed)
+    for launches in (alone, mixed):
+        assert [layer.reading for layer in launches] == [False, False, True, False, True, True]
+        assert [layer.selecting for layer in launches] == [(), (0,), (), (0,), (), ()]
+        assert all(layer.choosing == () for layer in launches)
+
+
+def plan_of(graphs: DecodeGraphs, rows: int, sparse: dict[int, RowSetting]) -> StepPlan:
+    spans = [RowSpan(row, row, 1, 1000) for row in range(rows)]
+    batch = [BatchRow(spans[row], setting) for row, setting in sparse.items()]
+    return StepPlan(spans, [], [], [], batch, graphs.buffers, LAYERS, WorkerMetrics(recording=False))
+
+
+def setting(slot: int, fresh: bool = False, method: Tidal = CONFIGURED) -> RowSetting:
+    return RowSetting(method, 300 + slot, tuple(method.layer_roles(LAYERS)), slot, fresh)
+
+
+def test_a_step_is_told_to_the_device(graphs: DecodeGraphs) -> None:
+    graphs.buffers.settings.fill_(-5)
+    graphs.plan = plan_of(graphs, 4, {1: setting(7), 3: setting(2, True, replace(CONFIGURED, budget=99))})
+    assert graphs.prepare() is graphs.captured[MIXED]
+    said = graphs.buffers.settings
+    assert said[:4, METHOD].tolist() == [-1, 0, -1, 0]
+    assert said[[1, 3], LEAST_CONTEXT].tolist() == [307, 302]
+    assert said[[1, 3], SLOT].tolist() == [7, 2]
+    assert said[[1, 3], FRESH].tolist() == [0, 1]
+    assert said[1, KNOBS : KNOBS + 3].tolist() == [256, 16, 64]
+    assert said[3, KNOBS : KNOBS + 3].tolist() == [99, 16, 64]
+    assert graphs.buffers.roles[3].tolist() == [0, 1, 2, 1, 2, 2]
+    # A step alike in all but who is fresh is told again.
+    graphs.plan = plan_of(graphs, 4, {1: setting(7), 3: setting(2, False, replace(CONFIGURED, budget=99))})
+    graphs.prepare()
+    assert said[[1, 3], FRESH].tolist() == [0, 0]
+
+
+def test_the_graph_follows_the_rows(graphs: DecodeGraphs) -> None:
+    assert graphs.prepare() is None, "no sparse rows"
+    graphs.plan = plan_of(graphs, 2, {})
+    assert graphs.prepare() is None
+    graphs.plan = plan_of(graphs, 2, {0: setting(0), 1: setting(1)})
+    assert graphs.prepare() is graphs.captured["tidal"]
+    graphs.plan = plan_of(graphs, 3, {0: setting(0), 1: setting(1)})
+    assert graphs.prepare() is graphs.captured[MIXED]
+
+
+class Replayed:
+    """In the place of a captured graph."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def replay(self) -> None:
+        self.log.append(self.name)
+
+
+@pytest.fixture
+def hooks(graphs: DecodeGraphs) -> Iterator[None]:
+    from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    own = GPUModelRunner.gather_batch_req_state, ModelCudaGraphManager.capture, ModelCudaGraphManager.run_fullgraph
+    graphs_module.install()
+    once = ModelCudaGraphManager.run_fullgraph
+    graphs_module.install()
+    assert ModelCudaGraphManager.run_fullgraph is once, "hooks must not pile up"
+    set_graphs(graphs)
+    yield
+    set_graphs(None)
+    (
+        GPUModelRunner.gather_batch_req_state,
+        ModelCudaGraphManager.capture,
+        ModelCudaGraphManager.run_fullgraph,
+    ) = own
+
+
+@pytest.mark.usefixtures("hooks")
+def test_runner_v2_replays_the_graph_of_the_step(graphs: DecodeGraphs) -> None:
+    """Through vLLM's own manager, with graphs that only say that they were replayed."""
+    from vllm.config.compilation import CUDAGraphMode
+    from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, ModelCudaGraphManager
+
+    log: list[str] = []
+    shape = BatchExecutionDescriptor(CUDAGraphMode.FULL, 4, 4, 1)
+    manager: Any = ModelCudaGraphManager.__new__(ModelCudaGraphManager)
+    manager.graphs = {shape: Replayed("own", log)}
+    manager.is_last_pp_rank, manager.use_aux_hidden_state_outputs = True, False
+    manager.hidden_states = torch.arange(8)
+    for name in graphs.captured:
+        graphs.captured[name] = {shape: Replayed(name, log)}
+    plans = [None, plan_of(graphs, 2, {0: setting(0), 1: setting(1)}), None, plan_of(graphs, 2, {1: setting(1)})]
+    for plan in plans:
+        graphs.plan = plan
+        assert manager.run_fullgraph(shape).tolist() == [0, 1, 2, 3]
+    assert log == ["own", "tidal", "own", MIXED]
+    assert manager.graphs[shape].name == "own"
+
+
+@pytest.mark.usefixtures("hooks")
+def test_steps_without_a_graph_are_reported_as_mixed(graphs: DecodeGraphs) -> None:
+    from vllm_sparse.routing import TABLE
+
+    TABLE.attach(slots_in_metadata=True)
+    TABLE.put(1, request(CONFIGURED))
+    TABLE.put(2, request(replace(CONFIGURED, full_layers=0)))
+    try:
+        assert graphs_module._graphs_hold(np.array([0, 5]))
+        assert graphs_module._graphs_hold(np.array([0, 1]))
+        assert not graphs_module._graphs_hold(np.array([0, 1, 2]))
+        assert not graphs_module._graphs_hold(np.array([0, 1, 3, 4, 5]))
+        set_graphs(None)
+        assert not graphs_module._graphs_hold(np.array([1]))
+        assert graphs_module._graphs_hold(np.array([0]))
+    finally:
+        TABLE.attach(slots_in_metadata=False)

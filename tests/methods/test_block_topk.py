@@ -1,0 +1,232 @@
+"""Block top-k decode: which pages its lists hold. What is kept from step to step is tested in ``tests/backend``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import oracle
+from tests.oracle import PLAIN, SELECTING, Paged, Platform
+from vllm_sparse.kernels.page_scores import page_scores
+from vllm_sparse.kernels.page_summaries import read_summaries, store_summaries
+from vllm_sparse.methods.base import KnobError, LayerMemory
+from vllm_sparse.methods.block_topk import BlockTopk
+
+SCALE = 0.15
+both_scores = pytest.mark.parametrize("scores", ["mean", "bounds"])
+
+
+def plain(budget: int, **knobs: Any) -> BlockTopk:
+    """Nothing forced but the newest token's page."""
+    return BlockTopk(budget=budget, **{"sink_tokens": 0, "recent_tokens": 0, **knobs})
+
+
+def live(method: BlockTopk, query: torch.Tensor, data: Paged, page: int = 16, scale: float = SCALE) -> list[list[int]]:
+    """Pages of each list."""
+    lists = method.select(query, data.reader(0), scale, page, LayerMemory())
+    return [oracle.live_pages(lists, row) for row in range(lists.pages.shape[0])]
+
+
+def logits(method: BlockTopk, query: torch.Tensor, data: Paged) -> torch.Tensor:
+    """Float64 ``[query_heads, pages]`` from the definitions."""
+    product = query.double().cpu().unsqueeze(1)
+    columns = []
+    for page in torch.split(oracle.expand(data.keys[0], query.shape[0]), method.block, dim=1):
+        if method.scores == "mean":
+            columns.append((product * page.mean(1, keepdim=True)).sum(2))
+        else:
+            ends = product * page.amin(1, keepdim=True), product * page.amax(1, keepdim=True)
+            columns.append(torch.maximum(*ends).sum(2))
+    return torch.cat(columns, dim=1)
+
+
+def merged(method: BlockTopk, query: torch.Tensor, data: Paged) -> torch.Tensor:
+    """Float64 ``[kv_heads, pages]``: the largest probability of a head of the group."""
+    probabilities = (logits(method, query, data) * SCALE).softmax(1)
+    return probabilities.view(data.num_kv_heads, -1, probabilities.shape[1]).amax(1)
+
+
+def assert_best(found: list[int], scores: torch.Tensor, count: int) -> None:
+    """The newest page and the `count` - 1 best others; only pages within rounding of the cut may differ."""
+    newest = scores.shape[0] - 1
+    order = sorted(range(newest), key=lambda page: (-float(scores[page]), page))[: count - 1]
+    assert len(found) == min(count, newest + 1)
+    assert found[-1] == newest
+    if set(found) != {*order, newest}:
+        cut = float(scores[order[-1]])
+        apart = [float(scores[page]) / cut - 1 for page in set(found) ^ {*order, newest}]
+        assert max(map(abs, apart)) < 1e-4, apart
+
+
+@both_scores
+@pytest.mark.parametrize("block", [16, 32, 64])
+@pytest.mark.parametrize("context", [17, 129, 1000, 4099])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (8, 2), (7, 1)])
+def test_the_list_holds_the_best_pages(
+    scores: str, block: int, context: int, heads: int, kv_heads: int, generator: torch.Generator
+) -> None:
+    data = oracle.random_paged(PLAIN, generator, [context], kv_heads, 32, 64)
+    query = oracle.random_tensor(PLAIN, generator, heads, 32, spread=2)
+    method = plain(192, block=block, scores=scores)
+    expected = merged(method, query, data)
+    for row, pages in enumerate(live(method, query, data, block)):
+        assert_best(pages, expected[row], 192 // block)
+
+
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("context", [1, 97, 1000])
+def test_bounds_never_underestimate_a_key(block: int, context: int, generator: torch.Generator) -> None:
+    """A last page of one key is scored exactly, which gives the logits of the others their origin."""
+    context = (context // block) * block + 1
+    for platform in (PLAIN, Platform("plain-bfloat16", "cpu", torch.bfloat16, None)):
+        data = oracle.random_paged(platform, generator, [context], 1, 32, 64)
+        query = oracle.random_tensor(platform, generator, 1, 32, spread=3)
+        method = plain(16, block=block, scores="bounds")
+        scores = page_scores(query, read_summaries(data.reader(0), method.summaries), 1.0)[0].double()
+        products = (data.keys[0][0].double() * query[0].double()).sum(1)
+        bounds = scores - scores[-1] + products[-1]
+        largest = torch.stack([part.max() for part in torch.split(products, block)])
+        assert bool((bounds >= largest - 1e-4 * (1 + scores.abs().max())).all())
+
+
+@given(page=st.integers(0, 60), seed=st.integers(0, 1 << 30))
+def test_bounds_find_a_key_that_its_page_hides(page: int, seed: int) -> None:
+    """One key like the query among keys that point the other way: the mean sees nothing of it."""
+    generator = torch.Generator().manual_seed(seed)
+    query = oracle.random_tensor(PLAIN, generator, 1, 32)
+    keys = oracle.random_tensor(PLAIN, generator, 1, 1000, 32, spread=0.1)
+    keys[:, page * 16 : page * 16 + 16] -= 2 * query
+    keys[:, page * 16 + int(torch.randint(16, (), generator=generator))] = 3 * query
+    data = oracle.paged(PLAIN, [keys], [keys], 64, generator)
+    assert page in live(plain(32, scores="bounds"), query, data)[0]
+    assert page not in live(plain(32), query, data)[0]
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+@both_scores
+@pytest.mark.parametrize("page", [1, 16, 48, 64])
+def test_forced_tokens_are_in_every_list(
+    platform: Platform, scores: Any, page: int, generator: torch.Generator
+) -> None:
+    """Even where the scores are against them; without forcing only the newest token's page is certain."""
+    context, sink, recent = 1000, 21, 37
+    keys = oracle.random_tensor(platform, generator, 2, context, 32)
+    keys[:, :32] = -9
+    keys[:, -48:] = -9
+    data = oracle.paged(platform, [keys], [keys], 192, generator)
+    query = torch.ones(4, 32, dtype=platform.dtype, device=platform.device)
+    forced = {*range(sink), *range(context - recent, context)}
+    for method, expected in (
+        (BlockTopk(budget=128, sink_tokens=sink, recent_tokens=recent, scores=scores), forced),
+        (plain(128, scores=scores), {context - 1}),
+    ):
+        lists = method.select(query, data.reader(0), SCALE, page, LayerMemory())
+        for row in range(2):
+            tokens = set(oracle.kept_positions(lists, row, context).nonzero().flatten().tolist())
+            assert expected <= tokens
+            assert len(tokens) <= 128 + 2 * max(page, 16)
+            if expected != forced and page <= 16:
+                assert tokens.isdisjoint(range(sink))
+
+
+@both_scores
+@pytest.mark.parametrize("context", [16, 100, 1000])
+def test_a_budget_of_the_context_is_everything(scores: Any, context: int, generator: torch.Generator) -> None:
+    data = oracle.random_paged(PLAIN, generator, [context], 2, 32, 64)
+    query = oracle.random_tensor(PLAIN, generator, 4, 32)
+    for page in (1, 16, 64):
+        lists = plain(context, scores=scores).select(query, data.reader(0), SCALE, page, LayerMemory())
+        assert lists.kept_tokens.tolist() == [context] * 2
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+@both_scores
+def test_ties_go_to_the_lower_page(platform: Platform, scores: Any, generator: torch.Generator) -> None:
+    """Pages of equal keys with small integers: many exactly equal scores, on both sides of the cut."""
+    pages, budget = 63, 20
+    values = torch.randint(0, 3, (pages,), generator=generator)
+    keys = torch.zeros(1, pages * 16, 32, dtype=platform.dtype)
+    keys[0, :, 0] = values.repeat_interleave(16).to(platform.dtype)
+    data = oracle.paged(platform, [keys.to(platform.device)], [keys.to(platform.device)], 64, generator)
+    query = torch.ones(2, 32, dtype=platform.dtype, device=platform.device)
+    expected = sorted(range(pages - 1), key=lambda page: (-int(values[page]), page))[: budget - 1]
+    assert live(plain(budget * 16, scores=scores), query, data) == [sorted([*expected, pages - 1])]
+
+
+@both_scores
+def test_heads_are_merged_by_probability(scores: Any, generator: torch.Generator) -> None:
+    """A head with large logits must not drown its neighbour, whose probabilities are the sharper ones."""
+    data = oracle.random_paged(PLAIN, generator, [800], 1, 32, 64)
+    # An offset common to all keys raises a head's logits and leaves its probabilities alone.
+    data.keys[0][:, :, 0] = 8
+    data = oracle.paged(PLAIN, data.keys, data.values, 64, generator)
+    query = oracle.random_tensor(PLAIN, generator, 2, 32, spread=4)
+    query[0] /= 40
+    query[0, 0] = 50
+    method = plain(80, scores=scores)
+    (pages,) = live(method, query, data)
+    assert_best(pages, merged(method, query, data)[0], 5)
+    raw = logits(method, query, data).amax(0)[:-1].topk(4).indices.tolist()
+    assert set(pages[:-1]) != set(raw), "raw logits would choose the same here, so the test shows nothing"
+
+
+@both_scores
+@pytest.mark.parametrize("block", [16, 32])
+def test_finer_pages_keep_the_same_tokens(scores: Any, block: Any, generator: torch.Generator) -> None:
+    data = oracle.random_paged(PLAIN, generator, [1003], 2, 32, 64)
+    query = oracle.random_tensor(PLAIN, generator, 8, 32)
+    method = BlockTopk(budget=224, block=block, scores=scores)
+    kept = []
+    for page in (1, 16, block):
+        lists = method.select(query, data.reader(0), SCALE, page, LayerMemory())
+        kept.append(torch.stack([oracle.kept_positions(lists, row, 1003) for row in range(2)]))
+    assert torch.equal(kept[0], kept[-1])
+    assert torch.equal(kept[1], kept[-1])
+
+
+@both_scores
+@pytest.mark.parametrize(("block", "page"), [(16, 32), (16, 128), (32, 48), (64, 48), (64, 96)])
+def test_a_coarser_page_is_worth_its_best_scored_page(
+    scores: Any, block: Any, page: int, generator: torch.Generator
+) -> None:
+    context = 1000
+    data = oracle.random_paged(PLAIN, generator, [context], 1, 32, 192)
+    query = oracle.random_tensor(PLAIN, generator, 2, 32)
+    method = plain(2 * page, block=block, scores=scores)
+    by_token = merged(method, query, data)[0].repeat_interleave(block)[:context]
+    worth = torch.stack([part.max() for part in torch.split(by_token, page)])
+    (pages,) = live(method, query, data, page)
+    # A scored page may lie in two of the executor's, which are then worth the same.
+    assert_best(pages, worth, 2)
+
+
+@both_scores
+def test_only_summaries_are_read_where_they_are_kept(scores: Any, generator: torch.Generator) -> None:
+    data = oracle.random_paged(PLAIN, generator, [1000], 2, 32, 64)
+    query = oracle.random_tensor(PLAIN, generator, 8, 32)
+    method = BlockTopk(budget=256, scores=scores)
+    expected = live(method, query, data)
+    keys = data.reader(0)
+    shape = data.kv_cache.shape[0], 2, 64 // method.block, method.summaries.width(32)
+    keys.summaries = torch.full(shape, oracle.NAN)
+    store_summaries(keys, method.summaries, 0)
+    data.kv_cache.fill_(oracle.NAN)
+    lists = method.select(query, keys, SCALE, 16, LayerMemory())
+    assert [oracle.live_pages(lists, row) for row in range(2)] == expected
+
+
+def test_roles_follow_the_knob() -> None:
+    assert BlockTopk().layer_roles(4) == ["dense", "dense", "choose", "choose"]
+    assert BlockTopk(dense_layers=0).layer_roles(2) == ["choose", "choose"]
+    with pytest.raises(KnobError, match="2 layers, so 0 to 1 are allowed") as caught:
+        BlockTopk().layer_roles(2)
+    assert caught.value.knob == "dense_layers"
+
+
+def test_a_budget_that_does_not_hold_the_forced_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="64 tokens do not hold sink_tokens 16 and recent_tokens 64"):
+        BlockTopk(budget=64)

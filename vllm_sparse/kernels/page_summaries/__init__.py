@@ -1,0 +1,68 @@
+"""Summaries of each page's keys, which selection methods compare queries with."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from vllm_sparse.kernels.page_summaries import reference
+from vllm_sparse.kernels.page_summaries.reference import SummaryKind
+from vllm_sparse.keys import PagedKeys, PlainKeys
+
+__all__ = ["SummaryKind", "page_summaries", "read_summaries", "store_summaries"]
+
+
+def _implementation(keys: PagedKeys) -> ModuleType:
+    if keys.kv_cache.is_cuda and isinstance(keys, PlainKeys):
+        from vllm_sparse.kernels.page_summaries import triton
+
+        return triton
+    return reference
+
+
+def page_summaries(keys: PagedKeys, kind: SummaryKind) -> torch.Tensor:
+    """Summarise the live keys of each logical page; one pass over the keys.
+
+    Prefill methods do so at every chunk: at 128K tokens the pass reads 1 % of what the chunk's attention does, and
+    nothing can go stale. A decode step cannot afford it, and reads what `store_summaries` left.
+
+    Runs in Triton on CUDA, else in PyTorch.
+
+    Args:
+        keys: the request's keys.
+        kind: what is kept.
+
+    Returns:
+        float32 ``[kv_heads, ceil(context / page_tokens), kind.width(head_size)]``; the last page may be short.
+    """
+    summaries: torch.Tensor = _implementation(keys).page_summaries(keys, kind)
+    return summaries
+
+
+def store_summaries(keys: PagedKeys, kind: SummaryKind, first_new_token: int) -> None:
+    """Write the summaries of a step's new keys, and of those before them in the same block, into `keys.summaries`.
+
+    They lie beside the cache by physical block, so whoever reads a block of a shared prefix finds them. A block that
+    holds both new and older keys may be a copy that vLLM made of another request's, which is why it is done as a whole.
+
+    Runs in Triton on CUDA, else in PyTorch.
+
+    Args:
+        keys: the request's keys, the new ones included, with `summaries` of this kind.
+        kind: what is kept; its pages divide the cache's blocks.
+        first_new_token: position of the step's first new token.
+    """
+    _implementation(keys).store_summaries(keys, kind, first_new_token)
+
+
+def read_summaries(keys: PagedKeys, kind: SummaryKind) -> torch.Tensor:
+    """Summaries of all pages of a request: ``[kv_heads, ceil(context / page_tokens), width]``, in the cache's dtype.
+
+    The stored ones; where `keys` carries none, those that `store_summaries` would have stored.
+    """
+    if keys.summaries is None:
+        return page_summaries(keys, kind).to(keys.kv_cache.dtype)
+    blocks = keys.block_table[: -(-keys.context_tokens // keys.block_size_tokens)].long()
+    pages = -(-keys.context_tokens // kind.page_tokens)
+    return keys.summaries[blocks].transpose(0, 1).flatten(1, 2)[:, :pages]

@@ -1,0 +1,58 @@
+"""Summaries of each page's keys, in PyTorch: the specification, on any device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_sparse.keys import PagedKeys
+
+# A multiple of every page size. Keys are read in tiles, so that a copy of a long cache is never held as a whole.
+TILE_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class SummaryKind:
+    """What is kept of a page's keys.
+
+    Attributes:
+        page_tokens: tokens of a page; a power of two.
+        bounds: the least and the largest number of each dimension, one after the other; else the mean.
+    """
+
+    page_tokens: int
+    bounds: bool
+
+    def width(self, head_size: int) -> int:
+        """Numbers of a summary."""
+        return head_size * (2 if self.bounds else 1)
+
+
+def page_summaries(keys: PagedKeys, kind: SummaryKind, first_token: int = 0) -> torch.Tensor:
+    """Summarise the pages from `first_token` on, which begins one; arguments as in the public function."""
+    summaries: list[torch.Tensor] = []
+    for start in range(first_token, keys.context_tokens, TILE_TOKENS):
+        tile = keys.read(start, min(start + TILE_TOKENS, keys.context_tokens)).float()
+        whole = tile.shape[1] // kind.page_tokens * kind.page_tokens
+        if whole:
+            summaries.append(_summary(tile[:, :whole].unflatten(1, (-1, kind.page_tokens)), kind))  # type: ignore[no-untyped-call]
+        if whole < tile.shape[1]:
+            summaries.append(_summary(tile[:, None, whole:], kind))
+    return torch.cat(summaries, dim=1)
+
+
+def _summary(pages: torch.Tensor, kind: SummaryKind) -> torch.Tensor:
+    """Of float32 ``[kv_heads, pages, tokens, head_size]``."""
+    return torch.cat((pages.amin(2), pages.amax(2)), dim=2) if kind.bounds else pages.mean(2)
+
+
+def store_summaries(keys: PagedKeys, kind: SummaryKind, first_new_token: int) -> None:
+    """Store the summaries of a step's new keys; arguments as in the public function."""
+    assert keys.summaries is not None
+    start = first_new_token // keys.block_size_tokens * keys.block_size_tokens
+    summaries = page_summaries(keys, kind, start)
+    pages_per_block = keys.block_size_tokens // kind.page_tokens
+    page = torch.arange(summaries.shape[1], device=summaries.device) + start // kind.page_tokens
+    block = keys.block_table[page // pages_per_block].long()
+    keys.summaries[block, :, page % pages_per_block] = summaries.transpose(0, 1).to(keys.summaries.dtype)

@@ -1,0 +1,233 @@
+"""Summaries of each page's keys in Triton: one program a page and KV head, with few warps, so that threads add on
+their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparse.kernels.common.triton import load_key_block
+from vllm_sparse.kernels.page_summaries.reference import SummaryKind
+from vllm_sparse.keys import PlainKeys
+from vllm_sparse.rows import DecodeRows
+
+# Numbers that a warp reads at once: 16 loads of 16 bytes a thread in bfloat16.
+WARP_NUMBERS = 4096
+
+
+@triton.jit
+def _summarise(
+    cache_pointer,
+    block_table_pointer,
+    p_summary,
+    context,
+    i_page,
+    i_kv_head,
+    cache_block_stride,
+    cache_head_stride,
+    cache_token_stride,
+    CACHE_BLOCK: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    PAGE: tl.constexpr,
+    BOUNDS: tl.constexpr,
+):
+    """Summarise one page of one head into `p_summary`."""
+    o_dim = tl.arange(0, HEAD_TILE)
+    in_head = o_dim < HEAD_SIZE
+    b_key = load_key_block(
+        cache_pointer,
+        block_table_pointer,
+        i_page * PAGE,
+        context,
+        i_kv_head,
+        o_dim,
+        in_head,
+        cache_block_stride,
+        cache_head_stride,
+        cache_token_stride,
+        CACHE_BLOCK,
+        PAGE,
+    ).to(tl.float32)
+    live_tokens = tl.minimum(context - i_page * PAGE, PAGE)
+    if BOUNDS:
+        live = (tl.arange(0, PAGE) < live_tokens)[:, None]
+        b_least = tl.min(tl.where(live, b_key, float("inf")), axis=0)
+        b_largest = tl.max(tl.where(live, b_key, float("-inf")), axis=0)
+        tl.store(p_summary + o_dim, b_least, mask=in_head)
+        tl.store(p_summary + HEAD_SIZE + o_dim, b_largest, mask=in_head)
+    else:
+        tl.store(p_summary + o_dim, tl.sum(b_key, axis=0) / live_tokens, mask=in_head)
+
+
+# Lengths change with every chunk; specialising on them would compile in the middle of serving.
+@triton.jit(do_not_specialize=["context", "first_page", "pages"])
+def page_summaries_kernel(
+    cache_pointer,
+    block_table_pointer,
+    summary_pointer,
+    context,
+    first_page,
+    pages,
+    cache_block_stride,
+    cache_head_stride,
+    cache_token_stride,
+    CACHE_BLOCK: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    PAGE: tl.constexpr,
+    BOUNDS: tl.constexpr,
+    STORED: tl.constexpr,
+):
+    """Summaries by logical page, or if `STORED` by physical block."""
+    i_page = first_page + tl.program_id(0)
+    i_kv_head = tl.program_id(1)
+    if STORED:
+        pages_per_block = CACHE_BLOCK // PAGE
+        block = tl.load(block_table_pointer + i_page // pages_per_block).to(tl.int64)
+        place = (block * tl.num_programs(1) + i_kv_head) * pages_per_block + i_page % pages_per_block
+    else:
+        place = (i_kv_head * pages + i_page).to(tl.int64)
+    _summarise(
+        cache_pointer,
+        block_table_pointer,
+        summary_pointer + place * ((2 if BOUNDS else 1) * HEAD_SIZE),
+        context,
+        i_page,
+        i_kv_head,
+        cache_block_stride,
+        cache_head_stride,
+        cache_token_stride,
+        CACHE_BLOCK,
+        HEAD_SIZE,
+        HEAD_TILE,
+        PAGE,
+        BOUNDS,
+    )
+
+
+@triton.jit
+def newest_summaries_kernel(
+    cache_pointer,
+    block_table_pointer,
+    summary_pointer,
+    context_pointer,
+    table_row_stride,
+    cache_block_stride,
+    cache_head_stride,
+    cache_token_stride,
+    CACHE_BLOCK: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    PAGE: tl.constexpr,
+    BOUNDS: tl.constexpr,
+):
+    """One program a page of the block that holds the row's newest token."""
+    i_in_block = tl.program_id(0)
+    i_kv_head = tl.program_id(1)
+    i_row = tl.program_id(2).to(tl.int64)
+    pages_per_block = CACHE_BLOCK // PAGE
+    context = tl.load(context_pointer + i_row)
+    p_table = block_table_pointer + i_row * table_row_stride
+    last_block = (context - 1) // CACHE_BLOCK
+    i_page = last_block * pages_per_block + i_in_block
+    if (context > 0) & (i_page * PAGE < context):
+        block = tl.load(p_table + last_block).to(tl.int64)
+        place = (block * tl.num_programs(1) + i_kv_head) * pages_per_block + i_in_block
+        _summarise(
+            cache_pointer,
+            p_table,
+            summary_pointer + place * ((2 if BOUNDS else 1) * HEAD_SIZE),
+            context,
+            i_page,
+            i_kv_head,
+            cache_block_stride,
+            cache_head_stride,
+            cache_token_stride,
+            CACHE_BLOCK,
+            HEAD_SIZE,
+            HEAD_TILE,
+            PAGE,
+            BOUNDS,
+        )
+
+
+def warps(page_tokens: int, head_tile: int) -> int:
+    """Warps of a program."""
+    return min(max(page_tokens * head_tile // WARP_NUMBERS, 1), 8)
+
+
+def _constants(kv_cache: torch.Tensor, kind: SummaryKind) -> dict[str, Any]:
+    """What both kernels are compiled for, and their warps."""
+    head_size = kv_cache.shape[3] // 2
+    head_tile = max(triton.next_power_of_2(head_size), 16)
+    return {
+        "CACHE_BLOCK": kv_cache.shape[2],
+        "HEAD_SIZE": head_size,
+        "HEAD_TILE": head_tile,
+        "PAGE": kind.page_tokens,
+        "BOUNDS": kind.bounds,
+        "num_warps": warps(kind.page_tokens, head_tile),
+    }
+
+
+def _run(keys: PlainKeys, kind: SummaryKind, out: torch.Tensor, first_page: int, stored: bool) -> None:
+    cache = keys.kv_cache
+    pages = triton.cdiv(keys.context_tokens, kind.page_tokens)
+    page_summaries_kernel[(pages - first_page, keys.num_kv_heads)](
+        cache,
+        keys.block_table,
+        out,
+        keys.context_tokens,
+        first_page,
+        pages,
+        cache.stride(0),
+        cache.stride(1),
+        cache.stride(2),
+        STORED=stored,
+        **_constants(cache, kind),
+    )
+
+
+def page_summaries(keys: PlainKeys, kind: SummaryKind) -> torch.Tensor:
+    """Equal to `reference.page_summaries` up to float32 rounding; arguments as there."""
+    pages = triton.cdiv(keys.context_tokens, kind.page_tokens)
+    shape = keys.num_kv_heads, pages, kind.width(keys.head_size)
+    summaries = torch.empty(shape, dtype=torch.float32, device=keys.kv_cache.device)
+    _run(keys, kind, summaries, 0, stored=False)
+    return summaries
+
+
+def store_summaries(keys: PlainKeys, kind: SummaryKind, first_new_token: int) -> None:
+    """Equal to `reference.store_summaries` up to rounding; arguments as there."""
+    assert keys.summaries is not None
+    first_page = first_new_token // keys.block_size_tokens * (keys.block_size_tokens // kind.page_tokens)
+    _run(keys, kind, keys.summaries, first_page, stored=True)
+
+
+def store_newest_summaries(rows: DecodeRows, kind: SummaryKind, summaries: torch.Tensor) -> None:
+    """As `store_summaries` for the newest token of each row; one launch, for CUDA graphs.
+
+    The whole block that holds the token is done: at a request's first step it may be a copy of another's. Rows whose
+    `context_tokens` is 0 are left alone; a row that does not choose in this step but will in a later one is none.
+
+    Args:
+        rows: the rows; the query is not read.
+        kind: what is kept; its pages divide the cache's blocks.
+        summaries: ``[blocks, kv_heads, block_size / page_tokens, width]``, contiguous, written.
+    """
+    cache = rows.kv_cache
+    newest_summaries_kernel[(cache.shape[2] // kind.page_tokens, cache.shape[1], rows.context_tokens.shape[0])](
+        cache,
+        rows.block_table,
+        summaries,
+        rows.context_tokens,
+        rows.block_table.stride(0),
+        cache.stride(0),
+        cache.stride(1),
+        cache.stride(2),
+        **_constants(cache, kind),
+    )

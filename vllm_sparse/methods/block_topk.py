@@ -1,0 +1,91 @@
+"""Block top-k decode (Kinetics, arXiv 2506.05333) and Quest (arXiv 2406.10774): the pages whose summary scores best."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from vllm_sparse.kernels.page_scores import page_scores
+from vllm_sparse.kernels.page_summaries import SummaryKind, read_summaries
+from vllm_sparse.kernels.top_tokens import top_pages
+from vllm_sparse.keys import PagedKeys
+from vllm_sparse.methods.base import KNOBS, DecodeMethod, DenseLayers, KnobError, LayerMemory
+from vllm_sparse.pages import PageList
+
+
+@dataclass(frozen=True, config=KNOBS)
+class BlockTopk(DecodeMethod):
+    """In each layer, read the pages of `block` tokens whose keys, by what is kept of them, suit the query best.
+
+    With `scores` ``mean`` that is the page's mean key, as in Kinetics, with ``bounds`` the largest product that the
+    least and the largest number of each dimension allow, as in Quest: no key of the page has a larger one. Lists are
+    per KV head, with the query heads of a group merged by the maximum of their softmax over the pages. Sink and recent
+    tokens are forced into every list; the newest token's page is always read. Where the executor's pages are coarser,
+    one is worth the best scored page in it.
+
+    The summaries are kept beside the KV cache, a ``1 / (2 * block)`` of it with ``mean``, twice that with ``bounds``,
+    so what they are is the server's choice.
+    """
+
+    name: ClassVar[str] = "blocktopk"
+    server_knobs: ClassVar[tuple[str, ...]] = ("block", "scores")
+
+    budget: Annotated[int, Field(ge=16, le=1 << 24, description="tokens read by a sparse layer")] = 2048
+    sink_tokens: Annotated[int, Field(ge=0, le=65536, description="first tokens, always read")] = 16
+    recent_tokens: Annotated[int, Field(ge=0, le=65536, description="last tokens, always read")] = 64
+    dense_layers: DenseLayers = 2
+    block: Annotated[Literal[16, 32, 64], Field(description="tokens of a scored page")] = 16
+    scores: Annotated[
+        Literal["mean", "bounds"], Field(description="what a page is scored by: its mean key, or bounds of its keys")
+    ] = "mean"
+
+    def __post_init__(self) -> None:
+        if self.sink_tokens + self.recent_tokens > self.budget:
+            raise KnobError(
+                "budget",
+                self.budget,
+                f"{self.budget} tokens do not hold sink_tokens {self.sink_tokens} and recent_tokens "
+                f"{self.recent_tokens}; raise it or lower them",
+            )
+
+    @property
+    def budget_tokens(self) -> int:
+        return self.budget
+
+    @property
+    def summaries(self) -> SummaryKind:
+        return SummaryKind(self.block, self.scores == "bounds")
+
+    def layer_roles(self, num_layers: int) -> list[str]:
+        if self.dense_layers >= num_layers:
+            raise KnobError(
+                "dense_layers",
+                self.dense_layers,
+                f"this model has {num_layers} layers, so 0 to {num_layers - 1} are allowed",
+            )
+        return ["dense"] * self.dense_layers + ["choose"] * (num_layers - self.dense_layers)
+
+    def select(
+        self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory
+    ) -> PageList:
+        context = keys.context_tokens
+        unit: int = self.block
+        scores = page_scores(query, read_summaries(keys, self.summaries), scale)
+        if unit % page_size_tokens:
+            scores = _best_overlapped(scores, unit, page_size_tokens, context)
+            unit = page_size_tokens
+        return top_pages(scores, context, unit, page_size_tokens, self.budget, self.sink_tokens, self.recent_tokens)
+
+
+def _best_overlapped(scores: torch.Tensor, block: int, page_size_tokens: int, context_tokens: int) -> torch.Tensor:
+    """Of the scores of blocks, the largest that each page overlaps; neither size has to divide the other."""
+    first_token = torch.arange(0, context_tokens, page_size_tokens, device=scores.device)
+    first = first_token // block
+    last = (first_token + page_size_tokens - 1).clamp(max=context_tokens - 1) // block
+    best = scores[:, first]
+    for step in range(1, page_size_tokens // block + 2):
+        best = torch.maximum(best, scores[:, torch.minimum(first + step, last)])
+    return best
