@@ -84,7 +84,15 @@ class DecodeBatch:
         starts = torch.arange(self.rows + 1, dtype=torch.int32, device=device)
         lengths = torch.tensor(self.context_tokens, dtype=torch.int32, device=device)
         return DenseAttention(
-            self.query.contiguous(), self.kv_cache, self.block_table, starts, lengths, self.heads.scale, self.isa
+            self.query.contiguous(),
+            self.kv_cache,
+            self.block_table,
+            starts,
+            lengths,
+            1,
+            max(self.context_tokens),
+            self.heads.scale,
+            self.isa,
         )
 
 

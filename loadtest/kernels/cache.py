@@ -50,7 +50,8 @@ class Cache:
         starts = torch.tensor([0, self.heads.chunk], dtype=torch.int32, device=query.device)
         lengths = torch.tensor([self.heads.context], dtype=torch.int32, device=query.device)
         table = self.block_table.unsqueeze(0)
-        return DenseAttention(query, self.kv_cache, table, starts, lengths, self.heads.scale, self.isa)()
+        chunk, context, scale = self.heads.chunk, self.heads.context, self.heads.scale
+        return DenseAttention(query, self.kv_cache, table, starts, lengths, chunk, context, scale, self.isa)()
 
 
 def keys_of(isa: str | None, kv_cache: torch.Tensor, block_table: torch.Tensor, context_tokens: int) -> PagedKeys:
@@ -79,6 +80,8 @@ class DenseAttention:
         block_table: int32 ``[requests, blocks]``.
         query_starts: int32 ``[requests + 1]`` first query token of each request.
         context_tokens: int32 ``[requests]``.
+        longest_query: the most tokens of a request's query; known to the host, which does not wait for the device.
+        longest_context: likewise of a request's context.
         scale: softmax scale.
         isa: as in `Cache`.
     """
@@ -90,6 +93,8 @@ class DenseAttention:
         block_table: torch.Tensor,
         query_starts: torch.Tensor,
         context_tokens: torch.Tensor,
+        longest_query: int,
+        longest_context: int,
         scale: float,
         isa: str | None,
     ) -> None:
@@ -99,8 +104,8 @@ class DenseAttention:
         self.context_tokens = context_tokens
         self.scale = scale
         self.isa = isa
-        self.longest_query = int(query_starts.diff().max())
-        self.longest_context = int(context_tokens.max())
+        self.longest_query = longest_query
+        self.longest_context = longest_context
         blocks, kv_heads, block_size, double_head_size = kv_cache.shape
         if isa is None:
             from vllm.config import AttentionConfig

@@ -15,7 +15,8 @@ Rows are the last positions of one text, each a request. "copies" says how often
 as there are rows if they fit into the free memory, else rows take turns on fewer. With Llama-3.1-8B's heads 64 x 128K
 take 34 GB, 64 x 512K 137 GB.
 
-On CUDA all is timed inside a graph, unless `--eager` says otherwise for a selection that cannot be captured. On the CPU
+On CUDA all is timed inside a graph, unless `--eager` says otherwise for a selection that cannot be captured; methods
+that can choose for all rows at once do so, as in the server's graphs, and their first step is not counted. On the CPU
 selection runs request by request, as in the server, and its time is the mean over `--repeats` steps, since a method may
 search anew only in some of them; short lists stay in the CPU's caches and may be read faster than the floor.
 """
@@ -36,9 +37,10 @@ from loadtest.kernels.prefill import BUNDLED_MODEL, prompt_tokens
 from loadtest.kernels.timing import graph_seconds, mean_seconds, median_seconds
 from loadtest.kernels.truth import kept_mass
 from vllm_sparse.executors import Launch
-from vllm_sparse.methods.base import DecodeMethod, LayerMemory
+from vllm_sparse.methods.base import BatchDecodeMethod, DecodeMethod, LayerMemory
 from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.pages import concatenate
+from vllm_sparse.rows import DecodeRows, RowsPlace, TokenLists
 
 # Copies of memory run at this speed on an H200; on other devices a copy is measured.
 KNOWN_BYTES_PER_SECOND = {"NVIDIA H200": 4.3e12}
@@ -128,7 +130,41 @@ def with_budget(name: str, budget: int) -> DecodeMethod:
 
 
 def selection_of(method: DecodeMethod, batch: DecodeBatch) -> Selection:
-    """How a method chooses for a batch: request by request, each with a memory that lives from call to call."""
+    """How a server chooses with a method for a batch on this device; the method keeps something from call to call."""
+    if batch.kv_cache.is_cuda and isinstance(method, BatchDecodeMethod) and method.in_batches:
+        return selection_at_once(method, batch)
+    return selection_by_request(method, batch)
+
+
+def selection_at_once(method: BatchDecodeMethod, batch: DecodeBatch) -> Selection:
+    """All rows by one call, capturable. The requests' first step, before which nothing is kept, is done here."""
+    device = batch.kv_cache.device
+    kv_heads = batch.kv_cache.shape[1]
+    contexts = torch.tensor(batch.context_tokens, dtype=torch.int32, device=device)
+    rows = DecodeRows(batch.query.contiguous(), batch.kv_cache, batch.block_table, contexts, batch.heads.scale)
+    knobs = torch.tensor([method.row_knobs()] * batch.rows, dtype=torch.int32, device=device)
+    ends = contexts.cumsum(0)
+    slots = torch.arange(batch.rows, dtype=torch.int32, device=device)
+    place = RowsPlace(ends - contexts, sum(batch.context_tokens), slots, torch.ones_like(slots), contexts, {})
+    width = max(method.list_tokens(context) for context in batch.context_tokens)
+    lists = TokenLists(
+        torch.zeros(batch.rows * kv_heads, width, dtype=torch.int32, device=device),
+        torch.zeros(batch.rows * kv_heads, dtype=torch.int32, device=device),
+    )
+    starts = torch.arange(batch.rows * kv_heads + 1, dtype=torch.int32, device=device)
+    launch = Launch(starts, 1, lists.slots, lists.kept_tokens, 1)
+
+    def choose() -> Launch:
+        method.choose_rows(rows, knobs, place, lists)
+        return launch
+
+    choose()
+    place.fresh.zero_()
+    return choose
+
+
+def selection_by_request(method: DecodeMethod, batch: DecodeBatch) -> Selection:
+    """Request by request, each with a memory that lives from call to call."""
     memories = [LayerMemory() for _ in range(batch.rows)]
 
     def choose() -> Launch:
