@@ -25,7 +25,7 @@ from vllm_sparse.params import ALL_DENSE, SparseParams
 from vllm_sparse.routing import TABLE, SparseRequest
 
 BLOCKS, WIDEST_TABLE = 120, 40
-MEANS = SparseParams(None, BlockTopk(budget=128, dense_layers=1))
+MEANS = SparseParams(None, BlockTopk(budget=160, dense_layers=1, recent_tokens=20))
 BOUNDS = SparseParams(FLEX, BlockTopk(budget=96, dense_layers=3, scores="bounds", sink_tokens=0, recent_tokens=0))
 PARAMS = pytest.mark.parametrize("params", [MEANS, BOUNDS], ids=["mean", "bounds"])
 
@@ -166,10 +166,10 @@ def test_chunks_and_decode_steps_of_a_mixed_batch(worker: Worker) -> None:
 @PARAMS
 def test_a_context_that_was_short_before(worker: Worker, params: SparseParams) -> None:
     """Steps below the minimum and below the budget are dense, and summarised all the same."""
-    late = SparseParams(None, params.decode, min_tokens=150)
+    late = SparseParams(None, params.decode, min_tokens=290)
     request = Request(late)
+    worker.step((request, 200))
     worker.step((request, 80))
-    worker.step((request, 60))
     for _ in range(15):
         worker.step((request, 1))
     assert request.context > late.min_tokens
