@@ -6,8 +6,9 @@ from vllm_sparse.methods.base import DecodeMethod, PrefillMethod
 from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.hip import Hip
+from vllm_sparse.methods.hip_decode import HipDecode
 from vllm_sparse.methods.sale import Sale
 from vllm_sparse.methods.tidal import Tidal
 
 PREFILL_METHODS: dict[str, type[PrefillMethod]] = {method.name: method for method in (FlexPrefill, Sale, Dhsa, Hip)}
-DECODE_METHODS: dict[str, type[DecodeMethod]] = {method.name: method for method in (Tidal,)}
+DECODE_METHODS: dict[str, type[DecodeMethod]] = {method.name: method for method in (Tidal, HipDecode)}
