@@ -10,6 +10,7 @@ from vllm_sparse.methods.base import DecodeMethod, PrefillMethod
 from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.hip import Hip
+from vllm_sparse.methods.hip_decode import HipDecode
 from vllm_sparse.methods.sale import Sale
 from vllm_sparse.methods.tidal import Tidal
 
@@ -39,6 +40,9 @@ class DecodeCase:
         sink_tokens: first tokens that it promises.
         recent_tokens: last tokens that it promises, the newest included.
         lists_per_kv_head: rows of a list, as a function of the group size: 1, or 0 for one row per query head.
+        choice_tokens: what it chooses at a time, each of which may take a coarser page of its own; None if it chooses
+            pages.
+        slack_tokens: by how much rounding may leave a list of single tokens below its budget.
     """
 
     name: str
@@ -46,6 +50,8 @@ class DecodeCase:
     sink_tokens: int
     recent_tokens: int
     lists_per_kv_head: int = 1
+    choice_tokens: int | None = None
+    slack_tokens: int = 0
 
 
 PREFILL = [
@@ -112,10 +118,29 @@ DECODE = [
     DecodeCase("tidal-odd-forced", Tidal(budget=200, sink_tokens=5, recent_tokens=129), 5, 129),
     DecodeCase("tidal-all-forced", Tidal(budget=160, sink_tokens=80, recent_tokens=80), 80, 80),
     DecodeCase("tidal-minimum", Tidal(budget=16, sink_tokens=0, recent_tokens=3, lists="query_head"), 0, 3, 0),
+    DecodeCase("hip-default", HipDecode(), 256, 1025, choice_tokens=16, slack_tokens=300),
+    DecodeCase(
+        "hip-small",
+        HipDecode(stage_chunks=(64, 16), stage_tokens=(256, 96), refresh=(5, 2), sink=20, window=40),
+        20,
+        41,
+        choice_tokens=16,
+        slack_tokens=97,
+    ),
+    DecodeCase(
+        "hip-nothing-forced",
+        HipDecode(stage_chunks=(32,), stage_tokens=(160,), refresh=(1,), sink=0, window=0),
+        0,
+        1,
+        choice_tokens=16,
+        slack_tokens=61,
+    ),
 ]
 DECODE_DENSE = [
     DecodeCase("tidal-budget", Tidal(budget=1 << 24), 16, 64),
     DecodeCase("tidal-budget-query-head", Tidal(budget=1 << 24, lists="query_head"), 16, 64, 0),
+    DecodeCase("hip-tokens", HipDecode(stage_chunks=(64, 16), stage_tokens=(1024, 1024), sink=0, window=0), 0, 1),
+    DecodeCase("hip-forced", HipDecode(stage_chunks=(16,), stage_tokens=(16,), sink=500, window=500), 500, 501),
 ]
 
 prefill_cases = pytest.mark.parametrize("case", PREFILL, ids=lambda case: case.name)

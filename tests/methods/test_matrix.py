@@ -71,8 +71,9 @@ def test_decode_lists_are_well_formed(
             assert bool(kept[: case.sink_tokens].all()), "a promised first token is missing"
             assert bool(kept[-case.recent_tokens :].all()), "a promised last token is missing"
             # Whole pages round the budget up; forced pages may exceed it, by one page at each end.
-            assert int(kept.sum()) <= case.method.budget_tokens + 2 * page
-            assert int(kept.sum()) >= min(context, case.method.budget_tokens - page)
+            rounding = max(page // (case.choice_tokens or page), 1)
+            assert int(kept.sum()) <= case.method.budget_tokens * rounding + 2 * page
+            assert int(kept.sum()) >= min(context, case.method.budget_tokens - case.slack_tokens - page)
 
 
 @matrix.prefill_cases
