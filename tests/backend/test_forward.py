@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from prometheus_client import REGISTRY
@@ -73,8 +74,6 @@ def empty_table(engine: Engine) -> Iterator[None]:
 
 
 def make_step(rows: list[Row], generator: torch.Generator) -> Step:
-    from vllm.v1.attention.backend import CommonAttentionMetadata
-
     order = int(torch.randint(1 << 30, (1,), generator=generator))
     data = []
     for _ in range(LAYERS):
@@ -84,22 +83,29 @@ def make_step(rows: list[Row], generator: torch.Generator) -> Step:
         data.append(oracle.paged(PLATFORM, keys, values, BLOCK, torch.Generator().manual_seed(order)))
     tokens = sum(row.tokens for row in rows)
     queries = [oracle.random_tensor(PLATFORM, generator, tokens, HEADS, HEAD_SIZE, spread=2) for _ in range(LAYERS)]
+    return Step(rows, data, queries, describe(rows, data[0].block_table))
+
+
+def describe(rows: list[Row], block_table: torch.Tensor, slots: list[int] | None = None) -> Any:
+    """vLLM's metadata of a step, with the rows' slots as runner V2 gives them."""
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
     starts = torch.tensor([0, *(row.tokens for row in rows)]).cumsum(0).int()
     contexts = torch.tensor([row.context for row in rows], dtype=torch.int32)
-    common = CommonAttentionMetadata(
+    return CommonAttentionMetadata(
         query_start_loc=starts,
         query_start_loc_cpu=starts,
         seq_lens=contexts,
         num_reqs=len(rows),
-        num_actual_tokens=tokens,
+        num_actual_tokens=int(starts[-1]),
         max_query_len=max(row.tokens for row in rows),
         max_seq_len=max(row.context for row in rows),
-        block_table_tensor=data[0].block_table,
-        slot_mapping=torch.zeros(tokens, dtype=torch.int64),
+        block_table_tensor=block_table,
+        slot_mapping=torch.zeros(int(starts[-1]), dtype=torch.int64),
         is_prefilling=torch.tensor([row.prefilling for row in rows]),
         seq_lens_cpu_upper_bound=contexts,
+        req_idx=None if slots is None else np.array(slots),
     )
-    return Step(rows, data, queries, common)
 
 
 def run(engine: Engine, step: Step) -> list[torch.Tensor]:
