@@ -364,6 +364,27 @@ def test_intervals_halve_from_stage_to_stage_by_default() -> None:
     assert four.refresh == (16, 8, 4, 2)
 
 
+def test_device_sizes_hold_what_stages_ask_for() -> None:
+    """Of 1000 tokens: 16 chunks of 64, of which 12 are kept, and 48 of 16 in these, of which 32 are."""
+    assert hip((64, 768, 4), (16, 512, 2)).device_sizes(1000) == (32, 48)
+    assert hip((64, 4096, 4), (16, 4096, 2)).device_sizes(1000) == (63, 63)
+    assert HipDecode().device_sizes(131072) == (128, 512)
+
+
+@given(stages=st.sampled_from(STAGES), context=st.integers(1, 1500), seed=st.integers(0, 1 << 30))
+def test_no_stage_keeps_more_than_the_device_holds(stages: Stages, context: int, seed: int) -> None:
+    method = hip(*stages)
+    query, data = smooth(PLAIN, torch.Generator().manual_seed(seed), 1, context, 2, 1)
+    memory = LayerMemory()
+    method.select(query[0], data.reader(0), SCALE, 1, memory)
+    assert max(result.shape[1] for result in memory.stages) <= method.device_sizes(context)[0]
+
+
+def test_device_knobs_of_fewer_stages_stand_last() -> None:
+    method = hip((64, 192, 4), (16, 64, 2), sink=20, window=30)
+    assert method.device_knobs(3) == [20, 30, 0, 0, 0, 64, 192, 4, 16, 64, 2]
+
+
 @pytest.mark.parametrize(
     ("knobs", "wrong"),
     [

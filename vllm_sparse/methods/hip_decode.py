@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from vllm_sparse.kernels.hierarchical_descent import LEAF_TOKENS, Stage
 from vllm_sparse.kernels.hierarchical_descent.reference import search_start
-from vllm_sparse.kernels.hip_decode import decode_leaves
+from vllm_sparse.kernels.hip_decode import STAGE_KNOBS, decode_leaves
 from vllm_sparse.kernels.page_list import chunk_lists
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import KNOBS, DecodeMethod, DenseLayers, KnobError, LayerMemory, SinkTokens
@@ -86,6 +86,23 @@ class HipDecode(DecodeMethod):
         """The first stage that is searched anew at a step, with all later ones; the number of stages if none is."""
         due = (stage for stage, steps in enumerate(self.refresh) if context_tokens % steps == 0)
         return next(due, len(self.refresh))
+
+    def device_knobs(self, stages: int) -> list[int]:
+        """A row's knobs for `kernels.hip_decode.token_lists` with memory of so many stages, or of more than here."""
+        absent = stages - len(self.stage_chunks)
+        own = zip(self.stage_chunks, self.stage_tokens, self.refresh, strict=True)
+        return [self.sink, self.window, *([0] * STAGE_KNOBS * absent), *(knob for stage in own for knob in stage)]
+
+    def device_sizes(self, most_context_tokens: int) -> tuple[int, int]:
+        """Most chunks that a stage keeps and that one chooses from, for contexts of up to so many tokens."""
+        most_kept = most_candidates = 0
+        left = most_context_tokens
+        for length, tokens in zip(self.stage_chunks, self.stage_tokens, strict=True):
+            candidates = -(-left // length)
+            most_candidates = max(most_candidates, candidates)
+            most_kept = max(most_kept, min(candidates, tokens // length))
+            left = min(left, tokens)
+        return most_kept, most_candidates
 
     def select(
         self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory

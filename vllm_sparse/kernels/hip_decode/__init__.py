@@ -8,9 +8,11 @@ import torch
 
 from vllm_sparse.kernels.hierarchical_descent import Stage
 from vllm_sparse.kernels.hip_decode import reference
+from vllm_sparse.kernels.hip_decode.memory import ROW_KNOBS, STAGE_KNOBS, StageMemory, StageScratch
 from vllm_sparse.keys import PagedKeys
+from vllm_sparse.rows import DecodeRows, TokenLists
 
-__all__ = ["decode_leaves"]
+__all__ = ["ROW_KNOBS", "STAGE_KNOBS", "StageMemory", "StageScratch", "decode_leaves", "token_lists"]
 
 
 def decode_leaves(
@@ -44,3 +46,32 @@ def decode_leaves(
         ``[kv_heads, ceil(context / LEAF_TOKENS)]``, the leaves.
     """
     return reference.decode_leaves(query, keys, stages, kept, sink_tokens, window_tokens, first_refresh)
+
+
+def token_lists(
+    rows: DecodeRows,
+    knobs: torch.Tensor,
+    slot: torch.Tensor,
+    fresh: torch.Tensor,
+    memory: StageMemory,
+    scratch: StageScratch,
+    lists: TokenLists,
+) -> None:
+    """Choose tokens for all decode rows of a layer as `HipDecode` does for one request. Triton; for CUDA graphs.
+
+    Stages that are due by a row's knobs and context are searched anew, and all of them where the row is fresh or the
+    step before did not use its slot in this layer. Nothing is known to the host, and nothing is checked: the caller
+    sees to it that `memory`, `scratch` and `lists` hold what the rows' knobs ask for (`HipDecode.device_sizes`).
+
+    Args:
+        rows: the rows. One that does not take part, of 0 tokens, leaves its list and its slot as they are.
+        knobs: int32 ``[rows, ROW_KNOBS + STAGE_KNOBS * stages]`` (`HipDecode.device_knobs`).
+        slot: int32 ``[rows]`` of each row's request in `memory`, none twice; anything for rows that do not take part.
+        fresh: bool ``[rows]``: the slot has got a new request since its last step.
+        memory: of this layer, updated.
+        scratch: of at least as many rows, overwritten.
+        lists: written.
+    """
+    from vllm_sparse.kernels.hip_decode import triton
+
+    triton.token_lists(rows, knobs, slot, fresh, memory, scratch, lists)
