@@ -28,6 +28,11 @@ def test_keys_are_read_as_written(
             read = reader.read(start, stop)
             assert read.dtype == platform.dtype
             assert torch.equal(read, data.keys[request][:, start:stop]), f"{start} to {stop} of {context}"
+        scattered = torch.randint(context, (3, 50), generator=generator).to(platform.device)
+        gathered = reader.gather(scattered)
+        assert gathered.dtype == platform.dtype
+        expected = data.keys[request].gather(1, scattered.unsqueeze(2).expand(-1, -1, head_size))
+        assert torch.equal(gathered, expected), f"single keys of {context}"
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 3), (4, 3), (0, 101), (100, 101)])

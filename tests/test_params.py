@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.flexprefill import FlexPrefill
+from vllm_sparse.methods.hip import Hip
+from vllm_sparse.methods.hip_decode import HipDecode
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.params import (
     ALL_DENSE,
@@ -28,6 +30,7 @@ LAYERS, HEADS = 32, 32
 DEFAULT = ServerConfig()
 MIN_TOKENS = DEFAULT.min_tokens
 BOTH = {"sparse_prefill": "flexprefill", "sparse_decode": "tidal"}
+HIP = {"sparse_prefill": "hip", "sparse_decode": "hip"}
 
 
 def configured(**settings: Any) -> ServerConfig:
@@ -69,6 +72,23 @@ def configured(**settings: Any) -> ServerConfig:
         ({"methods": ["blocktopk"], "blocktopk": {"block": 32, "scores": "bounds"}},
          {"sparse_decode": "blocktopk", "blocktopk_budget": 512},
          SparseParams(None, BlockTopk(budget=512, block=32, scores="bounds"), MIN_TOKENS)),
+        # One name of both phases: each phase takes the knobs that it has.
+        ({}, {"sparse_prefill": "hip"}, SparseParams(Hip(), None, MIN_TOKENS)),
+        ({}, {"sparse_decode": "hip"}, SparseParams(None, HipDecode(), MIN_TOKENS)),
+        ({}, HIP, SparseParams(Hip(), HipDecode(), MIN_TOKENS)),
+        ({}, {**HIP, "hip_window": 64, "hip_refresh": [8, 4, 2], "hip_heads": "layer"},
+         SparseParams(Hip(window=64, heads="layer"), HipDecode(window=64, refresh=(8, 4, 2)), MIN_TOKENS)),
+        ({}, {"sparse_prefill": "hip", "sparse_decode": "tidal", "hip_window": 64},
+         SparseParams(Hip(window=64), Tidal(), MIN_TOKENS)),
+        ({}, {"sparse_prefill": "flexprefill", "sparse_decode": "hip", "hip_window": 64, "hip_refresh": [8, 8, 8]},
+         SparseParams(FlexPrefill(), HipDecode(window=64, refresh=(8, 8, 8)), MIN_TOKENS)),
+        ({"hip": {"window": 64, "sink": 16, "heads": "layer", "refresh": [9, 9, 9]}}, {**HIP, "hip_sink": 32},
+         SparseParams(Hip(window=64, sink=32, heads="layer"), HipDecode(window=64, sink=32, refresh=(9, 9, 9)),
+                      MIN_TOKENS)),
+        ({"hip": {"stage_chunks": [64, 16], "stage_tokens": [512, 256], "query_stride": [4, 1]}, "decode": "hip"}, {},
+         SparseParams(None, HipDecode(stage_chunks=(64, 16), stage_tokens=(512, 256)), MIN_TOKENS)),
+        ({"methods": ["hip"]}, HIP, SparseParams(Hip(), HipDecode(), MIN_TOKENS)),
+        ({}, {**HIP, "hip_dense_layers": 32}, ALL_DENSE),
     ],
 )  # fmt: skip
 def test_resolution(config: dict[str, Any], extras: dict[str, Any], expected: SparseParams) -> None:
@@ -146,6 +166,47 @@ NAN = float("nan")
         (TIDAL, "tidal_reselect_layers", ["13"], "list of integers"),
         (TIDAL, "tidal_reselect_layers", [[13]], "list of integers"),
         (TIDAL, "tidal_full_layers", -1, "at least 0"),
+        ({"sparse_decode": "hip"}, "sparse_prefill", "hipp", "dense, flexprefill, sale, dhsa, hip"),
+        (
+            {"sparse_prefill": "hip"},
+            "sparse_decode",
+            "dhsa",
+            "method of sparse_prefill); allowed are dense, tidal, hip",
+        ),
+        (
+            BOTH,
+            "hip_window",
+            64,
+            "hip_window is a knob of hip, which this request does not use; "
+            'add "sparse_prefill": "hip" or "sparse_decode": "hip" or drop the knob',
+        ),
+        (
+            {"sparse_prefill": "hip"},
+            "hip_refresh",
+            [8, 8, 8],
+            "hip_refresh is a knob of hip for decode, which this "
+            'request does not use; add "sparse_decode": "hip" or drop the knob',
+        ),
+        (
+            {"sparse_decode": "hip"},
+            "hip_heads",
+            "layer",
+            "hip_heads is a knob of hip for prefill, which this request "
+            'does not use; add "sparse_prefill": "hip" or drop the knob',
+        ),
+        (
+            HIP,
+            "hip_widow",
+            64,
+            'a request chooses hip by "sparse_prefill": "hip" or "sparse_decode": "hip" and may '
+            "set hip_stage_chunks, hip_stage_tokens, hip_query_stride (prefill), hip_sink, hip_window, "
+            "hip_dense_tail (prefill), hip_heads (prefill), hip_dense_layers, hip_query_block (prefill), "
+            "hip_rows (prefill), hip_refresh (decode)",
+        ),
+        (HIP, "hip_window", -1, "at least 0"),
+        ({"sparse_decode": "hip"}, "hip_window", -1, "at least 0"),
+        ({"sparse_decode": "hip"}, "hip_refresh", 8, "list of integers"),
+        ({"sparse_decode": "hip"}, "hip_refresh", [8.5, 4, 2], "list of integers"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value_and_what_is_allowed(
@@ -177,6 +238,22 @@ def test_a_wrong_setting_is_named_with_its_value_and_what_is_allowed(
             {**TIDAL, "tidal_full_layers": 32},
             "tidal_full_layers",
             ["tidal_full_layers is 32", "32 layers", "to 31 are allowed"],
+        ),
+        (
+            {"sparse_decode": "hip", "hip_refresh": [4, 8, 16]},
+            "hip_refresh",
+            ["hip_refresh is [4, 8, 16]", "none may be above the one before it"],
+        ),
+        ({**HIP, "hip_refresh": [8, 4]}, "hip_refresh", ["hip_refresh is [8, 4]", "each of the 3 stages"]),
+        (
+            {"sparse_decode": "hip", "hip_stage_chunks": [256, 128, 64, 32, 16], "hip_stage_tokens": [4096] * 5},
+            "hip_stage_chunks",
+            ["hip_stage_chunks is [256, 128, 64, 32, 16]", "at most 4 stages are allowed in decoding"],
+        ),
+        (
+            {"sparse_prefill": "hip", "hip_stage_chunks": [64, 16], "hip_stage_tokens": [512, 256]},
+            "hip_query_stride",
+            ["hip_query_stride is [4, 4, 4]", "each of the 2 stages"],
         ),
     ],
 )
@@ -223,6 +300,9 @@ def test_what_is_kept_of_a_page_is_the_servers_choice(knob: str, value: Any) -> 
         ({"blocktopk": {"block": 24}}, "blocktopk_block is 24; one of 16, 32, 64 is allowed"),
         ({"blocktopk": {"scores": "max"}}, "blocktopk_scores is 'max'; one of 'mean', 'bounds' is allowed"),
         ({"decode": "blocktopk"}, "sparse_decode is 'blocktopk'.*not enable it"),
+        ({"hip": {"widow": 3}}, r"object sparse\.hip: hip_widow is no knob.*hip_window.*hip_refresh \(decode\)"),
+        ({"hip": {"heads": "heads"}}, r"object sparse\.hip: hip_heads is 'heads'; one of 'query_head', 'kv_head'"),
+        ({"hip": {"refresh": [1, 2, 3]}}, r"object sparse\.hip: hip_refresh is \[1, 2, 3\]; none may be above"),
         (3, "sparse is 3"),
         (None, "sparse is None"),
     ],
@@ -256,7 +336,15 @@ tidal = st.builds(
     recent_tokens=st.integers(0, 32),
     lists=st.sampled_from(["kv_head", "query_head"]),
 )
-settings = st.builds(SparseParams, st.none() | flex, st.none() | tidal, st.integers(0, 1 << 40))
+hip = st.builds(
+    HipDecode,
+    refresh=st.lists(st.integers(1, 64), min_size=3, max_size=3).map(lambda steps: tuple(sorted(steps, reverse=True))),
+    sink=st.integers(0, 1024),
+    window=st.integers(0, 1024),
+    dense_layers=st.integers(0, 31),
+)
+prefill_hip = st.builds(Hip, sink=st.integers(0, 1024), window=st.integers(0, 1024))
+settings = st.builds(SparseParams, st.none() | flex | prefill_hip, st.none() | tidal | hip, st.integers(0, 1 << 40))
 salts = st.none() | st.text(string.ascii_letters + string.digits + "-_.", min_size=1, max_size=100)
 
 
@@ -316,6 +404,13 @@ def test_each_knob_changes_the_salt() -> None:
                 {"scores": "bounds"},
             )
         ),
+        # One name and its knobs in one phase, the other, and both.
+        SparseParams(Hip(), None, 4096),
+        SparseParams(None, HipDecode(), 4096),
+        SparseParams(Hip(), HipDecode(), 4096),
+        SparseParams(Hip(), HipDecode(window=0), 4096),
+        SparseParams(Hip(window=0), HipDecode(), 4096),
+        SparseParams(Hip(), HipDecode(refresh=(16, 8, 8)), 4096),
     ]  # fmt: skip
     salts_of = [params.cache_salt("user") for params in variants]
     assert len(set(salts_of)) == len(variants)
@@ -326,3 +421,6 @@ def test_leaving_every_layer_dense_is_dense() -> None:
     extras = {"sparse_prefill": "flexprefill", "flexprefill_dense_layers": 8}
     assert resolve(extras, ServerConfig(), 8).is_dense
     assert not resolve(extras, ServerConfig(), 9).is_dense
+    extras = {**HIP, "hip_dense_layers": 8}
+    assert resolve(extras, ServerConfig(), 8).is_dense
+    assert resolve(extras, ServerConfig(), 9).decode == HipDecode(dense_layers=8)

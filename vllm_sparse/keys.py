@@ -49,9 +49,26 @@ class PagedKeys(ABC):
         offset = first_block * self.block_size_tokens
         return keys[:, start - offset : stop - offset]
 
+    def gather(self, position: torch.Tensor) -> torch.Tensor:
+        """Single keys, without a copy of those between them and without a device-to-host sync.
+
+        Args:
+            position: int64 ``[kv_heads, n]`` positions in each head, which must lie in the context.
+
+        Returns:
+            ``[kv_heads, n, head_size]``, the cache's dtype.
+        """
+        block = self.block_table[position // self.block_size_tokens].long()
+        head = torch.arange(self.num_kv_heads, device=position.device).unsqueeze(1)
+        return self._pick(block, head, position % self.block_size_tokens)
+
     @abstractmethod
     def _unpack(self, blocks: torch.Tensor) -> torch.Tensor:
         """Keys of whole physical blocks ``[n]``: ``[kv_heads, n * block_size, head_size]``."""
+
+    @abstractmethod
+    def _pick(self, block: torch.Tensor, head: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        """Single keys by physical block, head and place in the block, int64 of one shape: ``[..., head_size]``."""
 
 
 class PlainKeys(PagedKeys):
@@ -61,22 +78,34 @@ class PlainKeys(PagedKeys):
         keys = self.kv_cache[..., : self.head_size][blocks]
         return keys.transpose(0, 1).flatten(1, 2)
 
+    def _pick(self, block: torch.Tensor, head: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        return self.kv_cache[..., : self.head_size][block, head, offset]
+
 
 class TransposedKeys(PagedKeys):
     """Keys as vLLM's CPU kernel stores them for its `vec` instruction sets: ``[head_size, block_size]`` per block."""
 
     def _unpack(self, blocks: torch.Tensor) -> torch.Tensor:
-        count = blocks.shape[0]
-        keys = self.kv_cache.flatten(2)[..., : self.block_size_tokens * self.head_size][blocks]
-        keys = keys.reshape(count, self.num_kv_heads, self.head_size, self.block_size_tokens)
-        return keys.permute(1, 0, 3, 2).flatten(1, 2)
+        return self._packed()[blocks].permute(1, 0, 3, 2).flatten(1, 2)
+
+    def _pick(self, block: torch.Tensor, head: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        return self._packed()[block, head, :, offset]
+
+    def _packed(self) -> torch.Tensor:
+        keys = self.kv_cache.flatten(2)[..., : self.block_size_tokens * self.head_size]
+        return keys.view(*keys.shape[:2], self.head_size, self.block_size_tokens)
 
 
 class InterleavedPairKeys(PagedKeys):
     """Keys as vLLM's CPU kernel stores them for AMX: ``[block_size / 16][head_size / 2][16 tokens][2]`` per block."""
 
     def _unpack(self, blocks: torch.Tensor) -> torch.Tensor:
-        count = blocks.shape[0]
-        keys = self.kv_cache.flatten(2)[..., : self.block_size_tokens * self.head_size][blocks]
-        keys = keys.reshape(count, self.num_kv_heads, self.block_size_tokens // 16, self.head_size // 2, 16, 2)
-        return keys.permute(1, 0, 2, 4, 3, 5).reshape(self.num_kv_heads, count * self.block_size_tokens, self.head_size)
+        keys = self._packed()[blocks].permute(1, 0, 2, 4, 3, 5)
+        return keys.reshape(self.num_kv_heads, -1, self.head_size)
+
+    def _pick(self, block: torch.Tensor, head: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        return self._packed()[block, head, offset // 16, :, offset % 16].flatten(-2)
+
+    def _packed(self) -> torch.Tensor:
+        keys = self.kv_cache.flatten(2)[..., : self.block_size_tokens * self.head_size]
+        return keys.view(*keys.shape[:2], self.block_size_tokens // 16, self.head_size // 2, 16, 2)

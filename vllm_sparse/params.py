@@ -2,7 +2,8 @@
 
 Extras are flat (`vllm_xargs` takes scalars and lists): ``sparse_prefill``, ``sparse_decode``, ``sparse_min_tokens``
 and ``<method>_<knob>``. The server's configuration is the ``"sparse"`` object of ``--additional-config``. Knobs,
-their ranges and their defaults stand in the method's own file.
+their ranges and their defaults stand in the method's own file. Where one name is a method of both phases, a knob sets
+that of each phase which has it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from vllm_sparse.methods.base import DecodeMethod, KnobError, PrefillMethod
 from vllm_sparse.methods.registry import DECODE_METHODS, PREFILL_METHODS, SUMMARISING_METHODS
 
 DENSE = "dense"
-METHODS: dict[str, type[PrefillMethod] | type[DecodeMethod]] = {**PREFILL_METHODS, **DECODE_METHODS}
+PHASES: dict[str, Mapping[str, type[PrefillMethod] | type[DecodeMethod]]] = {
+    "prefill": PREFILL_METHODS,
+    "decode": DECODE_METHODS,
+}
+# Names of methods, each once; one name may be a method of both phases.
+METHODS = tuple(dict.fromkeys(name for methods in PHASES.values() for name in methods))
 
 REQUEST_KEYS = ("sparse_prefill", "sparse_decode", "sparse_min_tokens")
 
@@ -60,7 +66,8 @@ class ServerConfig(BaseModel):
         min_tokens: contexts shorter than this run dense, unless the request says otherwise.
         decode_list_tokens: tokens of the longest decode list that a GPU server keeps room for and CUDA graphs hold;
             requests that read more decode without them.
-        flexprefill, sale, dhsa, hip, tidal, blocktopk: default knobs of a method, each an object.
+        flexprefill, sale, dhsa, hip, tidal, blocktopk: default knobs of a method, each an object that
+            serves all its phases.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -136,7 +143,7 @@ def deserialize(text: str) -> SparseParams:
     """Inverse of `SparseParams.serialize`. Cached: a worker sees few distinct settings."""
     fields = json.loads(text)
     methods: dict[str, Any] = {}
-    for phase, known in (("prefill", PREFILL_METHODS), ("decode", DECODE_METHODS)):
+    for phase, known in PHASES.items():
         if phase in fields:
             name, knobs = fields[phase]
             methods[phase] = known[name](**knobs)
@@ -162,13 +169,18 @@ def parse_server_config(additional_config: object, num_layers: int, num_query_he
         key = ".".join(["sparse", *(str(part) for part in detail["loc"])])
         allowed = f"; there are {', '.join(ServerConfig.model_fields)}" if detail["type"] == "extra_forbidden" else ""
         raise ValueError(f"--additional-config: {key} is {detail.get('input')!r}: {detail['msg']}{allowed}") from error
-    for method in METHODS:
+    for name in METHODS:
         # Knobs in the configuration are checked as a request's would be, whether or not the method is a default.
         try:
-            configured_method(config, method).check_defaults(num_layers, num_query_heads)
+            for knob, value in getattr(config, name).items():
+                if not _phases_with(name, knob):
+                    key = f"{name}_{knob}"
+                    raise SparseParamsError(key, value, f"{key} is no knob; there are {_listed(name)}")
+            for phase in _phases_of(name):
+                configured_method(config, phase, name).check_defaults(num_layers, num_query_heads)
         except (SparseParamsError, KnobError) as error:
-            named = _knob_error(method, error) if isinstance(error, KnobError) else error
-            raise ValueError(f"--additional-config, object sparse.{method}: {named}") from error
+            named = _knob_error(name, error) if isinstance(error, KnobError) else error
+            raise ValueError(f"--additional-config, object sparse.{name}: {named}") from error
     try:
         resolve({}, config, num_layers)
     except SparseParamsError as error:
@@ -187,44 +199,45 @@ def resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) ->
     Raises:
         SparseParamsError: unknown method or knob, a knob of a method that is not chosen, wrong type, out of range.
     """
-    prefill = _method_name("sparse_prefill", extras.get("sparse_prefill", config.prefill), PREFILL_METHODS, config)
-    decode = _method_name("sparse_decode", extras.get("sparse_decode", config.decode), DECODE_METHODS, config)
-    chosen = {prefill, decode} - {DENSE}
-    knobs: dict[str, dict[str, Any]] = {method: {} for method in chosen}
+    chosen = {phase: _method_name(phase, extras, config) for phase in PHASES}
+    knobs: dict[str, dict[str, Any]] = {phase: {} for phase in PHASES}
     for key, value in extras.items():
         if not is_sparse_key(key) or key in REQUEST_KEYS:
             continue
-        method, _, knob = key.partition("_")
-        if method not in METHODS:
+        name, _, knob = key.partition("_")
+        if name not in METHODS:
             raise SparseParamsError(
                 key,
                 value,
                 f"{key} is no setting; there are {', '.join(REQUEST_KEYS)} and the knobs of the chosen methods "
-                f"({', '.join(f'{name}_...' for name in METHODS)})",
+                f"({', '.join(f'{method}_...' for method in METHODS)})",
             )
-        setting = "sparse_prefill" if method in PREFILL_METHODS else "sparse_decode"
-        if knob not in _knob_names(method):
+        having = _phases_with(name, knob)
+        if not having:
             raise SparseParamsError(
                 key,
                 value,
-                f'{key} is no knob; a request chooses {method} by "{setting}": "{method}" and may set '
-                f"{_listed(method, _request_knobs(method))}",
+                f"{key} is no knob; a request chooses {name} by {_choices(name, _phases_of(name))} and may set "
+                f"{_listed(name, of_requests=True)}",
             )
-        if knob in METHODS[method].server_knobs:
+        if not any(_is_request_knob(phase, name, knob) for phase in having):
             raise SparseParamsError(
                 key,
                 value,
-                f"{key} is a setting of the server (--additional-config, object sparse.{method}); a request may set "
-                f"{_listed(method, _request_knobs(method))}",
+                f"{key} is a setting of the server (--additional-config, object sparse.{name}); a request may set "
+                f"{_listed(name, of_requests=True)}",
             )
-        if method not in chosen:
+        using = [phase for phase in having if chosen[phase] == name]
+        if not using:
+            used_for = "" if having == _phases_of(name) else f" for {' or '.join(having)}"
             raise SparseParamsError(
                 key,
                 value,
-                f"{key} is a knob of {method}, which this request does not use; "
-                f'add "{setting}": "{method}" or drop the knob',
+                f"{key} is a knob of {name}{used_for}, which this request does not use; "
+                f"add {_choices(name, having)} or drop the knob",
             )
-        knobs[method][knob] = value
+        for phase in using:
+            knobs[phase][knob] = value
     min_tokens = extras.get("sparse_min_tokens", config.min_tokens)
     if not isinstance(min_tokens, int) or isinstance(min_tokens, bool) or min_tokens < 0:
         raise SparseParamsError(
@@ -232,24 +245,25 @@ def resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) ->
             min_tokens,
             f"sparse_min_tokens is {min_tokens!r}; an integer of 0 or more is allowed (tokens of context)",
         )
-    params = SparseParams(
-        prefill=None if prefill == DENSE else _build(prefill, _configured_knobs(config, prefill), knobs[prefill]),  # type: ignore[arg-type]
-        decode=None if decode == DENSE else _build(decode, _configured_knobs(config, decode), knobs[decode]),  # type: ignore[arg-type]
-        min_tokens=min_tokens,
-    )
+    methods: dict[str, Any] = {
+        phase: _build(phase, name, config, knobs[phase]) for phase, name in chosen.items() if name != DENSE
+    }
+    params = SparseParams(min_tokens=min_tokens, **methods)
     if params.decode is not None:
         try:
-            params.decode.layer_roles(num_layers)
+            roles = params.decode.layer_roles(num_layers)
         except KnobError as error:
-            raise _knob_error(decode, error) from error
+            raise _knob_error(params.decode.name, error) from error
+        if set(roles) == {DENSE}:
+            params = dataclasses.replace(params, decode=None)
     if params.prefill is not None and (params.prefill.exactly_dense or params.prefill.dense_layers >= num_layers):
         params = dataclasses.replace(params, prefill=None)
     return ALL_DENSE if params.is_dense else params
 
 
-def configured_method(config: ServerConfig, method: str) -> PrefillMethod | DecodeMethod:
-    """A method with the knobs that the server's configuration gives it."""
-    return _build(method, _configured_knobs(config, method), {})
+def configured_method(config: ServerConfig, phase: str, name: str) -> PrefillMethod | DecodeMethod:
+    """A phase's method with the knobs that the server's configuration gives it."""
+    return _build(phase, name, config, {})
 
 
 def is_sparse_key(key: str) -> bool:
@@ -261,17 +275,16 @@ def is_sparse_key(key: str) -> bool:
     return _OWN_KEY.match(key) is not None
 
 
-def _knob_error(method: str, error: KnobError) -> SparseParamsError:
-    key = f"{method}_{error.knob}"
+def _knob_error(name: str, error: KnobError) -> SparseParamsError:
+    key = f"{name}_{error.knob}"
     return SparseParamsError(key, error.value, f"{key} is {error.value!r}; {error}")
 
 
-def _configured_knobs(config: ServerConfig, method: str) -> dict[str, Any]:
-    knobs: dict[str, Any] = getattr(config, method)
-    return knobs
-
-
-def _method_name(key: str, name: object, known: Mapping[str, object], config: ServerConfig) -> str:
+def _method_name(phase: str, extras: Mapping[str, Any], config: ServerConfig) -> str:
+    """The method that a request uses in a phase, or `DENSE`."""
+    key = f"sparse_{phase}"
+    name = extras.get(key, getattr(config, phase))
+    known = PHASES[phase]
     enabled = [DENSE, *(method for method in known if method in config.methods)]
     if isinstance(name, str) and name in enabled:
         return name
@@ -280,51 +293,74 @@ def _method_name(key: str, name: object, known: Mapping[str, object], config: Se
         if name in known:
             hint = ' (this server\'s configuration does not enable it; its "methods" list those that it does)'
         else:
-            hint = f" (it is a method of {'sparse_decode' if key == 'sparse_prefill' else 'sparse_prefill'})"
+            hint = f" (it is a method of {' and '.join(f'sparse_{other}' for other in _phases_of(name))})"
     raise SparseParamsError(key, name, f"{key} is {name!r}{hint}; allowed are {', '.join(enabled)}")
 
 
-def _knob_names(method: str) -> list[str]:
-    return [field.name for field in dataclasses.fields(METHODS[method])]  # type: ignore[arg-type]
+def _phases_of(name: str) -> list[str]:
+    """Phases for which there is a method of this name."""
+    return [phase for phase, known in PHASES.items() if name in known]
 
 
-def _request_knobs(method: str) -> list[str]:
-    return [knob for knob in _knob_names(method) if knob not in METHODS[method].server_knobs]
+def _phases_with(name: str, knob: str) -> list[str]:
+    """Phases whose method of this name has a knob."""
+    return [phase for phase in _phases_of(name) if knob in knob_schema(phase, name)]
 
 
-def _listed(method: str, knobs: list[str]) -> str:
-    return ", ".join(f"{method}_{knob}" for knob in knobs)
+def _is_request_knob(phase: str, name: str, knob: str) -> bool:
+    return knob not in PHASES[phase][name].server_knobs
 
 
-def _build(method: str, configured: Mapping[str, Any], requested: Mapping[str, Any]) -> PrefillMethod | DecodeMethod:
-    """Construct a method from its configured and requested knobs; the requested ones win."""
+def _choices(name: str, phases: list[str]) -> str:
+    """How a request chooses a method, in one of some phases."""
+    return " or ".join(f'"sparse_{phase}": "{name}"' for phase in phases)
+
+
+def _listed(name: str, of_requests: bool = False) -> str:
+    """Knobs of a method, those that only one of its phases has with the phase.
+
+    Args:
+        name: of the method.
+        of_requests: leave out those that only the server may set.
+    """
+    phases = _phases_of(name)
+    having: dict[str, list[str]] = {}
+    for phase in phases:
+        for knob in knob_schema(phase, name):
+            if not of_requests or _is_request_knob(phase, name, knob):
+                having.setdefault(knob, []).append(phase)
+    return ", ".join(
+        f"{name}_{knob}" + ("" if holders == phases else f" ({' and '.join(holders)})")
+        for knob, holders in having.items()
+    )
+
+
+def _build(phase: str, name: str, config: ServerConfig, requested: Mapping[str, Any]) -> PrefillMethod | DecodeMethod:
+    """Construct a phase's method from its configured and requested knobs; the requested ones win."""
+    schema = knob_schema(phase, name)
+    configured = {knob: value for knob, value in getattr(config, name).items() if knob in schema}
     knobs = {**configured, **requested}
-    schema = knob_schema(method)
     for knob, value in knobs.items():
         # vLLM turns JSON's true into 1 before a plugin sees it.
-        if schema.get(knob, {}).get("type") == "boolean" and type(value) is int and value in (0, 1):
+        if schema[knob].get("type") == "boolean" and type(value) is int and value in (0, 1):
             knobs[knob] = bool(value)
     try:
-        return METHODS[method](**knobs)
+        return PHASES[phase][name](**knobs)
     except ValidationError as error:
         detail = error.errors()[0]
         if not detail["loc"]:
-            raise _knob_error(method, detail["ctx"]["error"]) from error
+            raise _knob_error(name, detail["ctx"]["error"]) from error
         knob = str(detail["loc"][0])
-        key = f"{method}_{knob}"
-        if knob not in schema:
-            raise SparseParamsError(
-                key, knobs[knob], f"{key} is no knob; there are {_listed(method, list(schema))}"
-            ) from error
+        key = f"{name}_{knob}"
         raise SparseParamsError(
             key, knobs[knob], f"{key} is {knobs[knob]!r}; {_allowed(schema[knob])} is allowed"
         ) from error
 
 
 @lru_cache
-def knob_schema(method: str) -> dict[str, dict[str, Any]]:
-    """JSON schema of each knob of a method, its default included."""
-    properties: dict[str, dict[str, Any]] = TypeAdapter(METHODS[method]).json_schema()["properties"]
+def knob_schema(phase: str, name: str) -> dict[str, dict[str, Any]]:
+    """JSON schema of each knob of a phase's method, its default included."""
+    properties: dict[str, dict[str, Any]] = TypeAdapter(PHASES[phase][name]).json_schema()["properties"]
     return properties
 
 

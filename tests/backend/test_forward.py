@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from prometheus_client import REGISTRY
@@ -62,8 +63,8 @@ class Step:
         return slice(start, start + self.rows[row].tokens)
 
 
-def common_metadata(rows: list[Row], block_table: torch.Tensor) -> Any:
-    """vLLM's description of a step."""
+def common_metadata(rows: list[Row], block_table: torch.Tensor, slots: list[int] | None = None) -> Any:
+    """vLLM's description of a step, with the rows' slots as runner V2 gives them."""
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     starts = torch.tensor([0, *(row.tokens for row in rows)]).cumsum(0).int()
@@ -80,6 +81,7 @@ def common_metadata(rows: list[Row], block_table: torch.Tensor) -> Any:
         slot_mapping=torch.zeros(int(starts[-1]), dtype=torch.int64),
         is_prefilling=torch.tensor([row.prefilling for row in rows]),
         seq_lens_cpu_upper_bound=contexts,
+        req_idx=None if slots is None else np.array(slots),
     )
 
 

@@ -11,6 +11,7 @@ from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.hip import Hip
+from vllm_sparse.methods.hip_decode import HipDecode
 from vllm_sparse.methods.sale import Sale
 from vllm_sparse.methods.tidal import Tidal
 
@@ -41,6 +42,9 @@ class DecodeCase:
         recent_tokens: last tokens that it promises, the newest included.
         lists_per_kv_head: rows of a list, as a function of the group size: 1, or 0 for one row per query head.
         unit_tokens: granularity of the choice.
+        choice_tokens: what it chooses at a time, each of which may take a coarser page of its own; None if it chooses
+            pages.
+        slack_tokens: by how much rounding may leave a list of single tokens below its budget.
     """
 
     name: str
@@ -49,6 +53,8 @@ class DecodeCase:
     recent_tokens: int
     lists_per_kv_head: int = 1
     unit_tokens: int = 1
+    choice_tokens: int | None = None
+    slack_tokens: int = 0
 
 
 PREFILL = [
@@ -126,12 +132,31 @@ DECODE = [
         unit_tokens=64,
     ),
     DecodeCase("blocktopk-all-forced", BlockTopk(budget=160, sink_tokens=80, recent_tokens=80), 80, 80, unit_tokens=16),
+    DecodeCase("hip-default", HipDecode(), 256, 1025, choice_tokens=16, slack_tokens=300),
+    DecodeCase(
+        "hip-small",
+        HipDecode(stage_chunks=(64, 16), stage_tokens=(256, 96), refresh=(5, 2), sink=20, window=40),
+        20,
+        41,
+        choice_tokens=16,
+        slack_tokens=97,
+    ),
+    DecodeCase(
+        "hip-nothing-forced",
+        HipDecode(stage_chunks=(32,), stage_tokens=(160,), refresh=(1,), sink=0, window=0),
+        0,
+        1,
+        choice_tokens=16,
+        slack_tokens=61,
+    ),
 ]
 DECODE_DENSE = [
     DecodeCase("tidal-budget", Tidal(budget=1 << 24), 16, 64),
     DecodeCase("tidal-budget-query-head", Tidal(budget=1 << 24, lists="query_head"), 16, 64, 0),
     DecodeCase("blocktopk-budget", BlockTopk(budget=1 << 24), 16, 64, unit_tokens=16),
     DecodeCase("blocktopk-budget-bounds", BlockTopk(budget=1000, block=64, scores="bounds"), 16, 64, unit_tokens=64),
+    DecodeCase("hip-tokens", HipDecode(stage_chunks=(64, 16), stage_tokens=(1024, 1024), sink=0, window=0), 0, 1),
+    DecodeCase("hip-forced", HipDecode(stage_chunks=(16,), stage_tokens=(16,), sink=500, window=500), 500, 501),
 ]
 
 prefill_cases = pytest.mark.parametrize("case", PREFILL, ids=lambda case: case.name)

@@ -1,4 +1,4 @@
-"""HiP: the properties H1 to H6 and H10 of the notes. H7 to H9 are about decoding, H11 about the first version."""
+"""HiP's prefill: the properties H1 to H6 and H10 of the notes. H11 is about the first version."""
 
 from __future__ import annotations
 
@@ -93,14 +93,20 @@ def searched(method: Hip, query: torch.Tensor, keys: torch.Tensor, begin: int, e
     for length, kept_tokens, stride in knobs:
         means = torch.stack([part.double().mean(0) for part in torch.split(query, stride)])
         score = torch.einsum("rhd,hkd->rhk", means, keys.double()).amax((0, 1)).tolist()
-        chunks: dict[int, list[int]] = {}
-        for token in tokens:
-            chunks.setdefault((token - begin) // length, []).append(token)
-        if len(chunks) > kept_tokens // length:
-            scores = {number: descend(score, chunk[0], chunk[-1] + 1) for number, chunk in chunks.items()}
-            best = sorted(chunks, key=lambda number: (-scores[number], number))[: kept_tokens // length]
-            tokens = [token for number in sorted(best) for token in chunks[number]]
+        tokens = pruned(tokens, score, begin, length, kept_tokens)
     return tokens
+
+
+def pruned(tokens: list[int], score: list[float], begin: int, length: int, kept_tokens: int) -> list[int]:
+    """Tokens that one stage keeps, given every token's score."""
+    chunks: dict[int, list[int]] = {}
+    for token in tokens:
+        chunks.setdefault((token - begin) // length, []).append(token)
+    if len(chunks) <= kept_tokens // length:
+        return tokens
+    scores = {number: descend(score, chunk[0], chunk[-1] + 1) for number, chunk in chunks.items()}
+    best = sorted(chunks, key=lambda number: (-scores[number], number))[: kept_tokens // length]
+    return [token for number in sorted(best) for token in chunks[number]]
 
 
 def expected_mask(method: Hip, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,7 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         config = server_config(vllm_config)
-        configured = [configured_method(config, name) for name in DECODE_METHODS if name in config.methods]
+        configured = [configured_method(config, "decode", name) for name in DECODE_METHODS if name in config.methods]
         methods = [method for method in configured if isinstance(method, BatchDecodeMethod) and method.in_batches]
         self._graphs: DecodeGraphs | None = None
         if methods:

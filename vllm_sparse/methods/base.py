@@ -162,9 +162,11 @@ class LayerMemory:
 
     Attributes:
         stages: results of a search's stages, earlier ones first.
+        context_tokens: context at the step that used it last.
     """
 
     stages: list[torch.Tensor] = field(default_factory=list)
+    context_tokens: int = 0
 
 
 class DecodeMethod(Method):

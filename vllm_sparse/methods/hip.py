@@ -29,6 +29,68 @@ UNBOUNDED_TOKENS = 1 << 24
 LONGEST_STRIDE = 64
 
 Integers = tuple[Annotated[int, Field(strict=True)], ...]
+# Knobs of both phases.
+StageChunks = Annotated[
+    Integers,
+    Field(description="tokens of a chunk in each stage, falling powers of two of 16 or more", strict=False),
+]
+StageTokens = Annotated[
+    Integers, Field(description="tokens that each stage keeps, not rising, multiples of its chunk", strict=False)
+]
+DEFAULT_STAGE_CHUNKS = (256, 64, 16)
+DEFAULT_STAGE_TOKENS = (32768, 8192, 2048)
+
+
+def check_stages(stage_chunks: Integers, stage_tokens: Integers) -> None:
+    """Check the stages of a search.
+
+    Raises:
+        KnobError: there are none, or they do not follow one another.
+    """
+    if not stage_chunks:
+        raise KnobError("stage_chunks", [], "at least one stage is needed")
+    check_one_each("stage_tokens", stage_tokens, stage_chunks)
+    check_powers_of_two("stage_chunks", stage_chunks, LEAF_TOKENS, UNBOUNDED_TOKENS)
+    if any(length <= shorter for length, shorter in itertools.pairwise(stage_chunks)):
+        raise KnobError("stage_chunks", list(stage_chunks), "each must be below the one before it")
+    check_not_rising("stage_tokens", stage_tokens)
+    for tokens, length in zip(stage_tokens, stage_chunks, strict=True):
+        if not length <= tokens <= UNBOUNDED_TOKENS or tokens % length:
+            raise KnobError(
+                "stage_tokens",
+                list(stage_tokens),
+                f"multiples of the chunk, here {length}, up to {UNBOUNDED_TOKENS} are allowed",
+            )
+
+
+def check_one_each(knob: str, values: Integers, stage_chunks: Integers) -> None:
+    """Check that a knob has a number for each stage.
+
+    Raises:
+        KnobError: it has more or less.
+    """
+    if len(values) != len(stage_chunks):
+        raise KnobError(knob, list(values), f"one number for each of the {len(stage_chunks)} stages is needed")
+
+
+def check_powers_of_two(knob: str, values: Integers, least: int, most: int) -> None:
+    """Check the numbers of a knob.
+
+    Raises:
+        KnobError: one is no power of two, or out of range.
+    """
+    if not all(least <= value <= most and value.bit_count() == 1 for value in values):
+        raise KnobError(knob, list(values), f"powers of two from {least} to {most} are allowed")
+
+
+def check_not_rising(knob: str, values: Integers) -> None:
+    """Check that the numbers of a knob fall or stay from stage to stage.
+
+    Raises:
+        KnobError: one is above the one before it.
+    """
+    if any(value < following for value, following in itertools.pairwise(values)):
+        raise KnobError(knob, list(values), "none may be above the one before it")
 
 
 @dataclass(frozen=True, config=KNOBS)
@@ -50,13 +112,8 @@ class Hip(PrefillMethod):
     name: ClassVar[str] = "hip"
     page_tokens: ClassVar[int] = LEAF_TOKENS
 
-    stage_chunks: Annotated[
-        Integers,
-        Field(description="tokens of a chunk in each stage, falling powers of two of 16 or more", strict=False),
-    ] = (256, 64, 16)
-    stage_tokens: Annotated[
-        Integers, Field(description="tokens that each stage keeps, not rising, multiples of its chunk", strict=False)
-    ] = (32768, 8192, 2048)
+    stage_chunks: StageChunks = DEFAULT_STAGE_CHUNKS
+    stage_tokens: StageTokens = DEFAULT_STAGE_TOKENS
     query_stride: Annotated[
         Integers,
         Field(description="adjacent queries that each stage averages, powers of two of at most 64", strict=False),
@@ -70,26 +127,9 @@ class Hip(PrefillMethod):
     rows: Rows = "kv_head"
 
     def __post_init__(self) -> None:
-        if not self.stage_chunks:
-            raise KnobError("stage_chunks", [], "at least one stage is needed")
-        for knob in ("stage_tokens", "query_stride"):
-            values = list(getattr(self, knob))
-            if len(values) != len(self.stage_chunks):
-                raise KnobError(knob, values, f"one number for each of the {len(self.stage_chunks)} stages is needed")
-        for knob, least, most in (("stage_chunks", LEAF_TOKENS, UNBOUNDED_TOKENS), ("query_stride", 1, LONGEST_STRIDE)):
-            values = list(getattr(self, knob))
-            if not all(least <= value <= most and value.bit_count() == 1 for value in values):
-                raise KnobError(knob, values, f"powers of two from {least} to {most} are allowed")
-        if any(length <= shorter for length, shorter in itertools.pairwise(self.stage_chunks)):
-            raise KnobError("stage_chunks", list(self.stage_chunks), "each must be below the one before it")
-        kept = list(self.stage_tokens)
-        if any(tokens < fewer for tokens, fewer in itertools.pairwise(kept)):
-            raise KnobError("stage_tokens", kept, "none may be above the one before it")
-        for tokens, length in zip(kept, self.stage_chunks, strict=True):
-            if not length <= tokens <= UNBOUNDED_TOKENS or tokens % length:
-                raise KnobError(
-                    "stage_tokens", kept, f"multiples of the chunk, here {length}, up to {UNBOUNDED_TOKENS} are allowed"
-                )
+        check_stages(self.stage_chunks, self.stage_tokens)
+        check_one_each("query_stride", self.query_stride, self.stage_chunks)
+        check_powers_of_two("query_stride", self.query_stride, 1, LONGEST_STRIDE)
 
     @property
     def exactly_dense(self) -> bool:

@@ -6,7 +6,8 @@ implementation. Written from the formulas.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,18 @@ def reachable_leaves(chunk: int, context: int, query_block: int, device: torch.d
     return torch.arange(0, context, LEAF_TOKENS, device=device) <= last.unsqueeze(1)
 
 
+def forced_leaves(context: int, begin: int, end: torch.Tensor) -> torch.Tensor:
+    """Leaves that are kept whatever a search says, those of the future included: bool ``[..., leaves]``.
+
+    Args:
+        context: tokens in the request's cache.
+        begin: first token of the search range, after the sink.
+        end: integer ``[..., 1]`` token after the range, where the window starts.
+    """
+    leaf_start = torch.arange(0, context, LEAF_TOKENS, device=end.device)
+    return (leaf_start < begin) | (leaf_start + LEAF_TOKENS > end)
+
+
 def candidates(stages: Sequence[Stage], range_tokens: int) -> list[int]:
     """Most chunks that each stage chooses from; the first one has a range of `range_tokens`."""
     lengths = [range_tokens, *(stage.kept_tokens for stage in stages)]
@@ -85,7 +98,7 @@ def averaged_queries(query: torch.Tensor, stride: int) -> torch.Tensor:
     return (padded.view(rows, stride, heads, head_size).sum(1) / counts).to(query.dtype)
 
 
-def _block_rows(queries: torch.Tensor, block_rows: int, heads: int, parts: int) -> torch.Tensor:
+def search_queries(queries: torch.Tensor, block_rows: int, heads: int, parts: int) -> torch.Tensor:
     """Rows of each search, float32 ``[parts, heads * query_blocks, block_rows * members, head_size]``.
 
     Args:
@@ -102,44 +115,46 @@ def _block_rows(queries: torch.Tensor, block_rows: int, heads: int, parts: int) 
 
 
 @dataclass(frozen=True)
-class _Searches:
+class Searches:
     """Searches that run at once, each for a list of heads and a query block.
 
     Attributes:
-        queries: of each stage, as `_block_rows` returns them.
-        keys: ``[kv_heads * context, head_size]``.
-        first_key: int64 ``[parts, searches, 1]`` row of a KV head's first key.
+        single_keys: reads keys at positions int64 ``[searches, n]``, once for each part of a list that reads several KV
+            heads: ``[searches, n, head_size]``.
         begin: first token of all search ranges.
         end: int64 ``[searches, 1]`` token after each.
         range_tokens: length of the longest range.
     """
 
-    queries: list[torch.Tensor]
-    keys: torch.Tensor
-    first_key: torch.Tensor
+    single_keys: Callable[[torch.Tensor], Iterable[torch.Tensor]]
     begin: int
     end: torch.Tensor
     range_tokens: int
 
-    def scores(self, stage: int, position: torch.Tensor) -> torch.Tensor:
-        """Largest product of a stage's queries with single keys, float32 ``[searches, n]`` like the positions."""
+    def scores(self, queries: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Largest product of queries with single keys, float32 ``[searches, n]`` like the positions.
+
+        Args:
+            queries: of a stage, as `search_queries` returns them.
+            position: int64 ``[searches, n]``.
+        """
         best: torch.Tensor | None = None
-        for queries, first_key in zip(self.queries[stage], self.first_key, strict=True):
-            gathered = self.keys.index_select(0, (position + first_key).flatten())
-            products = torch.bmm(gathered.float().view(*position.shape, -1), queries.transpose(1, 2))
-            score = products.amax(2)
+        for part_queries, keys in zip(queries, self.single_keys(position), strict=True):
+            score = torch.bmm(keys.float(), part_queries.transpose(1, 2)).amax(2)
             best = score if best is None else torch.maximum(best, score)
         assert best is not None
         return best
 
-    def chunk_scores(self, stage: int, start: torch.Tensor, stop: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
+    def chunk_scores(
+        self, queries: torch.Tensor, start: torch.Tensor, stop: torch.Tensor, chunk_tokens: int
+    ) -> torch.Tensor:
         """Largest score that a descent into each chunk meets, float32 ``[searches, n]``.
 
         A step compares the midpoint keys of the chunk's two halves and goes to the better half, to the left one if
         they are equal, until one key is left.
 
         Args:
-            stage: number of the stage.
+            queries: of a stage, as `search_queries` returns them.
             start: int64 ``[searches, n]``.
             stop: likewise, above `start` by at most `chunk_tokens`.
             chunk_tokens: a power of two.
@@ -151,31 +166,45 @@ class _Searches:
             middle = (low + high + 1) // 2
             # A half without keys stands for the one key that is left.
             right = torch.minimum((middle + high) // 2, high - 1)
-            halves = self.scores(stage, torch.cat([(low + middle) // 2, right], dim=1))
+            halves = self.scores(queries, torch.cat([(low + middle) // 2, right], dim=1))
             left_score, right_score = halves.chunk(2, dim=1)
             best = torch.maximum(best, torch.maximum(left_score, right_score))
             goes_left = left_score >= right_score
             low, high = torch.where(goes_left, low, middle), torch.where(goes_left, middle, high)
         return best
 
-    def kept_leaves(self, stages: Sequence[Stage], leaves: int) -> torch.Tensor:
-        """Leaves that all stages keep of the search ranges: bool ``[searches, leaves]``."""
-        # Chunks in ascending order. Those at or past the range's end, which are the last ones, are empty.
-        kept = torch.full_like(self.end, self.begin)
-        length = -(-self.range_tokens // stages[0].chunk_tokens) * stages[0].chunk_tokens
-        for number, stage in enumerate(stages):
-            kept = _split(kept, length, stage.chunk_tokens)
-            length = stage.chunk_tokens
-            kept = kept[:, : -(-self.range_tokens // length)]
-            if kept.shape[1] <= stage.kept_chunks:
-                continue
-            stop = torch.minimum(kept + length, self.end)
-            exists = kept < stop
-            score = self.chunk_scores(number, torch.where(exists, kept, 0), torch.where(exists, stop, 1), length)
-            score = score.masked_fill(~exists, float("-inf"))
-            best = score.sort(dim=1, descending=True, stable=True).indices[:, : stage.kept_chunks]
-            kept = kept.gather(1, best.sort(dim=1).values)
-        start = _split(kept, length, LEAF_TOKENS)
+    def prune(
+        self, stage: Stage, queries: torch.Tensor, parents: torch.Tensor | None, parent_tokens: int
+    ) -> torch.Tensor:
+        """Chunks that a stage keeps.
+
+        Args:
+            stage: the stage.
+            queries: its queries, as `search_queries` returns them.
+            parents: what the stage before it kept, as this function returns it; None if it is the first.
+            parent_tokens: length of the parents; not read without them.
+
+        Returns:
+            int64 ``[searches, n]`` first tokens in ascending order. Chunks at or past a range's end, which are the
+            last ones, are empty.
+        """
+        length = stage.chunk_tokens
+        longest = -(-self.range_tokens // length)
+        if parents is None:
+            parents, parent_tokens = torch.full_like(self.end, self.begin), longest * length
+        start = _split(parents, parent_tokens, length)[:, :longest]
+        if start.shape[1] <= stage.kept_chunks:
+            return start
+        stop = torch.minimum(start + length, self.end)
+        exists = start < stop
+        score = self.chunk_scores(queries, torch.where(exists, start, 0), torch.where(exists, stop, 1), length)
+        score = score.masked_fill(~exists, float("-inf"))
+        best = score.sort(dim=1, descending=True, stable=True).indices[:, : stage.kept_chunks]
+        return start.gather(1, best.sort(dim=1).values)
+
+    def leaf_mask(self, kept: torch.Tensor, chunk_tokens: int, leaves: int) -> torch.Tensor:
+        """Leaves of kept chunks as far as they lie in the search ranges: bool ``[searches, leaves]``."""
+        start = _split(kept, chunk_tokens, LEAF_TOKENS)
         # Empty ones go to one spare column, which is cut off.
         column = torch.where(start < self.end, start // LEAF_TOKENS, leaves)
         mask = torch.zeros(kept.shape[0], leaves + 1, dtype=torch.bool, device=kept.device)
@@ -211,9 +240,7 @@ def hierarchical_descent(
     # Where the window starts; at token 0 it is everything.
     end = (first - window_tokens).clamp(min=0).masked_fill(last >= context - dense_tail_tokens, 0)
     blocks, leaves = reachable.shape
-    leaf_start = torch.arange(0, context, LEAF_TOKENS, device=device)
-    forced = (leaf_start < begin) | (leaf_start + LEAF_TOKENS > end.unsqueeze(1))
-    kept = (forced & reachable).repeat(heads, 1, 1)
+    kept = (forced_leaves(context, begin, end.unsqueeze(1)) & reachable).repeat(heads, 1, 1)
 
     averaged = [averaged_queries(query, stage.query_stride) for stage in pruning]
     all_keys = keys.read(0, context).flatten(0, 1)
@@ -232,21 +259,34 @@ def hierarchical_descent(
         for head in range(0, heads, tile_heads):
             stop_head = min(head + tile_heads, heads)
             members = slice(head * query_heads // heads, stop_head * query_heads // heads)
-            rows = []
+            part_first_key = first_key[:, head:stop_head].repeat_interleave(stop_block - block, dim=1).unsqueeze(2)
+            tile = Searches(
+                functools.partial(_keys_of_parts, all_keys, part_first_key),
+                begin,
+                end[block:stop_block].repeat(stop_head - head).unsqueeze(1),
+                tile_range_tokens,
+            )
+            chunks: torch.Tensor | None = None
+            chunk_tokens = 0
             for queries, stage in zip(averaged, pruning, strict=True):
                 block_rows = query_block // stage.query_stride
-                tile = queries[block * block_rows : stop_block * block_rows, members]
-                rows.append(_block_rows(tile, block_rows, stop_head - head, parts))
-            kept[head:stop_head, block:stop_block] |= (
-                _Searches(
-                    rows,
-                    all_keys,
-                    first_key[:, head:stop_head].repeat_interleave(stop_block - block, dim=1).unsqueeze(2),
-                    begin,
-                    end[block:stop_block].repeat(stop_head - head).unsqueeze(1),
-                    tile_range_tokens,
-                )
-                .kept_leaves(pruning, leaves)
-                .view(stop_head - head, stop_block - block, leaves)
-            )
+                rows = queries[block * block_rows : stop_block * block_rows, members]
+                rows = search_queries(rows, block_rows, stop_head - head, parts)
+                chunks = tile.prune(stage, rows, chunks, chunk_tokens)
+                chunk_tokens = stage.chunk_tokens
+            assert chunks is not None
+            mask = tile.leaf_mask(chunks, chunk_tokens, leaves)
+            kept[head:stop_head, block:stop_block] |= mask.view(stop_head - head, stop_block - block, leaves)
     return kept
+
+
+def _keys_of_parts(keys: torch.Tensor, first_key: torch.Tensor, position: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Keys ``[kv_heads * context, head_size]`` at positions, once for each part, as `Searches` wants them.
+
+    Args:
+        keys: of all heads, one after the other.
+        first_key: int64 ``[parts, searches, 1]`` row of a KV head's first key.
+        position: int64 ``[searches, n]``.
+    """
+    for first in first_key:
+        yield keys.index_select(0, (position + first).flatten()).view(*position.shape, -1)

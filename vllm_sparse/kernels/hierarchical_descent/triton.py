@@ -77,9 +77,9 @@ def _last_and_end(i_block, chunk, context, window, dense_from, QUERY_BLOCK: tl.c
 
 
 @triton.jit
-def _live_chunks(p_parent, begin, end, parent_tokens, chunk_tokens, FIRST: tl.constexpr):
-    """Chunks that a stage chooses from for one query block. Only the one at the end of the range may be short."""
-    if FIRST:
+def live_chunks(p_parent, begin, end, parent_tokens, chunk_tokens, first_stage):
+    """Chunks that a stage chooses from in one search. Only the one at the end of the range may be short."""
+    if first_stage:
         live = tl.cdiv(tl.maximum(end - begin, 0), chunk_tokens)
     else:
         parents = tl.load(p_parent)
@@ -90,15 +90,78 @@ def _live_chunks(p_parent, begin, end, parent_tokens, chunk_tokens, FIRST: tl.co
 
 
 @triton.jit
-def _chunk_start(p_parent, o_chunk, live, begin, parent_tokens, chunk_tokens, FIRST: tl.constexpr):
+def chunk_start(p_parent, o_chunk, live, begin, parent_tokens, chunk_tokens, first_stage):
     """First tokens of the chunks that a stage chooses from, in ascending order."""
-    if FIRST:
+    if first_stage:
         start = begin + o_chunk * chunk_tokens
     else:
         parts = parent_tokens // chunk_tokens
         start = tl.load(p_parent + 1 + o_chunk // parts, mask=o_chunk < live, other=0)
         start += o_chunk % parts * chunk_tokens
     return start
+
+
+@triton.jit
+def midpoints(low, high, is_left):
+    """Where the halves of chunks meet, and the midpoints of both halves; all ``[2, chunks]``."""
+    middle = (low + high + 1) // 2
+    # A half without keys stands for the one key that is left.
+    right = tl.minimum((middle + high) // 2, high - 1)
+    return middle, tl.where(is_left, (low + middle) // 2, right)
+
+
+@triton.jit
+def better_half(b_half, low, middle, high, is_left):
+    """Bounds of the half whose midpoint scores more, the left one if they are equal; all ``[2, chunks]``."""
+    b_left = tl.max(tl.where(is_left, b_half, float("-inf")), axis=0)
+    b_right = tl.max(tl.where(is_left, float("-inf"), b_half), axis=0)
+    goes_left = (b_left >= b_right)[None, :]
+    return tl.where(goes_left, low, middle), tl.where(goes_left, middle, high)
+
+
+@triton.jit
+def store_best_chunks(
+    p_score,
+    p_parent,
+    p_kept,
+    p_mask,
+    begin,
+    end,
+    live,
+    parent_tokens,
+    chunk_tokens,
+    kept_chunks,
+    first_stage,
+    LAST: tl.constexpr,
+    LEAF: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Store what a stage keeps in one search: how many chunks, then their first tokens; if `LAST`, a mask of leaves."""
+    # Where all chunks are kept there are no scores: none competes, and all are equal.
+    competing = tl.where(live > kept_chunks, live, 0)
+    count = tl.minimum(live, kept_chunks)
+
+    least, above = row_threshold(p_score, 0, competing, count, False, ROW_TILE, TILE)
+    # Of the keys equal to the threshold, the lower chunks win.
+    equal_left = count - above
+    written = 0
+    for first in range(0, live, TILE):
+        o_chunk = first + tl.arange(0, TILE)
+        b_key = ordered_scores(p_score, o_chunk, o_chunk < competing)
+        b_equal = ((b_key == least) & (o_chunk < live)).to(tl.int32)
+        b_chosen = (b_key > least) | ((b_equal > 0) & (tl.cumsum(b_equal, axis=0) <= equal_left))
+        equal_left -= tl.sum(b_equal)
+        start = chunk_start(p_parent, o_chunk, live, begin, parent_tokens, chunk_tokens, first_stage)
+        if LAST:
+            for offset in range(0, chunk_tokens, LEAF):
+                tl.store(p_mask + (start + offset) // LEAF, 1, mask=b_chosen & (start + offset < end))
+        else:
+            b_slot = written + tl.cumsum(b_chosen.to(tl.int32), axis=0)
+            tl.store(p_kept + b_slot, start, mask=b_chosen)
+            written += tl.sum(b_chosen.to(tl.int32))
+    if not LAST:
+        tl.store(p_kept, written)
 
 
 @triton.jit
@@ -181,7 +244,7 @@ def chunk_scores_kernel(
     i_row = (i_head * tl.num_programs(0) + i_block).to(tl.int64)
     p_parent = parent_pointer + i_row * list_width
     _, end = _last_and_end(i_block, chunk, context, window, dense_from, QUERY_BLOCK)
-    live = _live_chunks(p_parent, begin, end, parent_tokens, chunk_tokens, FIRST)
+    live = live_chunks(p_parent, begin, end, parent_tokens, chunk_tokens, FIRST)
     # Where all chunks are kept nobody asks for scores.
     live = tl.where(live > kept_chunks, live, 0)
     o_dim = tl.arange(0, HEAD_TILE)
@@ -205,16 +268,14 @@ def chunk_scores_kernel(
     for first in range(tl.program_id(1) * TILE, live, tl.num_programs(1) * TILE):
         o_chunk = first + tl.arange(0, TILE)
         exists = o_chunk < live
-        start = _chunk_start(p_parent, o_chunk, live, begin, parent_tokens, chunk_tokens, FIRST)
+        start = chunk_start(p_parent, o_chunk, live, begin, parent_tokens, chunk_tokens, FIRST)
         # Both halves of a chunk in one tile, [2, TILE]: their keys are fetched together.
         low = tl.broadcast_to(tl.where(exists, start, 0)[None, :], [2, TILE])
         high = tl.broadcast_to(tl.where(exists, tl.minimum(start + chunk_tokens, end), 1)[None, :], [2, TILE])
         b_best = tl.full([2, TILE], float("-inf"), tl.float32)
         for _ in range(steps):
-            middle = (low + high + 1) // 2
-            # A half without keys stands for the one key that is left.
-            right = tl.minimum((middle + high) // 2, high - 1)
-            position = tl.reshape(tl.where(is_left, (low + middle) // 2, right), [2 * TILE])
+            middle, midpoint = midpoints(low, high, is_left)
+            position = tl.reshape(midpoint, [2 * TILE])
             physical = tl.load(block_table_pointer + position // CACHE_BLOCK).to(tl.int64)
             p_key = cache_pointer + physical * cache_block_stride + position % CACHE_BLOCK * cache_token_stride
             b_score = tl.full([2 * TILE], float("-inf"), tl.float32)
@@ -243,10 +304,7 @@ def chunk_scores_kernel(
                     b_score = tl.maximum(b_score, tl.max(b_product, axis=1))
             b_half = tl.reshape(b_score, [2, TILE])
             b_best = tl.maximum(b_best, b_half)
-            b_left = tl.max(tl.where(is_left, b_half, float("-inf")), axis=0)
-            b_right = tl.max(tl.where(is_left, float("-inf"), b_half), axis=0)
-            goes_left = (b_left >= b_right)[None, :]
-            low, high = tl.where(goes_left, low, middle), tl.where(goes_left, middle, high)
+            low, high = better_half(b_half, low, middle, high, is_left)
         tl.store(score_pointer + i_row * score_width + o_chunk, tl.max(b_best, axis=0), mask=exists)
 
 
@@ -295,29 +353,24 @@ def best_chunks_kernel(
     p_mask = mask_pointer + i_row * leaves
     p_score = score_pointer + i_row * score_width
     last, end = _last_and_end(i_block, chunk, context, window, dense_from, QUERY_BLOCK)
-    live = _live_chunks(p_parent, begin, end, parent_tokens, chunk_tokens, FIRST)
-    # Where all chunks are kept there are no scores: none competes, and all are equal.
-    competing = tl.where(live > kept_chunks, live, 0)
-    count = tl.minimum(live, kept_chunks)
-
-    least, above = row_threshold(p_score, 0, competing, count, False, ROW_TILE, TILE)
-    # Of the keys equal to the threshold, the lower chunks win.
-    equal_left = count - above
-    written = 0
-    for first in range(0, live, TILE):
-        o_chunk = first + tl.arange(0, TILE)
-        b_key = ordered_scores(p_score, o_chunk, o_chunk < competing)
-        b_equal = ((b_key == least) & (o_chunk < live)).to(tl.int32)
-        b_chosen = (b_key > least) | ((b_equal > 0) & (tl.cumsum(b_equal, axis=0) <= equal_left))
-        equal_left -= tl.sum(b_equal)
-        start = _chunk_start(p_parent, o_chunk, live, begin, parent_tokens, chunk_tokens, FIRST)
-        if LAST:
-            for offset in range(0, chunk_tokens, LEAF):
-                tl.store(p_mask + (start + offset) // LEAF, 1, mask=b_chosen & (start + offset < end))
-        else:
-            b_slot = written + tl.cumsum(b_chosen.to(tl.int32), axis=0)
-            tl.store(p_kept + b_slot, start, mask=b_chosen)
-            written += tl.sum(b_chosen.to(tl.int32))
+    live = live_chunks(p_parent, begin, end, parent_tokens, chunk_tokens, FIRST)
+    store_best_chunks(
+        p_score,
+        p_parent,
+        p_kept,
+        p_mask,
+        begin,
+        end,
+        live,
+        parent_tokens,
+        chunk_tokens,
+        kept_chunks,
+        FIRST,
+        LAST,
+        LEAF,
+        ROW_TILE,
+        TILE,
+    )
     if LAST:
         # The sink, and the window to the block's last query.
         for first in range(0, tl.minimum(begin, last + 1), TILE * LEAF):
@@ -326,8 +379,6 @@ def best_chunks_kernel(
         for first in range(end // LEAF, last // LEAF + 1, TILE):
             o_leaf = first + tl.arange(0, TILE)
             tl.store(p_mask + o_leaf, 1, mask=o_leaf <= last // LEAF)
-    else:
-        tl.store(p_kept, written)
 
 
 def hierarchical_descent(

@@ -1,0 +1,298 @@
+"""HiP's selection for all decode rows of a layer in Triton: one launch a stage and one for the lists.
+
+The launches are the same at every step, so that a CUDA graph holds them; where a row's stage is not due, its programs
+end after a few loads. At 128K tokens and default knobs a KV head of a row reads about 8 200, 6 100 and 4 100 single
+keys in the three stages, 4.7 MB of 128 bfloat16 numbers. A descent is a chain of dependent loads, so what counts at
+small batches is how many chunks descend at once. The last program of a (row, KV head) to finish keeps the best chunks,
+which saves a launch a stage.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparse.kernels.hierarchical_descent.reference import LEAF_TOKENS
+from vllm_sparse.kernels.hierarchical_descent.triton import (
+    better_half,
+    chunk_start,
+    live_chunks,
+    midpoints,
+    store_best_chunks,
+)
+from vllm_sparse.kernels.hip_decode.memory import STAGE_KNOBS, StageMemory, StageScratch
+from vllm_sparse.rows import DecodeRows, TokenLists
+
+CHUNK_TILE, SELECT_TILE, LIST_TILE = 32, 1024, 1024
+# Scores that the last program holds in registers beside its part of the descents.
+LARGEST_ROW_TILE = 4096
+# More programs at small batches, fewer empty ones at large.
+PROGRAMS = 4096
+
+
+@triton.jit
+def _search_range(p_knob, context, STAGES: tl.constexpr, STAGE_KNOBS: tl.constexpr, LEAF: tl.constexpr):
+    """The search range of a row, as `reference.search_end` has it. Rows of fewer stages have their last ones."""
+    first_refresh = 0
+    for stage in tl.static_range(STAGES):
+        refresh = tl.load(p_knob + 2 + stage * STAGE_KNOBS + 2)
+        first_refresh = tl.where(first_refresh == 0, refresh, first_refresh)
+    begin = tl.cdiv(tl.load(p_knob), LEAF) * LEAF
+    last_search = context - context % tl.maximum(first_refresh, 1)
+    return begin, tl.maximum(last_search - 1 - tl.load(p_knob + 1), 0)
+
+
+@triton.jit(do_not_specialize=["slots", "list_width", "score_width", "table_row_stride"])
+def stage_kernel(
+    query_pointer,
+    cache_pointer,
+    block_table_pointer,
+    context_pointer,
+    knobs_pointer,
+    slot_pointer,
+    fresh_pointer,
+    seen_pointer,
+    chunks_pointer,
+    score_pointer,
+    arrived_pointer,
+    slots,
+    list_width,
+    score_width,
+    table_row_stride,
+    query_row_stride,
+    cache_block_stride,
+    cache_head_stride,
+    cache_token_stride,
+    STAGE: tl.constexpr,
+    STAGES: tl.constexpr,
+    STAGE_KNOBS: tl.constexpr,
+    LEAF: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    CACHE_BLOCK: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    QUERY_TILE: tl.constexpr,
+    TILE: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    SELECT_TILE: tl.constexpr,
+):
+    i_head = tl.program_id(1)
+    i_row = tl.program_id(2)
+    kv_heads = tl.num_programs(1)
+    p_knob = knobs_pointer + i_row * (2 + STAGES * STAGE_KNOBS)
+    p_stage = p_knob + 2 + STAGE * STAGE_KNOBS
+    context = tl.load(context_pointer + i_row)
+    chunk_tokens = tl.load(p_stage)
+    # The slot of a row that does not take part may be none.
+    takes_part = (context > 0) & (chunk_tokens > 0)
+    slot = tl.load(slot_pointer + i_row, mask=takes_part, other=0).to(tl.int64)
+    seen = tl.load(seen_pointer + slot, mask=takes_part, other=0)
+    due = (tl.load(fresh_pointer + i_row) != 0) | (seen != context - 1)
+    for stage in tl.static_range(STAGE + 1):
+        refresh = tl.load(p_knob + 2 + stage * STAGE_KNOBS + 2)
+        due |= (refresh > 0) & (context % tl.maximum(refresh, 1) == 0)
+    if takes_part & due:
+        begin, end = _search_range(p_knob, context, STAGES, STAGE_KNOBS, LEAF)
+        kept_chunks = tl.load(p_stage + 1) // chunk_tokens
+        parent_tokens = 0
+        if STAGE > 0:
+            parent_tokens = tl.load(p_stage - STAGE_KNOBS)
+        first_stage = parent_tokens == 0
+        p_kept = chunks_pointer + ((STAGE * slots + slot) * kv_heads + i_head) * list_width
+        p_parent = p_kept - tl.cast(slots, tl.int64) * kv_heads * list_width
+        live = live_chunks(p_parent, begin, end, parent_tokens, chunk_tokens, first_stage)
+        # Where all chunks are kept nobody asks for scores.
+        scored = tl.where(live > kept_chunks, live, 0)
+
+        o_dim = tl.arange(0, HEAD_TILE)
+        in_head = o_dim < HEAD_SIZE
+        # What would lie past the group repeats its last query head, which changes no maximum.
+        o_query = i_head * MEMBERS + tl.minimum(tl.arange(0, QUERY_TILE), MEMBERS - 1)
+        p_query = query_pointer + i_row.to(tl.int64) * query_row_stride + o_query * HEAD_SIZE
+        b_query = tl.trans(tl.load(p_query[:, None] + o_dim[None, :], mask=in_head[None, :], other=0.0))
+        p_table = block_table_pointer + i_row.to(tl.int64) * table_row_stride
+        p_head = cache_pointer + i_head.to(tl.int64) * cache_head_stride
+        p_score = score_pointer + (i_row.to(tl.int64) * kv_heads + i_head) * score_width
+        is_left = tl.arange(0, 2)[:, None] == 0
+        # The exponent of a power of two.
+        steps = (chunk_tokens.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+        for first in range(tl.program_id(0) * TILE, scored, tl.num_programs(0) * TILE):
+            o_chunk = first + tl.arange(0, TILE)
+            exists = o_chunk < live
+            start = chunk_start(p_parent, o_chunk, live, begin, parent_tokens, chunk_tokens, first_stage)
+            # Both halves of a chunk in one tile, [2, TILE]: their keys are fetched together.
+            low = tl.broadcast_to(tl.where(exists, start, 0)[None, :], [2, TILE])
+            high = tl.broadcast_to(tl.where(exists, tl.minimum(start + chunk_tokens, end), 1)[None, :], [2, TILE])
+            b_best = tl.full([2, TILE], float("-inf"), tl.float32)
+            for _ in range(steps):
+                middle, midpoint = midpoints(low, high, is_left)
+                position = tl.reshape(midpoint, [2 * TILE])
+                physical = tl.load(p_table + position // CACHE_BLOCK).to(tl.int64)
+                p_key = p_head + physical * cache_block_stride + position % CACHE_BLOCK * cache_token_stride
+                b_key = tl.load(p_key[:, None] + o_dim[None, :], mask=in_head[None, :], other=0.0)
+                # float32 inputs are not to be rounded to TF32.
+                b_score = tl.max(tl.dot(b_key, b_query, input_precision="ieee"), axis=1)
+                b_half = tl.reshape(b_score, [2, TILE])
+                b_best = tl.maximum(b_best, b_half)
+                low, high = better_half(b_half, low, middle, high, is_left)
+            tl.store(p_score + o_chunk, tl.max(b_best, axis=0), mask=exists)
+
+        # All threads' scores are written before one of them says so, and read after it has heard of all programs.
+        tl.debug_barrier()
+        p_arrived = arrived_pointer + i_row * kv_heads + i_head
+        if tl.atomic_add(p_arrived, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
+            tl.store(p_arrived, 0)
+            store_best_chunks(
+                p_score,
+                p_parent,
+                p_kept,
+                p_kept,
+                begin,
+                end,
+                live,
+                parent_tokens,
+                chunk_tokens,
+                kept_chunks,
+                first_stage,
+                False,
+                LEAF,
+                ROW_TILE,
+                SELECT_TILE,
+            )
+
+
+@triton.jit(do_not_specialize=["slots", "list_width", "width", "table_row_stride"])
+def lists_kernel(
+    block_table_pointer,
+    context_pointer,
+    knobs_pointer,
+    slot_pointer,
+    seen_pointer,
+    chunks_pointer,
+    token_pointer,
+    kept_tokens_pointer,
+    slots,
+    list_width,
+    width,
+    table_row_stride,
+    STAGES: tl.constexpr,
+    STAGE_KNOBS: tl.constexpr,
+    LEAF: tl.constexpr,
+    CACHE_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    i_tile = tl.program_id(0)
+    i_head = tl.program_id(1)
+    i_row = tl.program_id(2)
+    kv_heads = tl.num_programs(1)
+    context = tl.load(context_pointer + i_row)
+    if context > 0:
+        p_knob = knobs_pointer + i_row * (2 + STAGES * STAGE_KNOBS)
+        begin, end = _search_range(p_knob, context, STAGES, STAGE_KNOBS, LEAF)
+        chunk_tokens = tl.load(p_knob + 2 + (STAGES - 1) * STAGE_KNOBS)
+        slot = tl.load(slot_pointer + i_row).to(tl.int64)
+        p_kept = chunks_pointer + (((STAGES - 1) * slots + slot) * kv_heads + i_head) * list_width
+        count = tl.load(p_kept)
+        # Sink, kept chunks, window. Of the chunks only the last may reach into the window's first leaf.
+        sink_tokens = tl.minimum(begin, context)
+        window_start = tl.maximum(end // LEAF * LEAF, sink_tokens)
+        last = tl.load(p_kept + count, mask=count > 0, other=0)
+        beyond = tl.where(count > 0, tl.maximum(last + chunk_tokens - window_start, 0), 0)
+        chosen_tokens = count * chunk_tokens - beyond
+        kept_tokens = sink_tokens + chosen_tokens + context - window_start
+
+        o_token = i_tile * TILE + tl.arange(0, TILE)
+        o_chosen = o_token - sink_tokens
+        is_chosen = (o_chosen >= 0) & (o_chosen < chosen_tokens)
+        first = tl.load(p_kept + 1 + o_chosen // chunk_tokens, mask=is_chosen, other=0)
+        position = tl.where(is_chosen, first + o_chosen % chunk_tokens, window_start + o_chosen - chosen_tokens)
+        position = tl.where(o_chosen < 0, o_token, position)
+        live = o_token < kept_tokens
+        p_table = block_table_pointer + i_row.to(tl.int64) * table_row_stride
+        physical = tl.load(p_table + position // CACHE_BLOCK, mask=live, other=0)
+        place = (physical * kv_heads + i_head) * CACHE_BLOCK + position % CACHE_BLOCK
+        i_list = i_row * kv_heads + i_head
+        tl.store(token_pointer + i_list.to(tl.int64) * width + o_token, place, mask=live)
+        if i_tile == 0:
+            tl.store(kept_tokens_pointer + i_list, kept_tokens)
+            if i_head == 0:
+                tl.store(seen_pointer + slot, context)
+
+
+def token_lists(
+    rows: DecodeRows,
+    knobs: torch.Tensor,
+    slot: torch.Tensor,
+    fresh: torch.Tensor,
+    memory: StageMemory,
+    scratch: StageScratch,
+    lists: TokenLists,
+) -> None:
+    """Choose for all rows; arguments as in the public function."""
+    query, cache, table = rows.query, rows.kv_cache, rows.block_table
+    count, query_heads, head_size = query.shape
+    kv_heads, block_size = cache.shape[1:3]
+    if query.stride(2) != 1 or query.stride(1) != head_size:
+        query = query.contiguous()
+    stages, slots, _, list_width = memory.chunks.shape
+    score_width, width = scratch.scores.shape[2], lists.slots.shape[1]
+    members = query_heads // kv_heads
+    tiles = triton.cdiv(score_width, CHUNK_TILE)
+    programs = min(tiles, triton.cdiv(PROGRAMS, count * kv_heads))
+    for stage in range(stages):
+        stage_kernel[(programs, kv_heads, count)](
+            query,
+            cache,
+            table,
+            rows.context_tokens,
+            knobs,
+            slot,
+            fresh.view(torch.uint8),
+            memory.context_tokens,
+            memory.chunks,
+            scratch.scores,
+            scratch.arrived,
+            slots,
+            list_width,
+            score_width,
+            table.stride(0),
+            query.stride(0),
+            cache.stride(0),
+            cache.stride(1),
+            cache.stride(2),
+            STAGE=stage,
+            STAGES=stages,
+            STAGE_KNOBS=STAGE_KNOBS,
+            LEAF=LEAF_TOKENS,
+            MEMBERS=members,
+            CACHE_BLOCK=block_size,
+            HEAD_SIZE=head_size,
+            HEAD_TILE=max(triton.next_power_of_2(head_size), 16),
+            QUERY_TILE=max(triton.next_power_of_2(members), 16),
+            TILE=CHUNK_TILE,
+            ROW_TILE=min(triton.next_power_of_2(score_width), LARGEST_ROW_TILE),
+            SELECT_TILE=SELECT_TILE,
+            num_warps=4,
+            num_stages=1,
+        )
+    lists_kernel[(triton.cdiv(width, LIST_TILE), kv_heads, count)](
+        table,
+        rows.context_tokens,
+        knobs,
+        slot,
+        memory.context_tokens,
+        memory.chunks,
+        lists.slots,
+        lists.kept_tokens,
+        slots,
+        list_width,
+        width,
+        table.stride(0),
+        STAGES=stages,
+        STAGE_KNOBS=STAGE_KNOBS,
+        LEAF=LEAF_TOKENS,
+        CACHE_BLOCK=block_size,
+        TILE=LIST_TILE,
+        num_warps=4,
+    )

@@ -1,0 +1,122 @@
+"""HiP (arXiv 2406.09827) as InfiniteHiP (arXiv 2502.08910) decodes: stages of a search, renewed every few steps."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from vllm_sparse.kernels.hierarchical_descent import LEAF_TOKENS, Stage
+from vllm_sparse.kernels.hierarchical_descent.reference import search_start
+from vllm_sparse.kernels.hip_decode import STAGE_KNOBS, decode_leaves
+from vllm_sparse.kernels.page_list import chunk_lists
+from vllm_sparse.keys import PagedKeys
+from vllm_sparse.methods.base import KNOBS, DecodeMethod, DenseLayers, KnobError, LayerMemory, SinkTokens
+from vllm_sparse.methods.hip import (
+    DEFAULT_STAGE_CHUNKS,
+    DEFAULT_STAGE_TOKENS,
+    Integers,
+    StageChunks,
+    StageTokens,
+    check_not_rising,
+    check_one_each,
+    check_stages,
+)
+from vllm_sparse.pages import PageList
+
+# What device memory of stages is laid out for.
+MOST_STAGES = 4
+FIRST_REFRESH, LONGEST_REFRESH = 16, 1024
+
+
+@dataclass(frozen=True, config=KNOBS)
+class HipDecode(DecodeMethod):
+    """Search the keys in stages as `Hip` does for a prompt, for the newest token alone, and keep what stages found.
+
+    Stage ``i`` is searched anew where the context is a multiple of ``refresh[i]``, and all later stages with it; all
+    stages are where the memory is not of the step before, as at a request's first. So requests take turns, and none
+    depends on its neighbours. In between, kept leaves stay and new tokens join the window, whose start waits for the
+    first stage: no token is out of the window before a search may choose it.
+
+    A list is per KV head, whose query heads share scores by their maximum; so tensor parallelism changes nothing.
+    """
+
+    name: ClassVar[str] = "hip"
+
+    stage_chunks: StageChunks = DEFAULT_STAGE_CHUNKS
+    stage_tokens: StageTokens = DEFAULT_STAGE_TOKENS
+    refresh: Annotated[
+        Integers,
+        Field(
+            description=f"decode steps between two searches of each stage, not rising, at most {LONGEST_REFRESH}; "
+            f"empty: {FIRST_REFRESH}, halved from stage to stage",
+            strict=False,
+        ),
+    ] = ()
+    sink: SinkTokens = 256
+    window: Annotated[int, Field(ge=0, le=1 << 16, description="tokens before the newest, always read")] = 1024
+    dense_layers: DenseLayers = 0
+
+    def __post_init__(self) -> None:
+        check_stages(self.stage_chunks, self.stage_tokens)
+        stages = len(self.stage_chunks)
+        if stages > MOST_STAGES:
+            raise KnobError(
+                "stage_chunks", list(self.stage_chunks), f"at most {MOST_STAGES} stages are allowed in decoding"
+            )
+        if not self.refresh:
+            object.__setattr__(self, "refresh", tuple(FIRST_REFRESH >> stage for stage in range(stages)))
+        check_one_each("refresh", self.refresh, self.stage_chunks)
+        if not all(1 <= steps <= LONGEST_REFRESH for steps in self.refresh):
+            raise KnobError("refresh", list(self.refresh), f"1 to {LONGEST_REFRESH} steps are allowed")
+        check_not_rising("refresh", self.refresh)
+
+    @property
+    def budget_tokens(self) -> int:
+        """The longest list: with sink and window rounded to leaves, and what joins the window between searches."""
+        window = self.window + self.refresh[0] + LEAF_TOKENS - 1
+        return search_start(self.sink) + self.stage_tokens[-1] + window
+
+    def layer_roles(self, num_layers: int) -> list[str]:
+        return ["dense" if layer < self.dense_layers else "choose" for layer in range(num_layers)]
+
+    def first_due(self, context_tokens: int) -> int:
+        """The first stage that is searched anew at a step, with all later ones; the number of stages if none is."""
+        due = (stage for stage, steps in enumerate(self.refresh) if context_tokens % steps == 0)
+        return next(due, len(self.refresh))
+
+    def device_knobs(self, stages: int) -> list[int]:
+        """A row's knobs for `kernels.hip_decode.token_lists` with memory of so many stages, or of more than here."""
+        absent = stages - len(self.stage_chunks)
+        own = zip(self.stage_chunks, self.stage_tokens, self.refresh, strict=True)
+        return [self.sink, self.window, *([0] * STAGE_KNOBS * absent), *(knob for stage in own for knob in stage)]
+
+    def device_sizes(self, most_context_tokens: int) -> tuple[int, int]:
+        """Most chunks that a stage keeps and that one chooses from, for contexts of up to so many tokens."""
+        most_kept = most_candidates = 0
+        left = most_context_tokens
+        for length, tokens in zip(self.stage_chunks, self.stage_tokens, strict=True):
+            candidates = -(-left // length)
+            most_candidates = max(most_candidates, candidates)
+            most_kept = max(most_kept, min(candidates, tokens // length))
+            left = min(left, tokens)
+        return most_kept, most_candidates
+
+    def select(
+        self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory
+    ) -> PageList:
+        context = keys.context_tokens
+        standing = self.first_due(context) if memory.context_tokens == context - 1 else 0
+        memory.stages, leaves = decode_leaves(
+            query,
+            keys,
+            [Stage(length, tokens) for length, tokens in zip(self.stage_chunks, self.stage_tokens, strict=True)],
+            memory.stages[:standing],
+            self.sink,
+            self.window,
+            self.refresh[0],
+        )
+        memory.context_tokens = context
+        return chunk_lists(leaves.unsqueeze(1), LEAF_TOKENS, 1, context, 1, page_size_tokens, keys.num_kv_heads)
