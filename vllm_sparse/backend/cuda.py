@@ -46,7 +46,7 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
         configured = [configured_method(config, "decode", name) for name in DECODE_METHODS if name in config.methods]
         methods = [method for method in configured if isinstance(method, BatchDecodeMethod) and method.in_batches]
         self._graphs: DecodeGraphs | None = None
-        if methods:
+        if methods and config.decode_in_batches:
             self.decode_buffers = DecodeBuffers(
                 min(vllm_config.scheduler_config.max_num_seqs, MOST_ROWS),
                 len(layer_names),
@@ -82,6 +82,8 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
     @property
     def batch_capacity_tokens(self) -> int | None:
         """As many as the cache holds: more are in reach only where requests share a prefix."""
+        if self._graphs is None:
+            return None
         blocks: int = self.vllm_config.cache_config.num_gpu_blocks
         block_tokens: int = self.kv_cache_spec.block_size
         return blocks * block_tokens
