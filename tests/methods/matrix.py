@@ -116,11 +116,17 @@ DECODE = [
     DecodeCase("tidal-all-forced", Tidal(budget=160, sink_tokens=80, recent_tokens=80), 80, 80),
     DecodeCase("tidal-minimum", Tidal(budget=16, sink_tokens=0, recent_tokens=3, lists="query_head"), 0, 3, 0),
     DecodeCase("blocktopk-default", BlockTopk(), 16, 64, unit_tokens=16),
-    DecodeCase("blocktopk-bounds", BlockTopk(budget=160, scores="bounds"), 16, 64, unit_tokens=16),
-    DecodeCase("blocktopk-32", BlockTopk(budget=96, block=32, sink_tokens=0, recent_tokens=0), 0, 1, unit_tokens=32),
+    DecodeCase("blocktopk-mean", BlockTopk(budget=160, scores="mean"), 16, 64, unit_tokens=16),
     DecodeCase(
-        "blocktopk-64-bounds",
-        BlockTopk(budget=200, block=64, scores="bounds", sink_tokens=5, recent_tokens=129),
+        "blocktopk-32",
+        BlockTopk(budget=96, block=32, scores="mean", sink_tokens=0, recent_tokens=0),
+        0,
+        1,
+        unit_tokens=32,
+    ),
+    DecodeCase(
+        "blocktopk-64",
+        BlockTopk(budget=200, block=64, sink_tokens=5, recent_tokens=129),
         5,
         129,
         unit_tokens=64,
@@ -131,7 +137,7 @@ DECODE_DENSE = [
     DecodeCase("tidal-budget", Tidal(budget=1 << 24), 16, 64),
     DecodeCase("tidal-budget-query-head", Tidal(budget=1 << 24, lists="query_head"), 16, 64, 0),
     DecodeCase("blocktopk-budget", BlockTopk(budget=1 << 24), 16, 64, unit_tokens=16),
-    DecodeCase("blocktopk-budget-bounds", BlockTopk(budget=1000, block=64, scores="bounds"), 16, 64, unit_tokens=64),
+    DecodeCase("blocktopk-budget-mean", BlockTopk(budget=1000, block=64, scores="mean"), 16, 64, unit_tokens=64),
 ]
 
 prefill_cases = pytest.mark.parametrize("case", PREFILL, ids=lambda case: case.name)
