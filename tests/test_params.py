@@ -69,9 +69,9 @@ def configured(**settings: Any) -> ServerConfig:
         ({}, {"sparse_prefill": "flexprefill", "flexprefill_gamma": 1.0, "flexprefill_max_budget": 4096},
          SparseParams(FlexPrefill(gamma=1.0, max_budget=4096), None, MIN_TOKENS)),
         ({"methods": ["tidal"]}, {"sparse_decode": "tidal"}, SparseParams(None, Tidal(), MIN_TOKENS)),
-        ({"methods": ["blocktopk"], "blocktopk": {"block": 32, "scores": "bounds"}},
+        ({"methods": ["blocktopk"], "blocktopk": {"block": 32, "scores": "mean"}},
          {"sparse_decode": "blocktopk", "blocktopk_budget": 512},
-         SparseParams(None, BlockTopk(budget=512, block=32, scores="bounds"), MIN_TOKENS)),
+         SparseParams(None, BlockTopk(budget=512, block=32, scores="mean"), MIN_TOKENS)),
         # One name of both phases: each phase takes the knobs that it has.
         ({}, {"sparse_prefill": "hip"}, SparseParams(Hip(), None, MIN_TOKENS)),
         ({}, {"sparse_decode": "hip"}, SparseParams(None, HipDecode(), MIN_TOKENS)),
@@ -402,7 +402,7 @@ def test_each_knob_changes_the_salt() -> None:
             SparseParams(FlexPrefill(), BlockTopk(**knob), 4096)
             for knob in (
                 {}, {"budget": 512}, {"dense_layers": 3}, {"sink_tokens": 0}, {"recent_tokens": 0}, {"block": 32},
-                {"scores": "bounds"},
+                {"scores": "mean"},
             )
         ),
         # One name and its knobs in one phase, the other, and both.

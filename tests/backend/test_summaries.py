@@ -25,8 +25,8 @@ from vllm_sparse.params import ALL_DENSE, SparseParams
 from vllm_sparse.routing import TABLE, SparseRequest
 
 BLOCKS, WIDEST_TABLE = 120, 40
-MEANS = SparseParams(None, BlockTopk(budget=160, dense_layers=1, recent_tokens=20))
-BOUNDS = SparseParams(FLEX, BlockTopk(budget=96, dense_layers=3, scores="bounds", sink_tokens=0, recent_tokens=0))
+MEANS = SparseParams(None, BlockTopk(budget=160, dense_layers=1, scores="mean", recent_tokens=20))
+BOUNDS = SparseParams(FLEX, BlockTopk(budget=96, dense_layers=3, sink_tokens=0, recent_tokens=0))
 PARAMS = pytest.mark.parametrize("params", [MEANS, BOUNDS], ids=["mean", "bounds"])
 
 

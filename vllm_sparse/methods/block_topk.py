@@ -22,14 +22,15 @@ from vllm_sparse.rows import DecodeRows, RowsPlace, TokenLists
 class BlockTopk(BatchDecodeMethod):
     """In each layer, read the pages of `block` tokens whose keys, by what is kept of them, suit the query best.
 
-    With `scores` ``mean`` that is the page's mean key, as in Kinetics, with ``bounds`` the largest product that the
-    least and the largest number of each dimension allow, as in Quest: no key of the page has a larger one. Lists are
-    per KV head, with the query heads of a group merged by the maximum of their softmax over the pages. Sink and recent
-    tokens are forced into every list; the newest token's page is always read. Where the executor's pages are coarser,
-    one is worth the best scored page in it.
+    With `scores` ``bounds`` a page is worth the largest product that the least and the largest number of each dimension
+    allow, as in Quest: no key of the page has a larger one. With ``mean`` it is worth its mean key's, as in Kinetics,
+    which halves what a step reads to choose, and loses single keys among others that point elsewhere. Lists are per KV
+    head, with the query heads of a group merged by the maximum of their softmax over the pages. Sink and recent tokens
+    are forced into every list; the newest token's page is always read. Where the executor's pages are coarser, one is
+    worth the best scored page in it.
 
-    The summaries are kept beside the KV cache, a ``1 / (2 * block)`` of it with ``mean``, twice that with ``bounds``,
-    so what they are is the server's choice.
+    The summaries are kept beside the KV cache, a ``1 / block`` of it with ``bounds``, half that with ``mean``, so what
+    they are is the server's choice.
     """
 
     name: ClassVar[str] = "blocktopk"
@@ -43,7 +44,7 @@ class BlockTopk(BatchDecodeMethod):
     block: Annotated[Literal[16, 32, 64], Field(description="tokens of a scored page")] = 16
     scores: Annotated[
         Literal["mean", "bounds"], Field(description="what a page is scored by: its mean key, or bounds of its keys")
-    ] = "mean"
+    ] = "bounds"
 
     def __post_init__(self) -> None:
         if self.sink_tokens + self.recent_tokens > self.budget:
