@@ -10,6 +10,7 @@ import torch
 from loadtest.kernels.cache import DenseAttention, executor_of, keys_of, new_cache, store
 from loadtest.kernels.heads import Heads
 from vllm_sparse.executors import Launch
+from vllm_sparse.kernels.page_summaries import SummaryKind, store_summaries
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.pages import PageList, to_physical
 
@@ -56,9 +57,24 @@ class DecodeBatch:
         """The executor's page size in decoding, as the backends pick it."""
         return 1 if self.isa is None else self.kv_cache.shape[2]
 
-    def keys(self, row: int) -> PagedKeys:
-        """A row's keys as selection methods see them."""
-        return keys_of(self.isa, self.kv_cache, self.block_table[row], self.context_tokens[row])
+    def keys(self, row: int, context_tokens: int) -> PagedKeys:
+        """A row's first keys, as selection methods see them."""
+        return keys_of(self.isa, self.kv_cache, self.block_table[row], context_tokens)
+
+    def contexts_of(self, steps: int) -> list[list[int]]:
+        """Contexts of the rows in each of the last steps, which end with the batch's own."""
+        return [[context - before for context in self.context_tokens] for before in reversed(range(steps))]
+
+    def summaries(self, kind: SummaryKind) -> torch.Tensor:
+        """Summaries of all rows' keys, by physical block, as a server has stored them by the time that it decodes."""
+        blocks, kv_heads, block_size, double_head_size = self.kv_cache.shape
+        shape = blocks, kv_heads, block_size // kind.page_tokens, kind.width(double_head_size // 2)
+        stored = torch.empty(shape, dtype=self.kv_cache.dtype, device=self.kv_cache.device)
+        for row, context in enumerate(self.context_tokens):
+            keys = self.keys(row, context)
+            keys.summaries = stored
+            store_summaries(keys, kind, 0)
+        return stored
 
     def launch(self, lists: PageList) -> Launch:
         """A launch over all rows' lists, row by row one list a KV head or one a query head."""

@@ -17,14 +17,16 @@ take 34 GB, 64 x 512K 137 GB.
 
 On CUDA all is timed inside a graph, unless `--eager` says otherwise for a selection that cannot be captured; methods
 that can choose for all rows at once do so, as in the server's graphs, and their first step is not counted. On the CPU
-selection runs request by request, as in the server, and its time is the mean over `--repeats` steps, since a method may
-search anew only in some of them; short lists stay in the CPU's caches and may be read faster than the floor.
+selection runs request by request, as in the server; short lists stay in the CPU's caches and may be read faster than
+the floor. Selection is the mean over consecutive steps, 32 in a graph and `--repeats` on the CPU, since a method may
+search anew only in some of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,12 +36,14 @@ import torch
 from loadtest.kernels.batch import CACHE_SHARE, DecodeBatch, free_bytes, write_batch
 from loadtest.kernels.heads import Heads, recorded_heads, synthetic_heads
 from loadtest.kernels.prefill import BUNDLED_MODEL, prompt_tokens
-from loadtest.kernels.timing import graph_seconds, mean_seconds, median_seconds
+from loadtest.kernels.timing import GRAPH_CALLS, graph_seconds, mean_seconds, median_seconds
 from loadtest.kernels.truth import kept_mass
 from vllm_sparse.executors import Launch
+from vllm_sparse.kernels.page_summaries import store_summaries
 from vllm_sparse.methods.base import BatchDecodeMethod, DecodeMethod, LayerMemory
+from vllm_sparse.methods.hip_decode import HipDecode
 from vllm_sparse.methods.registry import DECODE_METHODS
-from vllm_sparse.pages import concatenate
+from vllm_sparse.pages import PageList, concatenate
 from vllm_sparse.rows import DecodeRows, RowsPlace, TokenLists
 
 # Copies of memory run at this speed on an H200; on other devices a copy is measured.
@@ -122,62 +126,86 @@ class Measurement:
         return self.dense_seconds * len(self.roles)
 
 
+# Methods without a knob `budget`, at so many tokens that a sparse layer reads.
+BUDGETS: dict[str, Callable[[int], DecodeMethod]] = {
+    "hip": lambda budget: HipDecode(
+        stage_tokens=tuple(budget // 32 * 16 * more for more in (16, 4, 1)), sink=budget // 8, window=budget // 4
+    ),
+}
+
+
 def with_budget(name: str, budget: int) -> DecodeMethod:
-    """A method of the registry that reads so many tokens in a sparse layer."""
+    """A method of the registry that reads so many tokens in a sparse layer, or a little less."""
     method: Any = DECODE_METHODS[name]
-    built: DecodeMethod = method(budget=budget)
+    built: DecodeMethod = BUDGETS[name](budget) if name in BUDGETS else method(budget=budget)
     return built
 
 
-def selection_of(method: DecodeMethod, batch: DecodeBatch) -> Selection:
-    """How a server chooses with a method for a batch on this device; the method keeps something from call to call."""
+def selection_of(method: DecodeMethod, batch: DecodeBatch, steps: int = 1) -> Selection:
+    """How a server chooses with a method for a batch on this device; the method keeps something from call to call.
+
+    Args:
+        method: the method.
+        batch: the batch.
+        steps: calls are so many steps that end with the batch's own contexts, over and over.
+    """
     if batch.kv_cache.is_cuda and isinstance(method, BatchDecodeMethod) and method.in_batches:
-        return selection_at_once(method, batch)
-    return selection_by_request(method, batch)
+        return selection_at_once(method, batch, steps)
+    return selection_by_request(method, batch, steps)
 
 
-def selection_at_once(method: BatchDecodeMethod, batch: DecodeBatch) -> Selection:
-    """All rows by one call, capturable. The requests' first step, before which nothing is kept, is done here."""
+def selection_at_once(method: BatchDecodeMethod, batch: DecodeBatch, steps: int = 1) -> Selection:
+    """All rows by one call, capturable; arguments as of `selection_of`. The requests' first step is done here."""
     device = batch.kv_cache.device
     kv_heads = batch.kv_cache.shape[1]
-    contexts = torch.tensor(batch.context_tokens, dtype=torch.int32, device=device)
-    rows = DecodeRows(batch.query.contiguous(), batch.kv_cache, batch.block_table, contexts, batch.heads.scale)
+    query = batch.query.contiguous()
+    contexts = [torch.tensor(step, dtype=torch.int32, device=device) for step in batch.contexts_of(steps)]
     knobs = torch.tensor([method.row_knobs()] * batch.rows, dtype=torch.int32, device=device)
-    ends = contexts.cumsum(0)
+    starts = contexts[-1].cumsum(0) - contexts[-1]
     slots = torch.arange(batch.rows, dtype=torch.int32, device=device)
-    place = RowsPlace(ends - contexts, sum(batch.context_tokens), slots, torch.ones_like(slots), contexts, {})
+    fresh = torch.ones_like(slots)
+    kept = {method.name: batch.summaries(method.summaries)} if method.summaries is not None else {}
     width = max(method.list_tokens(context) for context in batch.context_tokens)
     lists = TokenLists(
         torch.zeros(batch.rows * kv_heads, width, dtype=torch.int32, device=device),
         torch.zeros(batch.rows * kv_heads, dtype=torch.int32, device=device),
     )
-    starts = torch.arange(batch.rows * kv_heads + 1, dtype=torch.int32, device=device)
-    launch = Launch(starts, 1, lists.slots, lists.kept_tokens, 1)
+    queries = torch.arange(batch.rows * kv_heads + 1, dtype=torch.int32, device=device)
+    launch = Launch(queries, 1, lists.slots, lists.kept_tokens, 1)
+
+    def choose_at(context_tokens: torch.Tensor) -> None:
+        rows = DecodeRows(query, batch.kv_cache, batch.block_table, context_tokens, batch.heads.scale)
+        place = RowsPlace(starts, sum(batch.context_tokens), slots, fresh, context_tokens, kept)
+        method.choose_rows(rows, knobs, place, lists)
+
+    choose_at(contexts[-1])
+    fresh.zero_()
+    # In a graph each captured call keeps the step that it was captured with.
+    step = itertools.cycle(contexts)
 
     def choose() -> Launch:
-        method.choose_rows(rows, knobs, place, lists)
+        choose_at(next(step))
         return launch
 
-    choose()
-    place.fresh.zero_()
     return choose
 
 
-def selection_by_request(method: DecodeMethod, batch: DecodeBatch) -> Selection:
-    """Request by request, each with a memory that lives from call to call."""
+def selection_by_request(method: DecodeMethod, batch: DecodeBatch, steps: int = 1) -> Selection:
+    """Request by request, each with a memory that lives from call to call; arguments as of `selection_of`."""
     memories = [LayerMemory() for _ in range(batch.rows)]
+    kind = method.summaries
+    stored = batch.summaries(kind) if kind is not None else None
+    step = itertools.cycle(batch.contexts_of(steps))
+
+    def choose_for(row: int, context: int) -> PageList:
+        keys = batch.keys(row, context)
+        if kind is not None:
+            keys.summaries = stored
+            store_summaries(keys, kind, context - 1)
+        return method.select(batch.query[row], keys, batch.heads.scale, batch.page_size_tokens, memories[row])
 
     def choose() -> Launch:
-        return batch.launch(
-            concatenate(
-                [
-                    method.select(
-                        batch.query[row], batch.keys(row), batch.heads.scale, batch.page_size_tokens, memories[row]
-                    )
-                    for row in range(batch.rows)
-                ]
-            )
-        )
+        return batch.launch(concatenate([choose_for(row, context) for row, context in enumerate(next(step))]))
 
     return choose
 
@@ -230,8 +258,7 @@ def measure(
             method = with_budget(method_name, budget)
             roles = method.layer_roles(num_layers)
             density, recall, error = quality(method, layers, roles if len(layers) > 1 else ["choose"])
-            selection = selection_of(method, timed)
-            launch = selection()
+            launch = selection_of(method, timed)()
             list_bytes = float(launch.kept_tokens.sum()) * timed.kv_cache.shape[3] * element_bytes
             yield Measurement(
                 name,
@@ -241,7 +268,7 @@ def measure(
                 method_name,
                 budget,
                 density,
-                device.step_seconds(selection),
+                device.step_seconds(selection_of(method, timed, GRAPH_CALLS)),
                 device.seconds(functools.partial(timed.attend, launch)),
                 list_bytes / device.bytes_per_second + device.launch_seconds,
                 # Beside each method again: a card's clock falls while it works.
@@ -342,11 +369,11 @@ def main(argv: list[str] | None = None) -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     arguments = parser.parse_args(argv)
-    shortest = min(arguments.lengths) - max(arguments.batches)
+    shortest = min(arguments.lengths) - max(arguments.batches) - (GRAPH_CALLS - 1)
     if max(arguments.budgets) > shortest:
         parser.error(
-            f"--budgets {max(arguments.budgets)}: the shortest row has {shortest + 1} tokens, and a budget of all of "
-            f"them runs dense; at most {shortest} are allowed"
+            f"--budgets {max(arguments.budgets)}: the shortest row begins with {shortest + 1} tokens, and a budget of "
+            f"all of them runs dense; at most {shortest} are allowed"
         )
     run(arguments)
 

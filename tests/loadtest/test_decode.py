@@ -16,7 +16,9 @@ from loadtest.kernels.heads import Heads, synthetic_heads
 from loadtest.kernels.timing import graph_seconds, mean_seconds
 from loadtest.kernels.truth import kept_mass
 from tests import oracle
+from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import LayerMemory
+from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.pages import PageList, concatenate
 
@@ -45,7 +47,8 @@ def probabilities(batch: DecodeBatch, row: int) -> torch.Tensor:
 def lists_of(method: Tidal, batch: DecodeBatch) -> list[PageList]:
     scale, page_size = batch.heads.scale, batch.page_size_tokens
     return [
-        method.select(batch.query[row], batch.keys(row), scale, page_size, LayerMemory()) for row in range(batch.rows)
+        method.select(batch.query[row], batch.keys(row, batch.context_tokens[row]), scale, page_size, LayerMemory())
+        for row in range(batch.rows)
     ]
 
 
@@ -129,6 +132,31 @@ def test_measuring_gives_a_line_per_budget(generator: torch.Generator) -> None:
     assert decode.line(few).count("|") == decode.HEADER.split("\n")[0].count("|")
 
 
+@pytest.mark.parametrize("name", list(DECODE_METHODS))
+@pytest.mark.parametrize("budget", [256, 1000, 2048, 4096])
+def test_a_budget_is_what_a_method_reads(name: str, budget: int) -> None:
+    assert 0.85 * budget <= decode.with_budget(name, budget).budget_tokens <= budget
+
+
+@needs_executor
+def test_steps_follow_one_another(generator: torch.Generator) -> None:
+    """A method that renews its search every few steps does so as in a server."""
+    seen: list[int] = []
+
+    class Watched(Tidal):
+        def select(
+            self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory
+        ) -> PageList:
+            seen.append(keys.context_tokens)
+            return super().select(query, keys, scale, page_size_tokens, memory)
+
+    batch = write_batch(heads_of(generator, 2, 400), 2, BLOCK, EVERYTHING, seed=6)
+    choose = decode.selection_by_request(Watched(budget=128), batch, 3)
+    launches = [choose() for _ in range(4)]
+    assert seen == [397, 398, 398, 399, 399, 400, 397, 398]
+    assert torch.equal(launches[0].pages, launches[3].pages)
+
+
 def test_a_step_is_the_sum_of_its_layers() -> None:
     def step(roles: list[str]) -> float:
         parts = (8.0, 2.0, 1.0, 10.0)
@@ -160,4 +188,4 @@ def test_a_graph_times_the_call_alone() -> None:
 def test_a_budget_of_everything_is_refused(budget: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         decode.main(["--lengths", "1001", "--batches", "1", "4", "--budgets", "64", budget])
-    assert "at most 997 are allowed" in capsys.readouterr().err
+    assert "at most 966 are allowed" in capsys.readouterr().err

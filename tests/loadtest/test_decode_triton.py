@@ -42,8 +42,10 @@ def test_rows_at_once_choose_as_requests_do(generator: torch.Generator) -> None:
     at_once = [method for method in methods if isinstance(method, BatchDecodeMethod) and method.in_batches]
     assert any(isinstance(method, Tidal) for method in at_once)
     for method in at_once:
-        choose, by_request = decode.selection_at_once(method, batch), decode.selection_by_request(method, batch)
-        for _ in range(2):
+        choose, by_request = (
+            select(method, batch, 2) for select in (decode.selection_at_once, decode.selection_by_request)
+        )
+        for _ in range(4):
             launch, expected = choose(), by_request()
             assert launch.kept_tokens.tolist() == expected.kept_tokens.tolist()
             for row in range(batch.rows):
