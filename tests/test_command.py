@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,11 @@ def run(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str
     """The installed command in a process of its own."""
     script = shutil.which("vllm-sparse", path=str(Path(sys.executable).parent))
     assert script is not None, "the package is installed without its command"
-    return subprocess.run([script, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    # As a user's shell has it: with the repository on the path, it would be found from anywhere.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [script, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.parametrize("arguments", [[], ["bench"], ["bench", "prefil"], ["--version"]])
