@@ -56,12 +56,11 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
                 device,
             )
             self._sparse_metrics.set_buffer_bytes(self.decode_buffers.bytes)
-            speculative = vllm_config.speculative_config is not None
             self._graphs = DecodeGraphs(
                 self.decode_buffers,
                 methods,
                 len(layer_names),
-                speculative,
+                self._sparse_speculative,
             )
         set_graphs(self._graphs)
 

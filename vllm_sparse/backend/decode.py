@@ -18,6 +18,7 @@ import torch
 from vllm_sparse.executors import Executor, Launch
 from vllm_sparse.kernels.decode_roles import LayerContexts, RowSettings
 from vllm_sparse.kernels.decode_roles.reference import ROLES
+from vllm_sparse.methods.base import READING_ROLES
 from vllm_sparse.rows import DecodeRows, RowsPlace, TokenLists
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class DecodeBuffers:
             selecting, choosing = (
                 tuple(sorted(number for number, role in roles if role == chosen)) for chosen in ("select", "choose")
             )
-            reading = any(role in ("reuse", "choose") for _, role in roles)
+            reading = any(role in READING_ROLES for _, role in roles)
             dense = not all_sparse or any(role in ("dense", "select") for _, role in roles)
             layers.append(LayerLaunches(dense, selecting, choosing, reading))
         return layers

@@ -10,7 +10,7 @@ import torch
 
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
 from vllm_sparse.executors import Launch
-from vllm_sparse.methods.base import BatchDecodeMethod
+from vllm_sparse.methods.base import CHOOSING_ROLES, READING_ROLES, BatchDecodeMethod
 from vllm_sparse.metrics import RowDensity, WorkerMetrics
 from vllm_sparse.pages import PageList, concatenate, to_physical
 
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.page_summaries import SummaryKind
     from vllm_sparse.methods.base import DecodeMethod, LayerMemory, PrefillMethod
     from vllm_sparse.routing import SparseRequest
-
-# Roles of a layer, as of `DecodeMethod.layer_roles`, in which a method chooses a list.
-CHOOSING_ROLES = ("select", "choose")
 
 
 @dataclass(frozen=True)
@@ -160,11 +157,13 @@ class StepPlan:
         )
         if roles not in self._work:
             prefill = [row for row in self.prefill if layer >= row.method.dense_layers]
-            reading = [row for row in self.decode if row.roles[layer] in ("reuse", "choose")]
+            reading = [row for row in self.decode if row.roles[layer] in READING_ROLES]
             sparse = {row.span.row for row in prefill} | {row.span.row for row in reading}
-            sparse |= {row.span.row for row in self.batch}
+            at_once = {row.span.row for row in self.batch}
+            sparse |= at_once
             self._work[roles] = LayerWork(
-                [row for row in self.summarising if row.roles[layer] in CHOOSING_ROLES],
+                # Those that are served at once do so as they choose.
+                [row for row in self.summarising if row.roles[layer] in CHOOSING_ROLES and row.span.row not in at_once],
                 prefill,
                 reading,
                 [row for row in self.decode if row.roles[layer] in CHOOSING_ROLES],

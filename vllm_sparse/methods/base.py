@@ -169,6 +169,11 @@ class LayerMemory:
     context_tokens: int = 0
 
 
+# Roles of a layer, as of `DecodeMethod.layer_roles`, in which a list is chosen, and in which one is read.
+CHOOSING_ROLES = ("select", "choose")
+READING_ROLES = ("reuse", "choose")
+
+
 class DecodeMethod(Method):
     """Chooses the pages that a decode step may read, in some layers, for the same layer or for those that follow."""
 
@@ -247,3 +252,51 @@ class BatchDecodeMethod(DecodeMethod):
             place: where there is room.
             lists: written.
         """
+
+
+class TopTokensMethod(BatchDecodeMethod):
+    """A decode method that scores a whole context and reads its best units beside the first and the last tokens.
+
+    As `kernels.top_tokens.top_pages` chooses them.
+    """
+
+    budget: int
+    """Tokens read, the forced ones included."""
+    sink_tokens: int
+    """First tokens, always read."""
+    recent_tokens: int
+    """Last tokens, always read; the newest is even where this is 0."""
+
+    @property
+    def unit_tokens(self) -> int:
+        """Tokens that are kept or dropped together."""
+        return 1
+
+    def check_budget(self) -> None:
+        """Check that the budget holds what is forced.
+
+        Raises:
+            KnobError: it does not.
+        """
+        if self.sink_tokens + self.recent_tokens > self.budget:
+            raise KnobError(
+                "budget",
+                self.budget,
+                f"{self.budget} tokens do not hold sink_tokens {self.sink_tokens} and recent_tokens "
+                f"{self.recent_tokens}; raise it or lower them",
+            )
+
+    @property
+    def budget_tokens(self) -> int:
+        return self.budget
+
+    def list_tokens(self, context_tokens: int) -> int:
+        unit = self.unit_tokens
+        units = -(-context_tokens // unit)
+        sink_units = -(-self.sink_tokens // unit)
+        recent_units = units - max(context_tokens - max(self.recent_tokens, 1), 0) // unit
+        kept_units = min(max(-(-self.budget // unit), sink_units + recent_units), units)
+        return kept_units * unit - -context_tokens % unit
+
+    def row_knobs(self) -> tuple[int, ...]:
+        return self.budget, self.sink_tokens, self.recent_tokens

@@ -13,13 +13,13 @@ from vllm_sparse.kernels.page_scores import page_scores
 from vllm_sparse.kernels.page_summaries import SummaryKind, read_summaries
 from vllm_sparse.kernels.top_tokens import top_pages
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import KNOBS, BatchDecodeMethod, DenseLayers, KnobError, LayerMemory
+from vllm_sparse.methods.base import KNOBS, DenseLayers, KnobError, LayerMemory, TopTokensMethod
 from vllm_sparse.pages import PageList
 from vllm_sparse.rows import DecodeRows, RowsPlace, TokenLists
 
 
 @dataclass(frozen=True, config=KNOBS)
-class BlockTopk(BatchDecodeMethod):
+class BlockTopk(TopTokensMethod):
     """In each layer, read the pages of `block` tokens whose keys, by what is kept of them, suit the query best.
 
     With `scores` ``bounds`` a page is worth the largest product that the least and the largest number of each dimension
@@ -47,17 +47,7 @@ class BlockTopk(BatchDecodeMethod):
     ] = "bounds"
 
     def __post_init__(self) -> None:
-        if self.sink_tokens + self.recent_tokens > self.budget:
-            raise KnobError(
-                "budget",
-                self.budget,
-                f"{self.budget} tokens do not hold sink_tokens {self.sink_tokens} and recent_tokens "
-                f"{self.recent_tokens}; raise it or lower them",
-            )
-
-    @property
-    def budget_tokens(self) -> int:
-        return self.budget
+        self.check_budget()
 
     @property
     def summaries(self) -> SummaryKind:
@@ -83,16 +73,9 @@ class BlockTopk(BatchDecodeMethod):
             unit = page_size_tokens
         return top_pages(scores, context, unit, page_size_tokens, self.budget, self.sink_tokens, self.recent_tokens)
 
-    def list_tokens(self, context_tokens: int) -> int:
-        block: int = self.block
-        pages = -(-context_tokens // block)
-        sink_pages = -(-self.sink_tokens // block)
-        recent_pages = pages - max(context_tokens - max(self.recent_tokens, 1), 0) // block
-        kept_pages = min(max(-(-self.budget // block), sink_pages + recent_pages), pages)
-        return kept_pages * block - -context_tokens % block
-
-    def row_knobs(self) -> tuple[int, ...]:
-        return self.budget, self.sink_tokens, self.recent_tokens
+    @property
+    def unit_tokens(self) -> int:
+        return self.block
 
     def choose_rows(self, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
         # Imported here: there is Triton only where there is a GPU.

@@ -12,7 +12,7 @@ from vllm_sparse.calibrate.policy import load
 from vllm_sparse.kernels.token_scores import token_scores
 from vllm_sparse.kernels.top_tokens import top_pages
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import KNOBS, BatchDecodeMethod, KnobError, LayerMemory
+from vllm_sparse.methods.base import KNOBS, KnobError, LayerMemory, TopTokensMethod
 from vllm_sparse.pages import PageList
 from vllm_sparse.rows import DecodeRows, RowsPlace, TokenLists
 
@@ -22,7 +22,7 @@ PAPER_LAYERS, PAPER_RESELECT_LAYER, PAPER_FULL_LAYERS = 32, 13, 2
 
 
 @dataclass(frozen=True, config=KNOBS)
-class Tidal(BatchDecodeMethod):
+class Tidal(TopTokensMethod):
     """Position-persistent selection: a list is chosen in a full layer and lives for the rest of the decode step.
 
     Lists are per KV head by default, with the query heads of a group merged by the maximum of their attention
@@ -61,17 +61,7 @@ class Tidal(BatchDecodeMethod):
                 load(self.policy)
             except ValueError as error:
                 raise KnobError("policy", self.policy, str(error)) from error
-        if self.sink_tokens + self.recent_tokens > self.budget:
-            raise KnobError(
-                "budget",
-                self.budget,
-                f"{self.budget} tokens do not hold sink_tokens {self.sink_tokens} and recent_tokens "
-                f"{self.recent_tokens}; raise it or lower them",
-            )
-
-    @property
-    def budget_tokens(self) -> int:
-        return self.budget
+        self.check_budget()
 
     @property
     def follows_policy(self) -> bool:
@@ -135,13 +125,6 @@ class Tidal(BatchDecodeMethod):
     @property
     def in_batches(self) -> bool:
         return self.lists == "kv_head"
-
-    def list_tokens(self, context_tokens: int) -> int:
-        # The newest token is forced even where no recent ones are.
-        return min(max(self.budget, self.sink_tokens + max(self.recent_tokens, 1)), context_tokens)
-
-    def row_knobs(self) -> tuple[int, ...]:
-        return self.budget, self.sink_tokens, self.recent_tokens
 
     def choose_rows(self, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
         # Imported here: there is Triton only where there is a GPU.
