@@ -28,12 +28,13 @@ MOST_ROWS, LIST_TOKENS = 16, 300
 PLATFORM = Platform("plain", DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float32, None)
 TIDAL = Tidal(budget=64, full_layers=1, reselect_layers=(4,), sink_tokens=3, recent_tokens=9)
 BLOCKS = BlockTopk(budget=96, sink_tokens=5, recent_tokens=20, dense_layers=2, scores="bounds")
+OWN = replace(TIDAL, selection_reads="list")
 WIDE = Tidal(budget=300, full_layers=0, reselect_layers=(2, 3), sink_tokens=0, recent_tokens=0)
 
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=9)
+    run_under_the_interpreter(__file__, passing=10)
 
 
 class Gather(Executor):
@@ -84,6 +85,7 @@ ROWS = [
     Row(777, BLOCKS),
     Row(90, BLOCKS),
     Row(500, replace(BLOCKS, budget=16, sink_tokens=0, recent_tokens=0)),
+    Row(444, OWN),
 ]
 
 
@@ -251,14 +253,20 @@ def test_rows_without_room_for_their_scores_are_dense() -> None:
     """Room for the first two sparse rows only."""
     data, queries, seed = draw(ROWS)
     outputs = run_step(new_buffers(), ROWS, data, queries, capacity=700 + 501)
-    check(ROWS, outputs, expected(ROWS, data, queries, {5, 6, 8, 10}), seed)
+    check(ROWS, outputs, expected(ROWS, data, queries, {5, 6, 8, 10, 11}), seed)
 
 
 @needs_triton
 @pytest.mark.parametrize(
     "rows",
-    [[ROWS[0], Row(450, TIDAL)], [ROWS[0], ROWS[2], ROWS[6]], [ROWS[8], Row(400, BLOCKS)], [ROWS[8], ROWS[0]]],
-    ids=["alike", "unlike", "choosing", "two-methods"],
+    [
+        [ROWS[0], Row(450, TIDAL)],
+        [ROWS[0], ROWS[2], ROWS[6]],
+        [ROWS[8], Row(400, BLOCKS)],
+        [ROWS[8], ROWS[0]],
+        [ROWS[11], Row(330, OWN)],
+    ],
+    ids=["alike", "unlike", "choosing", "two-methods", "choosing-for-later"],
 )
 def test_a_step_of_sparse_rows_launches_no_more_than_it_needs(rows: list[Row]) -> None:
     """Where all rows read lists there is no dense launch; where rows differ there are both."""

@@ -3,6 +3,7 @@ elsewhere."""
 
 from __future__ import annotations
 
+import importlib
 import random
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from tests import oracle
 from tests.kernels.hopper import compile_for_hopper
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
-from tests.oracle import Paged, Platform
+from tests.oracle import Paged, Platform, has_hopper
 from vllm_sparse.kernels.token_scores import reference as token_scores_reference
 from vllm_sparse.kernels.top_tokens import reference as top_tokens_reference
 from vllm_sparse.rows import DecodeRows, RowScores, TokenLists
@@ -72,13 +73,18 @@ def test_scores_equal_the_reference(heads: int, kv_heads: int, head_size: int, b
             assert error < 1e-4 * (1 + float(expected[head].abs().max())), f"row {row}, head {head}, seed {seed}"
 
 
-@needs_triton
 @pytest.mark.parametrize("unit", [1, 16, 64])
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
-def test_lists_equal_the_reference(unit: int, ties: bool) -> None:
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param("triton", marks=needs_triton),
+        pytest.param("cuda", marks=pytest.mark.skipif(not has_hopper(), reason="no Hopper GPU")),
+    ],
+)
+def test_lists_equal_the_reference(unit: int, ties: bool, implementation: str) -> None:
     """Bit for bit, given the scores: any sign, both zeros, minus infinity, equal scores on both sides of the cut."""
-    from vllm_sparse.kernels.top_tokens.triton import top_tokens
-
+    top_tokens = importlib.import_module(f"vllm_sparse.kernels.top_tokens.{implementation}").top_tokens
     seed = random.randrange(1 << 30)
     generator = torch.Generator().manual_seed(seed)
     contexts = [1, 9000, 63, 700, 64, 65, 300, 5000]
@@ -114,6 +120,31 @@ def test_lists_equal_the_reference(unit: int, ties: bool) -> None:
         assert torch.equal(actual.slots[index, : max(kept, 0)], expected.slots[index, : max(kept, 0)]), (index, seed)
     assert (actual.kept_tokens == POISON).sum() == kv_heads, "only the row that takes no part keeps what it had"
     assert bool((actual.slots[6 * kv_heads : 7 * kv_heads] == POISON).all())
+
+
+@pytest.mark.skipif(not has_hopper(), reason="no Hopper GPU")
+@pytest.mark.parametrize("rows", [1, 5, 12, 40], ids=["8-blocks", "4-blocks", "2-blocks", "1-block"])
+def test_long_lists_equal_the_reference_in_clusters_of_any_size(rows: int) -> None:
+    from vllm_sparse.kernels.top_tokens import cuda
+
+    seed = random.randrange(1 << 30)
+    generator = torch.Generator().manual_seed(seed)
+    kv_heads, block_size, unit, budget = 8, 128, 1, 4096
+    contexts = [int(torch.randint(5000, 300_000, (1,), generator=generator)) for _ in range(rows)]
+    table = torch.randint(0, 1 << 20, (rows, 300_000 // block_size + 1), generator=generator, dtype=torch.int32).cuda()
+    kv_cache = torch.empty(1, kv_heads, block_size, 1, device="cuda")
+    context_tokens = torch.tensor(contexts, dtype=torch.int32, device="cuda")
+    decode_rows = DecodeRows(torch.zeros(rows, kv_heads, 1, device="cuda"), kv_cache, table, context_tokens, SCALE)
+    starts = context_tokens.cumsum(0) - context_tokens
+    # Logarithms of probabilities, many of them equal.
+    values = -torch.rand(kv_heads, sum(contexts), device="cuda").mul(1 << 14).round() / 1000
+    scores = RowScores(values, starts, sum(contexts), unit)
+    knobs = torch.tensor([[budget, 16, 64]] * rows, dtype=torch.int32, device="cuda")
+    expected, actual = (empty_lists(rows * kv_heads, budget) for _ in range(2))
+    top_tokens_reference.top_tokens(scores, decode_rows, knobs, expected)
+    cuda.top_tokens(scores, decode_rows, knobs, actual)
+    assert bool((actual.kept_tokens == budget).all())
+    assert torch.equal(actual.slots, expected.slots), f"seed {seed}"
 
 
 @pytest.mark.skipif(CAN_RUN and DEVICE == "cpu", reason="Triton only interprets in this process")

@@ -15,7 +15,7 @@ from tests.oracle import has_hopper, relative_error
 from vllm_sparse.kernels import cuda_library
 from vllm_sparse.kernels.low_bit_scores import cuda, reference
 
-FUNCTIONS = ("vllm_sparse_quantise_keys", "vllm_sparse_low_bit_scores")
+FUNCTIONS = ("vllm_sparse_quantise_keys", "vllm_sparse_low_bit_scores", "vllm_sparse_top_tokens")
 
 needs_hopper = pytest.mark.skipif(not has_hopper(), reason="no Hopper GPU")
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc, or no g++ for it")

@@ -72,7 +72,8 @@ def test_equals_reference(
     # Rows lie side by side: what one wrote past its pages would be another's.
     taken = int(lengths.sum())
     starts = (lengths.cumsum(0) - lengths).long()
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: torch.full(size, POISON, **options))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(POISON))
     scores = scores_triton.page_scores(rows, kind, summaries, starts, taken)
     assert scores.unit_tokens == page_tokens
     for row, context in enumerate(lengths.tolist()):

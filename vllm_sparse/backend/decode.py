@@ -68,12 +68,14 @@ class LayerLaunches:
         dense: the stock kernel over whole contexts.
         selecting: numbers of the methods by which rows may choose lists for later layers.
         choosing: numbers of the methods by which rows may choose lists to read here.
+        passing: those of `choosing` whose lists the next layer may read too.
         reading: the stock kernel over lists.
     """
 
     dense: bool
     selecting: tuple[int, ...]
     choosing: tuple[int, ...]
+    passing: frozenset[int]
     reading: bool
 
 
@@ -174,7 +176,12 @@ class DecodeBuffers:
             )
             reading = any(role in READING_ROLES for _, role in roles)
             dense = not all_sparse or any(role in ("dense", "select") for _, role in roles)
-            layers.append(LayerLaunches(dense, selecting, choosing, reading))
+            passing = frozenset(
+                self._numbers[type(row.method)]
+                for row in rows
+                if row.method is not None and row.roles[layer : layer + 2] == ("choose", "reuse")
+            )
+            layers.append(LayerLaunches(dense, selecting, choosing, passing, reading))
         return layers
 
 
@@ -255,13 +262,14 @@ class DecodeStep:
         launches = self.launches[layer]
         if launches.dense:
             dense(query, self.contexts.dense[layer], output)
-        for number in launches.selecting:
-            self._choose(number, layer, query, kv_cache, scale, kept, self.lists)
-            choosing = self.contexts.choosing[number, layer]
-            decode_roles.pass_on(self.row_settings, layer, choosing, self.lists.kept_tokens, self.contexts)
-        for number in launches.choosing:
-            lists = replace(self.lists, kept_tokens=self.contexts.kept_tokens[layer])
+        for number in sorted({*launches.selecting, *launches.choosing}):
+            # Lengths that stand here are read here; rows that read everything leave theirs aside.
+            here = number in launches.choosing
+            lists = replace(self.lists, kept_tokens=self.contexts.kept_tokens[layer]) if here else self.lists
             self._choose(number, layer, query, kv_cache, scale, kept, lists)
+            if number in launches.selecting or number in launches.passing:
+                choosing = self.contexts.choosing[number, layer]
+                decode_roles.pass_on(self.row_settings, layer, choosing, lists.kept_tokens, self.contexts)
         if launches.reading:
             self._read(layer, query, kv_cache, scale, output, executor, launches.dense)
 

@@ -25,8 +25,10 @@ def cuda_library(device: torch.device) -> ctypes.CDLL | None:
     """The library for a device, or None where there is none for it, which the log says once.
 
     Args:
-        device: a CUDA device.
+        device: any.
     """
+    if device.type != "cuda":
+        return None
     architecture = ARCHITECTURES.get(torch.cuda.get_device_capability(device))
     if architecture is None:
         return None
@@ -34,7 +36,8 @@ def cuda_library(device: torch.device) -> ctypes.CDLL | None:
     if not path.exists():
         logger.warning(
             "vllm_sparse was installed without its CUDA kernels for %s (%s is missing, because there was no nvcc or no "
-            "g++); SALE's selection runs in Triton, which takes longer. To have them, install again with both on PATH.",
+            "g++); SALE's selection and the choice of tokens in decoding run in Triton. That takes longer, and decoding "
+            "then costs more than it saves. To have them, install again with both on PATH.",
             architecture,
             path,
         )

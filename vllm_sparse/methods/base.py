@@ -194,9 +194,8 @@ class DecodeMethod(Method):
     def layer_roles(self, num_layers: int) -> list[str]:
         """Role of each layer: what it reads, and whether it chooses a list.
 
-        ``dense`` reads everything; ``select`` too, and chooses a list for the layers that follow; ``reuse`` reads the
-        list chosen last; ``choose`` chooses a list and reads it, and it alone. A method has either ``select`` and
-        ``reuse`` or ``choose``.
+        ``dense`` reads everything; ``select`` too, and chooses a list for the layers that follow; ``choose`` chooses a
+        list and reads it, and so may the layers that follow; ``reuse`` reads the list chosen last.
 
         Raises:
             KnobError: a knob names a layer that the model does not have.

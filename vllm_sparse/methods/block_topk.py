@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from vllm_sparse.kernels.page_scores import page_scores
 from vllm_sparse.kernels.page_summaries import SummaryKind, read_summaries
-from vllm_sparse.kernels.top_tokens import top_pages
+from vllm_sparse.kernels.top_tokens import top_pages, top_tokens
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import KNOBS, DenseLayers, KnobError, LayerMemory, TopTokensMethod
 from vllm_sparse.pages import PageList
@@ -81,7 +81,6 @@ class BlockTopk(TopTokensMethod):
         # Imported here: there is Triton only where there is a GPU.
         from vllm_sparse.kernels.page_scores import triton as page_scores
         from vllm_sparse.kernels.page_summaries.triton import store_newest_summaries
-        from vllm_sparse.kernels.top_tokens.triton import top_tokens
 
         summaries = place.kept[self.name]
         store_newest_summaries(replace(rows, context_tokens=place.members), self.summaries, summaries)

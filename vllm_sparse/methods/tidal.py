@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from vllm_sparse.calibrate.policy import load
 from vllm_sparse.kernels.token_scores import token_scores
-from vllm_sparse.kernels.top_tokens import top_pages
+from vllm_sparse.kernels.top_tokens import top_pages, top_tokens
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import KNOBS, KnobError, LayerMemory, TopTokensMethod
 from vllm_sparse.pages import PageList
@@ -28,6 +28,9 @@ class Tidal(TopTokensMethod):
     Lists are per KV head by default, with the query heads of a group merged by the maximum of their attention
     probabilities; the paper's accuracy code has one per query head. Sink and recent tokens are forced into every
     list, which the paper does not do; 0 switches either off. The newest token is always read.
+
+    A layer that selects has scored all keys. Reading its own list beside that, which the paper does not do, costs it
+    half of what reading everything does, and keeps more of its attention than the later layers keep of theirs.
 
     Which layers choose is told by `full_layers` and `reselect_layers`, or by a server's `policy`, which does not count
     for a request that sets one of the two.
@@ -52,6 +55,10 @@ class Tidal(TopTokensMethod):
     sink_tokens: Annotated[int, Field(ge=0, le=65536, description="first tokens, always read")] = 16
     recent_tokens: Annotated[int, Field(ge=0, le=65536, description="last tokens, always read")] = 64
     lists: Annotated[Literal["kv_head", "query_head"], Field(description="heads that share a list")] = "kv_head"
+    selection_reads: Annotated[
+        Literal["everything", "list"],
+        Field(description="what a layer that selects reads itself: everything, as in the paper, or the list it chose"),
+    ] = "everything"
 
     def __post_init__(self) -> None:
         # Equal sets of layers are equal settings, which share cached blocks.
@@ -83,6 +90,11 @@ class Tidal(TopTokensMethod):
         self.layer_roles(num_layers)
 
     def layer_roles(self, num_layers: int) -> list[str]:
+        selecting = "select" if self.selection_reads == "everything" else "choose"
+        return [selecting if role == "select" else role for role in self._paper_roles(num_layers)]
+
+    def _paper_roles(self, num_layers: int) -> list[str]:
+        """Roles where layers that select read everything."""
         if self.follows_policy:
             roles = load(self.policy).policy.roles
             if len(roles) != num_layers:
@@ -129,6 +141,5 @@ class Tidal(TopTokensMethod):
     def choose_rows(self, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
         # Imported here: there is Triton only where there is a GPU.
         from vllm_sparse.kernels.token_scores.triton import token_scores_of_rows
-        from vllm_sparse.kernels.top_tokens.triton import top_tokens
 
         top_tokens(token_scores_of_rows(rows, place.starts, place.capacity_tokens), rows, knobs, lists)

@@ -1,5 +1,30 @@
 """The best pages of a context: as page lists for one request, as token lists for a step's decode rows."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_sparse.kernels.cuda_library import cuda_library
 from vllm_sparse.kernels.top_tokens.reference import top_pages
 
-__all__ = ["top_pages"]
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_sparse.rows import DecodeRows, RowScores, TokenLists
+
+__all__ = ["top_pages", "top_tokens"]
+
+
+def top_tokens(scores: RowScores, rows: DecodeRows, knobs: torch.Tensor, lists: TokenLists) -> None:
+    """Choose each row's best units and write their tokens' places, on a GPU; arguments as of `reference.top_tokens`.
+
+    Runs in CUDA where the kernels of csrc/ are there, else in Triton, which takes many times as long.
+    """
+    if cuda_library(rows.query.device) is not None:
+        from vllm_sparse.kernels.top_tokens import cuda
+
+        cuda.top_tokens(scores, rows, knobs, lists)
+    else:
+        from vllm_sparse.kernels.top_tokens import triton
+
+        triton.top_tokens(scores, rows, knobs, lists)
