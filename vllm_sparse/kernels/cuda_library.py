@@ -36,8 +36,8 @@ def cuda_library(device: torch.device) -> ctypes.CDLL | None:
     if not path.exists():
         logger.warning(
             "vllm_sparse was installed without its CUDA kernels for %s (%s is missing, because there was no nvcc or no "
-            "g++); SALE's selection and the choice of tokens in decoding run in Triton, which takes longer: decoding may "
-            "then cost more than it saves. To have them, install again with both on PATH.",
+            "g++); SALE's selection and the choice of tokens in decoding run in Triton, which takes longer: "
+            "decoding may then cost more than it saves. To have them, install again with both on PATH.",
             architecture,
             path,
         )
