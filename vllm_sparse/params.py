@@ -64,8 +64,8 @@ class ServerConfig(BaseModel):
         decode: likewise for decoding.
         methods: methods that requests may choose; by default those that need no memory beside the KV cache.
         min_tokens: contexts shorter than this run dense, unless the request says otherwise.
-        decode_in_batches: on a GPU, serve the sparse decode rows of a step at once, inside CUDA graphs, instead of one
-            request after the other between PIECEWISE graphs.
+        decode_in_batches: on a GPU, serve the sparse decode rows of a step at once, inside CUDA graphs; false saves
+            their memory and start-up time, and serves one request after the other between PIECEWISE graphs.
         decode_list_tokens: tokens of the longest decode list that a GPU server keeps room for and CUDA graphs hold;
             requests that read more decode without them.
         flexprefill, sale, dhsa, hip, tidal, blocktopk: default knobs of a method, each an object that
@@ -80,7 +80,7 @@ class ServerConfig(BaseModel):
         default=tuple(method for method in METHODS if method not in SUMMARISING_METHODS), strict=False
     )
     min_tokens: int = Field(default=8192, ge=0)
-    decode_in_batches: bool = False
+    decode_in_batches: bool = True
     decode_list_tokens: int = Field(default=4352, ge=16, le=1 << 24)
     flexprefill: dict[str, Any] = {}
     sale: dict[str, Any] = {}

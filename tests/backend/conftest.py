@@ -85,7 +85,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 
 @pytest.fixture(autouse=True)
-def empty_table(engine: Engine) -> Iterator[None]:
+def empty_table() -> Iterator[None]:
     from vllm_sparse.routing import TABLE
 
     TABLE.attach(slots_in_metadata=False)
