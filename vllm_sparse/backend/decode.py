@@ -67,15 +67,13 @@ class LayerLaunches:
     Attributes:
         dense: the stock kernel over whole contexts.
         selecting: numbers of the methods by which rows may choose lists for later layers.
-        choosing: numbers of the methods by which rows may choose lists to read here.
-        passing: those of `choosing` whose lists the next layer may read too.
+        choosing: numbers of the methods by which rows may choose lists to read here; some may be in both.
         reading: the stock kernel over lists.
     """
 
     dense: bool
     selecting: tuple[int, ...]
     choosing: tuple[int, ...]
-    passing: frozenset[int]
     reading: bool
 
 
@@ -170,18 +168,17 @@ class DecodeBuffers:
         """
         layers = []
         for layer in range(self.roles.shape[1]):
-            roles = {(self._numbers[type(row.method)], row.roles[layer]) for row in rows if row.method is not None}
-            selecting, choosing = (
-                tuple(sorted(number for number, role in roles if role == chosen)) for chosen in ("select", "choose")
-            )
-            reading = any(role in READING_ROLES for _, role in roles)
-            dense = not all_sparse or any(role in ("dense", "select") for _, role in roles)
-            passing = frozenset(
-                self._numbers[type(row.method)]
+            # With the next layer's, which may read what is chosen here.
+            roles = {
+                (self._numbers[type(row.method)], row.roles[layer], row.roles[layer + 1 : layer + 2] == ("reuse",))
                 for row in rows
-                if row.method is not None and row.roles[layer : layer + 2] == ("choose", "reuse")
-            )
-            layers.append(LayerLaunches(dense, selecting, choosing, passing, reading))
+                if row.method is not None
+            }
+            selecting = {n for n, role, reused in roles if role == "select" or (role == "choose" and reused)}
+            choosing = {n for n, role, _ in roles if role == "choose"}
+            reading = any(role in READING_ROLES for _, role, _ in roles)
+            dense = not all_sparse or any(role in ("dense", "select") for _, role, _ in roles)
+            layers.append(LayerLaunches(dense, tuple(sorted(selecting)), tuple(sorted(choosing)), reading))
         return layers
 
 
@@ -267,7 +264,7 @@ class DecodeStep:
             here = number in launches.choosing
             lists = replace(self.lists, kept_tokens=self.contexts.kept_tokens[layer]) if here else self.lists
             self._choose(number, layer, query, kv_cache, scale, kept, lists)
-            if number in launches.selecting or number in launches.passing:
+            if number in launches.selecting:
                 choosing = self.contexts.choosing[number, layer]
                 decode_roles.pass_on(self.row_settings, layer, choosing, lists.kept_tokens, self.contexts)
         if launches.reading:

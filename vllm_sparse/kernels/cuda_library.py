@@ -45,13 +45,17 @@ def cuda_library(device: torch.device) -> ctypes.CDLL | None:
     return ctypes.CDLL(str(path))
 
 
-def launch(function: ctypes._NamedFuncPointer, device: torch.device, *arguments: object) -> None:
-    """Launch a kernel on the device's current stream, which becomes the last argument.
+def launch(name: str, device: torch.device, *arguments: object) -> None:
+    """Launch a kernel by its function's name on the device's current stream, which becomes the last argument.
+
+    There must be a library for the device.
 
     Raises:
         CudaError: CUDA refused.
     """
+    library = cuda_library(device)
+    assert library is not None
     with torch.cuda.device(device):
-        status = function(*arguments, ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream))
+        status = getattr(library, name)(*arguments, ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream))
     if status:
-        raise CudaError(f"{function.__name__} was not launched: CUDA error {status} (see cudaError_t)")
+        raise CudaError(f"{name} was not launched: CUDA error {status} (see cudaError_t)")

@@ -40,12 +40,6 @@ def can_run(query: torch.Tensor, keys: PlainKeys) -> bool:
     )
 
 
-def _library(device: torch.device) -> ctypes.CDLL:
-    library = cuda_library(device)
-    assert library is not None
-    return library
-
-
 def quantise_keys(keys: PlainKeys, pages: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `reference.quantise_keys`, in the layout of csrc/sm90/quantised_pages.cuh.
 
@@ -62,7 +56,7 @@ def quantise_keys(keys: PlainKeys, pages: int, bits: int) -> tuple[torch.Tensor,
     mean = torch.empty(keys.num_kv_heads, padded_pages // BATCH_PAGES, *halves, dtype=cache.dtype, device=cache.device)
     numbers = torch.empty(keys.num_kv_heads, padded_pages, PAGE_NUMBERS, dtype=torch.float32, device=cache.device)
     launch(
-        _library(cache.device).vllm_sparse_quantise_keys,
+        "vllm_sparse_quantise_keys",
         cache.device,
         ctypes.c_void_p(cache.data_ptr()),
         ctypes.c_void_p(keys.block_table.data_ptr()),
@@ -109,7 +103,7 @@ def kept_map(
     parts = query_block // SCORED_ROWS
     kept = torch.empty(heads, -(-chunk // SCORED_ROWS), key_pages, dtype=torch.bool, device=query.device)
     launch(
-        _library(query.device).vllm_sparse_low_bit_scores,
+        "vllm_sparse_low_bit_scores",
         query.device,
         ctypes.c_void_p(query.data_ptr()),
         ctypes.c_void_p(query_levels.data_ptr()),

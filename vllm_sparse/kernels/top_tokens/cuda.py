@@ -6,15 +6,12 @@ import ctypes
 
 import torch
 
-from vllm_sparse.kernels.cuda_library import cuda_library, launch
+from vllm_sparse.kernels.cuda_library import launch
 from vllm_sparse.rows import DecodeRows, RowScores, TokenLists
 
 
 def top_tokens(scores: RowScores, rows: DecodeRows, knobs: torch.Tensor, lists: TokenLists) -> None:
     """Equal to `reference.top_tokens`; arguments as there, on a device that `cuda_library` has a library for."""
-    device = rows.query.device
-    library = cuda_library(device)
-    assert library is not None
     assert scores.values.is_contiguous()
     assert knobs.stride(1) == rows.block_table.stride(1) == lists.slots.stride(1) == 1
     count, kv_heads = rows.query.shape[0], rows.kv_cache.shape[1]
@@ -24,8 +21,8 @@ def top_tokens(scores: RowScores, rows: DecodeRows, knobs: torch.Tensor, lists: 
     )
     strides = scores.head_stride, knobs.stride(0), rows.block_table.stride(0), lists.slots.stride(0)
     launch(
-        library.vllm_sparse_top_tokens,
-        device,
+        "vllm_sparse_top_tokens",
+        rows.query.device,
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
         *(ctypes.c_longlong(stride) for stride in strides),
         count,
