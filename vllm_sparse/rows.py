@@ -7,6 +7,7 @@ its context is and how much it may read are values on the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -48,6 +49,31 @@ class TokenLists:
 
 
 @dataclass(frozen=True)
+class ServerSize:
+    """What memory for decode rows is sized by.
+
+    Attributes:
+        requests: most that the server holds, each in a slot of its own.
+        context_tokens: of the longest request.
+        num_layers: attention layers.
+        kv_heads: of one process.
+    """
+
+    requests: int
+    context_tokens: int
+    num_layers: int
+    kv_heads: int
+
+
+class DecodeMemory(Protocol):
+    """What a method keeps on the device for decode rows, of all requests and layers."""
+
+    @property
+    def bytes(self) -> int:
+        """Of device memory."""
+
+
+@dataclass(frozen=True)
 class RowsPlace:
     """Where a choice for decode rows finds its room.
 
@@ -59,7 +85,9 @@ class RowsPlace:
         fresh: int32 ``[rows]`` 1 if another request held the slot before this step, else 0.
         members: int32 ``[rows]`` tokens in the cache of the rows that have the method, whether they choose or are still
             too short for it, else 0.
-        kept: what a method keeps of this layer, by a name that it chooses; made on first use.
+        layer: index of the attention layer.
+        summaries: of the layer's pages, by physical block, where the method has `DecodeMethod.summaries`.
+        memory: what the method has allocated (`BatchDecodeMethod.allocate`).
     """
 
     starts: torch.Tensor
@@ -67,7 +95,9 @@ class RowsPlace:
     slots: torch.Tensor
     fresh: torch.Tensor
     members: torch.Tensor
-    kept: dict[str, torch.Tensor]
+    layer: int
+    summaries: torch.Tensor | None
+    memory: DecodeMemory | None
 
 
 @dataclass(frozen=True)

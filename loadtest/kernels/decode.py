@@ -44,7 +44,7 @@ from vllm_sparse.methods.base import BatchDecodeMethod, DecodeMethod, LayerMemor
 from vllm_sparse.methods.hip_decode import HipDecode
 from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.pages import PageList, concatenate
-from vllm_sparse.rows import DecodeRows, RowsPlace, TokenLists
+from vllm_sparse.rows import DecodeRows, RowsPlace, ServerSize, TokenLists
 
 # Copies of memory run at this speed on an H200; on other devices a copy is measured.
 KNOWN_BYTES_PER_SECOND = {"NVIDIA H200": 4.3e12}
@@ -149,7 +149,8 @@ def selection_of(method: DecodeMethod, batch: DecodeBatch, steps: int = 1) -> Se
         batch: the batch.
         steps: calls are so many steps that end with the batch's own contexts, over and over.
     """
-    if batch.kv_cache.is_cuda and isinstance(method, BatchDecodeMethod) and method.in_batches:
+    most_context_tokens = max(batch.context_tokens)
+    if batch.kv_cache.is_cuda and isinstance(method, BatchDecodeMethod) and method.serves(method, most_context_tokens):
         return selection_at_once(method, batch, steps)
     return selection_by_request(method, batch, steps)
 
@@ -164,10 +165,10 @@ def selection_at_once(method: BatchDecodeMethod, batch: DecodeBatch, steps: int 
     starts = contexts[-1].cumsum(0) - contexts[-1]
     slots = torch.arange(batch.rows, dtype=torch.int32, device=device)
     fresh = torch.ones_like(slots)
-    kept = {method.name: batch.summaries(method.summaries)} if method.summaries is not None else {}
-    width = max(method.list_tokens(context) for context in batch.context_tokens)
+    summaries = None if method.summaries is None else batch.summaries(method.summaries)
+    memory = method.allocate(ServerSize(batch.rows, max(batch.context_tokens), 1, kv_heads), device)
     lists = TokenLists(
-        torch.zeros(batch.rows * kv_heads, width, dtype=torch.int32, device=device),
+        torch.zeros(batch.rows * kv_heads, method.longest_list_tokens, dtype=torch.int32, device=device),
         torch.zeros(batch.rows * kv_heads, dtype=torch.int32, device=device),
     )
     queries = torch.arange(batch.rows * kv_heads + 1, dtype=torch.int32, device=device)
@@ -175,7 +176,7 @@ def selection_at_once(method: BatchDecodeMethod, batch: DecodeBatch, steps: int 
 
     def choose_at(context_tokens: torch.Tensor) -> None:
         rows = DecodeRows(query, batch.kv_cache, batch.block_table, context_tokens, batch.heads.scale)
-        place = RowsPlace(starts, sum(batch.context_tokens), slots, fresh, context_tokens, kept)
+        place = RowsPlace(starts, sum(batch.context_tokens), slots, fresh, context_tokens, 0, summaries, memory)
         method.choose_rows(rows, knobs, place, lists)
 
     choose_at(contexts[-1])

@@ -12,30 +12,34 @@ import torch
 
 from vllm_sparse.backend import graphs as graphs_module
 from vllm_sparse.backend.decode import FRESH, KNOBS, LEAST_CONTEXT, METHOD, SLOT, DecodeBuffers, RowSetting
-from vllm_sparse.backend.graphs import MIXED, DecodeGraphs, longest_list, set_graphs
+from vllm_sparse.backend.graphs import MIXED, DecodeGraphs, set_graphs
 from vllm_sparse.backend.plan import BatchRow, RowSpan, StepPlan, SummaryRow
 from vllm_sparse.methods.base import BatchDecodeMethod
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.flexprefill import FlexPrefill
+from vllm_sparse.methods.hip_decode import HipDecode
+from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.metrics import WorkerMetrics
-from vllm_sparse.params import SparseParams
+from vllm_sparse.params import ServerConfig, SparseParams
 from vllm_sparse.routing import SparseRequest
+from vllm_sparse.rows import ServerSize
 
 LAYERS, MOST_ROWS, LIST_TOKENS = 6, 8, 512
 CONFIGURED = Tidal(budget=256, full_layers=1, reselect_layers=(3,))
+SIZE = ServerSize(MOST_ROWS, 1024, LAYERS, 2)
 
 
 @pytest.fixture
 def graphs() -> DecodeGraphs:
-    buffers = DecodeBuffers(MOST_ROWS, LAYERS, 2, [CONFIGURED], LIST_TOKENS, torch.device("cpu"))
+    buffers = DecodeBuffers(MOST_ROWS, SIZE, [CONFIGURED], LIST_TOKENS, torch.device("cpu"))
     made = DecodeGraphs(buffers, [CONFIGURED], LAYERS, speculative=False)
     made.most_rows = 4
     made.captured = {name: {} for name in made.launches}
     return made
 
 
-def request(method: Tidal) -> SparseRequest:
+def request(method: BatchDecodeMethod) -> SparseRequest:
     return SparseRequest(SparseParams(FlexPrefill(), method, 0))
 
 
@@ -56,6 +60,37 @@ def test_a_graph_holds_requests_of_its_layer_roles(graphs: DecodeGraphs, method:
     assert not graphs.holds([request(CONFIGURED)], 5), "no graph for so many rows"
     graphs.speculative = True
     assert graphs.holds([request(method)], 5), "verification steps are dense"
+
+
+def test_a_graph_holds_requests_that_its_methods_have_room_for() -> None:
+    """And a method that the server does not keep buffers for is served one by one."""
+    configured = HipDecode(stage_chunks=(64, 16), stage_tokens=(512, 128), window=50)
+    buffers = DecodeBuffers(MOST_ROWS, SIZE, [configured], LIST_TOKENS, torch.device("cpu"))
+    graphs = DecodeGraphs(buffers, [configured], LAYERS, speculative=False)
+    graphs.most_rows = 4
+    assert graphs.launches["hip"] == graphs.buffers.launches(
+        [RowSetting(configured, 0, ("choose",) * LAYERS, 0, True)], True
+    )
+    narrow = replace(configured, stage_chunks=(64,), stage_tokens=(128,), refresh=(3,), window=7)
+    assert graphs.holds([request(configured), request(narrow)], 2)
+    assert not graphs.holds([request(replace(configured, dense_layers=1))], 1), "other layer roles"
+    assert not graphs.holds([request(replace(configured, window=400))], 1), "a longer list"
+    assert not graphs.holds([request(replace(configured, stage_chunks=(32, 16)))], 1), "more candidates"
+    assert not graphs.holds([request(CONFIGURED)], 1)
+    assert [buffers.serves(method) for method in (configured, narrow, CONFIGURED, None)] == [True, True, False, False]
+
+
+def test_a_larger_step_shares_what_methods_keep() -> None:
+    method = HipDecode(stage_chunks=(64,), stage_tokens=(128,))
+    buffers = DecodeBuffers(2, SIZE, [method], LIST_TOKENS, torch.device("cpu"))
+    assert buffers.for_step(2, LIST_TOKENS) is buffers
+    for rows, list_tokens in ((3, 1), (1, LIST_TOKENS + 1)):
+        larger = buffers.for_step(rows, list_tokens)
+        assert larger.holds(rows, list_tokens)
+        assert larger.memories["hip"] is buffers.memories["hip"]
+    (memory,) = buffers.memories.values()
+    assert memory is not None
+    assert buffers.bytes > memory.bytes
 
 
 def test_launches_of_a_graph_follow_the_roles(graphs: DecodeGraphs) -> None:
@@ -110,7 +145,7 @@ def test_rows_that_only_keep_summaries_are_dense_but_known(graphs: DecodeGraphs)
     """A row too short for its method, whose new key the method must not miss."""
     method = BlockTopk(budget=96)
     roles = tuple(method.layer_roles(LAYERS))
-    buffers = DecodeBuffers(MOST_ROWS, LAYERS, 2, [CONFIGURED, method], LIST_TOKENS, torch.device("cpu"))
+    buffers = DecodeBuffers(MOST_ROWS, SIZE, [CONFIGURED, method], LIST_TOKENS, torch.device("cpu"))
     both = DecodeGraphs(buffers, [CONFIGURED, method], LAYERS, speculative=False)
     both.captured = {name: {} for name in both.launches}
     assert set(both.launches) == {"tidal", "blocktopk", MIXED}
@@ -130,11 +165,30 @@ def test_rows_that_only_keep_summaries_are_dense_but_known(graphs: DecodeGraphs)
     assert both.prepare() is both.captured[MIXED]
 
 
-@pytest.mark.parametrize("method", [Tidal(), BlockTopk(), BlockTopk(budget=48, sink_tokens=17, recent_tokens=31)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        Tidal(),
+        Tidal(budget=100, sink_tokens=60, recent_tokens=40),
+        BlockTopk(),
+        BlockTopk(budget=48, sink_tokens=17, recent_tokens=31),
+        BlockTopk(budget=16, sink_tokens=0, recent_tokens=0, block=64),
+        BlockTopk(budget=33, sink_tokens=16, recent_tokens=17),
+        HipDecode(),
+        HipDecode(refresh=(21, 7, 7), sink=7, window=30),
+    ],
+    ids=str,
+)
 def test_no_list_is_longer_than_the_longest(method: BatchDecodeMethod) -> None:
-    longest = longest_list(method)
     lengths = [method.list_tokens(context) for context in range(method.budget_tokens + 1, method.budget_tokens + 600)]
-    assert max(lengths) == longest
+    assert max(lengths) == method.longest_list_tokens
+
+
+def test_graphs_hold_the_lists_of_default_knobs() -> None:
+    for kind in DECODE_METHODS.values():
+        method = kind()
+        assert isinstance(method, BatchDecodeMethod)
+        assert method.longest_list_tokens <= ServerConfig().decode_list_tokens
 
 
 class Replayed:

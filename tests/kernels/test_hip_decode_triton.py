@@ -104,23 +104,25 @@ class Decoding:
         stages = self.memory.chunks.shape[0]
         queries = torch.randint(-2, 3, (rows, self.heads, self.head_size), generator=self.generator).float()
         contexts = torch.zeros(rows, dtype=torch.int32)
-        # What rows that do not take part hold must not matter.
-        knobs = torch.randint(-5, 5, (rows, ROW_KNOBS + STAGE_KNOBS * stages), generator=self.generator).int()
-        slots = torch.randint(-(1 << 30), 1 << 30, (rows,), generator=self.generator).int()
-        fresh = torch.randint(2, (rows,), generator=self.generator).bool()
+        # What rows that do not take part hold must not matter. All lies side by side, as a server's settings do.
+        settings = torch.randint(
+            -5, 5, (rows, 2 + ROW_KNOBS + STAGE_KNOBS * stages + 1), generator=self.generator
+        ).int()
+        slots, fresh, knobs = settings[:, 0], settings[:, 1], settings[:, 2:]
+        slots[:] = torch.randint(-(1 << 30), 1 << 30, (rows,), generator=self.generator)
         table = torch.full((rows, self.data.block_table.shape[1]), 1 << 30, dtype=torch.int32)
         for number, row in row_of.items():
             request = running[number]
             contexts[row], slots[row], fresh[row] = request.context, request.slot, request.fresh
-            knobs[row] = torch.tensor(request.method.device_knobs(stages))
+            own = request.method.row_knobs()
+            knobs[row, : ROW_KNOBS + STAGE_KNOBS * stages] = 0
+            knobs[row, : len(own)] = torch.tensor(own)
             table[row] = self.data.block_table[number].cpu()
-        queries, contexts, knobs, slots, fresh, table = (
-            tensor.to(DEVICE) for tensor in (queries, contexts, knobs, slots, fresh, table)
-        )
+        queries, contexts, settings, table = (tensor.to(DEVICE) for tensor in (queries, contexts, settings, table))
         before = self.lists.slots.clone(), self.lists.kept_tokens.clone(), self.memory.chunks.clone()
         token_lists(
             DecodeRows(queries, self.data.kv_cache, table, contexts, SCALE),
-            knobs, slots, fresh, self.memory, self.scratch, self.lists,
+            settings[:, 2:], settings[:, 0], settings[:, 1], self.memory, self.scratch, self.lists,
         )  # fmt: skip
 
         assert not bool(self.scratch.arrived.any()), "the next launch counts from 0"
@@ -239,7 +241,7 @@ def test_h9_a_replayed_graph_equals_eager_steps(rows: int, generator: torch.Gene
     platform = Platform("plain-bfloat16", DEVICE, torch.bfloat16, None, executes=False)
     data = oracle.paged(platform, keys, keys, 64, generator)
     method = hip(((256, 1024, 16), (64, 512, 8), (16, 256, 4)), 64, 100)
-    knobs = torch.tensor([method.device_knobs(3)] * rows, dtype=torch.int32, device=DEVICE)
+    knobs = torch.tensor([method.row_knobs()] * rows, dtype=torch.int32, device=DEVICE)
     slot = torch.randperm(rows, generator=generator).int().to(DEVICE)
     queries = torch.randn(steps, rows, 8, 128, generator=generator).bfloat16().to(DEVICE)
     starts = torch.randint(1500, longest - steps, (rows,), generator=generator).int().to(DEVICE)
@@ -254,7 +256,7 @@ def test_h9_a_replayed_graph_equals_eager_steps(rows: int, generator: torch.Gene
             torch.zeros(rows * kv_heads, method.budget_tokens, dtype=torch.int32, device=DEVICE),
             torch.zeros(rows * kv_heads, dtype=torch.int32, device=DEVICE),
         )
-        fresh = torch.zeros(rows, dtype=torch.bool, device=DEVICE)
+        fresh = torch.zeros(rows, dtype=torch.int32, device=DEVICE)
         memory = StageMemory.allocate(3, rows, kv_heads, method.device_sizes(longest)[0], DEVICE)
         scratch = StageScratch.allocate(rows, kv_heads, method.device_sizes(longest)[1], DEVICE)
         return rows_of_step, knobs, slot, fresh, memory, scratch, lists
@@ -268,7 +270,7 @@ def test_h9_a_replayed_graph_equals_eager_steps(rows: int, generator: torch.Gene
         for rows_of_step, _, _, fresh, *_ in (eager, captured):
             rows_of_step.query.copy_(queries[step])
             rows_of_step.context_tokens.copy_(torch.where(live, starts + step, 0))
-            fresh.fill_(step in (0, 21))
+            fresh.fill_(int(step in (0, 21)))
         token_lists(*eager)
         graph.replay()
         assert torch.equal(eager[-1].slots, captured[-1].slots)
@@ -282,7 +284,7 @@ def test_kernels_compile_for_hopper(members: int, head_size: int, tmp_path: Path
     from vllm_sparse.kernels.hip_decode import triton as hip_triton
 
     shapes = {"STAGES": 3, "STAGE_KNOBS": STAGE_KNOBS, "LEAF": 16, "CACHE_BLOCK": 128}
-    integers = ("slots", "list_width", "table_row_stride")
+    integers = ("slots", "list_width", "knobs_row_stride", "slot_stride", "table_row_stride")
     pointers = ("block_table", "context", "knobs", "slot", "seen", "chunks")
     types = {**dict.fromkeys(integers, "i32"), **{f"{name}_pointer": "*i32" for name in pointers}}
     strides = ("query_row_stride", "cache_block_stride", "cache_head_stride", "cache_token_stride")
@@ -295,7 +297,7 @@ def test_kernels_compile_for_hopper(members: int, head_size: int, tmp_path: Path
                 **dict.fromkeys(("query_pointer", "cache_pointer"), "*bf16"),
                 "score_pointer": "*fp32",
                 "arrived_pointer": "*i32",
-                "fresh_pointer": "*u8",
+                "fresh_pointer": "*i32",
             },
             {
                 **shapes,

@@ -13,7 +13,6 @@ from tests import oracle
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from vllm_sparse.methods.base import BatchDecodeMethod
 from vllm_sparse.methods.registry import DECODE_METHODS
-from vllm_sparse.methods.tidal import Tidal
 
 PLATFORM = oracle.Platform("plain", DEVICE, torch.float32 if DEVICE == "cpu" else torch.bfloat16, None)
 
@@ -36,12 +35,11 @@ def batch_of(generator: torch.Generator, contexts: list[int]) -> DecodeBatch:
 
 @needs_triton
 def test_rows_at_once_choose_as_requests_do(generator: torch.Generator) -> None:
-    """In every step after the first, of the methods that can."""
+    """In every step after the first."""
     batch = batch_of(generator, [298, 299, 300])
     methods = [decode.with_budget(name, 96) for name in DECODE_METHODS]
-    at_once = [method for method in methods if isinstance(method, BatchDecodeMethod) and method.in_batches]
-    assert any(isinstance(method, Tidal) for method in at_once)
-    for method in at_once:
+    for method in methods:
+        assert isinstance(method, BatchDecodeMethod)
         choose, by_request = (
             select(method, batch, 2) for select in (decode.selection_at_once, decode.selection_by_request)
         )

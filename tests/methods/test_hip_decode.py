@@ -20,6 +20,7 @@ from vllm_sparse.methods.base import KnobError, LayerMemory
 from vllm_sparse.methods.hip import UNBOUNDED_TOKENS, Hip
 from vllm_sparse.methods.hip_decode import HipDecode
 from vllm_sparse.pages import PageList
+from vllm_sparse.rows import ServerSize
 
 LEAF = 16
 Stages = tuple[tuple[int, int, int], ...]
@@ -333,8 +334,10 @@ def test_h10_tensor_parallelism_changes_nothing(platform: Platform, generator: t
 def test_no_list_is_longer_than_the_budget(stages: Stages, sink: int, window: int, context: int, seed: int) -> None:
     method = hip(*stages, sink=sink, window=window)
     query, data = smooth(PLAIN, torch.Generator().manual_seed(seed), 1, context, 2, 1)
-    lists = method.select(query[0], data.reader(0), SCALE, 1, LayerMemory())
-    assert int(lists.kept_tokens) <= min(method.budget_tokens, context)
+    kept = int(method.select(query[0], data.reader(0), SCALE, 1, LayerMemory()).kept_tokens)
+    assert kept <= min(method.budget_tokens, context)
+    if context > method.budget_tokens:
+        assert kept <= method.list_tokens(context) <= method.longest_list_tokens
 
 
 def test_the_budget_is_sharp() -> None:
@@ -380,9 +383,41 @@ def test_no_stage_keeps_more_than_the_device_holds(stages: Stages, context: int,
     assert max(result.shape[1] for result in memory.stages) <= method.device_sizes(context)[0]
 
 
-def test_device_knobs_of_fewer_stages_stand_last() -> None:
-    method = hip((64, 192, 4), (16, 64, 2), sink=20, window=30)
-    assert method.device_knobs(3) == [20, 30, 0, 0, 0, 64, 192, 4, 16, 64, 2]
+def test_knobs_of_a_row_begin_with_the_last_stage() -> None:
+    """So that rows of fewer stages have those that they lack at the end."""
+    assert hip((64, 192, 4), (16, 64, 2), sink=20, window=30).row_knobs() == (20, 30, 16, 64, 2, 64, 192, 4)
+
+
+SERVED = hip((64, 768, 4), (16, 512, 2))
+
+
+@pytest.mark.parametrize(
+    ("method", "served"),
+    [
+        (SERVED, True),
+        (hip((64, 512, 9), (32, 512, 3), sink=700, window=900, dense_layers=3), True),
+        (hip((64, 512, 1)), True),
+        (hip((16, 512, 1)), False),
+        (hip((64, 768, 4), (16, 528, 2)), False),
+        (hip((64, 704, 4), (32, 704, 4), (16, 512, 2)), False),
+    ],
+    ids=str,
+)
+def test_requests_that_the_memory_has_no_room_for_are_not_served_at_once(method: HipDecode, served: bool) -> None:
+    """More stages, more chunks to choose from, more to keep; forced tokens take none."""
+    assert SERVED.serves(method, 1000) == served
+    assert method.serves(method, 1000)
+
+
+def test_short_contexts_need_less_room() -> None:
+    assert SERVED.serves(hip((64, 768, 4), (16, 528, 2)), 512)
+
+
+def test_memory_has_the_size_that_it_says() -> None:
+    """Two stages of 32 chunks and a count, for 2 heads of 5 requests, in 3 layers, and scores of 48 chunks."""
+    size = ServerSize(requests=5, context_tokens=1000, num_layers=3, kv_heads=2)
+    layers, scratch = 4 * 5 * (2 * 2 * 33 + 1), 4 * 5 * 2 * 49
+    assert SERVED.allocate(size, torch.device("cpu")).bytes == 3 * layers + scratch
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from vllm_sparse.keys import PagedKeys, PlainKeys
 from vllm_sparse.methods.base import BatchDecodeMethod
 from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.params import configured_method
+from vllm_sparse.rows import ServerSize
 from vllm_sparse.server.admission import server_config
 
 PREFERRED_BLOCK_TOKENS = 128
@@ -44,13 +45,22 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         config = server_config(vllm_config)
         configured = [configured_method(config, "decode", name) for name in DECODE_METHODS if name in config.methods]
-        methods = [method for method in configured if isinstance(method, BatchDecodeMethod) and method.in_batches]
+        size = ServerSize(
+            vllm_config.scheduler_config.max_num_seqs,
+            vllm_config.model_config.max_model_len,
+            len(layer_names),
+            kv_cache_spec.num_kv_heads,
+        )
+        methods = [
+            method
+            for method in configured
+            if isinstance(method, BatchDecodeMethod) and method.serves(method, size.context_tokens)
+        ]
         self._graphs: DecodeGraphs | None = None
         if methods and config.decode_in_batches:
             self.decode_buffers = DecodeBuffers(
-                min(vllm_config.scheduler_config.max_num_seqs, MOST_ROWS),
-                len(layer_names),
-                kv_cache_spec.num_kv_heads,
+                min(size.requests, MOST_ROWS),
+                size,
                 methods,
                 config.decode_list_tokens,
                 device,
@@ -72,17 +82,14 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
         """vLLM's own graphs hold dense attention only, those of `DecodeGraphs` what is being captured."""
         metadata = super().build_for_cudagraph_capture(common_attn_metadata)
         if self._graphs is not None and self._graphs.capturing is not None:
-            assert self.batch_capacity_tokens is not None
             metadata.sparse_plan = self._graphs.capture_plan(
                 metadata.seq_lens, metadata.block_table, self.batch_capacity_tokens
             )
         return metadata
 
     @property
-    def batch_capacity_tokens(self) -> int | None:
+    def batch_capacity_tokens(self) -> int:
         """As many as the cache holds: more are in reach only where requests share a prefix."""
-        if self._graphs is None:
-            return None
         blocks: int = self.vllm_config.cache_config.num_gpu_blocks
         block_tokens: int = self.kv_cache_spec.block_size
         return blocks * block_tokens

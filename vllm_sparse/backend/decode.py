@@ -8,9 +8,9 @@ CUDA graph needs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from vllm_sparse.executors import Executor, Launch
 from vllm_sparse.kernels.decode_roles import LayerContexts, RowSettings
 from vllm_sparse.kernels.decode_roles.reference import ROLES
 from vllm_sparse.methods.base import READING_ROLES
-from vllm_sparse.rows import DecodeRows, RowsPlace, TokenLists
+from vllm_sparse.rows import DecodeMemory, DecodeRows, RowsPlace, ServerSize, TokenLists
 
 if TYPE_CHECKING:
-    from vllm_sparse.methods.base import BatchDecodeMethod
+    from vllm_sparse.kernels.page_summaries import SummaryKind
+    from vllm_sparse.methods.base import BatchDecodeMethod, DecodeMethod
 
 # Columns of the settings that every method has; its knobs follow.
 METHOD, LEAST_CONTEXT, SCORED, SLOT, FRESH, KNOBS = range(6)
@@ -82,28 +83,32 @@ class DecodeBuffers:
 
     Args:
         most_rows: rows of the largest step, at most 1024.
-        num_layers: attention layers.
-        kv_heads: of one process.
+        size: of the server.
         methods: by which rows may choose, as the server's configuration sets them.
         list_tokens: tokens of the longest list.
         device: of the model.
+        memories: what methods keep, by their names; allocated here if None.
     """
 
     def __init__(
         self,
         most_rows: int,
-        num_layers: int,
-        kv_heads: int,
+        size: ServerSize,
         methods: Sequence[BatchDecodeMethod],
         list_tokens: int,
         device: torch.device,
+        memories: Mapping[str, DecodeMemory | None] | None = None,
     ) -> None:
         def integers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
+        num_layers, kv_heads = size.num_layers, size.kv_heads
+        self.size = size
         self.methods = tuple(methods)
-        self._numbers = {type(method): number for number, method in enumerate(methods)}
-        self.kv_heads = kv_heads
+        self._numbers: dict[type, int] = {type(method): number for number, method in enumerate(methods)}
+        if memories is None:
+            memories = {method.name: method.allocate(size, device) for method in methods}
+        self.memories = memories
         self._said: list[RowSetting] = []
         self.settings = integers(most_rows, KNOBS + MOST_KNOBS)
         self.settings[:, METHOD] = -1
@@ -126,7 +131,8 @@ class DecodeBuffers:
             *(self.settings, self.roles, self.query_starts, self.lists.slots, self.lists.kept_tokens),
             *(contexts.starts, contexts.dense, contexts.members, contexts.choosing, contexts.kept_tokens),
         )
-        return sum(tensor.nbytes for tensor in tensors)
+        memories = sum(memory.bytes for memory in self.memories.values() if memory is not None)
+        return memories + sum(tensor.nbytes for tensor in tensors)
 
     def say(self, rows: Sequence[RowSetting]) -> None:
         """Copy what the host says of a step's rows to the device, without waiting for it; nothing if it holds that."""
@@ -139,6 +145,7 @@ class DecodeBuffers:
         for index, row in enumerate(rows):
             if row.method is None:
                 continue
+            assert row.slot < self.size.requests, "kernels would write past what methods keep"
             knobs = row.method.row_knobs()
             settings[index, :KNOBS] = (
                 self._numbers[type(row.method)],
@@ -155,9 +162,22 @@ class DecodeBuffers:
             staged = staged.pin_memory() if target.is_cuda else staged
             target[: len(rows)].copy_(staged, non_blocking=True)
 
+    def serves(self, method: DecodeMethod | None) -> TypeGuard[BatchDecodeMethod]:
+        """Whether rows of a request with this method are served at once."""
+        number = self._numbers.get(type(method))
+        if method is None or number is None:
+            return False
+        return self.methods[number].serves(method, self.size.context_tokens)
+
     def holds(self, rows: int, list_tokens: int) -> bool:
         """Whether there is room for a step of so many rows with lists of so many tokens."""
         return rows <= self.settings.shape[0] and list_tokens <= self.lists.slots.shape[1]
+
+    def for_step(self, rows: int, list_tokens: int) -> DecodeBuffers:
+        """These, or larger ones for one step that they do not hold; what methods keep is the same."""
+        if self.holds(rows, list_tokens):
+            return self
+        return DecodeBuffers(rows, self.size, self.methods, list_tokens, self.settings.device, self.memories)
 
     def launches(self, rows: Sequence[RowSetting], all_sparse: bool) -> list[LayerLaunches]:
         """What a step needs in each layer.
@@ -208,12 +228,13 @@ class DecodeStep:
         capacity_tokens: int,
     ) -> None:
         assert buffers.holds(rows, 1), "kernels would write past the buffers"
-        lists = rows * buffers.kv_heads
+        lists = rows * buffers.size.kv_heads
         self.launches = launches
         self.context_tokens = context_tokens
         self.block_table = block_table
         self.capacity_tokens = capacity_tokens
         self.methods = buffers.methods
+        self.memories = buffers.memories
         self.settings = buffers.settings[:rows]
         self.row_settings = RowSettings(
             self.settings[:, METHOD], self.settings[:, LEAST_CONTEXT], self.settings[:, SCORED], buffers.roles[:rows]
@@ -237,7 +258,7 @@ class DecodeStep:
         output: torch.Tensor,
         executor: Executor,
         dense: DenseAttention,
-        kept: dict[str, torch.Tensor],
+        summaries: Mapping[SummaryKind, torch.Tensor],
     ) -> None:
         """Attend in one layer; layers come in order.
 
@@ -249,7 +270,7 @@ class DecodeStep:
             output: as the query, written.
             executor: the stock kernel over lists.
             dense: the stock kernel over whole contexts.
-            kept: what methods keep of this layer from step to step, by name.
+            summaries: of the layer's pages, by physical block, of each kind that a method asks for.
         """
         # Imported here: there is Triton only where there is a GPU.
         from vllm_sparse.kernels.decode_roles import triton as decode_roles
@@ -263,7 +284,7 @@ class DecodeStep:
             # Lengths that stand here are read here; rows that read everything leave theirs aside.
             here = number in launches.choosing
             lists = replace(self.lists, kept_tokens=self.contexts.kept_tokens[layer]) if here else self.lists
-            self._choose(number, layer, query, kv_cache, scale, kept, lists)
+            self._choose(number, layer, query, kv_cache, scale, summaries, lists)
             if number in launches.selecting:
                 choosing = self.contexts.choosing[number, layer]
                 decode_roles.pass_on(self.row_settings, layer, choosing, lists.kept_tokens, self.contexts)
@@ -277,10 +298,11 @@ class DecodeStep:
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         scale: float,
-        kept: dict[str, torch.Tensor],
+        summaries: Mapping[SummaryKind, torch.Tensor],
         lists: TokenLists,
     ) -> None:
         """Let rows choose by a method."""
+        method = self.methods[number]
         rows = DecodeRows(query, kv_cache, self.block_table, self.contexts.choosing[number, layer], scale)
         place = RowsPlace(
             self.contexts.starts,
@@ -288,9 +310,11 @@ class DecodeStep:
             self.settings[:, SLOT],
             self.settings[:, FRESH],
             self.contexts.members[number],
-            kept,
+            layer,
+            None if method.summaries is None else summaries[method.summaries],
+            self.memories[method.name],
         )
-        self.methods[number].choose_rows(rows, self.settings[:, KNOBS:], place, lists)
+        method.choose_rows(rows, self.settings[:, KNOBS:], place, lists)
 
     def _read(
         self,

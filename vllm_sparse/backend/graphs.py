@@ -3,8 +3,8 @@
 For each batch size vLLM captures one decode graph. This captures more: for each method one for steps in which all rows
 decode sparsely by it, and one for steps of any mixture. Dense steps replay vLLM's own graph and pay nothing. What is
 launched in a layer is part of a graph, so graphs hold the layer roles that the server's configuration gives a method;
-requests with other roles, with lists longer than the server keeps room for, or of a method that is not served in
-batches decode with PIECEWISE graphs, attention between them.
+requests with other roles, with lists longer than the server keeps room for, or with knobs that are not served at once
+decode with PIECEWISE graphs, attention between them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, LayerLaunches, RowSetting
-from vllm_sparse.backend.plan import BatchStep, StepPlan, layer_roles, served_in_batches
+from vllm_sparse.backend.plan import BatchStep, StepPlan, layer_roles
 from vllm_sparse.metrics import WorkerMetrics
 from vllm_sparse.routing import TABLE, SparseRequest
 
@@ -28,8 +28,6 @@ MIXED = "mixed"
 DENSE_ROW = RowSetting(None, 0, (), 0, False)
 # Longer than any context, and what the device's settings still hold.
 LONGEST_CONTEXT_TOKENS = (1 << 31) - 1
-# A multiple of every unit that methods choose in; how long a list is depends on where in one a context ends.
-UNIT_TOKENS = 128
 
 
 class DecodeGraphs:
@@ -71,9 +69,9 @@ class DecodeGraphs:
     def _holds(self, request: SparseRequest) -> bool:
         method = request.params.decode
         return (
-            served_in_batches(method)
+            self.buffers.serves(method)
             and layer_roles(method, self.num_layers) == self.roles.get(type(method))
-            and self.buffers.holds(1, longest_list(method))
+            and self.buffers.holds(1, method.longest_list_tokens)
         )
 
     def capture_plan(self, context_tokens: torch.Tensor, block_table: torch.Tensor, capacity_tokens: int) -> StepPlan:
@@ -100,7 +98,7 @@ class DecodeGraphs:
         rows = [DENSE_ROW] * (plan.spans[-1].row + 1)
         for new in plan.summarising:
             # Dense for now, whatever its context, but its new key is summarised.
-            if served_in_batches(new.method):
+            if self.buffers.serves(new.method):
                 rows[new.span.row] = RowSetting(new.method, LONGEST_CONTEXT_TOKENS, new.roles, 0, False)
         for row in plan.batch:
             rows[row.span.row] = row.setting
@@ -108,12 +106,6 @@ class DecodeGraphs:
         names = {type(row.setting.method).name for row in plan.batch if row.setting.method is not None}
         alike = len(plan.batch) == len(rows) and len(names) == 1
         return self.captured[names.pop() if alike else MIXED]
-
-
-@functools.lru_cache(maxsize=1024)
-def longest_list(method: BatchDecodeMethod) -> int:
-    """Tokens of a method's longest list."""
-    return max(method.list_tokens(LONGEST_CONTEXT_TOKENS - ending) for ending in range(UNIT_TOKENS))
 
 
 class _Current:

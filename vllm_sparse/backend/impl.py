@@ -37,7 +37,6 @@ class SparseAttentionImpl:
                 "attention backend sparse does not support a soft cap on attention logits; serve this model without it"
             )
         self._sparse_executor: Executor | None = None
-        self._kept_by_methods: dict[str, torch.Tensor] = {}
         self._summaries: dict[SummaryKind, torch.Tensor] = {}
         self._first_query_head = get_tensor_model_parallel_rank() * self.num_heads
 
@@ -141,7 +140,7 @@ class SparseAttentionImpl:
     ) -> None:
         """The decode rows that are served at once; arguments as in `forward`, `heads` being its output."""
         assert self._sparse_executor is not None
-        batch = plan.start_batch(attn_metadata.seq_lens, attn_metadata.block_table, self.num_kv_heads)
+        batch = plan.start_batch(attn_metadata.seq_lens, attn_metadata.block_table)
 
         def dense(rows_query: torch.Tensor, context_tokens: torch.Tensor, rows_output: torch.Tensor) -> None:
             metadata = self.dense_rows(attn_metadata, context_tokens, batch.step)
@@ -152,7 +151,7 @@ class SparseAttentionImpl:
 
         for method in batch.step.methods:
             if method.summaries is not None:
-                self._kept_by_methods[method.name] = self._stored_summaries(method.summaries, kv_cache)
+                self._stored_summaries(method.summaries, kv_cache)
         in_place = isinstance(batch.tokens, slice)
         target = heads[batch.tokens]
         batch.step.attend(
@@ -163,7 +162,7 @@ class SparseAttentionImpl:
             target,
             self._sparse_executor,
             dense,
-            self._kept_by_methods,
+            self._summaries,
         )
         if not in_place:
             heads[batch.tokens] = target

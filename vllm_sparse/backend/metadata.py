@@ -64,12 +64,12 @@ class SparseMetadataBuilder:
         """A step with sparse rows is about to run."""
 
     decode_buffers: DecodeBuffers | None = None
-    """What the server keeps for decode rows that are served at once."""
+    """What the server keeps for decode rows that are served at once; None: all are served one by one."""
 
     @property
-    def batch_capacity_tokens(self) -> int | None:
-        """Tokens that there is room to score where decode rows are served at once; None: one by one."""
-        return None
+    def batch_capacity_tokens(self) -> int:
+        """Tokens that there is room to score of decode rows that are served at once."""
+        return 0
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         """vLLM's own graphs hold dense attention only, whatever slots held requests before."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -171,13 +171,12 @@ class StepPlan:
             )
         return self._work[roles]
 
-    def start_batch(self, context_tokens: torch.Tensor, block_table: torch.Tensor, num_kv_heads: int) -> BatchStep:
+    def start_batch(self, context_tokens: torch.Tensor, block_table: torch.Tensor) -> BatchStep:
         """The step of the rows that are served at once, made in the first layer.
 
         Args:
             context_tokens: int32 ``[batch]``.
             block_table: int32 ``[batch, blocks]``.
-            num_kv_heads: KV heads.
         """
         if self.batch_step is not None:
             return self.batch_step
@@ -185,11 +184,8 @@ class StepPlan:
         contexts = [row.span.context_tokens for row in self.batch]
         methods = [row.setting.method for row in self.batch if row.setting.method is not None]
         longest = max(method.list_tokens(context) for method, context in zip(methods, contexts, strict=True))
-        buffers = self.buffers
-        if buffers is None or not buffers.holds(len(self.batch), longest):
-            kinds = list({type(method): method for method in methods}.values())
-            device = context_tokens.device
-            buffers = DecodeBuffers(len(self.batch), self.num_layers, num_kv_heads, kinds, longest, device)
+        assert self.buffers is not None, "rows are served at once where there are buffers"
+        buffers = self.buffers.for_step(len(self.batch), longest)
         buffers.say(settings)
         rows = places([row.span.row for row in self.batch], context_tokens.device)
         step = DecodeStep(
@@ -260,7 +256,7 @@ def plan_step(
     num_layers: int,
     speculative: bool,
     metrics: WorkerMetrics,
-    batch_capacity_tokens: int | None,
+    batch_capacity_tokens: int,
     buffers: DecodeBuffers | None,
 ) -> StepPlan | None:
     """Decide which rows of a step run sparse, and count those that asked for it and run dense.
@@ -271,9 +267,8 @@ def plan_step(
         num_layers: layers of the model.
         speculative: the server drafts tokens; verification rows run dense.
         metrics: receives fallbacks and densities.
-        batch_capacity_tokens: tokens that there is room to score where decode rows are served at once; None where they
-            are served one by one.
-        buffers: what the server keeps for rows that are served at once.
+        batch_capacity_tokens: tokens that there is room to score of decode rows that are served at once.
+        buffers: what the server keeps for these; None where all are served one by one.
 
     Returns:
         The plan, or None if every row runs dense and leaves nothing behind for later steps.
@@ -320,7 +315,7 @@ def plan_step(
                 metrics.count_fallback("decode", params.decode.name, "short_context")
                 continue
             roles = layer_roles(params.decode, num_layers)
-            if batch_capacity_tokens is not None and served_in_batches(params.decode):
+            if buffers is not None and buffers.serves(params.decode):
                 scored_tokens += span.context_tokens if params.decode.scores_tokens else 0
                 if scored_tokens > batch_capacity_tokens:
                     metrics.count_fallback("decode", params.decode.name, "no_room")
@@ -336,15 +331,10 @@ def plan_step(
     return StepPlan(spans, summarising, prefill, decode, batch, buffers, num_layers, metrics)
 
 
-def served_in_batches(method: DecodeMethod | None) -> TypeGuard[BatchDecodeMethod]:
-    """Whether all rows of a step that decode by this method are served at once, on a GPU."""
-    return isinstance(method, BatchDecodeMethod) and method.in_batches
-
-
 def row_setting(request: SparseRequest, roles: tuple[str, ...]) -> RowSetting:
     """What a request's decode row is on the device; from now on its slot holds what it keeps."""
     method = request.params.decode
-    assert served_in_batches(method)
+    assert isinstance(method, BatchDecodeMethod)
     least_context_tokens = max(request.params.min_tokens - 1, method.budget_tokens)
     setting = RowSetting(method, least_context_tokens, roles, request.slot, request.fresh)
     request.fresh = False

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.page_summaries import SummaryKind
     from vllm_sparse.keys import PagedKeys
     from vllm_sparse.pages import PageList
-    from vllm_sparse.rows import DecodeRows, RowsPlace, TokenLists
+    from vllm_sparse.rows import DecodeMemory, DecodeRows, RowsPlace, ServerSize, TokenLists
 
 # Knobs are checked strictly: a string is no number, a typo is no knob.
 KNOBS = ConfigDict(extra="forbid", strict=True)
@@ -225,14 +225,27 @@ class BatchDecodeMethod(DecodeMethod):
     scores_tokens: ClassVar[bool] = False
     """`choose_rows` scores whole contexts and needs room for that."""
 
-    @property
-    def in_batches(self) -> bool:
-        """`choose_rows` serves these knobs; otherwise requests are served one by one, on a GPU too."""
-        return True
+    def serves(self, method: DecodeMethod, most_context_tokens: int) -> bool:
+        """Whether `choose_rows` serves a request; otherwise it is served one by one, on a GPU too.
+
+        Args:
+            method: the request's, or this one itself: a server whose own is not served keeps nothing for it.
+            most_context_tokens: of the longest request, for which `allocate` has made room.
+        """
+        return type(method) is type(self)
+
+    def allocate(self, size: ServerSize, device: torch.device) -> DecodeMemory | None:
+        """What `choose_rows` keeps from step to step of all requests that it serves; None: nothing."""
+        return None
 
     @abstractmethod
     def list_tokens(self, context_tokens: int) -> int:
-        """Tokens in a list of single tokens for a context longer than `budget_tokens`."""
+        """Tokens in a list of single tokens, at most, for a context longer than `budget_tokens`."""
+
+    @property
+    @abstractmethod
+    def longest_list_tokens(self) -> int:
+        """Tokens in the longest list that `list_tokens` gives for any context."""
 
     @abstractmethod
     def row_knobs(self) -> tuple[int, ...]:
@@ -248,7 +261,7 @@ class BatchDecodeMethod(DecodeMethod):
         Args:
             rows: the rows; those with a context of 0 keep their lists.
             knobs: int32 ``[rows, knobs]`` as of `row_knobs`; a row's lie side by side.
-            place: where there is room.
+            place: what there is room for, and what is kept.
             lists: written.
         """
 
@@ -296,6 +309,13 @@ class TopTokensMethod(BatchDecodeMethod):
         recent_units = units - max(context_tokens - max(self.recent_tokens, 1), 0) // unit
         kept_units = min(max(-(-self.budget // unit), sink_units + recent_units), units)
         return kept_units * unit - -context_tokens % unit
+
+    @property
+    def longest_list_tokens(self) -> int:
+        unit = self.unit_tokens
+        # The last tokens are most where the first of them ends a unit.
+        forced_tokens = -(-self.sink_tokens // unit) * unit + max(self.recent_tokens, 1) + unit - 1
+        return max(-(-self.budget // unit) * unit, forced_tokens)
 
     def row_knobs(self) -> tuple[int, ...]:
         return self.budget, self.sink_tokens, self.recent_tokens

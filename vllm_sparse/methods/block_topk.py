@@ -82,9 +82,9 @@ class BlockTopk(TopTokensMethod):
         from vllm_sparse.kernels.page_scores import triton as page_scores
         from vllm_sparse.kernels.page_summaries.triton import store_newest_summaries
 
-        summaries = place.kept[self.name]
-        store_newest_summaries(replace(rows, context_tokens=place.members), self.summaries, summaries)
-        scores = page_scores.page_scores(rows, self.summaries, summaries, place.starts, place.capacity_tokens)
+        assert place.summaries is not None
+        store_newest_summaries(replace(rows, context_tokens=place.members), self.summaries, place.summaries)
+        scores = page_scores.page_scores(rows, self.summaries, place.summaries, place.starts, place.capacity_tokens)
         top_tokens(scores, rows, knobs, lists)
 
 

@@ -10,10 +10,19 @@ from pydantic.dataclasses import dataclass
 
 from vllm_sparse.kernels.hierarchical_descent import LEAF_TOKENS, Stage
 from vllm_sparse.kernels.hierarchical_descent.reference import search_start
-from vllm_sparse.kernels.hip_decode import STAGE_KNOBS, decode_leaves
+from vllm_sparse.kernels.hip_decode import HipMemory, StageMemory, StageScratch, decode_leaves, token_lists
+from vllm_sparse.kernels.hip_decode.reference import search_end
 from vllm_sparse.kernels.page_list import chunk_lists
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import KNOBS, DecodeMethod, DenseLayers, KnobError, LayerMemory, SinkTokens
+from vllm_sparse.methods.base import (
+    KNOBS,
+    BatchDecodeMethod,
+    DecodeMethod,
+    DenseLayers,
+    KnobError,
+    LayerMemory,
+    SinkTokens,
+)
 from vllm_sparse.methods.hip import (
     DEFAULT_STAGE_CHUNKS,
     DEFAULT_STAGE_TOKENS,
@@ -25,14 +34,15 @@ from vllm_sparse.methods.hip import (
     check_stages,
 )
 from vllm_sparse.pages import PageList
+from vllm_sparse.rows import DecodeRows, RowsPlace, ServerSize, TokenLists
 
-# What device memory of stages is laid out for.
+# What the knobs of a row have room for (`backend.decode.MOST_KNOBS`).
 MOST_STAGES = 4
 FIRST_REFRESH, LONGEST_REFRESH = 16, 1024
 
 
 @dataclass(frozen=True, config=KNOBS)
-class HipDecode(DecodeMethod):
+class HipDecode(BatchDecodeMethod):
     """Search the keys in stages as `Hip` does for a prompt, for the newest token alone, and keep what stages found.
 
     Stage ``i`` is searched anew where the context is a multiple of ``refresh[i]``, and all later stages with it; all
@@ -87,11 +97,42 @@ class HipDecode(DecodeMethod):
         due = (stage for stage, steps in enumerate(self.refresh) if context_tokens % steps == 0)
         return next(due, len(self.refresh))
 
-    def device_knobs(self, stages: int) -> list[int]:
-        """A row's knobs for `kernels.hip_decode.token_lists` with memory of so many stages, or of more than here."""
-        absent = stages - len(self.stage_chunks)
-        own = zip(self.stage_chunks, self.stage_tokens, self.refresh, strict=True)
-        return [self.sink, self.window, *([0] * STAGE_KNOBS * absent), *(knob for stage in own for knob in stage)]
+    def list_tokens(self, context_tokens: int) -> int:
+        """Where the last stage keeps as much as it may, and no chunk is cut by the end of the search range."""
+        begin = search_start(self.sink)
+        end = search_end(context_tokens, self.window, self.refresh[0])
+        window_start = max(end // LEAF_TOKENS * LEAF_TOKENS, begin)
+        return begin + self.stage_tokens[-1] + context_tokens - window_start
+
+    @property
+    def longest_list_tokens(self) -> int:
+        return self.budget_tokens
+
+    def row_knobs(self) -> tuple[int, ...]:
+        stages = reversed(list(zip(self.stage_chunks, self.stage_tokens, self.refresh, strict=True)))
+        return self.sink, self.window, *(knob for stage in stages for knob in stage)
+
+    def serves(self, method: DecodeMethod, most_context_tokens: int) -> bool:
+        if not isinstance(method, HipDecode) or len(method.stage_chunks) > len(self.stage_chunks):
+            return False
+        needed, allocated = (one.device_sizes(most_context_tokens) for one in (method, self))
+        return all(need <= has for need, has in zip(needed, allocated, strict=True))
+
+    def allocate(self, size: ServerSize, device: torch.device) -> HipMemory:
+        stages = len(self.stage_chunks)
+        most_kept, most_candidates = self.device_sizes(size.context_tokens)
+        return HipMemory(
+            tuple(
+                StageMemory.allocate(stages, size.requests, size.kv_heads, most_kept, device)
+                for _ in range(size.num_layers)
+            ),
+            StageScratch.allocate(size.requests, size.kv_heads, most_candidates, device),
+        )
+
+    def choose_rows(self, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
+        memory = place.memory
+        assert isinstance(memory, HipMemory)
+        token_lists(rows, knobs, place.slots, place.fresh, memory.layers[place.layer], memory.scratch, lists)
 
     def device_sizes(self, most_context_tokens: int) -> tuple[int, int]:
         """Most chunks that a stage keeps and that one chooses from, for contexts of up to so many tokens."""

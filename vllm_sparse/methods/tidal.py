@@ -12,7 +12,7 @@ from vllm_sparse.calibrate.policy import load
 from vllm_sparse.kernels.token_scores import token_scores
 from vllm_sparse.kernels.top_tokens import top_pages, top_tokens
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import KNOBS, KnobError, LayerMemory, TopTokensMethod
+from vllm_sparse.methods.base import KNOBS, DecodeMethod, KnobError, LayerMemory, TopTokensMethod
 from vllm_sparse.pages import PageList
 from vllm_sparse.rows import DecodeRows, RowsPlace, TokenLists
 
@@ -134,9 +134,8 @@ class Tidal(TopTokensMethod):
         page = page_size_tokens
         return top_pages(scores, context, page, page, self.budget, self.sink_tokens, self.recent_tokens)
 
-    @property
-    def in_batches(self) -> bool:
-        return self.lists == "kv_head"
+    def serves(self, method: DecodeMethod, most_context_tokens: int) -> bool:
+        return isinstance(method, Tidal) and method.lists == "kv_head"
 
     def choose_rows(self, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
         # Imported here: there is Triton only where there is a GPU.

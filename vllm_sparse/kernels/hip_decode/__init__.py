@@ -8,11 +8,11 @@ import torch
 
 from vllm_sparse.kernels.hierarchical_descent import Stage
 from vllm_sparse.kernels.hip_decode import reference
-from vllm_sparse.kernels.hip_decode.memory import ROW_KNOBS, STAGE_KNOBS, StageMemory, StageScratch
+from vllm_sparse.kernels.hip_decode.memory import ROW_KNOBS, STAGE_KNOBS, HipMemory, StageMemory, StageScratch
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.rows import DecodeRows, TokenLists
 
-__all__ = ["ROW_KNOBS", "STAGE_KNOBS", "StageMemory", "StageScratch", "decode_leaves", "token_lists"]
+__all__ = ["ROW_KNOBS", "STAGE_KNOBS", "HipMemory", "StageMemory", "StageScratch", "decode_leaves", "token_lists"]
 
 
 def decode_leaves(
@@ -65,9 +65,9 @@ def token_lists(
 
     Args:
         rows: the rows. One that does not take part, of 0 tokens, leaves its list and its slot as they are.
-        knobs: int32 ``[rows, ROW_KNOBS + STAGE_KNOBS * stages]`` (`HipDecode.device_knobs`).
+        knobs: int32 ``[rows, ROW_KNOBS + STAGE_KNOBS * stages or more]`` (`HipDecode.row_knobs`), a row's side by side.
         slot: int32 ``[rows]`` of each row's request in `memory`, none twice; anything for rows that do not take part.
-        fresh: bool ``[rows]``: the slot has got a new request since its last step.
+        fresh: int32 ``[rows]``, as far apart as the slots: not 0 if the slot has got a new request since its last step.
         memory: of this layer, updated.
         scratch: of at least as many rows, overwritten.
         lists: written.

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Knobs of a row: sink, window, and of each stage the chunk, the kept tokens and the refresh interval. Rows of fewer
-# stages than the memory has use its last ones and hold zeros for the first.
+# Knobs of a row: sink, window, and of each stage, the last one first, the chunk, the kept tokens and the refresh
+# interval. Rows of fewer stages than the memory has use its last ones and hold zeros for the others.
 ROW_KNOBS, STAGE_KNOBS = 2, 3
 
 
@@ -54,3 +54,24 @@ class StageScratch:
             torch.empty(rows, kv_heads, most_candidates, dtype=torch.float32, device=device),
             torch.zeros(rows, kv_heads, dtype=torch.int32, device=device),
         )
+
+
+@dataclass(frozen=True)
+class HipMemory:
+    """All that a server's HiP decoding keeps on a device.
+
+    Attributes:
+        layers: of each attention layer.
+        scratch: of all of them.
+    """
+
+    layers: tuple[StageMemory, ...]
+    scratch: StageScratch
+
+    @property
+    def bytes(self) -> int:
+        """Of device memory."""
+        tensors = [self.scratch.scores, self.scratch.arrived]
+        for layer in self.layers:
+            tensors += [layer.chunks, layer.context_tokens]
+        return sum(tensor.nbytes for tensor in tensors)

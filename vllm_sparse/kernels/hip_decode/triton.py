@@ -32,11 +32,17 @@ PROGRAMS = 4096
 
 
 @triton.jit
+def _stage_knobs(p_knob, stage, STAGES: tl.constexpr, STAGE_KNOBS: tl.constexpr):
+    """Where a stage's knobs begin."""
+    return p_knob + 2 + (STAGES - 1 - stage) * STAGE_KNOBS
+
+
+@triton.jit
 def _search_range(p_knob, context, STAGES: tl.constexpr, STAGE_KNOBS: tl.constexpr, LEAF: tl.constexpr):
     """The search range of a row, as `reference.search_end` has it. Rows of fewer stages have their last ones."""
     first_refresh = 0
     for stage in tl.static_range(STAGES):
-        refresh = tl.load(p_knob + 2 + stage * STAGE_KNOBS + 2)
+        refresh = tl.load(_stage_knobs(p_knob, stage, STAGES, STAGE_KNOBS) + 2)
         first_refresh = tl.where(first_refresh == 0, refresh, first_refresh)
     begin = tl.cdiv(tl.load(p_knob), LEAF) * LEAF
     last_search = context - context % tl.maximum(first_refresh, 1)
@@ -59,6 +65,8 @@ def stage_kernel(
     slots,
     list_width,
     score_width,
+    knobs_row_stride,
+    slot_stride,
     table_row_stride,
     query_row_stride,
     cache_block_stride,
@@ -80,24 +88,24 @@ def stage_kernel(
     i_head = tl.program_id(1)
     i_row = tl.program_id(2)
     kv_heads = tl.num_programs(1)
-    p_knob = knobs_pointer + i_row * (2 + STAGES * STAGE_KNOBS)
-    p_stage = p_knob + 2 + STAGE * STAGE_KNOBS
+    p_knob = knobs_pointer + i_row * knobs_row_stride
+    p_stage = _stage_knobs(p_knob, STAGE, STAGES, STAGE_KNOBS)
     context = tl.load(context_pointer + i_row)
     chunk_tokens = tl.load(p_stage)
     # The slot of a row that does not take part may be none.
     takes_part = (context > 0) & (chunk_tokens > 0)
-    slot = tl.load(slot_pointer + i_row, mask=takes_part, other=0).to(tl.int64)
+    slot = tl.load(slot_pointer + i_row * slot_stride, mask=takes_part, other=0).to(tl.int64)
     seen = tl.load(seen_pointer + slot, mask=takes_part, other=0)
-    due = (tl.load(fresh_pointer + i_row) != 0) | (seen != context - 1)
+    due = (tl.load(fresh_pointer + i_row * slot_stride) != 0) | (seen != context - 1)
     for stage in tl.static_range(STAGE + 1):
-        refresh = tl.load(p_knob + 2 + stage * STAGE_KNOBS + 2)
+        refresh = tl.load(_stage_knobs(p_knob, stage, STAGES, STAGE_KNOBS) + 2)
         due |= (refresh > 0) & (context % tl.maximum(refresh, 1) == 0)
     if takes_part & due:
         begin, end = _search_range(p_knob, context, STAGES, STAGE_KNOBS, LEAF)
         kept_chunks = tl.load(p_stage + 1) // chunk_tokens
         parent_tokens = 0
         if STAGE > 0:
-            parent_tokens = tl.load(p_stage - STAGE_KNOBS)
+            parent_tokens = tl.load(p_stage + STAGE_KNOBS)
         first_stage = parent_tokens == 0
         p_kept = chunks_pointer + ((STAGE * slots + slot) * kv_heads + i_head) * list_width
         p_parent = p_kept - tl.cast(slots, tl.int64) * kv_heads * list_width
@@ -175,6 +183,8 @@ def lists_kernel(
     slots,
     list_width,
     width,
+    knobs_row_stride,
+    slot_stride,
     table_row_stride,
     STAGES: tl.constexpr,
     STAGE_KNOBS: tl.constexpr,
@@ -188,10 +198,10 @@ def lists_kernel(
     kv_heads = tl.num_programs(1)
     context = tl.load(context_pointer + i_row)
     if context > 0:
-        p_knob = knobs_pointer + i_row * (2 + STAGES * STAGE_KNOBS)
+        p_knob = knobs_pointer + i_row * knobs_row_stride
         begin, end = _search_range(p_knob, context, STAGES, STAGE_KNOBS, LEAF)
-        chunk_tokens = tl.load(p_knob + 2 + (STAGES - 1) * STAGE_KNOBS)
-        slot = tl.load(slot_pointer + i_row).to(tl.int64)
+        chunk_tokens = tl.load(_stage_knobs(p_knob, STAGES - 1, STAGES, STAGE_KNOBS))
+        slot = tl.load(slot_pointer + i_row * slot_stride).to(tl.int64)
         p_kept = chunks_pointer + (((STAGES - 1) * slots + slot) * kv_heads + i_head) * list_width
         count = tl.load(p_kept)
         # Sink, kept chunks, window. Of the chunks only the last may reach into the window's first leaf.
@@ -236,6 +246,9 @@ def token_lists(
     if query.stride(2) != 1 or query.stride(1) != head_size:
         query = query.contiguous()
     stages, slots, _, list_width = memory.chunks.shape
+    assert count <= scratch.scores.shape[0], "kernels would write past the scratch"
+    assert knobs.stride(1) == 1
+    assert slot.stride() == fresh.stride()
     score_width, width = scratch.scores.shape[2], lists.slots.shape[1]
     members = query_heads // kv_heads
     tiles = triton.cdiv(score_width, CHUNK_TILE)
@@ -248,7 +261,7 @@ def token_lists(
             rows.context_tokens,
             knobs,
             slot,
-            fresh.view(torch.uint8),
+            fresh,
             memory.context_tokens,
             memory.chunks,
             scratch.scores,
@@ -256,6 +269,8 @@ def token_lists(
             slots,
             list_width,
             score_width,
+            knobs.stride(0),
+            slot.stride(0),
             table.stride(0),
             query.stride(0),
             cache.stride(0),
@@ -288,6 +303,8 @@ def token_lists(
         slots,
         list_width,
         width,
+        knobs.stride(0),
+        slot.stride(0),
         table.stride(0),
         STAGES=stages,
         STAGE_KNOBS=STAGE_KNOBS,
