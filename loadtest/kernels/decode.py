@@ -19,7 +19,8 @@ On CUDA all is timed inside a graph, unless `--eager` says otherwise for a selec
 that can choose for all rows at once do so, as in the server's graphs, and their first step is not counted. On the CPU
 selection runs request by request, as in the server; short lists stay in the CPU's caches and may be read faster than
 the floor. Selection is the mean over consecutive steps, 32 in a graph and `--repeats` on the CPU, since a method may
-search anew only in some of them.
+search anew only in some of them. They are repeated, and where the first follows the last, `hip` searches anew, which
+happens in no server.
 """
 
 from __future__ import annotations

@@ -11,13 +11,22 @@ import pytest
 import torch
 
 from vllm_sparse.backend import graphs as graphs_module
-from vllm_sparse.backend.decode import FRESH, KNOBS, LEAST_CONTEXT, METHOD, SLOT, DecodeBuffers, RowSetting
+from vllm_sparse.backend.decode import (
+    FRESH,
+    KNOBS,
+    LEAST_CONTEXT,
+    METHOD,
+    MOST_KNOBS,
+    SLOT,
+    DecodeBuffers,
+    RowSetting,
+)
 from vllm_sparse.backend.graphs import MIXED, DecodeGraphs, set_graphs
 from vllm_sparse.backend.plan import BatchRow, RowSpan, StepPlan, SummaryRow
-from vllm_sparse.methods.base import BatchDecodeMethod
+from vllm_sparse.methods.base import BatchDecodeMethod, DecodeMethod
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.flexprefill import FlexPrefill
-from vllm_sparse.methods.hip_decode import HipDecode
+from vllm_sparse.methods.hip_decode import MOST_STAGES, HipDecode
 from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.metrics import WorkerMetrics
@@ -184,11 +193,18 @@ def test_no_list_is_longer_than_the_longest(method: BatchDecodeMethod) -> None:
     assert max(lengths) == method.longest_list_tokens
 
 
-def test_graphs_hold_the_lists_of_default_knobs() -> None:
-    for kind in DECODE_METHODS.values():
-        method = kind()
-        assert isinstance(method, BatchDecodeMethod)
-        assert method.longest_list_tokens <= ServerConfig().decode_list_tokens
+@pytest.mark.parametrize("kind", DECODE_METHODS.values())
+def test_graphs_hold_default_knobs(kind: type[DecodeMethod]) -> None:
+    method = kind()
+    assert isinstance(method, BatchDecodeMethod)
+    assert method.serves(method, 1 << 20)
+    assert method.longest_list_tokens <= ServerConfig().decode_list_tokens
+
+
+def test_settings_hold_the_knobs_of_all_stages() -> None:
+    method = HipDecode(stage_chunks=(128, 64, 32, 16), stage_tokens=(512, 256, 128, 64))
+    assert len(method.stage_chunks) == MOST_STAGES
+    assert len(method.row_knobs()) <= MOST_KNOBS
 
 
 class Replayed:
