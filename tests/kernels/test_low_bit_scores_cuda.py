@@ -1,4 +1,4 @@
-"""SALE's selection in CUDA equals its PyTorch specification, on a Hopper GPU; elsewhere it compiles and loads."""
+"""SALE's selection in CUDA equals its PyTorch specification, on a Hopper GPU; elsewhere it compiles."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from setup import ARCHITECTURES, ROOT, build_libraries, find_nvcc, nvcc_command
+from setup import ROOT, find_nvcc, nvcc_command
 from tests.kernels.low_bit import PAGE, SLACK, request
 from tests.oracle import has_hopper, relative_error
-from vllm_sparse.kernels import cuda_library
 from vllm_sparse.kernels.low_bit_scores import cuda, reference
-
-FUNCTIONS = ("vllm_sparse_quantise_keys", "vllm_sparse_low_bit_scores", "vllm_sparse_top_tokens")
 
 needs_hopper = pytest.mark.skipif(not has_hopper(), reason="no Hopper GPU")
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc, or no g++ for it")
@@ -106,29 +103,6 @@ def test_other_inputs_are_left_to_triton() -> None:
     assert not cuda.can_run(query[..., :64], keys)
     assert not cuda.can_run(query.float(), keys)
     assert not cuda.can_run(query.transpose(0, 2).contiguous().transpose(0, 2), keys)
-
-
-def test_without_a_host_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert find_nvcc() is None
-
-
-@needs_nvcc
-def test_the_installed_package_has_the_library() -> None:
-    for architecture in ARCHITECTURES:
-        assert (cuda_library.FOLDER / f"{architecture}.so").exists(), "make setup builds it where nvcc is"
-
-
-@needs_nvcc
-def test_sources_compile_with_nvcc_alone_and_load_without_a_gpu(tmp_path: Path) -> None:
-    import ctypes
-
-    nvcc = find_nvcc()
-    assert nvcc is not None
-    build_libraries(nvcc, tmp_path)
-    library = ctypes.CDLL(str(tmp_path / "sm90.so"))
-    for function in FUNCTIONS:
-        assert getattr(library, function)
 
 
 @needs_nvcc
