@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.backend.test_forward import Row, common_metadata
 from vllm_sparse.backend import graphs as graphs_module
 from vllm_sparse.backend.decode import (
     FRESH,
@@ -22,7 +23,7 @@ from vllm_sparse.backend.decode import (
     RowSetting,
 )
 from vllm_sparse.backend.graphs import MIXED, DecodeGraphs, set_graphs
-from vllm_sparse.backend.plan import BatchRow, RowSpan, StepPlan, SummaryRow
+from vllm_sparse.backend.plan import BatchRow, RowSpan, StepPlan, SummaryRow, plan_step
 from vllm_sparse.methods.base import BatchDecodeMethod, DecodeMethod
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.flexprefill import FlexPrefill
@@ -87,6 +88,24 @@ def test_a_graph_holds_requests_that_its_methods_have_room_for() -> None:
     assert not graphs.holds([request(replace(configured, stage_chunks=(32, 16)))], 1), "more candidates"
     assert not graphs.holds([request(CONFIGURED)], 1)
     assert [buffers.serves(method) for method in (configured, narrow, CONFIGURED, None)] == [True, True, False, False]
+
+
+def test_requests_that_are_not_served_at_once_are_served_one_by_one() -> None:
+    """In the same step as others: knobs that the server's memory has no room for, methods that it does not keep."""
+    configured = HipDecode(stage_chunks=(64, 16), stage_tokens=(512, 128), window=50)
+    buffers = DecodeBuffers(MOST_ROWS, SIZE, [configured], LIST_TOKENS, torch.device("cpu"))
+    deep = replace(configured, stage_chunks=(64, 32, 16), stage_tokens=(512, 256, 128), refresh=(16, 8, 4))
+    methods = [configured, deep, CONFIGURED, replace(configured, window=9)]
+    rows = [Row(1, 1000, SparseParams(None, method)) for method in methods]
+    requests = {row: SparseRequest(SparseParams(None, method), row) for row, method in enumerate(methods)}
+    common = common_metadata(rows, torch.zeros(len(rows), 64, dtype=torch.int32))
+    plan = plan_step(common, requests, LAYERS, False, WorkerMetrics(recording=False), 1 << 20, buffers)
+    assert plan is not None
+    assert [row.span.row for row in plan.batch] == [0, 3]
+    assert [row.span.row for row in plan.decode] == [1, 2]
+    plan = plan_step(common, requests, LAYERS, False, WorkerMetrics(recording=False), 0, None)
+    assert plan is not None
+    assert [row.span.row for row in plan.decode] == [0, 1, 2, 3]
 
 
 def test_a_larger_step_shares_what_methods_keep() -> None:
