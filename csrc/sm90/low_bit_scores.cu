@@ -1,18 +1,20 @@
 // SALE's scores on Hopper: which pages hold a key that scores enough in some row of a query block.
 //
 // The specification is vllm_sparse/kernels/low_bit_scores/reference.py (SALE, arXiv 2505.24179, sections 3.1 and 3.2).
-// A thread block has four warpgroups of 64 rows each, which share a stream of keys and otherwise run on their own, so
-// that one multiplies while another compares. Of an integer product's 8 columns, a thread holds the two of one scale
-// group: the largest integer of a page's group never leaves its registers, and rows meet only as bits.
+// A thread block has four warpgroups of 64 rows each, which share a stream of keys that a warp of its own fetches. A
+// warpgroup compares half a tile of keys while it multiplies the next half. Of an integer product's 8 columns, a thread
+// holds the two of one scale group: the largest integer of a page's group never leaves its registers, and rows meet only
+// as bits.
 //
-// On an H200, 131072 keys, 32 heads, 8192 rows: 8.1 ms, where the Triton twin takes 13.6 ms (command: vllm-sparse bench
-// prefill; tables: loadtest/RESULTS.md). The tensor cores are busy for 56 % of it.
+// On an H200, 131072 keys, 32 heads, 8192 rows: SALE's whole selection takes 6.8 ms with it, where the scores of the
+// Triton twin alone take 13.6 ms (command: vllm-sparse bench prefill; tables: loadtest/RESULTS.md).
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "quantised_pages.cuh"
 
@@ -22,14 +24,16 @@ using namespace vllm_sparse;
 
 constexpr int kWarpgroups = 4;
 constexpr int kRows = 64;  // Of a warpgroup.
-constexpr int kThreads = kWarpgroups * 128;
+constexpr int kScoringThreads = kWarpgroups * 128;
+constexpr int kThreads = kScoringThreads + 128;  // One warpgroup more, of which one thread fetches.
 constexpr int kTilePages = 4;
 constexpr int kTileBytes = kTilePages * kPageBytes;
 constexpr int kTilesPerBatch = kBatchPages / kTilePages;
 constexpr int kStages = 6;
 constexpr int kBatchStages = 2;
-// Tiles that are on their way while a warpgroup multiplies one; the others may be up to two tiles behind it.
-constexpr int kAhead = kStages - 2;
+constexpr int kHalfPages = kTilePages / 2;
+constexpr uint32_t kFirstPages = 0x11111111;  // Of a batch's tiles.
+static_assert(kTilePages == 4 && kBatchPages == 32);
 constexpr int kSegmentPages = 1024;
 
 struct alignas(1024) Shared {
@@ -38,7 +42,7 @@ struct alignas(1024) Shared {
   uint8_t means[kBatchStages][kMeanBytes];
   float numbers[kBatchStages][kBatchPages][kPageNumbers];
   // Per warp, page and pair of rows (r, r + 8): what the best integer times its scale must exceed.
-  float2 needed[kThreads / 32][kBatchPages][8];
+  float2 needed[kScoringThreads / 32][kBatchPages][8];
   float least[kWarpgroups * kRows];
   float worth[kWarpgroups * kRows];
   float norm[kWarpgroups * kRows];
@@ -105,32 +109,41 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address) {
 
 __device__ __forceinline__ void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wait_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
 
-// sum += left (64 x 32, in registers) times 128 keys of 32 channels.
-__device__ __forceinline__ void multiply_levels(int32_t (&sum)[64], const uint32_t (&left)[4], uint64_t keys,
+// Numbers that products in flight wrote may be read from here on.
+template <typename Number, int kCount>
+__device__ __forceinline__ void settle(Number (&sum)[kCount]) {
+#pragma unroll
+  for (int index = 0; index < kCount; ++index) {
+    if constexpr (std::is_integral_v<Number>) {
+      asm volatile("" : "+r"(sum[index])::"memory");
+    } else {
+      asm volatile("" : "+f"(sum[index])::"memory");
+    }
+  }
+}
+
+// sum += left (64 x 32, in registers) times 64 keys of 32 channels.
+__device__ __forceinline__ void multiply_levels(int32_t (&sum)[32], const uint32_t (&left)[4], uint64_t keys,
                                                 int accumulate) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
-      "setp.ne.b32 p, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
+      "setp.ne.b32 p, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "{%64, %65, %66, %67}, %68, p;\n"
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, p;\n"
       "}\n"
       : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3]), "+r"(sum[4]), "+r"(sum[5]), "+r"(sum[6]),
         "+r"(sum[7]), "+r"(sum[8]), "+r"(sum[9]), "+r"(sum[10]), "+r"(sum[11]), "+r"(sum[12]), "+r"(sum[13]),
         "+r"(sum[14]), "+r"(sum[15]), "+r"(sum[16]), "+r"(sum[17]), "+r"(sum[18]), "+r"(sum[19]), "+r"(sum[20]),
         "+r"(sum[21]), "+r"(sum[22]), "+r"(sum[23]), "+r"(sum[24]), "+r"(sum[25]), "+r"(sum[26]), "+r"(sum[27]),
-        "+r"(sum[28]), "+r"(sum[29]), "+r"(sum[30]), "+r"(sum[31]), "+r"(sum[32]), "+r"(sum[33]), "+r"(sum[34]),
-        "+r"(sum[35]), "+r"(sum[36]), "+r"(sum[37]), "+r"(sum[38]), "+r"(sum[39]), "+r"(sum[40]), "+r"(sum[41]),
-        "+r"(sum[42]), "+r"(sum[43]), "+r"(sum[44]), "+r"(sum[45]), "+r"(sum[46]), "+r"(sum[47]), "+r"(sum[48]),
-        "+r"(sum[49]), "+r"(sum[50]), "+r"(sum[51]), "+r"(sum[52]), "+r"(sum[53]), "+r"(sum[54]), "+r"(sum[55]),
-        "+r"(sum[56]), "+r"(sum[57]), "+r"(sum[58]), "+r"(sum[59]), "+r"(sum[60]), "+r"(sum[61]), "+r"(sum[62]),
-        "+r"(sum[63])
+        "+r"(sum[28]), "+r"(sum[29]), "+r"(sum[30]), "+r"(sum[31])
       : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(keys), "r"(accumulate));
 }
 
@@ -173,18 +186,6 @@ __device__ __forceinline__ uint32_t any_thread(Shared& shared, int warpgroup, in
   return parts[0] | parts[1] | parts[2] | parts[3];
 }
 
-// Two warpgroups multiply in turns, so that one compares while the other multiplies. Left alone, the tensor cores serve
-// all of them alike, and all would wait and compare at the same time.
-__device__ __forceinline__ int partner(int warpgroup) { return warpgroup ^ kWarpgroups / 2; }
-
-__device__ __forceinline__ void take_turn(int warpgroup) {
-  asm volatile("bar.sync %0, 256;" ::"r"(1 + kWarpgroups + warpgroup) : "memory");
-}
-
-__device__ __forceinline__ void pass_turn(int warpgroup) {
-  asm volatile("bar.arrive %0, 256;" ::"r"(1 + kWarpgroups + partner(warpgroup)) : "memory");
-}
-
 // Bits of the pages of a batch from `from` on.
 __device__ __forceinline__ uint32_t pages_from(int first_page, int from) {
   const int skipped = from - first_page;
@@ -214,7 +215,6 @@ __global__ void __launch_bounds__(kThreads, 1) low_bit_scores(const __grid_const
   const int last_row = min(first_row + kWarpgroups * kRows, a.chunk) - 1;
   const int end = min(min(segment + kSegmentPages, a.key_pages), local_start(a, last_row));
   const int batches = max(end - segment + kBatchPages - 1, 0) / kBatchPages;
-  const int tiles = batches * kTilesPerBatch;
 
   const int8_t* levels = a.key_levels + (static_cast<long long>(kv_head) * a.padded_pages + segment) * kPageBytes;
   const Number* means = static_cast<const Number*>(a.means) +
@@ -241,11 +241,11 @@ __global__ void __launch_bounds__(kThreads, 1) low_bit_scores(const __grid_const
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       init_barrier(&shared.levels_full[stage], 1);
-      init_barrier(&shared.levels_empty[stage], kThreads / 32);
+      init_barrier(&shared.levels_empty[stage], kScoringThreads / 32);
     }
     for (int stage = 0; stage < kBatchStages; ++stage) {
       init_barrier(&shared.batch_full[stage], 1);
-      init_barrier(&shared.batch_empty[stage], kThreads / 32);
+      init_barrier(&shared.batch_empty[stage], kScoringThreads / 32);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -272,6 +272,21 @@ __global__ void __launch_bounds__(kThreads, 1) low_bit_scores(const __grid_const
     shared.error[row] = live ? from[3 * rows] * a.scale : 0.0f;
   }
 
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncthreads();
+
+  if (warp >= kScoringThreads / 32) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if (threadIdx.x == kScoringThreads) {
+      for (int batch = 0; batch < batches; ++batch) {
+        fetch_batch(batch);
+        for (int in_batch = 0; in_batch < kTilesPerBatch; ++in_batch) fetch_tile(batch * kTilesPerBatch + in_batch);
+      }
+    }
+    return;
+  }
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
+
   // This thread's rows and its part of their levels: rows r and r + 8 of the warp's 16.
   const int row = warp * 16 + lane / 4;
   uint32_t left[4][4];
@@ -283,14 +298,6 @@ __global__ void __launch_bounds__(kThreads, 1) low_bit_scores(const __grid_const
       left[step][part] = of_row < a.chunk ? *reinterpret_cast<const uint32_t*>(from) : 0u;
     }
   }
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  __syncthreads();
-
-  if (threadIdx.x == 0 && tiles > 0) {
-    fetch_batch(0);
-    for (int tile = 0; tile < min(kAhead, tiles); ++tile) fetch_tile(tile);
-  }
-  __syncwarp();
 
   const int first_own = first_row + warpgroup * kRows;
   const bool idle = first_own >= a.chunk;
@@ -298,9 +305,16 @@ __global__ void __launch_bounds__(kThreads, 1) low_bit_scores(const __grid_const
   uint8_t* kept = a.kept +
                   (static_cast<long long>(head) * ((a.chunk + kRows - 1) / kRows) + first_own / kRows) * a.key_pages;
   const uint32_t query_address = shared_address(shared.query[warpgroup][0]);
-  int32_t sum[64];
-  if (tiles > 0 && warpgroup >= kWarpgroups / 2) pass_turn(warpgroup);
+  int32_t first_half[kHalfPages * 16] = {}, second_half[kHalfPages * 16] = {};
+  const auto multiply = [&](int32_t(&sum)[kHalfPages * 16], uint64_t keys) {
+    fence_products();
+#pragma unroll
+    for (int step = 0; step < 4; ++step) multiply_levels(sum, left[step], keys + step * 2, step);
+    commit_products();
+  };
 
+  int stage = 0;
+  uint32_t parity = 0;
   for (int batch = 0; batch < batches; ++batch) {
     const int batch_stage = batch % kBatchStages;
     const int first_page = segment + batch * kBatchPages;
@@ -316,7 +330,8 @@ __global__ void __launch_bounds__(kThreads, 1) low_bit_scores(const __grid_const
                              descriptor(mean_address + step / 4 * kBatchPages * 128 + within), step);
     }
     commit_products();
-    wait_products();
+    wait_products<0>();
+    settle(mean_score);
 
     uint32_t passing_mean = 0, open = 0;
     const float least[2] = {shared.least[row], shared.least[row + 8]};
@@ -349,45 +364,80 @@ __global__ void __launch_bounds__(kThreads, 1) low_bit_scores(const __grid_const
       scored &= any_thread(shared, warpgroup, 1, open) & ~decided;
     }
 
+    // Pages of a half, from page `from` of the batch on, that this thread's rows reach.
+    const auto passing_pages = [&](const int32_t(&sum)[kHalfPages * 16], int from) {
+      uint32_t pages = 0;
+#pragma unroll
+      for (int of_half = 0; of_half < kHalfPages; ++of_half) {
+        int best[2];
+#pragma unroll
+        for (int of_pair = 0; of_pair < 2; ++of_pair) {
+          const int32_t* found = sum + of_half * 16 + of_pair * 2;
+          const int left_best = __vimax3_s32(__vimax3_s32(found[0], found[1], found[4]), found[5], found[8]);
+          best[of_pair] = __vimax3_s32(__vimax3_s32(left_best, found[9], found[12]), found[13], left_best);
+        }
+        const float level = page_numbers[from + of_half][lane % 4];
+        const float2 needed = shared.needed[warp][from + of_half][lane / 4];
+        const bool passes =
+            static_cast<float>(best[0]) * level > needed.x || static_cast<float>(best[1]) * level > needed.y;
+        pages |= passes ? 1u << of_half : 0u;
+      }
+      return pages << from;
+    };
+
+    const auto release = [&](int of_stage) {
+      if (lane == 0) arrive(&shared.levels_empty[of_stage]);
+    };
+    // The stage of the next tile, which has arrived.
+    const auto take_tile = [&] {
+      wait(&shared.levels_full[stage], parity);
+      const int taken = stage;
+      if (++stage == kStages) {
+        stage = 0;
+        parity ^= 1;
+      }
+      return taken;
+    };
+    // Score adjacent tiles from a page of the batch on. Straight-line code: the compiler gives up products in flight
+    // where they cross a loop's end.
     uint32_t passing = 0;
+    const auto score_tiles = [&](auto count, int page) {
+      int last_stage = 0;
+#pragma unroll
+      for (int of_count = 0; of_count < decltype(count)::value; ++of_count) {
+        const int first = page + of_count * kTilePages, taken = take_tile();
+        const uint64_t keys = descriptor(shared_address(shared.levels[taken]));
+        multiply(first_half, keys);
+        if (of_count > 0) {
+          wait_products<1>();
+          settle(second_half);
+          release(last_stage);
+          passing |= passing_pages(second_half, first - kHalfPages);
+        }
+        multiply(second_half, keys + kHalfPages * kPageBytes / 16);
+        wait_products<1>();
+        settle(first_half);
+        passing |= passing_pages(first_half, first);
+        last_stage = taken;
+      }
+      wait_products<0>();
+      settle(second_half);
+      release(last_stage);
+      passing |= passing_pages(second_half, page + (decltype(count)::value - 1) * kTilePages + kHalfPages);
+    };
+
+    // Tiles with a page to score; the compiler has to know that a warp's threads agree.
+    uint32_t tiles = scored | scored >> 1;
+    tiles = __reduce_or_sync(0xFFFFFFFFu, (tiles | tiles >> 2) & kFirstPages);
+    if (tiles == kFirstPages) {
+      score_tiles(std::integral_constant<int, kTilesPerBatch>(), 0);
+    } else {
 #pragma unroll 1
-    for (int in_batch = 0; in_batch < kTilesPerBatch; ++in_batch) {
-      const int tile = batch * kTilesPerBatch + in_batch;
-      const int stage = tile % kStages;
-      const bool scores = scored >> in_batch * kTilePages & (1u << kTilePages) - 1;
-      wait(&shared.levels_full[stage], tile / kStages % 2);
-      take_turn(warpgroup);
-      if (scores) {
-        const uint32_t address = shared_address(shared.levels[stage]);
-        fence_products();
-#pragma unroll
-        for (int step = 0; step < 4; ++step) multiply_levels(sum, left[step], descriptor(address + step * 32), step);
-        commit_products();
-        wait_products();
-      }
-      pass_turn(warpgroup);
-      if (lane == 0) arrive(&shared.levels_empty[stage]);
-      if (threadIdx.x == 0) {
-        if (tile + kAhead < tiles) fetch_tile(tile + kAhead);
-        if (in_batch == kTilesPerBatch / 2 && batch + 1 < batches) fetch_batch(batch + 1);
-      }
-      __syncwarp();
-      if (scores) {
-#pragma unroll
-        for (int of_tile = 0; of_tile < kTilePages; ++of_tile) {
-          const int page = in_batch * kTilePages + of_tile;
-          int best[2];
-#pragma unroll
-          for (int of_pair = 0; of_pair < 2; ++of_pair) {
-            const int32_t* found = sum + of_tile * 16 + of_pair * 2;
-            const int left_best = __vimax3_s32(__vimax3_s32(found[0], found[1], found[4]), found[5], found[8]);
-            best[of_pair] = __vimax3_s32(__vimax3_s32(left_best, found[9], found[12]), found[13], left_best);
-          }
-          const float level = page_numbers[page][lane % 4];
-          const float2 needed = shared.needed[warp][page][lane / 4];
-          const bool passes = static_cast<float>(best[0]) * level > needed.x ||
-                              static_cast<float>(best[1]) * level > needed.y;
-          passing |= static_cast<uint32_t>(passes) << page;
+      for (int page = 0; page < kBatchPages; page += kTilePages) {
+        if (tiles >> page & 1u) {
+          score_tiles(std::integral_constant<int, 1>(), page);
+        } else {
+          release(take_tile());
         }
       }
     }
