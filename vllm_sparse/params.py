@@ -166,12 +166,26 @@ def parse_server_config(additional_config: object, num_layers: int, num_query_he
     """
     settings = additional_config.get("sparse", {}) if isinstance(additional_config, Mapping) else {}
     try:
+        return check_settings(settings, num_layers, num_query_heads)
+    except ValueError as error:
+        raise ValueError(f"--additional-config: {error}") from error
+
+
+def check_settings(settings: object, num_layers: int, num_query_heads: int) -> ServerConfig:
+    """Check a ``"sparse"`` object; arguments and errors otherwise as in `parse_server_config`.
+
+    Args:
+        settings: the object.
+        num_layers: attention layers of the model.
+        num_query_heads: query heads of the model.
+    """
+    try:
         config = ServerConfig.model_validate(settings)
     except ValidationError as error:
         detail = error.errors()[0]
         key = ".".join(["sparse", *(str(part) for part in detail["loc"])])
         allowed = f"; there are {', '.join(ServerConfig.model_fields)}" if detail["type"] == "extra_forbidden" else ""
-        raise ValueError(f"--additional-config: {key} is {detail.get('input')!r}: {detail['msg']}{allowed}") from error
+        raise ValueError(f"{key} is {detail.get('input')!r}: {detail['msg']}{allowed}") from error
     for name in METHODS:
         # Knobs in the configuration are checked as a request's would be, whether or not the method is a default.
         try:
@@ -183,11 +197,11 @@ def parse_server_config(additional_config: object, num_layers: int, num_query_he
                 configured_method(config, phase, name).check_defaults(num_layers, num_query_heads)
         except (SparseParamsError, KnobError) as error:
             named = _knob_error(name, error) if isinstance(error, KnobError) else error
-            raise ValueError(f"--additional-config, object sparse.{name}: {named}") from error
+            raise ValueError(f"object sparse.{name}: {named}") from error
     try:
         resolve({}, config, num_layers)
     except SparseParamsError as error:
-        raise ValueError(f"--additional-config, object sparse: {error}") from error
+        raise ValueError(f"object sparse: {error}") from error
     return config
 
 

@@ -42,10 +42,15 @@ def _check_configuration_early() -> None:
     @functools.wraps(create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm_sparse.server.admission import server_config, uses_sparse_backend
+        from vllm_sparse.server.runtime_config import announce_directory
+        from vllm_sparse.server.tracing import trace_requests
 
         vllm_config = create(self, *args, **kwargs)
         if uses_sparse_backend(vllm_config):
             config = server_config(vllm_config)
+            announce_directory()
+            if vllm_config.observability_config.otlp_traces_endpoint is not None:
+                trace_requests()
             logging.getLogger("vllm.sparse").info(
                 "Sparse attention: requests may choose %s; those that name no method run prefill %s and decode %s; "
                 "contexts of fewer than %d tokens run dense unless a request sets sparse_min_tokens.",

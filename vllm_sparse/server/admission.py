@@ -23,6 +23,7 @@ from vllm_sparse.params import (
     parse_server_config,
     resolve,
 )
+from vllm_sparse.server.runtime_config import running_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 REQUESTS = prometheus_client.Counter(
     "vllm_sparse_requests", "Requests admitted, by the method that each phase asks for.", ["phase", "method"]
 )
+
+# On sampling parameters: what a request was found to ask for when it was parsed. It keeps that if the server's
+# configuration changes before it is admitted, when a stream can no longer be refused.
+CHECKED_ATTRIBUTE = "_sparse_checked"
 
 
 def uses_sparse_backend(vllm_config: VllmConfig) -> bool:
@@ -74,11 +79,11 @@ def resolve_for(vllm_config: VllmConfig, extras: Mapping[str, Any]) -> SparsePar
             )
         return ALL_DENSE
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-    return resolve(extras, server_config(vllm_config), num_layers)
+    return resolve(extras, running_config(server_config(vllm_config)).config, num_layers)
 
 
 def server_config(vllm_config: VllmConfig) -> ServerConfig:
-    """The server's configuration, parsed once; processes that are started later get it with vLLM's.
+    """The configuration that the server was started with, parsed once; processes started later get it with vLLM's.
 
     Raises:
         ValueError: it is wrong.
@@ -117,7 +122,7 @@ def admit(vllm_config: VllmConfig, params: Any, build: Callable[[], Any]) -> Any
     if not hasattr(params, "extra_args"):
         return build()
     try:
-        resolved = resolve_for(vllm_config, params.extra_args or {})
+        resolved = getattr(params, CHECKED_ATTRIBUTE, None) or resolve_for(vllm_config, params.extra_args or {})
         request = build()
         if uses_sparse_backend(vllm_config):
             _check_salt(request.cache_salt)
@@ -172,7 +177,7 @@ def check_before_streaming(vllm_config: VllmConfig) -> None:
         def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
             extras = self.vllm_xargs or {}
             try:
-                resolve_for(vllm_config, extras)
+                resolved = resolve_for(vllm_config, extras)
                 if uses_sparse_backend(vllm_config):
                     _check_salt(getattr(self, "cache_salt", None))
                 keys = _sparse_keys(extras) if beam_search else []
@@ -182,7 +187,10 @@ def check_before_streaming(vllm_config: VllmConfig) -> None:
                     )
             except SparseParamsError as error:
                 raise _as_vllm_error(error) from error
-            return original(self, *args, **kwargs)
+            params = original(self, *args, **kwargs)
+            if not beam_search:
+                setattr(params, CHECKED_ATTRIBUTE, resolved)
+            return params
 
         return checked
 

@@ -1,0 +1,38 @@
+"""The plugin's HTTP routes, attached to vLLM's API server where ``VLLM_PLUGINS`` names them."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from fastapi import FastAPI
+from vllm.platforms import current_platform
+
+from vllm_sparse.server.admission import server_config, uses_sparse_backend
+from vllm_sparse.server.routes import config, methods
+from vllm_sparse.server.runtime_config import ROUTES_NAME, Served
+
+
+class SparseEndpoints:
+    """An endpoint plugin, as `vllm.plugins.endpoint_plugins.interface.EndpointPlugin` describes one."""
+
+    name = ROUTES_NAME
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes; vLLM's API key guards them as all below ``/v1``."""
+        for group in (methods, config):
+            app.include_router(group.router)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Leave what the routes need in the application's state; None where this server runs dense attention."""
+        vllm_config = engine_client.vllm_config
+        state.sparse_served = None
+        if uses_sparse_backend(vllm_config):
+            start, model = server_config(vllm_config), vllm_config.model_config
+            state.sparse_served = Served(
+                start,
+                model.get_total_num_hidden_layers(),
+                model.model_arch_config.total_num_attention_heads,
+                start.decode_in_batches and current_platform.is_cuda() and not model.enforce_eager,
+            )

@@ -1,0 +1,1 @@
+"""HTTP routes below ``/v1/sparse``: one file a group, each with its `router`."""
