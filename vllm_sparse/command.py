@@ -11,6 +11,7 @@ VERBS = {
     "bench decode": "loadtest.kernels.decode",
     "calibrate sale": "vllm_sparse.calibrate.sale_command",
     "calibrate tidal": "vllm_sparse.calibrate.tidal_command",
+    "inspect": "vllm_sparse.inspect.command",
 }
 
 USAGE = f"usage: vllm-sparse VERB ...\n\nverbs: {', '.join(VERBS)}; 'vllm-sparse VERB --help' says what one takes"
@@ -29,9 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     if given in (["-h"], ["--help"]):
         print(USAGE)
         return 0
-    verb = " ".join(given[:2])
-    if verb not in VERBS:
-        print(f"vllm-sparse: {verb!r} is no verb\n{USAGE}", file=sys.stderr)
+    verb = next((verb for verb in VERBS if given[: len(verb.split())] == verb.split()), None)
+    if verb is None:
+        print(f"vllm-sparse: {' '.join(given[:2])!r} is no verb\n{USAGE}", file=sys.stderr)
         return 2
     # Benchmarks are not installed with the package: they stand in the repository, from whose root the command runs.
     sys.path.insert(0, "")
@@ -42,5 +43,5 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"vllm-sparse {verb}: run it in the root of the vllm_sparse repository, which holds it", file=sys.stderr)
         return 2
-    module.main(given[2:])
+    module.main(given[len(verb.split()) :])
     return 0

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.serving.server import Server, ServerKeeper
+from tests.serving.server import API_KEY, Server, ServerKeeper
+from tests.serving.span_receiver import SpanReceiver
 
 BUNDLED_MODEL = Path(__file__).parents[2] / "loadtest" / "model" / "weights"
 
 _COMMON = ("--kv-cache-memory-bytes", "1G", "--max-num-batched-tokens", "2048", "--enable-prompt-tokens-details")
 
 # A small KV cache, so that three long requests do not fit once they have generated some hundred tokens.
-_CONFIGURATION = {
+CONFIGURATION = {
     "sparse": {
         "prefill": "flexprefill",
         "methods": ["flexprefill", "blocktopk"],
@@ -25,8 +26,9 @@ _CONFIGURATION = {
 }
 _CONFIGURED = (
     *_COMMON,
-    *("--additional-config", json.dumps(_CONFIGURATION), "--api-server-count", "2", "--enforce-eager"),
+    *("--additional-config", json.dumps(CONFIGURATION), "--api-server-count", "2", "--enforce-eager"),
     *("--block-size", "32", "--num-gpu-blocks-override", "400", "--max-model-len", "8192"),
+    *("--api-key", API_KEY),
 )
 
 
@@ -57,10 +59,29 @@ def server(_keeper: ServerKeeper) -> Server:
     return _keeper.get(_COMMON)
 
 
+@pytest.fixture(scope="session")
+def spans() -> Iterator[SpanReceiver]:
+    """Receives the spans of `configured_server`."""
+    with SpanReceiver() as receiver:
+        yield receiver
+
+
 @pytest.fixture
-def configured_server(_keeper: ServerKeeper) -> Server:
-    """Two API servers, server-wide defaults, two enabled methods, a small KV cache."""
-    return _keeper.get(_CONFIGURED)
+def configured_server(_keeper: ServerKeeper, spans: SpanReceiver) -> Server:
+    """Two API servers with the plugin's routes, an API key and tracing; defaults, two enabled methods, a small KV
+    cache."""
+    environment = {
+        "VLLM_PLUGINS": "sparse",
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+        "OTEL_BSP_SCHEDULE_DELAY": "200",
+    }
+    return _keeper.get((*_CONFIGURED, "--otlp-traces-endpoint", spans.url), environment)
+
+
+@pytest.fixture
+def restarted(_keeper: ServerKeeper) -> Callable[[], Server]:
+    """Starts the running server again."""
+    return _keeper.restart
 
 
 @pytest.fixture

@@ -23,6 +23,9 @@ from loadtest.model.tokenizer import build_tokenizer, count_tokens
 from loadtest.quality.text import NeedlePrompt, needle_prompt
 
 MODEL_NAME = "needle"
+# Sent with every request; servers that were started without a key do not look at it.
+API_KEY = "the tests' key"
+_AUTHORIZATION = {"Authorization": f"Bearer {API_KEY}"}
 START_SECONDS = 240.0
 REQUEST_SECONDS = 240.0
 LOG_TAIL_LINES = 60
@@ -153,9 +156,18 @@ class MetricsChange:
 
 
 class Server:
-    """A running server. Temperature is 0 unless a request says otherwise."""
+    """A running server. Temperature is 0 unless a request says otherwise.
 
-    def __init__(self, model_folder: Path, arguments: Sequence[str], log: Path) -> None:
+    Args:
+        model_folder: what it serves.
+        arguments: of `vllm serve`.
+        log: file for its output.
+        environment: variables beside those of this process.
+    """
+
+    def __init__(
+        self, model_folder: Path, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.log = log
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -165,6 +177,7 @@ class Server:
                 serve_command(model_folder, self.port, arguments),
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                env={**os.environ, **(environment or {})},
                 # Its own process group, so that the engine and the workers end with it.
                 start_new_session=True,
             )
@@ -208,10 +221,15 @@ class Server:
         reply.raise_for_status()
         return Metrics(reply.text)
 
+    def call(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """Any request, over a connection of its own."""
+        options["headers"] = {**_AUTHORIZATION, **options.get("headers", {})}
+        return httpx.request(method, f"{self.url}{path}", timeout=REQUEST_SECONDS, **options)
+
     def post(self, path: str, body: Mapping[str, Any]) -> Reply:
         """Send a request; NaN and infinity go as Python writes them."""
         content = json.dumps({"model": MODEL_NAME, "temperature": 0, **body})
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", **_AUTHORIZATION}
         response = httpx.post(f"{self.url}{path}", content=content, headers=headers, timeout=REQUEST_SECONDS)
         if response.headers.get("content-type", "").startswith("text/event-stream"):
             return _read_stream(response)
@@ -272,18 +290,26 @@ class ServerKeeper:
     def __init__(self, model_folder: Path, logs: Path) -> None:
         self._model_folder = model_folder
         self._logs = logs
-        self._arguments: tuple[str, ...] | None = None
+        self._settings: tuple[tuple[str, ...], Mapping[str, str] | None] | None = None
         self._server: Server | None = None
         self._started = 0
 
-    def get(self, arguments: tuple[str, ...]) -> Server:
-        """The server with these arguments, started if it is not the running one."""
-        if self._server is None or self._arguments != arguments:
+    def get(self, arguments: tuple[str, ...], environment: Mapping[str, str] | None = None) -> Server:
+        """The server with these arguments and variables, started if it is not the running one."""
+        settings = arguments, environment
+        if self._server is None or self._settings != settings:
             self.stop()
             self._started += 1
-            self._server = Server(self._model_folder, arguments, self._logs / f"server{self._started}.log")
-            self._arguments = arguments
+            log = self._logs / f"server{self._started}.log"
+            self._server = Server(self._model_folder, arguments, log, environment)
+            self._settings = settings
         return self._server
+
+    def restart(self) -> Server:
+        """End the running server and start it again as it was."""
+        assert self._settings is not None
+        self.stop()
+        return self.get(*self._settings)
 
     def stop(self) -> None:
         """End the running server, if any."""

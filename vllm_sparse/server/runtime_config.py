@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_sparse.methods.base import DecodeMethod
 from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.params import PHASES, ServerConfig, check_settings, configured_method
 
@@ -218,6 +219,8 @@ def _check_graphs(served: Served, config: ServerConfig) -> None:
     room = config.decode_list_tokens
     for name in DECODE_METHODS:
         before, after = (configured_method(some, "decode", name) for some in (served.start, config))
+        assert isinstance(before, DecodeMethod)
+        assert isinstance(after, DecodeMethod)
         if name not in config.methods or not served_in_batches(before) or not served_in_batches(after):
             continue
         if before.layer_roles(served.num_layers) != after.layer_roles(served.num_layers):

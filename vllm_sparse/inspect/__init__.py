@@ -1,0 +1,1 @@
+"""``vllm-sparse inspect``: a page that shows what each layer and head of a model kept of one prompt."""

@@ -1,0 +1,239 @@
+"""The page: one HTML file with all that it needs, to be read on a screen, a phone and on paper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import torch
+
+from vllm_sparse.inspect.kept import KeptLayer, KeptMap
+from vllm_sparse.inspect.picture import (
+    FUTURE,
+    KEPT_SHADES,
+    KEPT_WITHOUT_MASS,
+    LEAST_SHARE,
+    MISSED_SHADES,
+    WHITE,
+    Colour,
+    data_url,
+    kept_picture,
+)
+
+# Of an overview's cell, in the units of its drawing.
+CELL_WIDTH, CELL_HEIGHT, LABEL_WIDTH = 40, 22, 34
+# An overview with more heads has no numbers in its cells.
+MOST_NUMBERED_HEADS = 16
+
+STYLE = """
+:root { color-scheme: light }
+body { font: 16px/1.45 system-ui, sans-serif; color: #1c2733; background: #fff; max-width: 70rem; margin: 0 auto;
+  padding: 1rem; overflow-wrap: anywhere }
+h1 { font-size: 1.5rem; line-height: 1.2 } h2 { margin-top: 2.5rem; border-top: 2px solid #d5dde5; padding-top: 1rem }
+h3 { margin: 1.6rem 0 .2rem; font-size: 1.05rem } p { margin: .3rem 0 .8rem; max-width: 46rem }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: 1rem 0 }
+dt { color: #5a6875 } dd { margin: 0; font-variant-numeric: tabular-nums }
+.overviews { display: flex; flex-wrap: wrap; gap: 1.5rem } .overviews figure { flex: 1 1 20rem; max-width: 34rem }
+figure { margin: 0; break-inside: avoid } figcaption { font-size: .8rem; font-variant-numeric: tabular-nums }
+figure img, figure svg { display: block; width: 100%; image-rendering: pixelated } svg text { font: 11px system-ui }
+.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .8rem }
+.maps img { border: 1px solid #9aa7b3; box-sizing: border-box }
+.strips { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: .5rem 1rem }
+.strips img { height: 1.6rem; border: 1px solid #9aa7b3; box-sizing: border-box }
+.legend span { display: inline-block; width: 2.6em; height: .9em; border: 1px solid #9aa7b3; vertical-align: -.1em }
+.muted { color: #5a6875 } .axis { font-size: .8rem; color: #5a6875 }
+@media print { body { max-width: none; padding: 0; font-size: 11px; print-color-adjust: exact;
+  -webkit-print-color-adjust: exact } h2 { break-before: page } h3 { break-after: avoid } a { color: inherit } }
+"""
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What a page shows.
+
+    Attributes:
+        title: the page's heading.
+        facts: what was run, by name.
+        prefill: the layers in a prompt; None where it is dense.
+        decode: the layers in the decode step after it; None where it is dense.
+        notes: of each phase, a sentence on what is shown or why nothing is.
+        compared: the true attention of the prompt was computed.
+    """
+
+    title: str
+    facts: dict[str, str]
+    prefill: list[KeptLayer] | None
+    decode: list[KeptLayer] | None
+    notes: dict[str, str]
+    compared: bool
+
+
+def render(inspected: Inspected) -> str:
+    """The page as text."""
+    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in inspected.facts.items())
+    return "\n".join(
+        [
+            "<!doctype html>",
+            '<html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{escape(inspected.title)}</title><style>{STYLE}</style></head><body>",
+            f"<h1>{escape(inspected.title)}</h1>",
+            f"<dl>{facts}</dl>",
+            _legend(inspected.compared or inspected.decode is not None),
+            "<p><b>Density</b> is the share of the tokens in reach that a head read. <b>Recall</b> is the share of its "
+            "true attention that fell on them; the true attention is that of a dense run of the model, so it does not "
+            "show what a layer makes of the error of the layers before it.</p>",
+            *_prompt_section(inspected),
+            *_decode_section(inspected),
+            "</body></html>",
+        ]
+    )
+
+
+def _legend(compared: bool) -> str:
+    """What the colours mean."""
+    reach = _swatch(FUTURE, FUTURE) + " after the query, out of reach"
+    if not compared:
+        read, missed = _swatch(KEPT_WITHOUT_MASS, KEPT_WITHOUT_MASS), _swatch(WHITE, WHITE)
+        return f'<p class="legend">{read} read · {missed} not read · {reach}.</p>'
+    return (
+        f'<p class="legend">{_swatch(*KEPT_SHADES)} read · {_swatch(*MISSED_SHADES)} not read · {reach}. The darker, '
+        f"the more of the true attention, from a share of {LEAST_SHARE:g} to all of it on a logarithmic scale: dark "
+        "orange is what the method missed.</p>"
+    )
+
+
+def _swatch(light: Colour, dark: Colour) -> str:
+    colours = ", ".join(f"rgb({red} {green} {blue})" for red, green, blue in (light, dark))
+    return f'<span style="background: linear-gradient(90deg, {colours})"></span>'
+
+
+def _prompt_section(inspected: Inspected) -> list[str]:
+    """The prompt's layers."""
+    lines = ['<h2 id="prefill">Prompt</h2>', f"<p>{escape(inspected.notes['prefill'])}</p>"]
+    if inspected.prefill is None:
+        return lines
+    lines += [
+        _overviews("prefill", inspected.prefill),
+        '<p class="axis">Each map: queries from the first at the top to the last at the bottom, keys from the first at '
+        "the left to the last at the right.</p>",
+    ]
+    for layer in inspected.prefill:
+        lines.append(f'<h3 id="prefill{layer.index}">Layer {layer.index}{_summary(layer)}</h3>')
+        lines.append(f'<div class="maps">{_figures("prefill", layer, kept_picture)}</div>')
+    return lines
+
+
+def _decode_section(inspected: Inspected) -> list[str]:
+    """The decode step's layers."""
+    lines = ['<h2 id="decode">Decode step</h2>', f"<p>{escape(inspected.notes['decode'])}</p>"]
+    if inspected.decode is None:
+        return lines
+    lines += [
+        _overviews("decode", inspected.decode),
+        '<p class="axis">Each strip: keys from the first at the left to the newest at the right; above what was read, '
+        "below what was not.</p>",
+    ]
+    for layer in inspected.decode:
+        lines.append(f'<h3 id="decode{layer.index}">Layer {layer.index}{_summary(layer)}</h3>')
+        lines.append(f'<div class="strips">{_figures("decode", layer, strip_picture)}</div>')
+    return lines
+
+
+def strip_picture(kept: KeptMap) -> torch.Tensor:
+    """One query's map in two rows, of what was read and of what was not: uint8 ``[2, columns, 3]``."""
+    assert kept.kept_mass is not None
+    assert kept.missed_mass is not None
+    ones, zeros = torch.ones_like(kept.share), torch.zeros_like(kept.share)
+    read = KeptMap((kept.share > 0).float(), kept.kept_mass, zeros, kept.density, kept.recall)
+    missed = KeptMap(zeros, ones, kept.missed_mass, kept.density, kept.recall)
+    return torch.cat([kept_picture(read), kept_picture(missed)])
+
+
+ROLE_WORDS = {
+    "dense": "reads everything",
+    "select": "reads everything and chooses for the layers below",
+    "choose": "chooses what it reads",
+    "reuse": "reads what was chosen last",
+}
+
+
+def _summary(layer: KeptLayer) -> str:
+    """What a layer's heading says beside its number."""
+    words = ROLE_WORDS.get(layer.role)
+    if not layer.heads:
+        return f' <span class="muted">· {words}</span>'
+    density = [head.density for head in layer.heads]
+    parts = [] if words is None else [words]
+    parts.append(f"density {_mean(density):.3f} ({min(density):.3f} to {max(density):.3f})")
+    recall = [head.recall for head in layer.heads if head.recall is not None]
+    if recall:
+        parts.append(f"recall {_mean(recall):.3f}, worst {min(recall):.3f} in head {recall.index(min(recall))}")
+    return f' <span class="muted">· {escape(" · ".join(parts))}</span>'
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _figures(phase: str, layer: KeptLayer, picture: Callable[[KeptMap], torch.Tensor]) -> str:
+    """A picture and its caption for each head."""
+    figures = []
+    for number, head in enumerate(layer.heads):
+        recall = "" if head.recall is None else f" · recall {head.recall:.3f}"
+        data = f'data-phase="{phase}" data-layer="{layer.index}" data-head="{number}" data-density="{head.density:.6f}"'
+        data += "" if head.recall is None else f' data-recall="{head.recall:.6f}"'
+        caption = f"head {number} · density {head.density:.3f}{recall}"
+        figures.append(
+            f'<figure {data}><figcaption>{caption}</figcaption><img alt="layer {layer.index}, {caption}" '
+            f'src="{data_url(picture(head))}"></figure>'
+        )
+    return "".join(figures)
+
+
+def _overviews(phase: str, layers: list[KeptLayer]) -> str:
+    """Density and recall of all layers and heads, as tables of colours that lead to the layers."""
+    figures = [_overview(phase, layers, "Density", lambda head: head.density, KEPT_SHADES, False)]
+    if any(head.recall is not None for layer in layers for head in layer.heads):
+        figures.append(_overview(phase, layers, "Recall", lambda head: head.recall or 0.0, MISSED_SHADES, True))
+    return f'<div class="overviews">{"".join(figures)}</div>'
+
+
+def _overview(
+    phase: str,
+    layers: list[KeptLayer],
+    name: str,
+    value: Callable[[KeptMap], float],
+    shades: tuple[Colour, Colour],
+    low_is_dark: bool,
+) -> str:
+    """A drawing of one number for each layer (down) and head (across)."""
+    heads = max(len(layer.heads) for layer in layers)
+    numbered = heads <= MOST_NUMBERED_HEADS
+    width = CELL_WIDTH if numbered else CELL_HEIGHT
+    cells = []
+    for row, layer in enumerate(layers):
+        top = row * CELL_HEIGHT
+        cells.append(f'<text x="{LABEL_WIDTH - 6}" y="{top + 15}" text-anchor="end">{layer.index}</text>')
+        if not layer.heads:
+            cells.append(f'<text x="{LABEL_WIDTH + 4}" y="{top + 15}" fill="#5a6875">{ROLE_WORDS[layer.role]}</text>')
+        for column, head in enumerate(layer.heads):
+            found = value(head)
+            depth = 1 - found if low_is_dark else found
+            red, green, blue = (round(light + depth * (dark - light)) for light, dark in zip(*shades, strict=True))
+            left = LABEL_WIDTH + column * width
+            cells.append(
+                f'<a href="#{phase}{layer.index}"><title>layer {layer.index}, head {column}: {found:.3f}</title>'
+                f'<rect x="{left}" y="{top}" width="{width - 1}" height="{CELL_HEIGHT - 1}" '
+                f'fill="rgb({red} {green} {blue})"/>'
+            )
+            if numbered:
+                place = f'x="{left + width / 2:g}" y="{top + 15}" text-anchor="middle"'
+                cells.append(f'<text {place} fill="{"#fff" if depth > 0.45 else "#1c2733"}">{found:.2f}</text>')
+            cells.append("</a>")
+    size = LABEL_WIDTH + heads * width, len(layers) * CELL_HEIGHT
+    return (
+        f"<figure><figcaption><b>{name}</b> by layer (down) and head (across)</figcaption>"
+        f'<svg viewBox="0 0 {size[0]} {size[1]}" style="max-width: {size[0] * 1.4:g}px">{"".join(cells)}</svg></figure>'
+    )
