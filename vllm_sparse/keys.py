@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 
 import torch
 
+PLAIN_BLOCK_TOKENS = 128
+
 
 class PagedKeys(ABC):
     """Keys of one request, read from the paged cache in logical order.
@@ -80,6 +82,20 @@ class PlainKeys(PagedKeys):
 
     def _pick(self, block: torch.Tensor, head: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         return self.kv_cache[..., : self.head_size][block, head, offset]
+
+
+def plain_keys(key: torch.Tensor) -> PlainKeys:
+    """Keys in a cache of their own, in blocks of `PLAIN_BLOCK_TOKENS` in order: where there is no server.
+
+    Args:
+        key: ``[kv_heads, tokens, head_size]``.
+    """
+    kv_heads, tokens, head_size = key.shape
+    blocks = -(-tokens // PLAIN_BLOCK_TOKENS)
+    cache = key.new_zeros(kv_heads, blocks * PLAIN_BLOCK_TOKENS, 2 * head_size)
+    cache[:, :tokens, :head_size] = key
+    cache = cache.view(kv_heads, blocks, PLAIN_BLOCK_TOKENS, -1).transpose(0, 1)
+    return PlainKeys(cache, torch.arange(blocks, dtype=torch.int32, device=key.device), tokens)
 
 
 class TransposedKeys(PagedKeys):

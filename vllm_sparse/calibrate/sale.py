@@ -19,12 +19,11 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from vllm_sparse.calibrate.file import read
 from vllm_sparse.kernels.low_bit_scores import PAGE_TOKENS, kept_map
-from vllm_sparse.keys import PlainKeys
+from vllm_sparse.keys import plain_keys
 
 # Thresholds are halved until the error is within the bound; below the least one a head stays dense.
 FIRST_TAU = 0.008
 LEAST_TAU = 1e-4
-BLOCK_TOKENS = 128
 QUERY_BLOCK_TOKENS = 64
 SINK_TOKENS = 32
 LOCAL_TOKENS = 128
@@ -145,15 +144,9 @@ def prompt_map(query: torch.Tensor, key: torch.Tensor, scale: float, taus: list[
 
     Arguments as in `SaleCalibrator.observe`, `taus` one threshold a head.
     """
-    kv_heads, tokens, head_size = key.shape
-    blocks = -(-tokens // BLOCK_TOKENS)
-    cache = key.new_zeros(kv_heads, blocks * BLOCK_TOKENS, 2 * head_size)
-    cache[:, :tokens, :head_size] = key
-    cache = cache.view(kv_heads, blocks, BLOCK_TOKENS, -1).transpose(0, 1)
-    keys = PlainKeys(cache, torch.arange(blocks, dtype=torch.int32, device=key.device), tokens)
     return kept_map(
         query.transpose(0, 1),
-        keys,
+        plain_keys(key),
         scale,
         log_thresholds(taus, query.device),
         bits=8,

@@ -12,11 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vllm_sparse.calibrate.policy import Role
-from vllm_sparse.keys import PlainKeys
+from vllm_sparse.keys import PlainKeys, plain_keys
 from vllm_sparse.methods.base import LayerMemory
 from vllm_sparse.methods.tidal import Tidal
-
-BLOCK_TOKENS = 128
 
 
 class ReuseRecall:
@@ -57,17 +55,14 @@ class ReuseRecall:
             self._lists = [[] for _ in range(self.positions)]
             self._measured += 1
         kv_heads, tokens, head_size = key.shape
-        blocks = -(-tokens // BLOCK_TOKENS)
-        cache = key.new_zeros(kv_heads, blocks * BLOCK_TOKENS, 2 * head_size)
-        cache[:, :tokens, :head_size] = key
-        cache = cache.view(kv_heads, blocks, BLOCK_TOKENS, -1).transpose(0, 1)
-        table = torch.arange(blocks, dtype=torch.int32, device=key.device)
+        held = plain_keys(key)
         transposed = key.float().transpose(1, 2)
         kept = torch.zeros(layer + 1, len(query), dtype=torch.float64)
         for position, lists in enumerate(self._lists):
             context = tokens - self.positions + 1 + position
             newest = query[:, context - 1]
-            lists.append(self.method.select(newest, PlainKeys(cache, table, context), scale, 1, LayerMemory()).pages)
+            keys = PlainKeys(held.kv_cache, held.block_table, context)
+            lists.append(self.method.select(newest, keys, scale, 1, LayerMemory()).pages)
             grouped = newest.view(kv_heads, -1, head_size).float()
             weight = (grouped @ transposed[..., :context] * scale).softmax(2).flatten(0, 1)
             chosen = torch.stack(lists).long().repeat_interleave(len(weight) // len(lists[0]), dim=1)

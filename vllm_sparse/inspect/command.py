@@ -228,7 +228,8 @@ def knobs_of(method: PrefillMethod | DecodeMethod | None) -> str:
         return "dense"
     assert isinstance(method, Method)
     knobs = dataclasses.asdict(method)  # type: ignore[call-overload]
-    return f"{method.name}: " + ", ".join(f"{knob} {value}" for knob, value in knobs.items() if value is not None)
+    said = (f"{knob} {value}" for knob, value in knobs.items() if value not in (None, "", ()))
+    return f"{method.name}: {', '.join(said)}"
 
 
 def shortened(text: str) -> str:

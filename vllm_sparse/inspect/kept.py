@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_sparse.keys import PlainKeys
+from vllm_sparse.keys import plain_keys
 from vllm_sparse.methods.base import CHOOSING_ROLES, READING_ROLES, DecodeMethod, Layer, LayerMemory, PrefillMethod
 from vllm_sparse.pages import PageList
 
-BLOCK_TOKENS = 128
 # Cells of a map along a side, so that the map of a long prompt stays a picture.
 MOST_CELLS = 256
 
@@ -48,21 +47,6 @@ class KeptLayer:
     index: int
     role: str
     heads: list[KeptMap]
-
-
-def paged_keys(key: torch.Tensor, context_tokens: int) -> PlainKeys:
-    """Keys as a paged cache would hold them, blocks in order.
-
-    Args:
-        key: ``[kv_heads, tokens, head_size]``.
-        context_tokens: how many of the first tokens count.
-    """
-    kv_heads, _, head_size = key.shape
-    blocks = -(-context_tokens // BLOCK_TOKENS)
-    cache = key.new_zeros(kv_heads, blocks * BLOCK_TOKENS, 2 * head_size)
-    cache[:, :context_tokens, :head_size] = key[:, :context_tokens]
-    cache = cache.view(kv_heads, blocks, BLOCK_TOKENS, -1).transpose(0, 1)
-    return PlainKeys(cache, torch.arange(blocks, dtype=torch.int32, device=key.device), context_tokens)
 
 
 def listed_pages(lists: PageList, pages: int) -> torch.Tensor:
@@ -145,7 +129,7 @@ class PromptInspection:
                 found.append(torch.ones(having, blocks, pages, dtype=torch.bool, device=query.device))
                 continue
             chunk = query[:, start:stop].transpose(0, 1)
-            lists = self.method.select(chunk, paged_keys(key, stop), scale, page, Layer(index, 0))
+            lists = self.method.select(chunk, plain_keys(key[:, :stop]), scale, page, Layer(index, 0))
             found.append(listed_pages(lists, pages).view(having, blocks, pages))
         return torch.cat(found, dim=1)
 
@@ -170,7 +154,7 @@ class DecodeInspection:
         heads, tokens, head_size = query.shape
         newest = query[:, -1]
         if role in CHOOSING_ROLES:
-            chosen = self.method.select(newest, paged_keys(key, tokens), scale, 1, LayerMemory())
+            chosen = self.method.select(newest, plain_keys(key), scale, 1, LayerMemory())
             self.lists = listed_pages(chosen, tokens)
         if role not in CHOOSING_ROLES + READING_ROLES or self.lists is None:
             return KeptLayer(index, role, [])

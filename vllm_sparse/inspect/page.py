@@ -37,14 +37,15 @@ dt { color: #5a6875 } dd { margin: 0; font-variant-numeric: tabular-nums }
 .overviews { display: flex; flex-wrap: wrap; gap: 1.5rem } .overviews figure { flex: 1 1 20rem; max-width: 34rem }
 figure { margin: 0; break-inside: avoid } figcaption { font-size: .8rem; font-variant-numeric: tabular-nums }
 figure img, figure svg { display: block; width: 100%; image-rendering: pixelated } svg text { font: 11px system-ui }
-.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .8rem }
+.maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem }
+.maps figure { max-width: 22rem }
 .maps img { border: 1px solid #9aa7b3; box-sizing: border-box }
-.strips { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: .5rem 1rem }
+.strips { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: .5rem 1rem }
 .strips img { height: 1.6rem; border: 1px solid #9aa7b3; box-sizing: border-box }
 .legend span { display: inline-block; width: 2.6em; height: .9em; border: 1px solid #9aa7b3; vertical-align: -.1em }
-.muted { color: #5a6875 } .axis { font-size: .8rem; color: #5a6875 }
+.muted { color: #5a6875; font-weight: normal } .axis { font-size: .8rem; color: #5a6875 }
 @media print { body { max-width: none; padding: 0; font-size: 11px; print-color-adjust: exact;
-  -webkit-print-color-adjust: exact } h2 { break-before: page } h3 { break-after: avoid } a { color: inherit } }
+  -webkit-print-color-adjust: exact } #decode { break-before: page } h3 { break-after: avoid } a { color: inherit } }
 """
 
 
@@ -153,7 +154,7 @@ def strip_picture(kept: KeptMap) -> torch.Tensor:
 
 ROLE_WORDS = {
     "dense": "reads everything",
-    "select": "reads everything and chooses for the layers below",
+    "select": "reads everything; its list, for layers below",
     "choose": "chooses what it reads",
     "reuse": "reads what was chosen last",
 }

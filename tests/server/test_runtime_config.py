@@ -1,0 +1,145 @@
+"""Changes of the configuration while a server runs, beyond what the served tests see."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_sparse.params import ServerConfig, parse_server_config
+from vllm_sparse.server import runtime_config
+from vllm_sparse.server.runtime_config import (
+    DIRECTORY_VARIABLE,
+    FixedSettingError,
+    OutdatedError,
+    RunningConfig,
+    Served,
+    change_config,
+    running_config,
+)
+
+LAYERS, HEADS = 32, 32
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The directory that API servers share."""
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
+    yield tmp_path
+    runtime_config._parse.cache_clear()
+
+
+def served(decode_graphs: bool = False, **settings: Any) -> Served:
+    return Served(parse_server_config({"sparse": settings}, LAYERS, HEADS), LAYERS, HEADS, decode_graphs)
+
+
+def test_without_a_directory_the_start_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(DIRECTORY_VARIABLE, raising=False)
+    start = ServerConfig(prefill="sale")
+    assert running_config(start) == RunningConfig(1, start)
+
+
+def test_the_directory_is_made_only_where_the_routes_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And removed when the process that made it ends."""
+    code = (
+        "import os; from vllm_sparse.server.runtime_config import announce_directory, DIRECTORY_VARIABLE;"
+        "announce_directory(); announce_directory(); print(os.environ.get(DIRECTORY_VARIABLE))"
+    )
+    monkeypatch.delenv(DIRECTORY_VARIABLE, raising=False)
+    found = {}
+    for plugins in (None, "other", "sparse,other"):
+        environment = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
+        environment |= {} if plugins is None else {"VLLM_PLUGINS": plugins}
+        ended = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        found[plugins] = ended.stdout.splitlines()[-1]
+    assert found[None] == found["other"] == "None"
+    made = Path(found["sparse,other"])
+    assert made.name.startswith("vllm-sparse-config-")
+    assert not made.exists()
+
+
+def test_a_change_is_over_the_command_line_not_over_the_last_change(directory: Path) -> None:
+    server = served(prefill="flexprefill", flexprefill={"gamma": 0.8, "min_budget": 256})
+    _, first = change_config(server, {"min_tokens": 5, "flexprefill": {"gamma": 0.5}}, None)
+    assert (first.config.min_tokens, first.config.flexprefill) == (5, {"gamma": 0.5, "min_budget": 256})
+    old, second = change_config(server, {"decode": "tidal"}, first.etag)
+    assert old == first
+    assert second == RunningConfig(3, server.start.model_copy(update={"decode": "tidal"}))
+    assert running_config(server.start) == second
+
+
+def test_a_change_that_fails_half_way_changes_nothing(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = served()
+    _, before = change_config(server, {"min_tokens": 5}, None)
+
+    def fail(self: Path, target: Path) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="full"):
+        change_config(server, {"min_tokens": 6}, None)
+    monkeypatch.undo()
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(directory))
+    assert running_config(server.start) == before
+    assert change_config(server, {"min_tokens": 7}, None)[1].version == before.version + 1
+
+
+def test_a_writer_that_dies_holds_up_no_other(directory: Path) -> None:
+    code = (
+        "import fcntl, os, sys; lock = open(os.path.join(sys.argv[1], 'lock'), 'w');"
+        "fcntl.flock(lock, fcntl.LOCK_EX); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(directory)], check=False)
+    assert change_config(served(), {"min_tokens": 6}, None)[1].version == 2
+
+
+def test_tags_tell_versions_and_restarts_apart(directory: Path) -> None:
+    server = served()
+    start = running_config(server.start)
+    assert start.etag != RunningConfig(1, ServerConfig(prefill="sale")).etag
+    change_config(server, {"min_tokens": 1}, f'"other", {start.etag}')
+    back = change_config(server, {}, "*")[1]
+    assert (back.config, back.etag != start.etag) == (start.config, True)
+    with pytest.raises(OutdatedError, match=start.etag):
+        change_config(server, {"min_tokens": 2}, start.etag)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tidal": {"full_layers": 4}}, "object sparse.tidal: with these knobs other layers choose"),
+        ({"tidal": {"selection_reads": "list"}}, "other layers choose"),
+        ({"blocktopk": {"dense_layers": 0}}, "object sparse.blocktopk: .*other layers choose"),
+        ({"tidal": {"budget": 8192}}, "lists of 8192 tokens are longer than decode_list_tokens, 4352"),
+    ],
+)
+def test_defaults_that_no_graph_holds_are_refused(directory: Path, settings: Any, message: str) -> None:
+    """With graphs; a server without them takes the change."""
+    methods = ["tidal", "blocktopk"]
+    with pytest.raises(FixedSettingError, match=message):
+        change_config(served(decode_graphs=True, methods=methods), settings, None)
+    assert change_config(served(methods=methods), settings, None)[1].version == 2
+
+
+def test_defaults_that_graphs_hold_are_taken(directory: Path) -> None:
+    server = served(decode_graphs=True, methods=["tidal", "blocktopk", "hip", "sale"])
+    settings = {"tidal": {"budget": 4096, "sink_tokens": 0}, "hip": {"dense_layers": 3}, "sale": {"tau": 0.1}}
+    assert change_config(server, settings, None)[1].version == 2
+    # Lists of this server were too long from the start.
+    long = served(decode_graphs=True, tidal={"budget": 9000})
+    assert change_config(long, {"tidal": {"budget": 8000}}, None)[1].version == 3
+
+
+def test_stating_a_default_that_cannot_change_is_no_change(directory: Path) -> None:
+    server = served()
+    settings = {"blocktopk": {"block": 16, "scores": "bounds"}, "decode_in_batches": True, "tidal": {"policy": ""}}
+    assert change_config(server, settings, None)[1].version == 2
+    with pytest.raises(FixedSettingError, match=r"sparse\.tidal\.policy is 'x'; it is ''"):
+        change_config(server, {"tidal": {"policy": "x"}}, None)
