@@ -99,6 +99,13 @@ def test_other_extras_are_left_alone(server: Server) -> None:
     assert server.complete("Hello.", {"tide_table": 3, "spare": "x", "hipster": 1}, max_tokens=2).status == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/sparse/methods", "/v1/sparse/config"])
+def test_routes_are_off_unless_asked_for(server: Server, path: str) -> None:
+    """`VLLM_PLUGINS` asks for them."""
+    assert server.call("GET", path).status_code == 404
+    assert server.call("PUT", path, json={}).status_code == 404
+
+
 def test_server_still_answers(server: Server) -> None:
     assert server.chat("Hello.", {**BOTH, "sparse_min_tokens": 0, "tidal_budget": 128}).text
     assert server.metrics().total("vllm:num_requests_running") == 0

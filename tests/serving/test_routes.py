@@ -77,11 +77,6 @@ def test_routes_need_the_api_key(configured_server: Server, method: str) -> None
     assert config_of(configured_server) == before
 
 
-def test_routes_are_off_unless_asked_for(server: Server) -> None:
-    assert server.call("GET", METHODS).status_code == 404
-    assert server.call("GET", CONFIG).status_code == 404
-
-
 @pytest.mark.parametrize(("extras", "good"), EXTRAS, ids=[str(extras) for extras, _ in EXTRAS])
 def test_the_schema_says_what_the_server_takes(configured_server: Server, extras: Any, good: bool) -> None:
     schema = configured_server.call("GET", METHODS).json()["vllm_xargs"]

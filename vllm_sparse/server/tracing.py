@@ -10,7 +10,7 @@ from typing import Any
 from vllm_sparse.params import ALL_DENSE, DENSE, RESOLVED_KEY, SparseParams, deserialize
 
 PREFIX = "vllm_sparse"
-_REQUEST_ATTRIBUTES: ContextVar[dict[str, Any]] = ContextVar("sparse request attributes", default={})  # noqa: B039
+_REQUEST_ATTRIBUTES: ContextVar[dict[str, Any] | None] = ContextVar("sparse request attributes", default=None)
 
 
 def span_attributes(params: SparseParams, prompt_tokens: int, context_tokens: int) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def trace_requests() -> None:
 
     @functools.wraps(make_span)
     def instrument_manual(*args: Any, attributes: dict[str, Any], **kwargs: Any) -> Any:
-        return make_span(*args, attributes={**attributes, **_REQUEST_ATTRIBUTES.get()}, **kwargs)
+        return make_span(*args, attributes={**attributes, **(_REQUEST_ATTRIBUTES.get() or {})}, **kwargs)
 
     RequestState.from_new_request = classmethod(from_new_request)
     OutputProcessor.do_tracing = do_tracing

@@ -1,0 +1,54 @@
+"""Admission where the configuration changes between a request's parsing and its admission."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+MODEL = Path(__file__).parents[2] / "loadtest" / "model" / "weights"
+
+# In a process of its own: it teaches vLLM's request classes the configuration of one server.
+CODE = """
+import os, sys, tempfile
+from types import SimpleNamespace
+from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.exceptions import VLLMValidationError
+from vllm_sparse.params import RESOLVED_KEY, deserialize
+from vllm_sparse.server.admission import admit, check_before_streaming, server_config
+from vllm_sparse.server.runtime_config import DIRECTORY_VARIABLE, Served, change_config
+
+os.environ[DIRECTORY_VARIABLE] = sys.argv[2]
+vllm_config = EngineArgs(
+    model=sys.argv[1], attention_backend="sparse", additional_config={"sparse": {"prefill": "flexprefill"}}
+).create_engine_config()
+check_before_streaming(vllm_config)
+extras = {"flexprefill_gamma": 0.5}
+
+def parse():
+    return CompletionRequest(model="m", prompt="x", stream=True, vllm_xargs=extras).to_sampling_params(4, {})
+
+def prefill_of(params):
+    def build():
+        return SimpleNamespace(
+            sampling_params=params.clone(), cache_salt=None, prompt_token_ids=[5] * 9000, resumable=False
+        )
+    admitted = admit(vllm_config, params, build)
+    return deserialize(admitted.sampling_params.extra_args[RESOLVED_KEY]).prefill
+
+parsed = parse()
+change_config(Served(server_config(vllm_config), 8, 4, False), {"prefill": "dense"}, None)
+assert prefill_of(parsed).gamma == 0.5
+try:
+    parse()
+except VLLMValidationError as error:
+    assert "flexprefill_gamma is a knob of flexprefill, which this request does not use" in str(error)
+    print("refused")
+"""
+
+
+def test_a_request_keeps_what_it_was_parsed_to(tmp_path: Path) -> None:
+    """Its stream may have begun; the next one is refused, while that can still be done."""
+    output = subprocess.check_output([sys.executable, "-c", CODE, str(MODEL), str(tmp_path)], text=True, timeout=300)
+    assert output.splitlines()[-1] == "refused"
