@@ -39,7 +39,7 @@ figure { margin: 0; break-inside: avoid } figcaption { font-size: .8rem; font-va
 figure img, figure svg { display: block; width: 100%; image-rendering: pixelated } svg text { font: 11px system-ui }
 .maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem }
 .maps figure { max-width: 22rem }
-.maps img { border: 1px solid #9aa7b3; box-sizing: border-box }
+.maps img { aspect-ratio: 1; border: 1px solid #9aa7b3; box-sizing: border-box }
 .strips { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: .5rem 1rem }
 .strips img { height: 1.6rem; border: 1px solid #9aa7b3; box-sizing: border-box }
 .legend span { display: inline-block; width: 2.6em; height: .9em; border: 1px solid #9aa7b3; vertical-align: -.1em }
@@ -231,7 +231,7 @@ def _overview(
             )
             if numbered:
                 place = f'x="{left + width / 2:g}" y="{top + 15}" text-anchor="middle"'
-                cells.append(f'<text {place} fill="{"#fff" if depth > 0.45 else "#1c2733"}">{found:.2f}</text>')
+                cells.append(f'<text {place} fill="{"#fff" if depth > 0.5 else "#1c2733"}">{found:.2f}</text>')
             cells.append("</a>")
     size = LABEL_WIDTH + heads * width, len(layers) * CELL_HEIGHT
     return (
