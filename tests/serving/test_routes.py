@@ -232,12 +232,11 @@ def test_of_changes_to_one_version_one_counts(changeable: Server) -> None:
 def test_changes_to_any_version_all_count_one_after_the_other(changeable: Server) -> None:
     version = config_of(changeable)["version"]
     versions: list[int] = []
-    writers = [
-        threading.Thread(
-            target=lambda n=n: versions.append(put(changeable, {"min_tokens": 5000 + n}).json()["version"])
-        )
-        for n in range(8)
-    ]
+
+    def change(min_tokens: int) -> None:
+        versions.append(put(changeable, {"min_tokens": min_tokens}).json()["version"])
+
+    writers = [threading.Thread(target=change, args=(5000 + number,)) for number in range(8)]
     for writer in writers:
         writer.start()
     for writer in writers:
