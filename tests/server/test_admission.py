@@ -38,7 +38,7 @@ def prefill_of(params):
     return deserialize(admitted.sampling_params.extra_args[RESOLVED_KEY]).prefill
 
 parsed = parse()
-change_config(Served(server_config(vllm_config), 8, 4, False), {"prefill": "dense"}, None)
+change_config(Served(server_config(vllm_config), 8, 4, 4096, False), {"prefill": "dense"}, None)
 assert prefill_of(parsed).gamma == 0.5
 try:
     parse()

@@ -23,7 +23,7 @@ from vllm_sparse.server.runtime_config import (
     running_config,
 )
 
-LAYERS, HEADS = 32, 32
+LAYERS, HEADS, CONTEXT_TOKENS = 32, 32, 131072
 
 
 @pytest.fixture
@@ -35,7 +35,9 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def served(decode_graphs: bool = False, **settings: Any) -> Served:
-    return Served(parse_server_config({"sparse": settings}, LAYERS, HEADS), LAYERS, HEADS, decode_graphs)
+    return Served(
+        parse_server_config({"sparse": settings}, LAYERS, HEADS), LAYERS, HEADS, CONTEXT_TOKENS, decode_graphs
+    )
 
 
 def test_without_a_directory_the_start_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,12 +119,13 @@ def test_tags_tell_versions_and_restarts_apart(directory: Path) -> None:
         ({"tidal": {"full_layers": 4}}, "object sparse.tidal: with these knobs other layers choose"),
         ({"tidal": {"selection_reads": "list"}}, "other layers choose"),
         ({"blocktopk": {"dense_layers": 0}}, "object sparse.blocktopk: .*other layers choose"),
+        ({"hip": {"stage_tokens": [65536, 8192, 2048]}}, "object sparse.hip: these knobs need more memory"),
         ({"tidal": {"budget": 8192}}, "lists of 8192 tokens are longer than decode_list_tokens, 4352"),
     ],
 )
 def test_defaults_that_no_graph_holds_are_refused(directory: Path, settings: Any, message: str) -> None:
     """With graphs; a server without them takes the change."""
-    methods = ["tidal", "blocktopk"]
+    methods = ["tidal", "blocktopk", "hip"]
     with pytest.raises(FixedSettingError, match=message):
         change_config(served(decode_graphs=True, methods=methods), settings, None)
     assert change_config(served(methods=methods), settings, None)[1].version == 2
@@ -130,7 +133,7 @@ def test_defaults_that_no_graph_holds_are_refused(directory: Path, settings: Any
 
 def test_defaults_that_graphs_hold_are_taken(directory: Path) -> None:
     server = served(decode_graphs=True, methods=["tidal", "blocktopk", "hip", "sale"])
-    settings = {"tidal": {"budget": 4096, "sink_tokens": 0}, "hip": {"dense_layers": 3}, "sale": {"tau": 0.1}}
+    settings = {"tidal": {"budget": 4096, "sink_tokens": 0}, "hip": {"sink": 64}, "sale": {"tau": 0.1}}
     assert change_config(server, settings, None)[1].version == 2
     # Lists of this server were too long from the start.
     long = served(decode_graphs=True, tidal={"budget": 9000})

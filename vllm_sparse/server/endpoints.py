@@ -34,5 +34,6 @@ class SparseEndpoints:
                 start,
                 model.get_total_num_hidden_layers(),
                 model.model_arch_config.total_num_attention_heads,
+                model.max_model_len,
                 start.decode_in_batches and current_platform.is_cuda() and not model.enforce_eager,
             )

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_sparse.methods.base import DecodeMethod
+from vllm_sparse.methods.base import BatchDecodeMethod
 from vllm_sparse.methods.registry import DECODE_METHODS
-from vllm_sparse.params import PHASES, ServerConfig, check_settings, configured_method
+from vllm_sparse.params import METHODS, PHASES, ServerConfig, check_settings, configured_method
 
 # Handed to child processes through the environment, not meant to be set by users.
 DIRECTORY_VARIABLE = "SPARSE_CONFIG_DIRECTORY"
@@ -32,8 +32,8 @@ DIRECTORY_VARIABLE = "SPARSE_CONFIG_DIRECTORY"
 ROUTES_NAME = "sparse"
 FILE, LOCK = "config.json", "lock"
 
-# Settings that memory, CUDA graphs or checks of the start depend on.
-FIXED_SETTINGS = ("methods", "decode_in_batches", "decode_list_tokens")
+# The others size memory and CUDA graphs, or are read by the workers at their start.
+CHANGEABLE_SETTINGS = ("prefill", "decode", "min_tokens", *METHODS)
 
 
 class FixedSettingError(ValueError):
@@ -71,12 +71,14 @@ class Served:
         start: the configuration of the command line.
         num_layers: attention layers of the model.
         num_query_heads: query heads of the model, those of all processes.
+        context_tokens: of the longest request.
         decode_graphs: sparse decode steps have CUDA graphs.
     """
 
     start: ServerConfig
     num_layers: int
     num_query_heads: int
+    context_tokens: int
     decode_graphs: bool
 
 
@@ -187,7 +189,7 @@ def _check_fixed(start: ServerConfig, settings: Mapping[str, Any]) -> None:
         FixedSettingError: such a setting differs from the command line's.
     """
     fixed: dict[tuple[str, ...], Any] = {
-        (name,): value for name, value in start.model_dump(mode="json").items() if name in FIXED_SETTINGS
+        (name,): value for name, value in start.model_dump(mode="json").items() if name not in CHANGEABLE_SETTINGS
     }
     for phase, methods in PHASES.items():
         for name in methods:
@@ -212,21 +214,23 @@ def _check_graphs(served: Served, config: ServerConfig) -> None:
     """
     if not served.decode_graphs:
         return
-    # Imported here: the backend imports this package.
-    from vllm_sparse.backend.graphs import longest_list
-    from vllm_sparse.backend.plan import served_in_batches
-
     room = config.decode_list_tokens
     for name in DECODE_METHODS:
         before, after = (configured_method(some, "decode", name) for some in (served.start, config))
-        assert isinstance(before, DecodeMethod)
-        assert isinstance(after, DecodeMethod)
-        if name not in config.methods or not served_in_batches(before) or not served_in_batches(after):
+        if name not in config.methods or not isinstance(before, BatchDecodeMethod):
             continue
-        if before.layer_roles(served.num_layers) != after.layer_roles(served.num_layers):
+        assert isinstance(after, BatchDecodeMethod)
+        if not before.serves(before, served.context_tokens):
+            continue
+        if not before.serves(after, served.context_tokens):
+            found = "these knobs need more memory than this server keeps for its CUDA graphs"
+        elif before.layer_roles(served.num_layers) != after.layer_roles(served.num_layers):
             found = "with these knobs other layers choose or read lists than in this server's CUDA graphs"
-        elif longest_list(before) <= room < longest_list(after):
-            found = f"lists of {longest_list(after)} tokens are longer than decode_list_tokens, {room}, of its graphs"
+        elif before.longest_list_tokens <= room < after.longest_list_tokens:
+            found = (
+                f"lists of {after.longest_list_tokens} tokens are longer than decode_list_tokens, {room}, of this "
+                "server's CUDA graphs"
+            )
         else:
             continue
         raise FixedSettingError(
