@@ -223,7 +223,7 @@ def _check_graphs(served: Served, config: ServerConfig) -> None:
         if not before.serves(before, served.context_tokens):
             continue
         if not before.serves(after, served.context_tokens):
-            found = "these knobs need more memory than this server keeps for its CUDA graphs"
+            found = "this server's CUDA graphs and their memory do not serve these knobs"
         elif before.layer_roles(served.num_layers) != after.layer_roles(served.num_layers):
             found = "with these knobs other layers choose or read lists than in this server's CUDA graphs"
         elif before.longest_list_tokens <= room < after.longest_list_tokens:
