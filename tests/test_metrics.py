@@ -36,10 +36,10 @@ metrics = WorkerMetrics(recording=True)
 metrics.count_fallback("prefill", "flexprefill", "short_chunk")
 metrics.count_fallback("prefill", "flexprefill", "short_chunk")
 newest = RowDensity("decode", "tidal")
-newest.add(torch.tensor([64, 64], dtype=torch.int32), RowSpan(3, 900, 1, 256), 1, 2)
+newest.add(5, torch.tensor([64, 64], dtype=torch.int32), RowSpan(3, 900, 1, 256), 1, 2)
 density = RowDensity("prefill", "flexprefill")
-for _ in range(2):
-    density.add(torch.tensor([128, 256], dtype=torch.int32), RowSpan(0, 0, 256, 256), 128, 1)
+for layer in range(2):
+    density.add(layer, torch.tensor([128, 256], dtype=torch.int32), RowSpan(0, 0, 256, 256), 128, 1)
 metrics.finish_step([density, newest, RowDensity("decode", "nothing sparse")])
 metrics.finish_step([])
 metrics.collect_finished()
@@ -98,6 +98,9 @@ def test_a_dense_chunk_has_density_one(chunk: int, context: int, heads: int) -> 
     lasts = [min(first + 128, context) for first in range(context - chunk, context, 128)]
     kept = torch.tensor(lasts * heads, dtype=torch.int32)
     density = RowDensity("prefill", "flexprefill")
-    for _ in range(3):
-        density.add(kept, RowSpan(0, 0, chunk, context), 128, heads)
-    assert int(torch.stack(density.kept).sum()) == density.candidates == 3 * heads * sum(lasts)
+    for layer in range(3):
+        density.add(layer, kept.clone(), RowSpan(0, 0, chunk, context), 128, heads)
+    by_head = density.kept_by_head(torch.cat(density.kept).numpy())
+    assert by_head.shape == (3, heads)
+    assert (by_head == density.candidates).all()
+    assert density.candidates == sum(lasts)

@@ -85,8 +85,8 @@ def density_of(method: PrefillMethod, lists: PageList, heads: Heads) -> float:
     """KV tokens read over KV tokens in reach, as the server's metric counts them."""
     density = RowDensity("prefill", method.name)
     having = method.list_heads(heads.query.shape[1], heads.keys.shape[0])
-    density.add(lists.kept_tokens, RowSpan(0, 0, heads.chunk, heads.context), method.query_block, having)
-    return float(density.kept[0]) / density.candidates
+    density.add(0, lists.kept_tokens, RowSpan(0, 0, heads.chunk, heads.context), method.query_block, having)
+    return float(lists.kept_tokens.sum()) / (having * density.candidates)
 
 
 def select(method: PrefillMethod, cache: Cache) -> PageList:

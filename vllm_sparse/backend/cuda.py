@@ -65,7 +65,8 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
                 config.decode_list_tokens,
                 device,
             )
-            self._sparse_metrics.set_buffer_bytes(self.decode_buffers.bytes)
+            if self._sparse_metrics.memory is not None:
+                self._sparse_metrics.memory.set_buffers(self.decode_buffers.bytes)
             self._graphs = DecodeGraphs(
                 self.decode_buffers,
                 methods,

@@ -17,6 +17,7 @@ from vllm_sparse.executors import Executor
 from vllm_sparse.kernels.page_summaries import SummaryKind, store_summaries
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import Layer, LayerMemory
+from vllm_sparse.metrics import WorkerMetrics
 
 logger = logging.getLogger("vllm.sparse")
 
@@ -107,23 +108,30 @@ class SparseAttentionImpl:
         if plan.batch or plan.batch_step is not None:
             self.forward_batch(plan, layer, layer_index, query, key, value, kv_cache, attn_metadata, heads)
         for chunk in work.prefill:
-            self._forward_chunk(chunk, layer, layer_index, query, kv_cache, block_table, heads)
+            self._forward_chunk(plan, chunk, layer, layer_index, query, kv_cache, block_table, heads)
         for row in work.choosing:
             keys = self.keys_of(layer, kv_cache, block_table[row.span.row], row.span.context_tokens)
             if row.method.summaries is not None:
                 keys.summaries = self._stored_summaries(row.method.summaries, kv_cache)
             page_size = self.decode_page_size(kv_cache.shape[2])
             memory = row.memory.setdefault(layer_index, LayerMemory())
-            plan.choose(row, row.method.select(query[row.span.query_start], keys, self.scale, page_size, memory))
+            with plan.timer.serving("decode", [row.method.name]):
+                lists = row.method.select(query[row.span.query_start], keys, self.scale, page_size, memory)
+            plan.choose(row, lists)
         for row in work.reading:
             assert row.pages is not None, "a layer that reads a list follows one that chose it, or chose it itself"
-            row.density.add(row.pages.kept_tokens, row.span, 1, row.pages.kept_tokens.shape[0])
+            row.density.add(layer_index, row.pages.kept_tokens, row.span, 1, row.pages.kept_tokens.shape[0])
+            if row.recall_layer == layer_index:
+                keys = self.keys_of(layer, kv_cache, block_table[row.span.row], row.span.context_tokens)
+                newest = query[row.span.query_start].unsqueeze(0)
+                plan.metrics.observe_recall("decode", row.method.name, newest, keys, row.pages, 1, self.scale)
         if work.reading:
-            self._forward_reading(
-                plan.decode_launches(work, block_table, self.num_kv_heads, kv_cache.shape[2]), query, heads, kv_cache
-            )
+            with plan.timer.serving("decode", [row.method.name for row in work.reading]):
+                launches = plan.decode_launches(work, block_table, self.num_kv_heads, kv_cache.shape[2])
+                self._forward_reading(launches, plan.timer.executor(self._sparse_executor), query, heads, kv_cache)
         if layer_index == plan.num_layers - 1:
-            plan.metrics.finish_step([row.density for row in plan.prefill] + [row.density for row in plan.decode])
+            densities = [row.density for row in plan.prefill] + [row.density for row in plan.decode]
+            plan.metrics.finish_step(densities, plan.timer)
         return output
 
     def forward_batch(
@@ -153,19 +161,20 @@ class SparseAttentionImpl:
             if method.summaries is not None:
                 self._stored_summaries(method.summaries, kv_cache)
         in_place = isinstance(batch.tokens, slice)
-        target = heads[batch.tokens]
-        batch.step.attend(
-            layer_index,
-            query[batch.tokens],
-            kv_cache,
-            self.scale,
-            target,
-            self._sparse_executor,
-            dense,
-            self._summaries,
-        )
-        if not in_place:
-            heads[batch.tokens] = target
+        with plan.timer.serving("decode", [row.setting.method.name for row in plan.batch if row.setting.method]):
+            target = heads[batch.tokens]
+            batch.step.attend(
+                layer_index,
+                query[batch.tokens],
+                kv_cache,
+                self.scale,
+                target,
+                plan.timer.executor(self._sparse_executor),
+                plan.timer.aside(dense),
+                self._summaries,
+            )
+            if not in_place:
+                heads[batch.tokens] = target
 
     def _stored_summaries(self, kind: SummaryKind, kv_cache: torch.Tensor) -> torch.Tensor:
         """Summaries of the layer's pages, by physical block; memory is taken when the first request needs them."""
@@ -174,16 +183,24 @@ class SparseAttentionImpl:
         stored = self._summaries.get(kind)
         # vLLM profiles with a smaller cache than it serves with.
         if stored is None or stored.shape != shape:
+            former_bytes = 0 if stored is None else stored.nbytes
             stored = torch.empty(shape, dtype=kv_cache.dtype, device=kv_cache.device)
             self._summaries[kind] = stored
+            memory = WorkerMetrics.get().memory
+            if memory is not None:
+                memory.change_summaries(stored.nbytes - former_bytes)
             _log_memory(kind, stored.nbytes, kv_cache.nbytes)
         return stored
 
     def _forward_reading(
-        self, launches: list[DecodeLaunch], query: torch.Tensor, heads: torch.Tensor, kv_cache: torch.Tensor
+        self,
+        launches: list[DecodeLaunch],
+        executor: Executor,
+        query: torch.Tensor,
+        heads: torch.Tensor,
+        kv_cache: torch.Tensor,
     ) -> None:
         """Decode rows that read their lists."""
-        assert self._sparse_executor is not None
         head_size = query.shape[-1]
         for part in launches:
             rows = part.launch.kept_tokens.shape[0]
@@ -192,14 +209,15 @@ class SparseAttentionImpl:
             if isinstance(part.tokens, slice):
                 # Adjacent rows: the kernel writes in place.
                 target = heads[part.tokens].view(rows, -1, head_size)
-                self._sparse_executor.run(part.launch, gathered, target, kv_cache, self.scale)
+                executor.run(part.launch, gathered, target, kv_cache, self.scale)
             else:
                 target = torch.empty_like(gathered)
-                self._sparse_executor.run(part.launch, gathered, target, kv_cache, self.scale)
+                executor.run(part.launch, gathered, target, kv_cache, self.scale)
                 heads[part.tokens] = target.view(-1, self.num_heads, head_size)
 
     def _forward_chunk(
         self,
+        plan: StepPlan,
         row: PrefillRow,
         layer: Any,
         layer_index: int,
@@ -216,12 +234,15 @@ class SparseAttentionImpl:
         chunk = query[span.query_start : span.query_start + span.query_tokens]
         keys = self.keys_of(layer, kv_cache, request_blocks, span.context_tokens)
         page_size = self.prefill_page_size(method.page_tokens, block_size)
-        lists = method.select(chunk, keys, self.scale, page_size, Layer(layer_index, self._first_query_head))
         output = heads[span.query_start : span.query_start + span.query_tokens]
-        attend_chunk(self._sparse_executor, method, lists, chunk, output, kv_cache, request_blocks, self.scale)
-        row.density.add(
-            lists.kept_tokens, span, method.query_block, method.list_heads(self.num_heads, self.num_kv_heads)
-        )
+        with plan.timer.serving("prefill", [method.name]):
+            lists = method.select(chunk, keys, self.scale, page_size, Layer(layer_index, self._first_query_head))
+            executor = plan.timer.executor(self._sparse_executor)
+            attend_chunk(executor, method, lists, chunk, output, kv_cache, request_blocks, self.scale)
+        list_heads = method.list_heads(self.num_heads, self.num_kv_heads)
+        row.density.add(layer_index, lists.kept_tokens, span, method.query_block, list_heads)
+        if row.recall_layer == layer_index:
+            plan.metrics.observe_recall("prefill", method.name, chunk, keys, lists, method.query_block, self.scale)
 
     def _forward_dense(
         self,

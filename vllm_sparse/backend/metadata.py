@@ -8,7 +8,8 @@ from vllm import envs
 
 from vllm_sparse.backend.plan import StepPlan, plan_step
 from vllm_sparse.methods.registry import SUMMARISING_METHODS
-from vllm_sparse.metrics import WorkerMetrics
+from vllm_sparse.metrics import Geometry, WorkerMetrics
+from vllm_sparse.metrics.worker import Sampling
 from vllm_sparse.params import resolve
 from vllm_sparse.routing import TABLE
 from vllm_sparse.server.admission import server_config
@@ -36,7 +37,14 @@ class SparseMetadataBuilder:
         check_summaries(vllm_config, kv_cache_spec.block_size)
         self._sparse_num_layers = vllm_config.model_config.get_total_num_hidden_layers()
         self._sparse_speculative = vllm_config.speculative_config is not None
-        self._sparse_metrics = WorkerMetrics.get()
+        self._sparse_metrics = WorkerMetrics.get(vllm_config.parallel_config.data_parallel_index)
+        token_bytes = kv_cache_spec.page_size_bytes // (kv_cache_spec.block_size * kv_cache_spec.num_kv_heads)
+        query_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+        config = server_config(vllm_config)
+        self._sparse_metrics.start_serving(
+            Geometry(self._sparse_num_layers, query_heads, kv_cache_spec.num_kv_heads, token_bytes),
+            Sampling(config.timing_interval_steps, config.recall_interval_steps),
+        )
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -57,6 +65,7 @@ class SparseMetadataBuilder:
             )
             if plan is not None:
                 metadata.sparse_plan = plan
+                self._sparse_metrics.sample(plan)
                 self.planned(plan)
         return metadata
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
 from vllm_sparse.executors import Launch
 from vllm_sparse.methods.base import CHOOSING_ROLES, READING_ROLES, BatchDecodeMethod
 from vllm_sparse.metrics import RowDensity, WorkerMetrics
+from vllm_sparse.metrics.timing import NO_TIMER, StepTimer
 from vllm_sparse.pages import PageList, concatenate, to_physical
 
 if TYPE_CHECKING:
@@ -41,16 +43,20 @@ class RowSpan:
 
 @dataclass
 class PrefillRow:
-    """A request whose chunk is sparse."""
+    """A request whose chunk is sparse; in layer `recall_layer`, if any, its recall is measured."""
 
     span: RowSpan
     method: PrefillMethod
     density: RowDensity
+    recall_layer: int | None = None
 
 
 @dataclass
 class DecodeRow:
-    """A request whose decode step is sparse. Its list lives for this step only, its memory as long as its slot."""
+    """A request whose decode step is sparse. Its list lives for this step only, its memory as long as its slot.
+
+    In layer `recall_layer`, if any, its recall is measured.
+    """
 
     span: RowSpan
     method: DecodeMethod
@@ -58,6 +64,7 @@ class DecodeRow:
     density: RowDensity
     memory: dict[int, LayerMemory]
     pages: PageList | None = None
+    recall_layer: int | None = None
 
 
 @dataclass
@@ -135,6 +142,8 @@ class StepPlan:
         buffers: what the server keeps for them, if it does.
         num_layers: layers of the model; after the last, the step's densities are complete.
         metrics: where they go.
+        batch_step: the rows that are served at once, from the first layer on.
+        timer: of the step, if it is sampled.
     """
 
     spans: list[RowSpan]
@@ -146,6 +155,7 @@ class StepPlan:
     num_layers: int
     metrics: WorkerMetrics
     batch_step: BatchStep | None = None
+    timer: StepTimer = NO_TIMER
     _work: dict[tuple[Any, ...], LayerWork] = field(default_factory=dict)
 
     def work(self, layer: int) -> LayerWork:
@@ -288,6 +298,7 @@ def plan_step(
     prefill: list[PrefillRow] = []
     decode: list[DecodeRow] = []
     batch: list[BatchRow] = []
+    fallbacks: Counter[tuple[str, str, str]] = Counter()
     scored_tokens = 0
     for span in spans:
         request = sparse_rows.get(span.row)
@@ -302,30 +313,31 @@ def plan_step(
             if params.prefill is None:
                 continue
             if span.context_tokens < params.min_tokens:
-                metrics.count_fallback("prefill", params.prefill.name, "short_context")
+                fallbacks["prefill", params.prefill.name, "short_context"] += 1
             elif span.query_tokens < params.prefill.min_query_tokens:
-                metrics.count_fallback("prefill", params.prefill.name, "short_chunk")
+                fallbacks["prefill", params.prefill.name, "short_chunk"] += 1
             else:
                 prefill.append(PrefillRow(span, params.prefill, RowDensity("prefill", params.prefill.name)))
         elif params.decode is not None:
             if speculative:
-                metrics.count_fallback("decode", params.decode.name, "speculative")
+                fallbacks["decode", params.decode.name, "speculative"] += 1
                 continue
             if span.context_tokens < params.min_tokens or span.context_tokens <= params.decode.budget_tokens:
-                metrics.count_fallback("decode", params.decode.name, "short_context")
+                fallbacks["decode", params.decode.name, "short_context"] += 1
                 continue
             roles = layer_roles(params.decode, num_layers)
             if buffers is not None and buffers.serves(params.decode):
                 scored_tokens += span.context_tokens if params.decode.scores_tokens else 0
                 if scored_tokens > batch_capacity_tokens:
-                    metrics.count_fallback("decode", params.decode.name, "no_room")
+                    fallbacks["decode", params.decode.name, "no_room"] += 1
                     continue
                 batch.append(BatchRow(span, row_setting(request, roles)))
-                kept_tokens = params.decode.list_tokens(span.context_tokens)
-                metrics.observe_density("decode", params.decode.name, kept_tokens / span.context_tokens)
             else:
                 density = RowDensity("decode", params.decode.name)
                 decode.append(DecodeRow(span, params.decode, roles, density, request.memory))
+    for row, count in fallbacks.items():
+        metrics.count_fallback(*row, count)
+    metrics.observe_batch(batch)
     if not summarising and not prefill and not decode and not batch:
         return None
     return StepPlan(spans, summarising, prefill, decode, batch, buffers, num_layers, metrics)

@@ -1,0 +1,309 @@
+"""Metrics of one worker: what its steps read, how well, how fast, and where they ran dense."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import prometheus_client
+import torch
+
+from vllm_sparse.methods.base import READING_ROLES
+from vllm_sparse.metrics.density import Geometry, RecentDensity, RowDensity
+from vllm_sparse.metrics.directory import write_to_announced_directory
+from vllm_sparse.metrics.histogram import observe_all
+from vllm_sparse.metrics.memory import MemoryMetrics
+from vllm_sparse.metrics.recall import attention_recall
+from vllm_sparse.metrics.timing import NO_TIMER, StepTimer
+
+if TYPE_CHECKING:
+    from vllm_sparse.backend.plan import BatchRow, StepPlan
+    from vllm_sparse.keys import PagedKeys
+    from vllm_sparse.pages import PageList
+
+# Below vLLM's own name, so that its logging configuration applies.
+logger = logging.getLogger("vllm.sparse")
+
+FALLBACK_REASONS = {
+    "short_context": "its context is shorter than sparse_min_tokens, or no longer than what the method reads",
+    "short_chunk": "the chunk holds fewer tokens than the method needs",
+    "no_room": "other requests of the step left no room to score its cached tokens",
+    "speculative": "verification steps of speculative decoding are not supported yet",
+}
+
+DENSITY_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
+RECALL_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.99, 0.995, 1.0)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How often what costs more than a count is measured, in steps that serve a sparse row of a phase; 0: never.
+
+    Attributes:
+        timing_interval_steps: between steps whose selection and attention are timed.
+        recall_interval_steps: between steps in which the recall of one row in one layer is measured.
+    """
+
+    timing_interval_steps: int = 0
+    recall_interval_steps: int = 0
+
+
+class _Rows:
+    """Prometheus metrics of rows, which one rank of a tensor-parallel group keeps for all: they run the same rows."""
+
+    def __init__(self) -> None:
+        labels = ["phase", "method"]
+        self.density = prometheus_client.Histogram(
+            "vllm_sparse_density_ratio",
+            "KV tokens read over KV tokens in reach, in the layers that a method makes sparse; one observation per "
+            "prefill chunk or decode step of a request.",
+            labels,
+            buckets=DENSITY_BUCKETS,
+        )
+        self.fallbacks = prometheus_client.Counter(
+            "vllm_sparse_fallbacks",
+            "Prefill chunks and decode steps of requests that asked for a sparse method and ran dense.",
+            [*labels, "reason"],
+        )
+        self.read = prometheus_client.Counter(
+            "vllm_sparse_kv_read_bytes",
+            "KV-cache bytes that sparse prefill chunks and decode steps of one rank read, in all layers: of each query "
+            "block and head that has a list, the list, and the whole context in dense layers.",
+            labels,
+        )
+        self.saved = prometheus_client.Counter(
+            "vllm_sparse_kv_saved_bytes",
+            "KV-cache bytes in reach of the same chunks and steps that they did not read.",
+            labels,
+        )
+        self.recall = prometheus_client.Histogram(
+            "vllm_sparse_recall_ratio",
+            "Attention mass that the lists keep, of sampled queries in one sampled layer of a sampled chunk or decode "
+            "step; one observation per query head.",
+            labels,
+            buckets=RECALL_BUCKETS,
+        )
+        self.selection_seconds = prometheus_client.Counter(
+            "vllm_sparse_selection_seconds",
+            "Time of choosing lists and of arranging rows for them, in sampled steps.",
+            labels,
+        )
+        self.attention_seconds = prometheus_client.Counter(
+            "vllm_sparse_attention_seconds", "Time of the attention kernel over lists, in sampled steps.", labels
+        )
+        self.total_seconds = prometheus_client.Counter(
+            "vllm_sparse_attention_total_seconds",
+            "Time of the sparse layers' attention with its selection, in sampled steps.",
+            labels,
+        )
+        self.timed = prometheus_client.Counter(
+            "vllm_sparse_timed_rows", "Prefill chunks and decode steps of requests in sampled steps.", labels
+        )
+
+
+class WorkerMetrics:
+    """Metrics of one worker.
+
+    Args:
+        recording: of rows; other ranks than the first of a tensor-parallel group run the same ones.
+        memory: gauges of this rank.
+        rank: tensor-parallel rank.
+        engine: data-parallel index.
+    """
+
+    _instance: WorkerMetrics | None = None
+
+    def __init__(self, recording: bool, memory: MemoryMetrics | None = None, rank: int = 0, engine: int = 0) -> None:
+        self.memory = memory
+        self._engine, self._rank = engine, rank
+        self._pending: list[tuple[torch.cuda.Event, Callable[[], None]]] = []
+        self._logged: set[tuple[str, str, str]] = set()
+        self._sampling = Sampling()
+        self._steps: Counter[str] = Counter()
+        self._geometry: Geometry | None = None
+        self._recent: RecentDensity | None = None
+        self._rows: _Rows | None = None
+        if recording:
+            write_to_announced_directory()
+            self._rows = _Rows()
+
+    @classmethod
+    def get(cls, engine: int = 0) -> WorkerMetrics:
+        """The metrics of this process, made on first use, when its data-parallel index is told."""
+        if cls._instance is None:
+            from vllm.distributed import get_tensor_model_parallel_rank
+
+            rank = get_tensor_model_parallel_rank()
+            write_to_announced_directory()
+            cls._instance = cls(rank == 0, MemoryMetrics(engine, rank), rank, engine)
+        return cls._instance
+
+    def start_serving(self, geometry: Geometry, sampling: Sampling) -> None:
+        """The model is there.
+
+        Args:
+            geometry: its attention layers; without it neither bytes nor late densities are counted.
+            sampling: what is measured how often.
+        """
+        if geometry != self._geometry:
+            self._geometry, self._recent = geometry, RecentDensity(geometry)
+        self._sampling = sampling
+
+    def stats(self) -> dict[str, Any]:
+        """Densities of late rows in each layer and query head of this rank, as JSON."""
+        recent = {} if self._recent is None else self._recent.as_json()
+        return {"engine": self._engine, "rank": self._rank, "density": recent}
+
+    def count_fallback(self, phase: str, method: str, reason: str, rows: int = 1) -> None:
+        """Rows that asked for `method` and run dense; `reason` is a key of `FALLBACK_REASONS`."""
+        if self._rows is None:
+            return
+        self._rows.fallbacks.labels(phase, method, reason).inc(rows)
+        if (phase, method, reason) not in self._logged:
+            self._logged.add((phase, method, reason))
+            logger.info(
+                "A request that asked for %s in %s ran a step dense: %s. Logged once; "
+                'vllm_sparse_fallbacks_total{reason="%s"} counts them.',
+                method,
+                "its prefill" if phase == "prefill" else "decoding",
+                FALLBACK_REASONS[reason],
+                reason,
+            )
+
+    def observe_batch(self, batch: Sequence[BatchRow]) -> None:
+        """Decode rows that are served at once, whose lists' lengths the host knows."""
+        groups: dict[tuple[str, tuple[str, ...]], list[tuple[int, int]]] = defaultdict(list)
+        for row in batch:
+            method = row.setting.method
+            assert method is not None
+            context = row.span.context_tokens
+            groups[method.name, row.setting.roles].append((method.list_tokens(context), context))
+        for (name, roles), rows in groups.items():
+            densities = [kept / context for kept, context in rows]
+            layers = _reading_layers(roles)
+            if self._rows is not None:
+                observe_all(self._rows.density.labels("decode", name), densities)
+            if self._geometry is None:
+                continue
+            kept, reach = (sum(tokens) * self._geometry.kv_heads for tokens in zip(*rows, strict=True))
+            self._count_bytes("decode", name, reach * self._geometry.layers, (reach - kept) * len(layers))
+            if self._recent is not None:
+                self._recent.observe("decode", name, layers, sum(densities) / len(densities))
+
+    def sample(self, plan: StepPlan) -> None:
+        """Choose what is measured in a step that is about to run."""
+        if self._rows is None:
+            return
+        rows = {
+            "prefill": [row.method.name for row in plan.prefill],
+            "decode": [row.method.name for row in plan.decode]
+            + [row.setting.method.name for row in plan.batch if row.setting.method is not None],
+        }
+        due = {phase for phase, names in rows.items() if names}
+        self._steps.update(due)
+        if any(self._is_due(phase, self._sampling.timing_interval_steps) for phase in due):
+            named = [(phase, name) for phase, names in rows.items() for name in names]
+            plan.timer = StepTimer(torch.cuda.is_available(), named)
+        if plan.prefill and self._is_due("prefill", self._sampling.recall_interval_steps):
+            chunk = random.choice(plan.prefill)
+            chunk.recall_layer = random.randrange(chunk.method.dense_layers, plan.num_layers)
+        if plan.decode and self._is_due("decode", self._sampling.recall_interval_steps):
+            row = random.choice(plan.decode)
+            row.recall_layer = random.choice(_reading_layers(row.roles))
+
+    def _is_due(self, phase: str, interval_steps: int) -> bool:
+        return interval_steps > 0 and self._steps[phase] % interval_steps == 0
+
+    def observe_recall(
+        self,
+        phase: str,
+        method: str,
+        query: torch.Tensor,
+        keys: PagedKeys,
+        lists: PageList,
+        query_block: int,
+        scale: float,
+    ) -> None:
+        """Measure the attention-mass recall of a row in one layer; arguments as of `attention_recall`."""
+        assert self._rows is not None
+        histogram = self._rows.recall.labels(phase, method)
+        self._fetch(
+            attention_recall(query, keys, lists, query_block, scale),
+            lambda recall: observe_all(histogram, recall.tolist()),
+        )
+
+    def finish_step(self, densities: Sequence[RowDensity], timer: StepTimer = NO_TIMER) -> None:
+        """All layers of the step are queued: fetch the rows' kept counts and times without waiting for the device."""
+        densities = [density for density in densities if density.kept]
+        if densities:
+            kept = torch.cat([kept for density in densities for kept in density.kept])
+            self._fetch(kept, lambda host: self._observe(host, densities))
+        if timer is not NO_TIMER:
+            self._after_device(lambda: self._count_seconds(timer))
+
+    def collect_finished(self) -> None:
+        """Take what has arrived from the device; called once a step."""
+        if self.memory is not None:
+            self.memory.update()
+        while self._pending and self._pending[0][0].query():  # type: ignore[no-untyped-call]
+            self._pending.pop(0)[1]()
+
+    def _fetch(self, values: torch.Tensor, take: Callable[[np.ndarray], None]) -> None:
+        """Hand numbers to a function when they have arrived on the host."""
+        if not values.is_cuda:
+            take(values.numpy())
+            return
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        self._after_device(lambda: take(host.numpy()))
+
+    def _after_device(self, call: Callable[[], None]) -> None:
+        """Call when the device has done what is queued."""
+        if not torch.cuda.is_available():
+            call()
+            return
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._pending.append((event, call))
+
+    def _observe(self, kept: np.ndarray, densities: Sequence[RowDensity]) -> None:
+        start = 0
+        for row in densities:
+            tokens = row.kept_by_head(kept[start : start + row.numbers])
+            start += row.numbers
+            kept_tokens, reach = int(tokens.sum()), row.candidates * tokens.size
+            if self._rows is not None:
+                self._rows.density.labels(row.phase, row.method).observe(kept_tokens / reach)
+            if self._geometry is not None:
+                all_layers = row.candidates * row.list_heads * self._geometry.layers
+                self._count_bytes(row.phase, row.method, all_layers, reach - kept_tokens)
+            if self._recent is not None:
+                self._recent.observe(row.phase, row.method, row.layers, tokens / row.candidates)
+
+    def _count_bytes(self, phase: str, method: str, reach_tokens: int, saved_tokens: int) -> None:
+        if self._rows is None or self._geometry is None:
+            return
+        token_bytes = self._geometry.token_bytes
+        self._rows.read.labels(phase, method).inc((reach_tokens - saved_tokens) * token_bytes)
+        self._rows.saved.labels(phase, method).inc(saved_tokens * token_bytes)
+
+    def _count_seconds(self, timer: StepTimer) -> None:
+        assert self._rows is not None
+        for key, (selection, attention) in timer.seconds().items():
+            self._rows.selection_seconds.labels(*key).inc(selection)
+            self._rows.attention_seconds.labels(*key).inc(attention)
+            self._rows.total_seconds.labels(*key).inc(selection + attention)
+        for key, rows in timer.rows.items():
+            self._rows.timed.labels(*key).inc(rows)
+
+
+@lru_cache(maxsize=1024)
+def _reading_layers(roles: tuple[str, ...]) -> list[int]:
+    """Layers in which a decode row reads a list."""
+    return [layer for layer, role in enumerate(roles) if role in READING_ROLES]
