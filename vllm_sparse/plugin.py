@@ -24,8 +24,10 @@ def register() -> None:
     _register_backend()
     _select_on_cpu()
     from vllm_sparse.server.admission import check_at_admission
+    from vllm_sparse.server.stats import answer_in_workers
 
     check_at_admission()
+    answer_in_workers()
     _check_configuration_early()
 
 

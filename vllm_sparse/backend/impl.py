@@ -188,7 +188,7 @@ class SparseAttentionImpl:
             self._summaries[kind] = stored
             memory = WorkerMetrics.get().memory
             if memory is not None:
-                memory.change_summaries(stored.nbytes - former_bytes)
+                memory.change_side_data(stored.nbytes - former_bytes)
             _log_memory(kind, stored.nbytes, kv_cache.nbytes)
         return stored
 

@@ -33,11 +33,11 @@ class MemoryMetrics:
         self._reserved = gauge("device_memory_reserved", f"Device memory held by torch's allocator. {own}")
         self._free = gauge("device_memory_free", "Device memory that nobody holds. On the CPU: the machine's.")
         self._buffers = gauge("decode_buffer", "Memory kept for decode steps beside the KV cache, on a GPU.")
-        self._summaries = gauge("page_summary", "Memory of the page summaries kept beside the KV cache.")
-        self._summary_bytes = 0
+        self._side_data = gauge("side_data", "Memory of what methods keep of each KV-cache block: page summaries.")
+        self._side_data_bytes = 0
         # A gauge that was never set is not exported.
         self._buffers.set(0)
-        self._summaries.set(0)
+        self._side_data.set(0)
         self._process = psutil.Process()
         self._next_update = 0.0
 
@@ -45,10 +45,10 @@ class MemoryMetrics:
         """Memory kept for decode steps."""
         self._buffers.set(size_bytes)
 
-    def change_summaries(self, by_bytes: int) -> None:
+    def change_side_data(self, by_bytes: int) -> None:
         """A layer's page summaries were made, or made anew in another size."""
-        self._summary_bytes += by_bytes
-        self._summaries.set(self._summary_bytes)
+        self._side_data_bytes += by_bytes
+        self._side_data.set(self._side_data_bytes)
 
     def update(self) -> None:
         """Ask the device, unless that was done a moment ago; called once a step."""

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from vllm.platforms import current_platform
 
 from vllm_sparse.server.admission import server_config, uses_sparse_backend
-from vllm_sparse.server.routes import config, methods
+from vllm_sparse.server.routes import config, methods, stats
 from vllm_sparse.server.runtime_config import ROUTES_NAME, Served
 
 
@@ -21,7 +21,7 @@ class SparseEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes; vLLM's API key guards them as all below ``/v1``."""
-        for group in (methods, config):
+        for group in (methods, config, stats):
             app.include_router(group.router)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:

@@ -104,7 +104,7 @@ def keep_methods_of_requests() -> None:
 
     make = RequestState.__dict__["from_new_request"].__func__
     update, finish = OutputProcessor._update_stats_from_output, OutputProcessor._update_stats_from_finished
-    if hasattr(make, "__wrapped__"):
+    if hasattr(update, "__wrapped__"):
         return
 
     @functools.wraps(make)

@@ -1,0 +1,192 @@
+"""What the metrics cost a decode step: host time of their calls beside the step of a whole engine.
+
+    python -m loadtest.kernels.metrics_overhead --rows 1 8
+
+The calls are those of `vllm_sparse.backend` in a step of so many requests, on the model's own geometry, writing to
+prometheus_client's multi-process files as a worker does. What is sampled counts by its share of the steps, at the
+server's default intervals. The step is measured by `vllm.LLM`, with the metrics in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loadtest.kernels.timing import mean_seconds, median_seconds
+from loadtest.serving.engine import engine
+from vllm_sparse.backend.decode import RowSetting
+from vllm_sparse.backend.plan import BatchRow, DecodeRow, RowSpan, StepPlan, layer_roles
+from vllm_sparse.keys import PlainKeys
+from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.metrics import Geometry, RowDensity, WorkerMetrics
+from vllm_sparse.metrics.directory import write_to_announced_directory
+from vllm_sparse.metrics.memory import MemoryMetrics
+from vllm_sparse.metrics.recall import attention_recall
+from vllm_sparse.metrics.timing import StepTimer
+from vllm_sparse.metrics.worker import Sampling
+from vllm_sparse.pages import PageList
+from vllm_sparse.params import ServerConfig
+
+CALLS = 200
+BLOCK_TOKENS = 32
+SCALE = 0.125
+
+
+@dataclass(frozen=True)
+class Model:
+    """What of a model's configuration matters here."""
+
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_size: int
+
+    @classmethod
+    def read(cls, folder: Path) -> Model:
+        """From the model's folder."""
+        config = json.loads((folder / "config.json").read_text())
+        heads = config["num_attention_heads"]
+        head_size = config.get("head_dim") or config["hidden_size"] // heads
+        return cls(config["num_hidden_layers"], heads, config["num_key_value_heads"], head_size)
+
+
+class Step:
+    """A decode step's calls of the metrics.
+
+    Args:
+        model: geometry.
+        rows: requests.
+        context_tokens: of each.
+        metrics: that record.
+        device: of the model.
+    """
+
+    def __init__(self, model: Model, rows: int, context_tokens: int, metrics: WorkerMetrics, device: str) -> None:
+        self._model = model
+        self._metrics = metrics
+        self._device = device
+        self._spans = [RowSpan(row, row, 1, context_tokens) for row in range(rows)]
+        self._method = Tidal()
+        self._roles = layer_roles(self._method, model.layers)
+        blocks = -(-context_tokens // BLOCK_TOKENS)
+        cache = torch.randn(blocks, model.kv_heads, BLOCK_TOKENS, 2 * model.head_size, device=device)
+        table = torch.arange(blocks, dtype=torch.int32, device=device)
+        self._keys = PlainKeys(cache, table, context_tokens)
+        self._query = torch.randn(1, model.query_heads, model.head_size, device=device)
+        pages = torch.arange(blocks, dtype=torch.int32, device=device).repeat(model.kv_heads, 1)
+        kept = torch.full((model.kv_heads,), context_tokens, dtype=torch.int32, device=device)
+        self._lists = PageList(pages, kept, BLOCK_TOKENS)
+
+    def _plan(self, decode: list[DecodeRow], batch: list[BatchRow]) -> StepPlan:
+        return StepPlan(self._spans, [], [], decode, batch, None, self._model.layers, self._metrics)
+
+    def one_by_one(self) -> None:
+        """Rows that are served one after the other, with lists of their own in two layers."""
+        rows = [DecodeRow(span, self._method, self._roles, RowDensity("decode", "tidal"), {}) for span in self._spans]
+        self._metrics.collect_finished()
+        self._metrics.sample(self._plan(rows, []))
+        for row in rows:
+            kept = self._lists.kept_tokens
+            for layer, role in enumerate(self._roles):
+                if role == "reuse":
+                    row.density.add(layer, kept, row.span, 1, self._model.kv_heads)
+        self._metrics.finish_step([row.density for row in rows])
+
+    def at_once(self) -> None:
+        """Rows that are served at once, as in CUDA graphs."""
+        setting = RowSetting(self._method, 0, self._roles, 0, False)
+        rows = [BatchRow(span, setting) for span in self._spans]
+        self._metrics.collect_finished()
+        self._metrics.observe_batch(rows)
+        self._metrics.sample(self._plan([], rows))
+
+    def timing(self) -> None:
+        """What a timed step has more."""
+        timer = StepTimer(torch.cuda.is_available(), [("decode", "tidal")] * len(self._spans))
+        for role in self._roles:
+            if role == "select":
+                for _ in self._spans:
+                    with timer.serving("decode", ["tidal"]):
+                        pass
+            elif role == "reuse":
+                # The launch's own two marks, and those of the rows that share it.
+                for _ in range(2):
+                    with timer.serving("decode", ["tidal"] * len(self._spans)):
+                        pass
+        self._metrics.finish_step([], timer)
+
+    def recall(self) -> None:
+        """What a step has more in which recall is measured."""
+        attention_recall(self._query, self._keys, self._lists, 1, SCALE)
+
+
+def decode_step_seconds(llm: Any, rows: int, context_tokens: int, tokens: int) -> float:
+    """Time of a decode step: a generation's less that of its first token, by its tokens."""
+    from vllm import SamplingParams
+
+    extras = {"sparse_decode": "tidal", "sparse_min_tokens": 0}
+    prompts = [{"prompt_token_ids": [10 + row] + [20] * (context_tokens - 1)} for row in range(rows)]
+
+    def generate(tokens: int) -> Callable[[], object]:
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0, extra_args=extras)
+        return lambda: llm.generate(prompts, params, use_tqdm=False)
+
+    return (median_seconds(generate(tokens + 1), 3) - median_seconds(generate(1), 3)) / tokens
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("loadtest/model/weights"))
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8], help="requests of a step")
+    parser.add_argument("--context", type=int, default=8192, help="tokens of each request's context")
+    parser.add_argument("--tokens", type=int, default=32, help="decode steps that are measured")
+    parser.add_argument("--engine", type=json.loads, default={}, help="further arguments of vllm.LLM, as JSON")
+    arguments = parser.parse_args()
+    model = Model.read(arguments.model)
+    with engine(str(arguments.model), "SPARSE", **arguments.engine) as llm:
+        steps = [decode_step_seconds(llm, rows, arguments.context, arguments.tokens) for rows in arguments.rows]
+        # In a process of its own, as a worker, which writes to the directory that this one announced.
+        task = (model, arguments.rows, arguments.context, steps)
+        child = multiprocessing.get_context("spawn").Process(target=print_table, args=task)
+        child.start()
+        child.join()
+    raise SystemExit(child.exitcode)
+
+
+def print_table(model: Model, batches: list[int], context_tokens: int, steps: list[float]) -> None:
+    """Measure the metrics of decode steps and print them beside the steps' times.
+
+    Args:
+        model: geometry.
+        batches: requests of each step.
+        context_tokens: of each request.
+        steps: seconds of each.
+    """
+    write_to_announced_directory()
+    metrics = WorkerMetrics(recording=True, memory=MemoryMetrics(0, 0))
+    metrics.start_serving(Geometry(model.layers, model.query_heads, model.kv_heads, 4 * model.head_size), Sampling())
+    config = ServerConfig()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print("| rows | served | counting us | timing us | recall us | decode step ms | share |")
+    print("|---|---|---|---|---|---|---|")
+    for rows, step_seconds in zip(batches, steps, strict=True):
+        step = Step(model, rows, context_tokens, metrics, device)
+        timing = mean_seconds(step.timing, CALLS) / config.timing_interval_steps
+        recall = mean_seconds(step.recall, CALLS) / config.recall_interval_steps
+        for name, call in (("one by one", step.one_by_one), ("at once", step.at_once)):
+            counting = mean_seconds(call, CALLS)
+            total = counting + timing + recall
+            microseconds = " | ".join(f"{seconds * 1e6:.1f}" for seconds in (counting, timing, recall))
+            print(f"| {rows} | {name} | {microseconds} | {step_seconds * 1e3:.2f} | {total / step_seconds:.2%} |")
+
+
+if __name__ == "__main__":
+    main()
