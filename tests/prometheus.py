@@ -1,0 +1,133 @@
+"""A real Prometheus as a child process, promtool, and what stands in the dashboard and the rules."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RULES = ROOT / "deploy" / "prometheus" / "rules.yaml"
+RULE_TESTS = ROOT / "deploy" / "prometheus" / "rules.test.yaml"
+DASHBOARD = ROOT / "deploy" / "grafana" / "vllm-sparse.json"
+# Where .ci/run unpacks Debian's package, so that nothing is started.
+UNPACKED = Path(sys.prefix) / "debian" / "usr" / "bin"
+READY_SECONDS = 30.0
+
+_NAME = re.compile(r"\bvllm(?::[a-z]|_sparse)[a-zA-Z0-9_:]*")
+
+
+def tool(name: str) -> str:
+    """Path of ``prometheus`` or ``promtool``; skips the test where there is none."""
+    found = shutil.which(name) or shutil.which(name, path=str(UNPACKED))
+    if found is None:
+        pytest.skip(f"NOT TESTED: no {name} on PATH or in {UNPACKED}; .ci/run fetches Debian's package prometheus")
+    return found
+
+
+def metric_names(expression: str) -> set[str]:
+    """Names of the metrics of ours and of vLLM in an expression."""
+    return set(_NAME.findall(expression))
+
+
+def rule_expressions() -> dict[str, str]:
+    """Expression of each rule of `RULES` by its name."""
+    text = RULES.read_text()
+    names = re.findall(r"- (?:record|alert): (\S+)", text)
+    bodies = re.split(r"- (?:record|alert): \S+", text)[1:]
+    expressions = [re.search(r"expr: ([|>][-]?\n((?: {10,}.*\n)+)|.*)", body) for body in bodies]
+    assert all(expressions), "each rule has an expression"
+    return {name: found.group(0) for name, found in zip(names, expressions, strict=True) if found is not None}
+
+
+def panel_targets() -> list[tuple[str, str, str]]:
+    """Title, expression and legend of each query of the dashboard."""
+    dashboard = json.loads(DASHBOARD.read_text())
+    return [
+        (panel["title"], target["expr"], target["legendFormat"])
+        for panel in dashboard["panels"]
+        for target in panel.get("targets", ())
+    ]
+
+
+def filled_in(expression: str, rate_interval: str) -> str:
+    """A dashboard's expression with Grafana's variables replaced, all instances chosen."""
+    filled = expression.replace("$__rate_interval", rate_interval).replace("$instance", ".*").replace("$model", ".*")
+    assert "$" not in filled, filled
+    return filled
+
+
+class Prometheus:
+    """A running Prometheus that scrapes one target every second and evaluates `RULES`."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def get(self, path: str, **parameters: Any) -> Any:
+        """Data of an answer of its HTTP API."""
+        reply = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=30)
+        assert reply.status_code == 200, reply.text
+        return reply.json()["data"]
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """Samples of an instant query."""
+        result: list[dict[str, Any]] = self.get("query", query=expression)["result"]
+        return result
+
+    def wait_for_scrapes(self, count: int) -> None:
+        """Wait until the target has been scraped so many times more."""
+        scrapes = 'prometheus_target_interval_length_seconds_count{interval="1s"}'
+        started = self._number(scrapes)
+        deadline = time.monotonic() + READY_SECONDS
+        while self._number(scrapes) < started + count:
+            assert time.monotonic() < deadline, "Prometheus does not scrape"
+            time.sleep(0.2)
+
+    def _number(self, name: str) -> float:
+        wanted = [line for line in httpx.get(f"{self.url}/metrics").text.splitlines() if line.startswith(name)]
+        return float(wanted[0].rpartition(" ")[2]) if wanted else 0.0
+
+
+@contextlib.contextmanager
+def prometheus(target: str, port: int, folder: Path) -> Iterator[Prometheus]:
+    """Run Prometheus.
+
+    Args:
+        target: ``host:port`` to scrape.
+        port: that it listens on.
+        folder: for its data and log.
+    """
+    configuration = {
+        "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
+        "rule_files": [str(RULES)],
+        "scrape_configs": [{"job_name": "vllm", "static_configs": [{"targets": [target]}]}],
+    }
+    (folder / "prometheus.yml").write_text(json.dumps(configuration))
+    command = [tool("prometheus"), f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder}/data"]
+    log = folder / "prometheus.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=output, stderr=output)
+    running = Prometheus(f"http://127.0.0.1:{port}")
+    try:
+        deadline = time.monotonic() + READY_SECONDS
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{running.url}/-/ready").status_code == 200:
+                    break
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield running
+    finally:
+        process.terminate()
+        process.wait(20)
