@@ -200,6 +200,11 @@ class Server:
             time.sleep(0.5)
         raise TimeoutError(f"vllm serve was not ready after {START_SECONDS:.0f} s:\n{log_tail(self.log)}")
 
+    @property
+    def pid(self) -> int:
+        """Of the process that was started, which started all others."""
+        return self._process.pid
+
     def stop(self) -> None:
         """End the server and every process that it started."""
         with contextlib.suppress(ProcessLookupError):
