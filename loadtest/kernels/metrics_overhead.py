@@ -151,7 +151,8 @@ def main() -> None:
     parser.add_argument("--engine", type=json.loads, default={}, help="further arguments of vllm.LLM, as JSON")
     arguments = parser.parse_args()
     model = Model.read(arguments.model)
-    with engine(str(arguments.model), "SPARSE", **arguments.engine) as llm:
+    # Each prompt is computed once: it is the decode steps that count.
+    with engine(str(arguments.model), "SPARSE", enable_prefix_caching=True, **arguments.engine) as llm:
         steps = [decode_step_seconds(llm, rows, arguments.context, arguments.tokens) for rows in arguments.rows]
         # In a process of its own, as a worker, which writes to the directory that this one announced.
         task = (model, arguments.rows, arguments.context, steps)

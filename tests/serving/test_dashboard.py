@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -36,7 +37,7 @@ ARGUMENTS = (
     *("--kv-cache-memory-bytes", "512M", "--max-num-batched-tokens", "2048", "--enforce-eager"),
     *("--additional-config", json.dumps(CONFIGURATION)),
 )
-LOAD = (
+LOAD: tuple[tuple[int, dict[str, Any]], ...] = (
     (4000, {}),
     (4000, BOTH),
     (3000, FLEXPREFILL),
