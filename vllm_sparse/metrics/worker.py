@@ -59,7 +59,7 @@ class _Rows:
 
     def __init__(self) -> None:
         labels = ["phase", "method"]
-        self.density = prometheus_client.Histogram(
+        self._density = prometheus_client.Histogram(
             "vllm_sparse_density_ratio",
             "KV tokens read over KV tokens in reach, in the layers that a method makes sparse; one observation per "
             "prefill chunk or decode step of a request.",
@@ -71,13 +71,13 @@ class _Rows:
             "Prefill chunks and decode steps of requests that asked for a sparse method and ran dense.",
             [*labels, "reason"],
         )
-        self.read = prometheus_client.Counter(
+        self._read = prometheus_client.Counter(
             "vllm_sparse_kv_read_bytes",
             "KV-cache bytes that sparse prefill chunks and decode steps of one rank read, in all layers: of each query "
             "block and head that has a list, the list, and the whole context in dense layers.",
             labels,
         )
-        self.saved = prometheus_client.Counter(
+        self._saved = prometheus_client.Counter(
             "vllm_sparse_kv_saved_bytes",
             "KV-cache bytes in reach of the same chunks and steps that they did not read.",
             labels,
@@ -105,6 +105,25 @@ class _Rows:
         self.timed = prometheus_client.Counter(
             "vllm_sparse_timed_rows", "Prefill chunks and decode steps of requests in sampled steps.", labels
         )
+        self._of_methods: dict[tuple[str, str], _MethodRows] = {}
+
+    def of(self, phase: str, method: str) -> _MethodRows:
+        """What is counted in every step; looking labels up takes longer than counting."""
+        found = self._of_methods.get((phase, method))
+        if found is None:
+            key = phase, method
+            found = _MethodRows(self._density.labels(*key), self._read.labels(*key), self._saved.labels(*key))
+            self._of_methods[phase, method] = found
+        return found
+
+
+@dataclass(frozen=True)
+class _MethodRows:
+    """Metrics of one phase and method."""
+
+    density: prometheus_client.Histogram
+    read_bytes: prometheus_client.Counter
+    saved_bytes: prometheus_client.Counter
 
 
 class WorkerMetrics:
@@ -188,7 +207,7 @@ class WorkerMetrics:
             densities = [kept / context for kept, context in rows]
             layers = _reading_layers(roles)
             if self._rows is not None:
-                observe_all(self._rows.density.labels("decode", name), densities)
+                observe_all(self._rows.of("decode", name).density, densities)
             if self._geometry is None:
                 continue
             kept, reach = (sum(tokens) * self._geometry.kv_heads for tokens in zip(*rows, strict=True))
@@ -279,7 +298,7 @@ class WorkerMetrics:
             start += row.numbers
             kept_tokens, reach = int(tokens.sum()), row.candidates * tokens.size
             if self._rows is not None:
-                self._rows.density.labels(row.phase, row.method).observe(kept_tokens / reach)
+                self._rows.of(row.phase, row.method).density.observe(kept_tokens / reach)
             if self._geometry is not None:
                 all_layers = row.candidates * row.list_heads * self._geometry.layers
                 self._count_bytes(row.phase, row.method, all_layers, reach - kept_tokens)
@@ -289,9 +308,9 @@ class WorkerMetrics:
     def _count_bytes(self, phase: str, method: str, reach_tokens: int, saved_tokens: int) -> None:
         if self._rows is None or self._geometry is None:
             return
-        token_bytes = self._geometry.token_bytes
-        self._rows.read.labels(phase, method).inc((reach_tokens - saved_tokens) * token_bytes)
-        self._rows.saved.labels(phase, method).inc(saved_tokens * token_bytes)
+        rows, token_bytes = self._rows.of(phase, method), self._geometry.token_bytes
+        rows.read_bytes.inc((reach_tokens - saved_tokens) * token_bytes)
+        rows.saved_bytes.inc(saved_tokens * token_bytes)
 
     def _count_seconds(self, timer: StepTimer) -> None:
         assert self._rows is not None
