@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from vllm_sparse.metrics.worker import Sampling
 from vllm_sparse.pages import PageList
 from vllm_sparse.params import ServerConfig
 
-CALLS = 200
+CALLS, REPEATS = 50, 9
 BLOCK_TOKENS = 32
 SCALE = 0.125
 
@@ -127,6 +128,11 @@ class Step:
         attention_recall(self._query, self._keys, self._lists, 1, SCALE)
 
 
+def host_seconds(call: Callable[[], object]) -> float:
+    """Mean time of consecutive calls, median over several such means: other work on the machine comes in bursts."""
+    return statistics.median(mean_seconds(call, CALLS) for _ in range(REPEATS))
+
+
 def decode_step_seconds(llm: Any, rows: int, context_tokens: int, tokens: int) -> float:
     """Time of a decode step: a generation's less that of its first token, by its tokens."""
     from vllm import SamplingParams
@@ -180,10 +186,10 @@ def print_table(model: Model, batches: list[int], context_tokens: int, steps: li
     print("|---|---|---|---|---|---|---|")
     for rows, step_seconds in zip(batches, steps, strict=True):
         step = Step(model, rows, context_tokens, metrics, device)
-        timing = mean_seconds(step.timing, CALLS) / config.timing_interval_steps
-        recall = mean_seconds(step.recall, CALLS) / config.recall_interval_steps
+        timing = host_seconds(step.timing) / config.timing_interval_steps
+        recall = host_seconds(step.recall) / config.recall_interval_steps
         for name, call in (("one by one", step.one_by_one), ("at once", step.at_once)):
-            counting = mean_seconds(call, CALLS)
+            counting = host_seconds(call)
             total = counting + timing + recall
             microseconds = " | ".join(f"{seconds * 1e6:.1f}" for seconds in (counting, timing, recall))
             print(f"| {rows} | {name} | {microseconds} | {step_seconds * 1e3:.2f} | {total / step_seconds:.2%} |")
