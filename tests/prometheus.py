@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 RULES = ROOT / "deploy" / "prometheus" / "rules.yaml"
@@ -42,12 +43,8 @@ def metric_names(expression: str) -> set[str]:
 
 def rule_expressions() -> dict[str, str]:
     """Expression of each rule of `RULES` by its name."""
-    text = RULES.read_text()
-    names = re.findall(r"- (?:record|alert): (\S+)", text)
-    bodies = re.split(r"- (?:record|alert): \S+", text)[1:]
-    expressions = [re.search(r"expr: ([|>][-]?\n((?: {10,}.*\n)+)|.*)", body) for body in bodies]
-    assert all(expressions), "each rule has an expression"
-    return {name: found.group(0) for name, found in zip(names, expressions, strict=True) if found is not None}
+    groups = yaml.safe_load(RULES.read_text())["groups"]
+    return {rule.get("record") or rule["alert"]: rule["expr"] for group in groups for rule in group["rules"]}
 
 
 def panel_targets() -> list[tuple[str, str, str]]:
