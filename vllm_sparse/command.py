@@ -12,6 +12,7 @@ VERBS = {
     "calibrate sale": "vllm_sparse.calibrate.sale_command",
     "calibrate tidal": "vllm_sparse.calibrate.tidal_command",
     "inspect": "vllm_sparse.inspect.command",
+    "loadtest": "loadtest.harness.command",
 }
 
 USAGE = f"usage: vllm-sparse VERB ...\n\nverbs: {', '.join(VERBS)}; 'vllm-sparse VERB --help' says what one takes"
@@ -34,7 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     if verb is None:
         print(f"vllm-sparse: {' '.join(given[:2])!r} is no verb\n{USAGE}", file=sys.stderr)
         return 2
-    # Benchmarks are not installed with the package: they stand in the repository, from whose root the command runs.
+    # Benchmarks and load tests are not installed with the package: they stand in the repository, in whose root the
+    # command runs.
     sys.path.insert(0, "")
     try:
         module = importlib.import_module(VERBS[verb])

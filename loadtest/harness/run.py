@@ -1,0 +1,264 @@
+"""Runs a plan against a server and writes the journal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
+
+from loadtest.harness.client import Client, Clock, connections
+from loadtest.harness.journal import Journal, Record
+from loadtest.harness.overhead import Overhead
+from loadtest.harness.plan import WARM_UP, Session, Stage
+from loadtest.harness.scenario import ClosedLoad, Scenario
+from loadtest.harness.scrape import Scraper
+from loadtest.report.summary import good_share
+from loadtest.workloads.prompt import Message, Turn
+
+PROGRESS_SECONDS = 10.0
+PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+
+
+class Runner:
+    """Sends what was planned.
+
+    Args:
+        scenario: the limits and the form of the requests.
+        model: served name.
+        client: sends.
+        journal: takes every request.
+        clock: of all times.
+        say: tells the user how far it is.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        model: str,
+        client: Client,
+        journal: Journal,
+        clock: Clock,
+        say: Callable[[str], None],
+    ) -> None:
+        self._scenario = scenario
+        self._model = model
+        self._client = client
+        self._journal = journal
+        self._clock = clock
+        self._say = say
+        self._overhead = Overhead()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._records: list[dict[str, Any]] = []
+        self.interrupted = False
+
+    def interrupt(self) -> None:
+        """Send nothing more, and end what is running; everything is recorded."""
+        self.interrupted = True
+        for task in self._tasks:
+            task.cancel()
+
+    async def run(self, stage: Stage) -> list[dict[str, Any]]:
+        """Run a stage to its end.
+
+        Returns:
+            Its requests as the journal has them.
+        """
+        about = {"name": stage.name, "level": stage.level, "methods": stage.methods, "schedule": stage.schedule()}
+        self._journal.write("stage", {**about, "start_seconds": round(self._clock(), 6)})
+        self._records = []
+        self._overhead = Overhead()
+        watching = [asyncio.create_task(self._overhead.watch()), asyncio.create_task(self._tell(stage))]
+        if stage.arrivals_seconds is None:
+            await self._closed_loop(stage)
+        else:
+            await self._open_loop(stage, stage.arrivals_seconds)
+        for task in watching:
+            task.cancel()
+        self._journal.write("client", self._overhead.report())
+        self._say(self._progress(stage))
+        return self._records
+
+    async def _tell(self, stage: Stage) -> None:
+        while True:
+            await asyncio.sleep(PROGRESS_SECONDS)
+            self._say(self._progress(stage))
+
+    def _progress(self, stage: Stage) -> str:
+        failed = sum(request["status"] != "ok" for request in self._records)
+        return f"{stage.name}: {len(self._records)} requests ended, {failed} failed ({len(stage.sessions)} sessions)"
+
+    async def _open_loop(self, stage: Stage, arrivals_seconds: Sequence[float]) -> None:
+        start = self._clock()
+        ramp_seconds = self._scenario.load.ramp_seconds
+
+        async def dispatch() -> None:
+            for number, (session, arrival) in enumerate(zip(stage.sessions, arrivals_seconds, strict=True)):
+                await asyncio.sleep(max(0.0, start + arrival - self._clock()))
+                self._spawn(self._session(stage, number, session, start + arrival, arrival < ramp_seconds))
+
+        self._spawn(dispatch())
+        await self._all_done()
+
+    async def _closed_loop(self, stage: Stage) -> None:
+        load = self._scenario.load
+        start = self._clock()
+        waiting = iter(enumerate(stage.sessions))
+        warming_up = stage.name == WARM_UP
+        ramp_seconds = 0.0 if warming_up else load.ramp_seconds
+        duration_seconds = load.duration_seconds if isinstance(load, ClosedLoad) and not warming_up else None
+
+        async def keep_busy(delay_seconds: float) -> None:
+            await asyncio.sleep(delay_seconds)
+            for number, session in waiting:
+                elapsed = self._clock() - start
+                if self.interrupted or (duration_seconds is not None and elapsed >= duration_seconds):
+                    return
+                await self._session(stage, number, session, None, elapsed < ramp_seconds)
+
+        at_once = int(stage.level or 1)
+        for place in range(at_once):
+            self._spawn(keep_busy(ramp_seconds * place / at_once))
+        await self._all_done()
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _all_done(self) -> None:
+        while self._tasks:
+            done, _ = await asyncio.wait(self._tasks)
+            for task in done:
+                # An error of the harness itself must not pass for a quiet server.
+                if not task.cancelled():
+                    task.result()
+
+    async def _session(self, stage: Stage, number: int, session: Session, intended: float | None, ramp: bool) -> None:
+        history: list[Message] = list(session.prompt.history)
+        for place, turn in enumerate(session.prompt.turns):
+            if self.interrupted:
+                return
+            if place and session.prompt.think_seconds:
+                intended = self._clock() + session.prompt.think_seconds
+                await asyncio.sleep(session.prompt.think_seconds)
+            elif place:
+                intended = None
+            self._overhead.begin_request()
+            reply = await self._client.send(PATHS[self._scenario.endpoint], self._body(session, turn, history))
+            self._overhead.end_request()
+            right = reply.status == "ok" and turn.score is not None
+            record = Record(
+                stage.name,
+                number,
+                place,
+                session.workload,
+                session.method,
+                session.pair,
+                reply.sent_seconds if intended is None else intended,
+                ramp,
+                session.prompt.input_tokens,
+                turn.score(reply.text) if right and turn.score is not None else None,
+                reply,
+            )
+            self._records.append(self._journal.record(record))
+            if reply.status != "ok":
+                return
+            history += [{"role": "user", "content": turn.content}, {"role": "assistant", "content": reply.text}]
+
+    def _body(self, session: Session, turn: Turn, history: Sequence[Message]) -> Mapping[str, Any]:
+        body: dict[str, Any] = {
+            "model": self._model,
+            "max_tokens": turn.max_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "cache_salt": session.salt,
+        }
+        if self._scenario.endpoint == "completions":
+            body["prompt"] = f"{turn.content}\n{turn.answer_prefix}" if turn.answer_prefix else turn.content
+        else:
+            body["messages"] = [*history, {"role": "user", "content": turn.content}]
+            if turn.answer_prefix:
+                body["messages"].append({"role": "assistant", "content": turn.answer_prefix})
+                body |= {"continue_final_message": True, "add_generation_prompt": False}
+        if turn.ignore_eos:
+            body["ignore_eos"] = True
+        if extras := self._scenario.methods[session.method]:
+            body["vllm_xargs"] = dict(extras)
+        return {**body, **self._scenario.request}
+
+
+@contextlib.asynccontextmanager
+async def _interruptible(runner: Runner) -> AsyncIterator[None]:
+    """SIGINT and SIGTERM end the run, not the process: the report is still written. A second one ends the process."""
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def interrupt() -> None:
+        for one in signals:
+            loop.remove_signal_handler(one)
+        runner.interrupt()
+
+    for one in signals:
+        loop.add_signal_handler(one, interrupt)
+    try:
+        yield
+    finally:
+        for one in signals:
+            loop.remove_signal_handler(one)
+
+
+async def run(
+    scenario: Scenario,
+    warm_up: Stage,
+    sweeps: Sequence[Sequence[Stage]],
+    url: str,
+    model: str,
+    headers: Mapping[str, str],
+    journal: Journal,
+    say: Callable[[str], None],
+) -> bool:
+    """Run everything; a sweep ends with the stage at which the SLO breaks.
+
+    Args:
+        scenario: the methods, limits and requests.
+        warm_up: runs first.
+        sweeps: from `Planner.stages`.
+        url: of the server, without a path.
+        model: served name.
+        headers: of every request.
+        journal: takes everything.
+        say: tells the user how far it is.
+
+    Returns:
+        Whether it ran to its end, without an interruption.
+    """
+    clock = Clock()
+    async with connections(headers) as http:
+        client = Client(http, url, scenario.request_timeout_seconds, clock)
+        scraper = Scraper(http, url, scenario.scrape_seconds, clock, lambda reading: journal.write("metrics", reading))
+        runner = Runner(scenario, model, client, journal, clock, say)
+        async with _interruptible(runner):
+            await scraper.read()
+            scraping = asyncio.create_task(scraper.run())
+            if warm_up.sessions:
+                await runner.run(warm_up)
+            for sweep in sweeps:
+                await _sweep(runner, sweep, scraper, scenario)
+            scraping.cancel()
+        await scraper.read()
+    journal.write("end", {"interrupted": runner.interrupted, "seconds": round(clock(), 3)})
+    return not runner.interrupted
+
+
+async def _sweep(runner: Runner, stages: Sequence[Stage], scraper: Scraper, scenario: Scenario) -> None:
+    for stage in stages:
+        if runner.interrupted:
+            return
+        await scraper.read()
+        requests = await runner.run(stage)
+        await scraper.read()
+        if good_share(requests, scenario.slo) < scenario.slo.share:
+            return

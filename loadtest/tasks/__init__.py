@@ -1,0 +1,1 @@
+"""RULER-style tasks: long prompts with known answers, made without any download."""

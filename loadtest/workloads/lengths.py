@@ -1,0 +1,66 @@
+"""Distributions of token counts, as a scenario writes them."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Choice(_Strict):
+    """One of several counts, each as likely."""
+
+    choice: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+
+    def draw(self, rng: random.Random) -> int:
+        """A token count."""
+        return rng.choice(self.choice)
+
+
+class Uniform(_Strict):
+    """Every count from the first to the last of `uniform`."""
+
+    uniform: tuple[PositiveInt, PositiveInt]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Uniform:
+        if self.uniform[0] > self.uniform[1]:
+            raise ValueError(f"uniform: {list(self.uniform)}: the first number must not exceed the second")
+        return self
+
+    def draw(self, rng: random.Random) -> int:
+        """A token count."""
+        return rng.randint(*self.uniform)
+
+
+class LogNormal(_Strict):
+    """Many short, few long: the logarithm is normal around that of `median` with deviation `sigma`, cut to a range."""
+
+    median: PositiveInt
+    sigma: Annotated[float, Field(gt=0)]
+    least: PositiveInt = 1
+    most: PositiveInt
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LogNormal:
+        if not self.least <= self.median <= self.most:
+            raise ValueError(f"least <= median <= most does not hold: {self.least}, {self.median}, {self.most}")
+        return self
+
+    def draw(self, rng: random.Random) -> int:
+        """A token count."""
+        return min(self.most, max(self.least, round(math.exp(rng.gauss(math.log(self.median), self.sigma)))))
+
+
+Lengths = PositiveInt | Choice | Uniform | LogNormal
+
+
+def draw(lengths: Lengths, rng: random.Random) -> int:
+    """A token count of a distribution; a number is itself."""
+    return lengths if isinstance(lengths, int) else lengths.draw(rng)

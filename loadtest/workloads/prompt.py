@@ -1,0 +1,57 @@
+"""What a client sends in one session: one prompt, or several turns of a conversation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One request.
+
+    Attributes:
+        content: the user's message, or the text to complete.
+        max_tokens: of the answer.
+        answer_prefix: beginning of the answer that the model goes on with.
+        ignore_eos: generate exactly `max_tokens`.
+        score: share (0..1) that is right of an answer's text; none: there is no right answer.
+    """
+
+    content: str
+    max_tokens: int
+    answer_prefix: str = ""
+    ignore_eos: bool = False
+    score: Callable[[str], float] | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A session's requests, without the method.
+
+    Attributes:
+        name: the same for equal prompts of a scenario and a seed.
+        turns: in order; each goes on with the conversation so far.
+        input_tokens: of the first turn, as planned; the server says how many it really had.
+        history: messages before the first turn.
+        think_seconds: between an answer and the next turn.
+        shared: what it may share blocks in the prefix cache by, with sessions of the same method; none: nothing.
+    """
+
+    name: str
+    turns: tuple[Turn, ...]
+    input_tokens: int
+    history: tuple[Message, ...] = ()
+    think_seconds: float = 0.0
+    shared: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """Tells whether two runs sent the same."""
+        content = json.dumps([list(self.history), [[turn.content, turn.answer_prefix] for turn in self.turns]])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
