@@ -93,7 +93,7 @@ def _load_test(arguments: argparse.Namespace) -> None:
         finished = _run(scenario, arguments, url, folder)
     write_report(folder)
     if not finished:
-        sys.exit(130)
+        sys.exit(1)
 
 
 def _run(scenario: Scenario, arguments: argparse.Namespace, url: str, folder: Path) -> bool:

@@ -15,6 +15,8 @@ from typing import Any, Self
 from loadtest.harness.client import Reply
 
 FORMAT = 1
+# What the journal of a run that did not come to its end lacks.
+KILLED = {"interrupted": True, "warm_up_failed": False, "seconds": None}
 NAME = "journal.jsonl"
 
 
@@ -93,7 +95,7 @@ def read_journal(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: that is no journal, or of another format.
     """
-    run: dict[str, Any] = {"run": {}, "stages": [], "metrics": [], "end": {"interrupted": True, "reason": "killed"}}
+    run: dict[str, Any] = {"run": {}, "stages": [], "metrics": [], "end": KILLED}
     for line in _lines(path):
         kind = line.pop("kind")
         if kind == "run":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -184,5 +185,7 @@ class Planner:
         return {method: weight for method, weight in weights.items() if method in methods}
 
     def _session(self, stage: str, prompt: Prompt, workload: Workload, method: str, time: str) -> Session:
-        salt = f"{self._salt}/{stage}/{method}/{time}/{prompt.shared or prompt.name}"
+        whole = f"{self._salt}/{stage}/{method}/{time}/{prompt.shared or prompt.name}"
+        # vLLM takes neither long salts nor some signs.
+        salt = hashlib.sha256(whole.encode()).hexdigest()[:32]
         return Session(prompt, workload.name, method, f"{prompt.name}, {time}", salt)

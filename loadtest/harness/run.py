@@ -220,7 +220,7 @@ async def run(
     journal: Journal,
     say: Callable[[str], None],
 ) -> bool:
-    """Run everything; a sweep ends with the stage at which the SLO breaks.
+    """Run everything; a sweep ends with the stage at which the SLO breaks, and nothing follows a warm-up that failed.
 
     Args:
         scenario: the methods, limits and requests.
@@ -233,7 +233,7 @@ async def run(
         say: tells the user how far it is.
 
     Returns:
-        Whether it ran to its end, without an interruption.
+        Whether it ran to its end: nobody interrupted it, and not the whole warm-up failed.
     """
     clock = Clock()
     async with connections(headers) as http:
@@ -243,14 +243,15 @@ async def run(
         async with _interruptible(runner):
             await scraper.read()
             scraping = asyncio.create_task(scraper.run())
-            if warm_up.sessions:
-                await runner.run(warm_up)
-            for sweep in sweeps:
+            warming_up = await runner.run(warm_up) if warm_up.sessions else []
+            useless = bool(warming_up) and all(request["status"] != "ok" for request in warming_up)
+            for sweep in [] if useless else sweeps:
                 await _sweep(runner, sweep, scraper, scenario)
             scraping.cancel()
         await scraper.read()
-    journal.write("end", {"interrupted": runner.interrupted, "seconds": round(clock(), 3)})
-    return not runner.interrupted
+    end = {"interrupted": runner.interrupted, "warm_up_failed": useless, "seconds": round(clock(), 3)}
+    journal.write("end", end)
+    return not (runner.interrupted or useless)
 
 
 async def _sweep(runner: Runner, stages: Sequence[Stage], scraper: Scraper, scenario: Scenario) -> None:

@@ -40,7 +40,7 @@ def tpot_seconds(request: Request) -> float | None:
     if not tokens or tokens < 2 or request["first_token_seconds"] is None:
         return None
     time: float = request["last_token_seconds"] - request["first_token_seconds"]
-    return time / (tokens - 1)
+    return time / (int(tokens) - 1)
 
 
 def latency_seconds(request: Request) -> float | None:
@@ -334,11 +334,18 @@ def _warnings(run: Mapping[str, Any], stages: Sequence[Mapping[str, Any]], scena
     found = []
     if run["end"]["interrupted"]:
         found.append("The run was interrupted: this is what had been measured until then.")
+    if run["end"]["warm_up_failed"]:
+        found.append(f"Every request of the warm-up failed, so nothing else was sent. The first: {_first_failure(run)}")
     for stage in stages:
         found += [f"{stage['name']}: {text}" for text in _stage_warnings(stage, scenario)]
     if not any("samples" in reading for reading in run["metrics"]):
         found.append("The server's metrics could not be read: density, fallbacks, memory and queue are unknown.")
     return found
+
+
+def _first_failure(run: Mapping[str, Any]) -> str:
+    failed = next(one for stage in run["stages"] for one in stage["requests"] if one["status"] != "ok")
+    return f"{failed['status']} {failed['detail']}"
 
 
 def _stage_warnings(stage: Mapping[str, Any], scenario: Scenario) -> list[str]:

@@ -1,0 +1,177 @@
+"""An OpenAI-compatible server that takes no model: known times, known tokens, known answers, and faults on demand.
+
+    python -m tests.loadtest.simulated_server --port 8000
+
+A request's `vllm_xargs` say what becomes of it (`Behaviour`). The answer is the word after ``answer=`` in the prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from aiohttp import web
+
+MODEL_NAME = "simulated"
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What becomes of a request.
+
+    Attributes:
+        ttft_seconds: until the first token.
+        tpot_seconds: between tokens.
+        right: whether it answers right.
+        fault: ``429``, ``500``, ``stall``, ``garbage``, ``html``, ``error``, ``cut``, ``truncate``, ``empty``, ``die``.
+        fault_after: tokens that come before a fault of the stream.
+        usage: whether the server counts tokens.
+    """
+
+    ttft_seconds: float = 0.05
+    tpot_seconds: float = 0.01
+    right: bool = True
+    fault: str = ""
+    fault_after: int = 3
+    usage: bool = True
+
+
+class SimulatedServer:
+    """The state of one server: how many requests it runs, and those that it has seen."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.started = 0
+        self.bodies: list[dict[str, Any]] = []
+
+    async def models(self, request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": MODEL_NAME, "root": "nowhere"}]})
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        """A word is a token."""
+        body = await request.json()
+        return web.json_response({"count": len(body["prompt"].split())})
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        lines = [
+            "# TYPE vllm:num_requests_running gauge",
+            f'vllm:num_requests_running{{model_name="{MODEL_NAME}"}} {self.running}',
+            "# TYPE vllm_sparse_density_ratio histogram",
+            f'vllm_sparse_density_ratio_sum{{phase="prefill",method="flexprefill"}} {self.started * 0.25}',
+            f'vllm_sparse_density_ratio_count{{phase="prefill",method="flexprefill"}} {self.started}',
+            "# TYPE vllm_sparse_fallbacks counter",
+            'vllm_sparse_fallbacks_total{phase="prefill",method="flexprefill",reason="short_context"} '
+            f"{self.started * 3}",
+        ]
+        return web.Response(text="\n".join(lines) + "\n")
+
+    async def requests(self, request: web.Request) -> web.Response:
+        """What was asked: the bodies of all requests, in order."""
+        return web.json_response(self.bodies)
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.bodies.append(body)
+        behaviour = Behaviour(**{name: value for name, value in body.get("vllm_xargs", {}).items() if name in _NAMES})
+        if behaviour.fault in ("429", "500"):
+            return web.json_response({"error": {"message": "not now"}}, status=int(behaviour.fault))
+        if behaviour.fault == "html":
+            return web.Response(text="<html>gateway</html>", content_type="text/html")
+        self.started += 1
+        self.running += 1
+        try:
+            return await self._stream(request, body, behaviour)
+        finally:
+            self.running -= 1
+
+    async def _stream(self, request: web.Request, body: dict[str, Any], behaviour: Behaviour) -> web.StreamResponse:
+        chat = request.path.endswith("chat/completions")
+        prompt = json.dumps(body["messages"]) if chat else body["prompt"]
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        loop = asyncio.get_running_loop()
+        due = loop.time() + behaviour.ttft_seconds
+        if chat:
+            await _send(response, {"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+        words = _words(prompt, behaviour, body["max_tokens"])
+        for number, word in enumerate(words):
+            if behaviour.fault and number == behaviour.fault_after:
+                return await self._fail(request, response, behaviour)
+            await asyncio.sleep(max(0.0, due - loop.time()))
+            due += behaviour.tpot_seconds
+            choice: dict[str, Any] = {"delta": {"content": word}} if chat else {"text": word}
+            choice["finish_reason"] = "length" if number + 1 == len(words) else None
+            await _send(response, {"choices": [choice]})
+        if behaviour.usage:
+            usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(words)}
+            await _send(response, {"choices": [], "usage": usage})
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def _fail(self, request: web.Request, response: web.StreamResponse, how: Behaviour) -> web.StreamResponse:
+        if how.fault == "die":
+            os._exit(1)
+        if how.fault == "stall":
+            await asyncio.sleep(3600)
+        if how.fault == "garbage":
+            await response.write(b"data: {not json\n\n")
+        if how.fault == "error":
+            await _send(response, {"error": {"message": "engine died", "code": 500}})
+        if how.fault == "cut":
+            assert request.transport is not None
+            request.transport.abort()
+        if how.fault == "empty":
+            await response.write(b"data: [DONE]\n\n")
+        return response
+
+
+_NAMES = {one.name for one in fields(Behaviour)}
+
+
+def _words(prompt: str, behaviour: Behaviour, max_tokens: int) -> list[str]:
+    found = re.search(r"answer=(\w+)", prompt)
+    answer = found.group(1) if found and behaviour.right else "wrong"
+    return [answer, *[" more"] * (max_tokens - 1)]
+
+
+async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
+    await response.write(f"data: {json.dumps(event)}\n\n".encode())
+
+
+def application() -> web.Application:
+    """The server's routes."""
+    server = SimulatedServer()
+    app = web.Application(client_max_size=1 << 26)
+    app.add_routes(
+        [
+            web.get("/health", lambda request: _ok()),
+            web.get("/v1/models", server.models),
+            web.get("/metrics", server.metrics),
+            web.get("/requests", server.requests),
+            web.post("/tokenize", server.tokenize),
+            web.post("/v1/completions", server.complete),
+            web.post("/v1/chat/completions", server.complete),
+        ]
+    )
+    return app
+
+
+async def _ok() -> web.Response:
+    return web.Response()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--port", type=int, required=True)
+    web.run_app(application(), host="127.0.0.1", port=parser.parse_args(arguments).port, print=None)
+
+
+if __name__ == "__main__":
+    main()
