@@ -278,17 +278,20 @@ def _replace(content: dict[str, Any], setting: str) -> None:
     place, equals, text = setting.partition("=")
     if not equals:
         raise ScenarioError(f"--set {setting}: PATH=VALUE is wanted, such as load.rates=[1, 2]")
-    *parents, last = place.split(".")
-    target: Any = content
-    for key in parents:
-        target = target[int(key)] if isinstance(target, list) and key.isdigit() else target.setdefault(key, {})
-        if not isinstance(target, dict | list):
-            raise ScenarioError(f"--set {setting}: {key!r} holds no settings of its own")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ScenarioError(f"--set {setting}: the value is not YAML: {error}") from None
-    if isinstance(target, list):
-        target[int(last)] = value
-    else:
-        target[last] = value
+    *parents, last = place.split(".")
+    target: Any = content
+    for number, key in enumerate(parents, 1):
+        target = target[_index(target, key, setting)] if isinstance(target, list) else target.setdefault(key, {})
+        if not isinstance(target, dict | list):
+            raise ScenarioError(f"--set {setting}: {'.'.join(parents[:number])!r} holds no settings of its own")
+    target[_index(target, last, setting) if isinstance(target, list) else last] = value
+
+
+def _index(target: Sequence[Any], key: str, setting: str) -> int:
+    if not key.isdigit() or int(key) >= len(target):
+        raise ScenarioError(f"--set {setting}: {key!r} is no place of that list, which has 0 to {len(target) - 1}")
+    return int(key)

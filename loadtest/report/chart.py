@@ -138,7 +138,8 @@ def _mark(colour: int, x: float, y: float) -> str:
 
 
 def _figure(title: str, body: str, series: Sequence[Series]) -> str:
-    keys = "".join(map(_key, series))
+    alone = len(series) == 1 and series[0].name == title
+    keys = "" if alone else "".join(map(_key, series))
     return f'<figure><figcaption>{html.escape(title)}</figcaption>{body}<div class="keys">{keys}</div></figure>'
 
 

@@ -11,10 +11,11 @@ import yaml
 
 from loadtest.harness.client import FAILURES
 from loadtest.harness.plan import WARM_UP
+from loadtest.harness.scenario import Scenario
 from loadtest.report.chart import Series, chart, distribution
 from loadtest.report.server import density_series, fallbacks, series_of, time_series
 from loadtest.report.statistics import PERCENTILES, samples_needed
-from loadtest.report.summary import Request, counted, tpot_seconds, ttft_seconds
+from loadtest.report.summary import Request, compared, counted, tpot_seconds, ttft_seconds
 from loadtest.report.words import (
     count_or_dash,
     density_of,
@@ -30,6 +31,7 @@ Report = Mapping[str, Any]
 _STYLE = Path(__file__).with_name("style.css")
 # More points than a line this wide can show.
 MOST_POINTS = 400
+SINCE_START = "seconds from the start"
 
 
 def page(report: Report) -> str:
@@ -41,6 +43,7 @@ def page(report: Report) -> str:
         _warnings(report["summary"]["warnings"]),
         _findings(report),
         _side_by_side(report),
+        _workloads(report),
         _latency(report),
         _goodput(report),
         _quality(report),
@@ -163,6 +166,7 @@ def _side_by_side(report: Report) -> str:
     ]
     needed = ", ".join(f"p{one:g} {samples_needed(one)}" for one in PERCENTILES)
     note = (
+        "Paired prompts only, the same ones for every method, where the scenario has any. "
         f"Latency counts from the intended time of a request. Percentiles need enough requests ({needed}); with fewer "
         "they are not shown. Goodput: requests a second that met both limits; right goodput: those of them that were "
         "answered right. Density: keys read of those in reach, from the server's metrics."
@@ -185,7 +189,7 @@ def _stage_table(report: Report, stage: Mapping[str, Any]) -> str:
 
     rows = [
         row("succeeded", lambda one: f"{one['succeeded']} of {one['requests']}"),
-        row("score", lambda one: score_in_words(one["score"])),
+        row("score", _score),
         *(
             row(f"{label} p{one:g}", _percentile(key, one, form))
             for label, key, form in (("TTFT s", "ttft_seconds", seconds), ("TPOT ms", "tpot_seconds", milliseconds))
@@ -203,15 +207,40 @@ def _stage_table(report: Report, stage: Mapping[str, Any]) -> str:
     return _table(["", *map(_text, methods)], rows)
 
 
+def _score(one: Mapping[str, Any]) -> str:
+    value, bracket, interval = score_in_words(one["score"]).partition(" [")
+    return f"{value}<small>[{interval}</small>" if bracket else value
+
+
 def _percentile(key: str, percentile: float, form: Callable[[float | None], str]) -> Callable[[Mapping[str, Any]], str]:
     return lambda one: form(one[key][f"p{percentile:g}"])
 
 
+def _workloads(report: Report) -> str:
+    """All that was sent, background too; nothing new where there is one workload."""
+    stages = report["summary"]["stages"]
+    if len(report["run"]["scenario"]["workloads"]) < 2:
+        return ""
+    rows = [
+        [
+            _text(name if len(stages) < 2 else f"{name}, {stage['name']}"),
+            f"{one['succeeded']}<small>of {one['requests']}</small>",
+            seconds(one["ttft_seconds"]["p50"]),
+            milliseconds(one["tpot_seconds"]["p50"]),
+            percent(one["good_share"]),
+        ]
+        for stage in stages
+        for name, one in stage["workloads"].items()
+    ]
+    return _section("By workload", _table(["", "succeeded", "TTFT p50 s", "TPOT p50 ms", "within SLO"], rows))
+
+
 def _measured(report: Report, measure: Callable[[Request], float | None], unit: float) -> list[Series]:
     """The distribution of a measure by method, over all stages."""
+    scenario = Scenario.model_validate(report["run"]["scenario"])
     values: dict[str, list[float]] = {method: [] for method in _colours(report)}
     for stage in report["stages"]:
-        for request in counted(stage["requests"]) if stage["name"] != WARM_UP else ():
+        for request in compared(counted(stage["requests"]), scenario) if stage["name"] != WARM_UP else ():
             value = measure(request)
             if request["status"] == "ok" and value is not None:
                 values[request["method"]].append(value / unit)
@@ -307,14 +336,13 @@ def _lengths(report: Report) -> str:
             rows.append(
                 [
                     f"{_text(comparison['method'])}{level}",
-                    label,
-                    str(one["pairs"]),
+                    f"{label}<small>{one['pairs']} pairs</small>",
                     _with_interval(one["ttft_ratio"], "{:.2f}x"),
                     _with_interval(one["tpot_ratio"], "{:.2f}x"),
                     _with_interval(one["score_difference"], "{:+.3f}"),
                 ]
             )
-    header = ["method", "input tokens", "pairs", "TTFT", "TPOT", "score"]
+    header = ["method", "input tokens", "TTFT", "TPOT", "score"]
     note = "Against the same prompts dense: where TTFT falls below 1x, the method begins to pay."
     return _section("By length of the prompt", _table(header, rows), _note(note)) if rows else ""
 
@@ -333,7 +361,7 @@ def _server(report: Report) -> str:
                 Series(name, points, number + 1, marked=False)
                 for number, (name, points) in enumerate(density_series(metrics).items())
             ],
-            "s",
+            SINCE_START,
             "keys read of those in reach",
             (0, 1),
         )
@@ -343,14 +371,7 @@ def _server(report: Report) -> str:
         if points is None:
             missing.append(name)
         else:
-            charts.append(
-                chart(
-                    name.capitalize() if name.islower() else name,
-                    [Series(name, points, number % 8, marked=False)],
-                    "s",
-                    "",
-                )
-            )
+            charts.append(chart(name, [Series(name, points, number, marked=False)], SINCE_START, ""))
     parts = [_figures(*charts)]
     if missing:
         parts.append(_note(f"Missing from /metrics: {', '.join(missing)}."))
@@ -422,7 +443,8 @@ def _client(report: Report) -> str:
 
 
 def _settings(report: Report) -> str:
-    scenario = yaml.safe_dump(report["run"]["scenario"], sort_keys=False, allow_unicode=True, width=100)
+    shown = {key: value for key, value in report["run"]["scenario"].items() if key != "description"}
+    scenario = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=100)
     note = "report.json holds every request and the whole schedule; journal.jsonl is what it was made from."
     return _section(
         "Settings", f"<details open><summary>Scenario</summary><pre>{_text(scenario)}</pre></details>", _note(note)

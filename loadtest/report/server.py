@@ -14,11 +14,11 @@ FALLBACKS = "vllm_sparse_fallbacks_total"
 
 # Name in the report, the metric, and what it is divided by for its unit.
 SERIES = (
-    ("requests running", "vllm:num_requests_running", 1.0),
-    ("requests waiting", "vllm:num_requests_waiting", 1.0),
+    ("Requests running", "vllm:num_requests_running", 1.0),
+    ("Requests waiting", "vllm:num_requests_waiting", 1.0),
     ("KV cache used, %", "vllm:kv_cache_usage_perc", 0.01),
     ("API server's memory, GiB", "process_resident_memory_bytes", 2.0**30),
-    ("buffers of sparse decoding, GiB", "vllm_sparse_decode_buffer_bytes", 2.0**30),
+    ("Buffers of sparse decoding, GiB", "vllm_sparse_decode_buffer_bytes", 2.0**30),
 )
 
 

@@ -35,12 +35,15 @@ def sent_ttft_seconds(request: Request) -> float | None:
 
 
 def tpot_seconds(request: Request) -> float | None:
-    """Mean time per token after the first; none with one token or where the server does not count them."""
+    """Mean time per token after the first.
+
+    None with one token, where the server does not count them, or if all came at once: that tells no pace.
+    """
     tokens = request["output_tokens"]
     if not tokens or tokens < 2 or request["first_token_seconds"] is None:
         return None
     time: float = request["last_token_seconds"] - request["first_token_seconds"]
-    return time / (int(tokens) - 1)
+    return time / (int(tokens) - 1) or None
 
 
 def latency_seconds(request: Request) -> float | None:
@@ -223,10 +226,11 @@ def span_seconds(requests: Sequence[Request]) -> float:
 def _stage(stage: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], scenario: Scenario) -> dict[str, Any]:
     requests = counted(stage["requests"])
     duration = span_seconds(requests)
+    shown = compared(requests, scenario)
     by_method = {
-        method: [request for request in requests if request["method"] == method]
+        method: chosen
         for method in scenario.methods
-        if any(request["method"] == method for request in requests)
+        if (chosen := [request for request in shown if request["method"] == method])
     }
     ends = [request["end_seconds"] for request in stage["requests"]]
     within = series_of(metrics, stage["start_seconds"], max(ends, default=stage["start_seconds"]))
@@ -288,14 +292,23 @@ def _drift(requests: Sequence[Request]) -> float | None:
     return last / first if first and last else None
 
 
+def compared(requests: Sequence[Request], scenario: Scenario) -> list[Request]:
+    """Requests by which methods are compared: of the paired workloads, so that every method has the same prompts.
+
+    Where no workload is paired, all of them.
+    """
+    paired = {workload.name for workload in scenario.workloads if workload.paired}
+    return [request for request in requests if not paired or request["workload"] in paired]
+
+
 def _comparisons(run: Mapping[str, Any], scenario: Scenario) -> list[dict[str, Any]]:
     """Each method with the baseline, at each level, with the requests of the paired workloads."""
-    paired = {workload.name for workload in scenario.workloads if workload.paired}
+    if not any(workload.paired for workload in scenario.workloads):
+        return []
     by_level: dict[Any, dict[str, list[Request]]] = defaultdict(lambda: defaultdict(list))
     for stage in run["stages"]:
-        for request in counted(stage["requests"]) if stage["name"] != WARM_UP else ():
-            if request["workload"] in paired:
-                by_level[stage["level"]][request["method"]].append(request)
+        for request in compared(counted(stage["requests"]), scenario) if stage["name"] != WARM_UP else ():
+            by_level[stage["level"]][request["method"]].append(request)
     found = []
     for level, methods in by_level.items():
         for method in scenario.methods:
@@ -368,7 +381,9 @@ def _stage_warnings(stage: Mapping[str, Any], scenario: Scenario) -> list[str]:
             found.append(f"the client used {client['cpu_share']:.0%} of a core: it may have been the bottleneck.")
     for method, share in stage["fallback_share"].items():
         if share > MOST_FALLBACK_SHARE:
-            found.append(f"{share:.0%} of the steps that asked for {method} ran dense: its numbers are mostly dense.")
+            found.append(
+                f"{share:.0%} of the steps that asked for {method} ran dense, and its numbers are partly dense's."
+            )
     if stage["drift"] is not None and not 1 / MOST_DRIFT <= stage["drift"] <= MOST_DRIFT:
         found.append(f"TTFT changed by {stage['drift']:.2f}x from the first to the last third: not a steady state.")
     if together["uncounted_outputs"]:

@@ -55,7 +55,7 @@ def test_pairs_differ_in_nothing_but_the_method(load_test: LoadTest, simulated: 
     for body in simulated.bodies:
         groups[body["messages"][0]["content"]].append(body)
     assert len(groups) == 20
-    orders = Counter()
+    orders: Counter[tuple[str, ...]] = Counter()
     for bodies in groups.values():
         assert len({body.pop("cache_salt") for body in bodies}) == 3
         extras = [json.dumps(body.pop("vllm_xargs", {})) for body in bodies]
@@ -192,7 +192,7 @@ def test_metrics_come_along_and_missing_ones_are_named(load_test: LoadTest, tmp_
     assert stage["density"] == {"prefill/flexprefill": pytest.approx(0.25)}
     assert stage["fallback_share"] == {"prefill/flexprefill": pytest.approx(0.75)}
     assert "75% of the steps that asked for prefill/flexprefill ran dense" in finished.output
-    assert "Missing from /metrics: requests waiting, KV cache used" in finished.page
+    assert "Missing from /metrics: Requests waiting, KV cache used" in finished.page
     assert "short context" in finished.page
 
 

@@ -1,0 +1,95 @@
+"""Statistics against brute force."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loadtest.report.statistics import (
+    difference,
+    independent_difference,
+    independent_ratio,
+    interval_of_mean,
+    mcnemar,
+    percentiles,
+    ratio,
+    samples_needed,
+)
+
+
+def percentile_by_hand(values: list[float], percentile: float) -> float:
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percentile / 100
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=700))
+def test_percentiles_are_those_of_the_sorted_values(values: list[float]) -> None:
+    found = percentiles(values)
+    assert found["count"] == len(values)
+    for percentile in (50, 90, 95, 99, 99.9):
+        value = found[f"p{percentile:g}"]
+        if len(values) * (100 - percentile) / 100 < 5 - 1e-9:
+            assert value is None, "fewer than five values lie beyond it"
+        else:
+            assert value == pytest.approx(percentile_by_hand(values, percentile), rel=1e-9, abs=1e-9)
+
+
+def test_percentiles_need_samples_beyond_them() -> None:
+    assert [samples_needed(percentile) for percentile in (50, 90, 95, 99, 99.9)] == [10, 50, 100, 500, 5000]
+    assert percentiles([]) == {"count": 0, "mean": None, **dict.fromkeys(("p50", "p90", "p95", "p99", "p99.9"))}
+    assert percentiles([1.0] * 499)["p99"] is None
+    assert percentiles([1.0] * 500)["p99"] == 1
+
+
+@given(st.integers(0, 9), st.integers(0, 9))
+def test_mcnemar_counts_all_ways_to_split(first: int, second: int) -> None:
+    total = first + second
+    ways = [sum(split) for split in itertools.product((0, 1), repeat=min(total, 18))]
+    extreme = abs(first - second)
+    expected = sum(abs(total - 2 * way) >= extreme for way in ways) / len(ways)
+    assert mcnemar(first, second) == pytest.approx(expected)
+
+
+def test_an_interval_covers_the_truth_as_often_as_it_says(generator: torch.Generator) -> None:
+    """With clusters of equal values: drawn one by one they would seem four times as many."""
+    rng = random.Random(int(torch.randint(1 << 30, (1,), generator=generator)))
+    covered = 0
+    for _ in range(200):
+        clusters = [[rng.gauss(3, 1)] * 4 for _ in range(40)]
+        interval = interval_of_mean(clusters)
+        assert interval is not None
+        covered += interval[0] <= 3 <= interval[1]
+    assert 170 <= covered <= 200
+    assert interval_of_mean([[1.0, 2.0]]) is None
+
+
+def test_pairs_are_compared_prompt_by_prompt(generator: torch.Generator) -> None:
+    rng = random.Random(int(torch.randint(1 << 30, (1,), generator=generator)))
+    first = {f"{number}": [math.exp(rng.gauss(0, 2))] for number in range(50)}
+    second = {name: [0.5 * values[0] * math.exp(rng.gauss(0, 0.01))] for name, values in first.items()}
+    found = ratio(first, second)
+    assert found["pairs"] == 50
+    assert found["value"] == pytest.approx(0.5, rel=0.02)
+    low, high = found["interval"]
+    assert 0.49 < low < high < 0.51
+    apart = independent_ratio(first, second)
+    assert apart["value"] == pytest.approx(found["value"])
+    assert apart["interval"][0] < 0.4 < 0.6 < apart["interval"][1], "the prompts differ far more than the methods"
+
+
+def test_differences_leave_out_what_has_no_partner() -> None:
+    first = {"a": [1.0, 0.0], "b": [1.0], "c": [1.0]}
+    second = {"a": [0.0, 0.0], "b": [1.0, 1.0], "d": [1.0]}
+    assert difference(first, second) == {"pairs": 2, "value": -0.5, "interval": None}
+    assert difference(first, {}) == {"pairs": 0, "value": None, "interval": None}
+    assert independent_difference(first, {})["value"] is None
+    assert independent_difference(first, second)["value"] == pytest.approx(0.6 - 0.75)
