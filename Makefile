@@ -6,33 +6,43 @@ DEVICE ?= auto
 MODEL  ?= loadtest/model/weights
 PORT   ?= 8000
 ARGS   ?=
+SCENARIO ?= smoke
 
 set_up  = @PYTHON='$(PYTHON)' VENV='$(VENV)' DEVICE='$(DEVICE)' deploy/environment/setup.sh
 # vLLM and torch start tools of the environment (ninja) by name.
 in_venv = PATH="$(abspath $(VENV))/bin:$$PATH"
 
-.PHONY: help serve test lint format setup clean
+.PHONY: help serve loadtest test lint format setup clean
 
 help:
-	@echo 'make serve   set up what is missing and serve the bundled model with sparse attention'
-	@echo 'make test    set up what is missing and run the whole test suite'
-	@echo 'make lint    ruff check, ruff format --check, mypy'
-	@echo 'make format  let ruff fix and format the code'
-	@echo 'make setup   only set up'
-	@echo 'make clean   remove the environment and the caches'
+	@echo 'make serve     set up what is missing and serve the bundled model with sparse attention'
+	@echo 'make loadtest  set up what is missing, serve the bundled model and load-test it (SCENARIO=smoke)'
+	@echo 'make test      set up what is missing and run the whole test suite'
+	@echo 'make lint      ruff check, ruff format --check, mypy'
+	@echo 'make format    let ruff fix and format the code'
+	@echo 'make setup     only set up'
+	@echo 'make clean     remove the environment and the caches'
 	@echo
-	@echo 'Settings: PORT=8000           port of make serve'
-	@echo '          ARGS="..."          more arguments, for vllm serve or for pytest'
+	@echo 'Settings: PORT=8000           port of the server'
+	@echo '          ARGS="..."          more arguments, for vllm serve, vllm-sparse loadtest or pytest'
 	@echo '          MODEL=folder        another model than the bundled one'
 	@echo '          DEVICE=auto         cpu or cuda where the choice by nvidia-smi is not wanted'
 	@echo '          PYTHON=python3.12   Python 3.11 or 3.12, where the one found is not wanted'
 	@echo '          VENV=.venv          folder of the environment'
 
 # The model is checked first: nobody should wait for an installation to learn that it is missing.
+check_model = @test -f '$(MODEL)/config.json' || { echo "make $@: MODEL: no model in '$(MODEL)' (no config.json there). The bundled one is loadtest/model/weights: restore it with 'git checkout -- loadtest/model/weights', or name another folder: make $@ MODEL=folder" >&2; exit 2; }
+serve_model = vllm serve $(MODEL) --served-model-name needle --attention-backend sparse --port $(PORT) $$(cat $(VENV)/serve-flags)
+
 serve:
-	@test -f '$(MODEL)/config.json' || { echo "make serve: MODEL: no model in '$(MODEL)' (no config.json there). The bundled one is loadtest/model/weights: restore it with 'git checkout -- loadtest/model/weights', or name another folder: make serve MODEL=folder" >&2; exit 2; }
+	$(check_model)
 	$(set_up) serve
-	$(in_venv) exec vllm serve $(MODEL) --served-model-name needle --attention-backend sparse --port $(PORT) $$(cat $(VENV)/serve-flags) $(ARGS)
+	$(in_venv) exec $(serve_model) $(ARGS)
+
+loadtest:
+	$(check_model)
+	$(set_up) serve
+	$(in_venv) exec vllm-sparse loadtest $(SCENARIO) --url http://127.0.0.1:$(PORT) --serve "$(serve_model)" $(ARGS)
 
 test:
 	$(set_up) test

@@ -165,3 +165,7 @@ def _about(scenario: Scenario, name: str, url: str, model: str, headers: dict[st
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

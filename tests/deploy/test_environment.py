@@ -143,6 +143,12 @@ class TestMake:
         assert called.startswith("serve|loadtest/model/weights|--served-model-name|needle|--attention-backend|sparse|")
         assert called.endswith("|--port|8000|--flag|1|--extra|two words|")
 
+    def test_loadtest_runs_a_scenario_on_a_server_of_its_own(self) -> None:
+        command = call(["make", "-n", "loadtest", "PORT=8123", "ARGS=--out here"]).stdout.strip().splitlines()[-1]
+        assert 'vllm-sparse loadtest smoke --url http://127.0.0.1:8123 --serve "vllm serve loadtest/model' in command
+        assert re.search(r"--port 8123 \$\(cat .venv/serve-flags\)\" --out here$", command)
+        assert "loadtest soak " in call(["make", "-n", "loadtest", "SCENARIO=soak"]).stdout
+
     def test_test_passes_arguments_to_pytest(self) -> None:
         assert call(["make", "-n", "test", "ARGS=-k some"]).stdout.strip().endswith("python -m pytest -k some")
 

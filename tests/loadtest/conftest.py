@@ -120,9 +120,8 @@ def simulated() -> Iterator[Simulated]:
 
 def command_of(scenario: Path, url: str, folder: Path, arguments: Sequence[str] = ()) -> list[str]:
     """The load test's command line."""
-    start = "import sys; from vllm_sparse.command import main; sys.exit(main())"
-    given = ["loadtest", str(scenario), "--url", url, "--out", str(folder), *arguments]
-    return [sys.executable, "-c", start, *given]
+    given = [str(scenario), "--url", url, "--out", str(folder), *arguments]
+    return [sys.executable, "-m", "loadtest.harness.command", *given]
 
 
 LoadTest = Callable[..., Finished]
