@@ -19,6 +19,7 @@ import datetime
 import json
 import platform
 import secrets
+import signal
 import sys
 import urllib.request
 from collections.abc import Sequence
@@ -45,6 +46,8 @@ class UsageError(Exception):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    # A server that was started for the test must end with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if given[:1] == ["compare"]:
             compare_runs(given[1:])
@@ -54,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _load_test(_parser().parse_args(given))
     except (UsageError, ScenarioError, ServerError) as error:
         sys.exit(f"vllm-sparse loadtest: {error}")
+    except KeyboardInterrupt:
+        sys.exit("vllm-sparse loadtest: interrupted; `vllm-sparse loadtest report FOLDER` reports what had run")
 
 
 def _report_folder(given: Sequence[str]) -> Path:

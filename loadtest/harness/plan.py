@@ -133,11 +133,11 @@ class Planner:
             times = self._replayed(load)
             return Stage(name, level, methods, self._sessions(name, methods, len(times), rng), tuple(times))
         assert level is not None
+        assert load.arrivals != "trace"
         count = load.requests or count_in(level, load.duration_seconds or 0, load.ramp_seconds)
         sessions = self._sessions(name, methods, count, rng)
-        process = "poisson" if load.arrivals == "trace" else load.arrivals
         times = arrivals(
-            process, level, len(sessions), rng, burstiness=load.burstiness or 1, ramp_seconds=load.ramp_seconds
+            load.arrivals, level, len(sessions), rng, burstiness=load.burstiness or 1, ramp_seconds=load.ramp_seconds
         )
         return Stage(name, level, methods, sessions, tuple(times))
 
@@ -174,10 +174,10 @@ class Planner:
             time = f"time {number // maker.distinct}"
             sessions += [self._session(stage, prompt, workload, method, time) for method in chosen]
         # A trace has as many arrivals as it has; elsewhere the last group stays whole.
-        return tuple(sessions[:count] if self._scenario_replays else sessions)
+        return tuple(sessions[:count] if self._replays else sessions)
 
     @property
-    def _scenario_replays(self) -> bool:
+    def _replays(self) -> bool:
         return isinstance(self._scenario.load, OpenLoad) and self._scenario.load.trace is not None
 
     def _methods_of(self, workload: Workload, methods: tuple[str, ...]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from loadtest.harness.client import Client, Clock, connections
@@ -50,6 +50,7 @@ class Runner:
         self._say = say
         self._overhead = Overhead()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._errors: list[BaseException] = []
         self._records: list[dict[str, Any]] = []
         self.interrupted = False
 
@@ -122,18 +123,23 @@ class Runner:
             self._spawn(keep_busy(ramp_seconds * place / at_once))
         await self._all_done()
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        # An error of the harness itself must not pass for a quiet server.
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._errors.append(error)
+            self.interrupt()
 
     async def _all_done(self) -> None:
         while self._tasks:
-            done, _ = await asyncio.wait(self._tasks)
-            for task in done:
-                # An error of the harness itself must not pass for a quiet server.
-                if not task.cancelled():
-                    task.result()
+            await asyncio.wait(self._tasks)
+        if self._errors:
+            raise self._errors[0]
 
     async def _session(self, stage: Stage, number: int, session: Session, intended: float | None, ramp: bool) -> None:
         history: list[Message] = list(session.prompt.history)
@@ -241,13 +247,15 @@ async def run(
         scraper = Scraper(http, url, scenario.scrape_seconds, clock, lambda reading: journal.write("metrics", reading))
         runner = Runner(scenario, model, client, journal, clock, say)
         async with _interruptible(runner):
-            await scraper.read()
             scraping = asyncio.create_task(scraper.run())
-            warming_up = await runner.run(warm_up) if warm_up.sessions else []
-            useless = bool(warming_up) and all(request["status"] != "ok" for request in warming_up)
-            for sweep in [] if useless else sweeps:
-                await _sweep(runner, sweep, scraper, scenario)
-            scraping.cancel()
+            try:
+                warming_up = await runner.run(warm_up) if warm_up.sessions else []
+                useless = bool(warming_up) and all(request["status"] != "ok" for request in warming_up)
+                for sweep in [] if useless else sweeps:
+                    await _sweep(runner, sweep, scraper, scenario)
+            finally:
+                scraping.cancel()
+                await asyncio.wait([scraping])
         await scraper.read()
     end = {"interrupted": runner.interrupted, "warm_up_failed": useless, "seconds": round(clock(), 3)}
     journal.write("end", end)

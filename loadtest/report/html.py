@@ -28,6 +28,9 @@ from loadtest.report.words import (
 
 Report = Mapping[str, Any]
 
+# Of a table: a method, what is known of it, and its stage.
+Column = tuple[str, Mapping[str, Any], Mapping[str, Any]]
+
 _STYLE = Path(__file__).with_name("style.css")
 # More points than a line this wide can show.
 MOST_POINTS = 400
@@ -158,12 +161,16 @@ def _finding(row: Mapping[str, Any], name_level: bool) -> str:
 
 
 def _side_by_side(report: Report) -> str:
-    stages = report["summary"]["stages"]
-    tables = [
-        (f"<h3>{_text(stage['name'])}{_stage_remark(stage)}</h3>" if len(stages) > 1 else "")
-        + _stage_table(report, stage)
-        for stage in stages
-    ]
+    levels: dict[float | None, list[Column]] = {}
+    for stage in report["summary"]["stages"]:
+        columns = [(method, one, stage) for method, one in stage["methods"].items()]
+        levels.setdefault(stage["level"], []).extend(columns)
+    if not levels:
+        return ""
+    tables = []
+    for level, columns in levels.items():
+        title = f"<h3>{level:g}{_unit(report)}</h3>" if level is not None and len(levels) > 1 else ""
+        tables.append(f"<div>{title}{_columns(report, columns)}</div>")
     needed = ", ".join(f"p{one:g} {samples_needed(one)}" for one in PERCENTILES)
     note = (
         "Paired prompts only, the same ones for every method, where the scenario has any. "
@@ -171,30 +178,25 @@ def _side_by_side(report: Report) -> str:
         "they are not shown. Goodput: requests a second that met both limits; right goodput: those of them that were "
         "answered right. Density: keys read of those in reach, from the server's metrics."
     )
-    return _section("Methods side by side", *tables, _note(note)) if stages else ""
+    return _section("Methods side by side", f'<div class="tables">{"".join(tables)}</div>', _note(note))
 
 
-def _stage_remark(stage: Mapping[str, Any]) -> str:
-    return ": the SLO holds" if stage["holds_slo"] else ": the SLO breaks"
-
-
-def _stage_table(report: Report, stage: Mapping[str, Any]) -> str:
-    methods = stage["methods"]
+def _columns(report: Report, columns: Sequence[Column]) -> str:
     extras = report["run"]["scenario"]["methods"]
-    if not methods:
+    if not columns:
         return '<p class="missing">no request was counted</p>'
 
     def row(name: str, cell: Callable[[Mapping[str, Any]], str]) -> list[str]:
-        return [name, *(cell(one) for one in methods.values())]
+        return [name, *(cell(one) for _, one, _ in columns)]
 
     rows = [
-        row("succeeded", lambda one: f"{one['succeeded']} of {one['requests']}"),
+        row("succeeded", lambda one: f"{one['succeeded']}<small>of {one['requests']}</small>"),
         row("score", _score),
         *(
             row(f"{label} p{one:g}", _percentile(key, one, form))
             for label, key, form in (("TTFT s", "ttft_seconds", seconds), ("TPOT ms", "tpot_seconds", milliseconds))
             for one in PERCENTILES
-            if any(found[key][f"p{one:g}"] is not None for found in methods.values())
+            if any(found[key][f"p{one:g}"] is not None for _, found, _ in columns)
         ),
         row("TTFT s, mean", lambda one: seconds(one["ttft_seconds"]["mean"])),
         row("TPOT ms, mean", lambda one: milliseconds(one["tpot_seconds"]["mean"])),
@@ -202,9 +204,13 @@ def _stage_table(report: Report, stage: Mapping[str, Any]) -> str:
         row("within the SLO", lambda one: percent(one["good_share"])),
         row("goodput, 1/s", lambda one: f"{one['goodput_per_second']:.3f}"),
         row("right goodput, 1/s", lambda one: f"{one['right_goodput_per_second']:.3f}"),
-        ["density", *(_text(density_of(stage["density"], extras[name])).replace(", ", "<br>") for name in methods)],
+        ["density", *(_density(stage["density"], extras[method]) for method, _, stage in columns)],
     ]
-    return _table(["", *map(_text, methods)], rows)
+    return _table(["", *(_text(method) for method, _, _ in columns)], rows)
+
+
+def _density(density: Mapping[str, float], extras: Mapping[str, Any]) -> str:
+    return _text(density_of(density, extras)).replace(", ", "<br>")
 
 
 def _score(one: Mapping[str, Any]) -> str:

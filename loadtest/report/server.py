@@ -18,6 +18,7 @@ SERIES = (
     ("Requests waiting", "vllm:num_requests_waiting", 1.0),
     ("KV cache used, %", "vllm:kv_cache_usage_perc", 0.01),
     ("API server's memory, GiB", "process_resident_memory_bytes", 2.0**30),
+    ("KV cache not read, GiB since the server started", "vllm_sparse_kv_saved_bytes_total", 2.0**30),
     ("Buffers of sparse decoding, GiB", "vllm_sparse_decode_buffer_bytes", 2.0**30),
 )
 

@@ -210,7 +210,7 @@ def summarise(run: Mapping[str, Any]) -> dict[str, Any]:
         "kept_slo": _kept_slo(stages, scenario),
         "failures": dict(Counter(request["status"] for request in everything if request["status"] != "ok")),
         "warm_up_requests": sum(len(one["requests"]) for one in run["stages"] if one["name"] == WARM_UP),
-        "warnings": _warnings(run, stages, scenario),
+        "warnings": _warnings(run, stages),
     }
 
 
@@ -342,15 +342,18 @@ def _kept_slo(stages: Sequence[Mapping[str, Any]], scenario: Scenario) -> dict[s
     return kept
 
 
-def _warnings(run: Mapping[str, Any], stages: Sequence[Mapping[str, Any]], scenario: Scenario) -> list[str]:
+def _warnings(run: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> list[str]:
     """Why the numbers may not mean what they seem to."""
     found = []
     if run["end"]["interrupted"]:
         found.append("The run was interrupted: this is what had been measured until then.")
     if run["end"]["warm_up_failed"]:
         found.append(f"Every request of the warm-up failed, so nothing else was sent. The first: {_first_failure(run)}")
+    by_text: dict[str, list[str]] = defaultdict(list)
     for stage in stages:
-        found += [f"{stage['name']}: {text}" for text in _stage_warnings(stage, scenario)]
+        for text in _stage_warnings(stage):
+            by_text[text].append(stage["name"])
+    found += [f"{'; '.join(names)}: {text}" for text, names in by_text.items()]
     if not any("samples" in reading for reading in run["metrics"]):
         found.append("The server's metrics could not be read: density, fallbacks, memory and queue are unknown.")
     return found
@@ -361,7 +364,7 @@ def _first_failure(run: Mapping[str, Any]) -> str:
     return f"{failed['status']} {failed['detail']}"
 
 
-def _stage_warnings(stage: Mapping[str, Any], scenario: Scenario) -> list[str]:
+def _stage_warnings(stage: Mapping[str, Any]) -> list[str]:
     client, together = stage["client"], stage["together"]
     found = []
     if stage["sent"] and together["succeeded"] == 0:

@@ -82,7 +82,7 @@ def _comparison_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         [
             count_or_dash(row["level"]),
             name,
-            str(row["pairs"] or "not paired"),
+            "not paired" if row.get("paired") is False else str(row["pairs"]),
             interval_in_words(row["ttft_ratio"], "{:.2f}x"),
             interval_in_words(row["tpot_ratio"], "{:.2f}x"),
             interval_in_words(row["score_difference"], "{:+.3f}"),

@@ -23,6 +23,7 @@ from loadtest.harness.scenario import (
 from loadtest.model.tokenizer import build_tokenizer
 from loadtest.model.tokenizer import count_tokens as count_bundled_tokens
 from loadtest.quality.text import QUESTION_SEPARATOR, ask, filler, needle_prompt, score
+from loadtest.tasks.haystack import prose
 from loadtest.tasks.ruler import TASKS
 from loadtest.tasks.task import CountTokens, Task, fit, share_found
 from loadtest.workloads.lengths import draw
@@ -130,7 +131,7 @@ class PromptMaker:
         seed = rng.getrandbits(32)
 
         def build(sentences: int) -> Task:
-            return Task(filler(random.Random(seed), sentences).strip(), "", (), 0)
+            return Task(" ".join(prose(random.Random(seed), sentences)), "", (), 0)
 
         try:
             content = fit(build, max(1, input_tokens - TEMPLATE_TOKENS), self._count_tokens, input_tokens // 14).content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -50,7 +51,7 @@ class Prompt:
     think_seconds: float = 0.0
     shared: str | None = None
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """Tells whether two runs sent the same."""
         content = json.dumps([list(self.history), [[turn.content, turn.answer_prefix] for turn in self.turns]])

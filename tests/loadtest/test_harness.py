@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import signal
@@ -12,7 +13,11 @@ from typing import Any
 
 import pytest
 
-from loadtest.harness.journal import KILLED, read_journal
+from loadtest.harness.journal import KILLED, Journal, read_journal
+from loadtest.harness.plan import Session, Stage
+from loadtest.harness.run import run
+from loadtest.harness.scenario import Scenario
+from loadtest.workloads.prompt import Prompt, Turn
 from tests.loadtest.conftest import LoadTest, Simulated, scenario_of
 
 OPEN: dict[str, Any] = {"loop": "open", "rates": [20], "requests": 40}
@@ -242,3 +247,16 @@ def test_turns_of_a_conversation_follow_one_another(load_test: LoadTest, simulat
     for (_, _, before), (_, turn, after) in itertools.pairwise(by_turn):
         if turn:
             assert after["intended_seconds"] - before["end_seconds"] == pytest.approx(0.1, abs=0.02)
+
+
+def test_an_error_of_the_harness_is_no_quiet_server(simulated: Simulated, tmp_path: Path) -> None:
+    def broken(text: str) -> float:
+        raise RuntimeError("the harness is wrong")
+
+    scenario = Scenario.model_validate(scenario_of(tmp_path, {"plain": {}}, OPEN))
+    prompt = Prompt("p", (Turn("hello", 3, score=broken),), 1)
+    sessions = tuple(Session(prompt, "asked", "plain", f"p, time {number}", "salt") for number in range(20))
+    stage = Stage("20/s", 20, ("plain",), sessions, tuple(0.05 * number for number in range(20)))
+    nothing = Stage("warm-up", 1, ("plain",), (), None)
+    with Journal(tmp_path) as journal, pytest.raises(RuntimeError, match="the harness is wrong"):
+        asyncio.run(run(scenario, nothing, [[stage]], simulated.url, "simulated", {}, journal, print))
