@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -280,16 +281,23 @@ def _client(stage: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _drift(requests: Sequence[Request]) -> float | None:
-    """Median TTFT per input token of the last third of the requests over the first third's: 1 in a steady state."""
+    """How TTFT changed from the first to the last third of the requests: 1 in a steady state.
+
+    Each TTFT is taken relative to the median of its like, so that another mixture is no drift.
+    """
     ordered = sorted((one for one in requests if one["status"] == "ok"), key=lambda one: one["intended_seconds"])
     third = len(ordered) // 3
     if third < LEAST_DRIFT_REQUESTS:
         return None
-    first, last = (
-        percentiles([(ttft_seconds(one) or 0.0) / input_tokens(one) for one in part])["p50"]
-        for part in (ordered[:third], ordered[-third:])
-    )
-    return last / first if first and last else None
+    alike: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for one in ordered:
+        alike[_kind(one)].append(ttft_seconds(one) or 0.0)
+    relative = [(ttft_seconds(one) or 0.0) / statistics.median(alike[_kind(one)]) for one in ordered]
+    return statistics.median(relative[-third:]) / statistics.median(relative[:third])
+
+
+def _kind(request: Request) -> tuple[Any, ...]:
+    return request["workload"], request["method"], request["turn"], length_label(input_tokens(request))
 
 
 def compared(requests: Sequence[Request], scenario: Scenario) -> list[Request]:

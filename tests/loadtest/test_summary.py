@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from loadtest.harness.scenario import Slo
+from loadtest.harness.journal import KILLED
+from loadtest.harness.scenario import Scenario, Slo
 from loadtest.report.chart import ticks
-from loadtest.report.summary import by_length, compare_methods, counted, describe, good_share, length_label
+from loadtest.report.summary import by_length, compare_methods, counted, describe, good_share, length_label, summarise
 
 SLO = Slo(ttft_seconds=0.5, ttft_seconds_per_1000_tokens=0.1, tpot_seconds=0.05)
 
@@ -155,3 +156,45 @@ def test_ticks_cover_the_range(low: float, high: float, expected: list[float]) -
     assert len(found) >= 2
     if (low, high) in ((0, 1), (0, 87)):
         assert found == pytest.approx(expected)
+
+
+def drift_of(ttfts: list[float]) -> float | None:
+    """The drift of requests one second apart, half of them of another length."""
+    scenario = Scenario.model_validate(
+        {
+            "description": "test",
+            "methods": {"dense": {}},
+            "workloads": [{"name": "w", "kind": "needle", "input_tokens": 1000}],
+            "load": {"loop": "open", "rates": [1], "requests": len(ttfts)},
+            "slo": {"ttft_seconds": 1, "tpot_seconds": 1},
+        }
+    )
+    requests = [
+        request(
+            intended_seconds=float(number),
+            sent_seconds=float(number),
+            first_token_seconds=number + ttft,
+            last_token_seconds=number + ttft + 1,
+            end_seconds=number + ttft + 1,
+            input_tokens=1000 * (1 + (number >= len(ttfts) / 2)),
+            pair=f"w/{number}, time 0",
+        )
+        for number, ttft in enumerate(ttfts)
+    ]
+    stage = {
+        "name": "1/s",
+        "level": 1.0,
+        "start_seconds": 0.0,
+        "schedule": [{"arrival_seconds": float(number)} for number in range(len(ttfts))],
+        "requests": requests,
+        "client": None,
+    }
+    run = {"run": {"scenario": scenario.model_dump(mode="json")}, "stages": [stage], "metrics": [], "end": KILLED}
+    drift: float | None = summarise(run)["stages"][0]["drift"]
+    return drift
+
+
+def test_a_run_that_slows_down_is_no_steady_state() -> None:
+    assert drift_of([0.1] * 20 + [0.4] * 20) == pytest.approx(1), "other lengths are no drift"
+    assert drift_of([0.1] * 10 + [0.2] * 10 + [0.4] * 10 + [0.8] * 10) == pytest.approx(2, rel=0.01)
+    assert drift_of([0.1] * 20) is None, "too few"
