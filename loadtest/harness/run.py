@@ -154,7 +154,7 @@ class Runner:
             self._overhead.begin_request()
             reply = await self._client.send(PATHS[self._scenario.endpoint], self._body(session, turn, history))
             self._overhead.end_request()
-            right = reply.status == "ok" and turn.score is not None
+            score = turn.score(reply.text) if reply.status == "ok" and turn.score is not None else None
             record = Record(
                 stage.name,
                 number,
@@ -165,7 +165,7 @@ class Runner:
                 reply.sent_seconds if intended is None else intended,
                 ramp,
                 session.prompt.input_tokens,
-                turn.score(reply.text) if right and turn.score is not None else None,
+                score,
                 reply,
             )
             self._records.append(self._journal.record(record))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,8 @@ REQUEST_SECONDS = 10.0
 
 
 def parse(exposition: str) -> list[dict[str, Any]]:
-    """The samples that matter, each with ``name``, ``labels`` and ``value``; histograms without their buckets.
+    """The samples that matter, each with ``name``, ``labels`` and ``value``; histograms without their buckets,
+    numbers only if they are finite.
 
     Args:
         exposition: text of ``/metrics``.
@@ -34,7 +36,7 @@ def parse(exposition: str) -> list[dict[str, Any]]:
         {"name": sample.name, "labels": dict(sample.labels), "value": sample.value}
         for family in text_string_to_metric_families("\n".join([*lines, ""]))
         for sample in family.samples
-        if not sample.name.endswith(("_bucket", "_created"))
+        if not sample.name.endswith(("_bucket", "_created")) and math.isfinite(sample.value)
     ]
 
 
