@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from loadtest.tasks.ruler import TASKS
-from loadtest.workloads.lengths import Lengths
+from loadtest.workloads.lengths import Lengths, Strict
 
 BUNDLED = Path(__file__).parents[1] / "scenarios"
 
@@ -23,11 +23,7 @@ class ScenarioError(Exception):
     """A scenario that cannot run, worded for its author."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _Workload(_Strict):
+class _Workload(Strict):
     """What all kinds have.
 
     Attributes:
@@ -117,7 +113,7 @@ Workload = Annotated[
 ]
 
 
-class _Load(_Strict):
+class _Load(Strict):
     """What both loops have.
 
     Attributes:
@@ -179,7 +175,7 @@ class ClosedLoad(_Load):
     duration_seconds: PositiveFloat | None = None
 
 
-class Slo(_Strict):
+class Slo(Strict):
     """A request is good when it succeeds within both limits; a stage holds while `share` of its requests are good.
 
     The limit on TTFT is `ttft_seconds + ttft_seconds_per_1000_tokens * input tokens / 1000`, so that long requests do
@@ -196,7 +192,7 @@ class Slo(_Strict):
         return self.ttft_seconds + self.ttft_seconds_per_1000_tokens * input_tokens / 1000
 
 
-class Scenario(_Strict):
+class Scenario(Strict):
     """A load test.
 
     Attributes:

@@ -13,7 +13,7 @@ from loadtest.harness.client import FAILURES
 from loadtest.harness.plan import WARM_UP
 from loadtest.harness.scenario import Scenario
 from loadtest.report.chart import Series, chart, distribution
-from loadtest.report.server import density_series, fallbacks, series_of, time_series
+from loadtest.report.server_metrics import density_series, fallbacks, series_of, time_series
 from loadtest.report.statistics import PERCENTILES, samples_needed
 from loadtest.report.summary import Request, compared, counted, tpot_seconds, ttft_seconds
 from loadtest.report.words import (

@@ -9,7 +9,7 @@ from typing import Any
 
 from loadtest.harness.plan import WARM_UP
 from loadtest.harness.scenario import Scenario, Slo
-from loadtest.report.server import density, fallback_share, series_of
+from loadtest.report.server_metrics import density, fallback_share, series_of
 from loadtest.report.statistics import difference, interval_of_mean, mcnemar, percentiles, ratio
 
 Request = Mapping[str, Any]

@@ -9,11 +9,13 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Settings of a scenario: unknown ones are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Choice(_Strict):
+class Choice(Strict):
     """One of several counts, each as likely."""
 
     choice: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
@@ -23,7 +25,7 @@ class Choice(_Strict):
         return rng.choice(self.choice)
 
 
-class Uniform(_Strict):
+class Uniform(Strict):
     """Every count from the first to the last of `uniform`."""
 
     uniform: tuple[PositiveInt, PositiveInt]
@@ -39,7 +41,7 @@ class Uniform(_Strict):
         return rng.randint(*self.uniform)
 
 
-class LogNormal(_Strict):
+class LogNormal(Strict):
     """Many short, few long: the logarithm is normal around that of `median` with deviation `sigma`, cut to a range."""
 
     median: PositiveInt

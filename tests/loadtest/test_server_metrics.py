@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loadtest.harness.scrape import parse
-from loadtest.report.server import density, density_series, fallback_share, fallbacks, series_of, time_series
+from loadtest.report.server_metrics import density, density_series, fallback_share, fallbacks, series_of, time_series
 
 
 def reading(seconds: float, count: float, total: float, dense: float, running: str = "3") -> dict[str, Any]:
