@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from loadtest.tasks.ruler import TASKS
 from loadtest.workloads.lengths import Lengths, Strict
@@ -16,7 +17,16 @@ BUNDLED = Path(__file__).parents[1] / "scenarios"
 
 Share = Annotated[float, Field(gt=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
-Levels = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+
+
+def _rising(levels: tuple[float, ...]) -> tuple[float, ...]:
+    if any(after <= before for before, after in itertools.pairwise(levels)):
+        raise ValueError(f"levels of load must rise: {list(levels)}")
+    return levels
+
+
+Rates = Annotated[tuple[PositiveFloat, ...], Field(min_length=1), AfterValidator(_rising)]
+Concurrencies = Annotated[tuple[PositiveInt, ...], Field(min_length=1), AfterValidator(_rising)]
 
 
 class ScenarioError(Exception):
@@ -139,7 +149,7 @@ class OpenLoad(_Load):
     loop: Literal["open"]
     arrivals: Literal["poisson", "gamma", "constant", "trace"] = "poisson"
     burstiness: PositiveFloat | None = None
-    rates: Levels | None = None
+    rates: Rates | None = None
     trace: Path | None = None
     requests: PositiveInt | None = None
     duration_seconds: PositiveFloat | None = None
@@ -170,7 +180,7 @@ class ClosedLoad(_Load):
     """
 
     loop: Literal["closed"]
-    concurrency: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    concurrency: Concurrencies
     requests: PositiveInt
     duration_seconds: PositiveFloat | None = None
 

@@ -48,6 +48,7 @@ def test_a_setting_is_replaced(tmp_path: Path) -> None:
     ("settings", "said"),
     [
         (["load.rates=[0]"], "load.open.rates.0: Input should be greater than 0"),
+        (["load.rates=[1, 2, 2]"], "levels of load must rise: [1.0, 2.0, 2.0]"),
         (["load.arrivals=gamma"], "burstiness belongs to arrivals: gamma"),
         (["load.arrivals=trace"], "trace names the file"),
         (["load.duration_seconds=3"], "exactly one of requests and duration_seconds"),
