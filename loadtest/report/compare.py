@@ -51,7 +51,7 @@ def _independent(first: list[Request], second: list[Request]) -> dict[str, Any]:
     return {
         "pairs": 0,
         "ttft_ratio": independent_ratio(by_prompt(first, ttft_seconds), by_prompt(second, ttft_seconds)),
-        "tpot_ratio": independent_ratio(by_prompt(first, tpot_seconds), by_prompt(second, tpot_seconds)),
+        "tpot_ratio": independent_ratio(by_prompt(first, _pace), by_prompt(second, _pace)),
         "score_difference": independent_difference(
             by_prompt(first, lambda one: one["score"]), by_prompt(second, lambda one: one["score"])
         ),
@@ -60,6 +60,11 @@ def _independent(first: list[Request], second: list[Request]) -> dict[str, Any]:
         "mcnemar_p": None,
         "same_text_share": None,
     }
+
+
+def _pace(request: Request) -> float | None:
+    """The time per token, unless all came at once."""
+    return tpot_seconds(request) or None
 
 
 def _remarks(first: Report, second: Report) -> list[str]:

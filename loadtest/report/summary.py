@@ -36,15 +36,15 @@ def sent_ttft_seconds(request: Request) -> float | None:
 
 
 def tpot_seconds(request: Request) -> float | None:
-    """Mean time per token after the first.
+    """Mean time per token after the first; none with one token or where the server does not count them.
 
-    None with one token, where the server does not count them, or if all came at once: that tells no pace.
+    As in `vllm bench serve`: 0 if all tokens came at once.
     """
     tokens = request["output_tokens"]
     if not tokens or tokens < 2 or request["first_token_seconds"] is None:
         return None
     time: float = request["last_token_seconds"] - request["first_token_seconds"]
-    return time / (int(tokens) - 1) or None
+    return time / (int(tokens) - 1)
 
 
 def latency_seconds(request: Request) -> float | None:
@@ -156,13 +156,17 @@ def compare_methods(first: Sequence[Request], second: Sequence[Request]) -> dict
     """
     pairs = _pairs(first, second)
     firsts, seconds = [a for a, _ in pairs], [b for _, b in pairs]
+    # Tokens that all came at once tell no pace.
+    paced = [(a, b) for a, b in pairs if tpot_seconds(a) and tpot_seconds(b)]
     scored = [(a, b) for a, b in pairs if a["score"] is not None and b["score"] is not None]
     only_first = sum(a["score"] == 1 and b["score"] < 1 for a, b in scored)
     only_second = sum(b["score"] == 1 and a["score"] < 1 for a, b in scored)
     return {
         "pairs": len(pairs),
         "ttft_ratio": ratio(by_prompt(firsts, ttft_seconds), by_prompt(seconds, ttft_seconds)),
-        "tpot_ratio": ratio(by_prompt(firsts, tpot_seconds), by_prompt(seconds, tpot_seconds)),
+        "tpot_ratio": ratio(
+            by_prompt((a for a, _ in paced), tpot_seconds), by_prompt((b for _, b in paced), tpot_seconds)
+        ),
         "score_difference": difference(_scores(a for a, _ in scored), _scores(b for _, b in scored)),
         "only_first_right": only_first,
         "only_second_right": only_second,
