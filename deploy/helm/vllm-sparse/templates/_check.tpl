@@ -1,0 +1,37 @@
+{{/* Refuses settings that each are allowed, but not together. Takes a server. */}}
+{{- define "vllm-sparse.check" -}}
+{{- $at := printf "models.%s" .name -}}
+{{- $model := .model -}}
+{{- if eq (empty $model.source.hub) (empty $model.source.claim) -}}
+{{- fail (printf "%s.source: hub is %q and claim is %q; set one of them: the name of a model on the hub, or an existing claim that holds the model" $at $model.source.hub $model.source.claim) -}}
+{{- end -}}
+{{- if and (eq $model.cache.kind "existingClaim") (not $model.cache.existingClaim) -}}
+{{- fail (printf "%s.cache: kind is existingClaim and existingClaim is empty; name a claim, or use newClaim or emptyDir" $at) -}}
+{{- end -}}
+{{- if and (gt (int $model.nodes) 1) (lt (int $model.accelerator.count) 1) -}}
+{{- fail (printf "%s.nodes is %d with accelerator.count 0; several nodes serve a model together only with accelerators" $at (int $model.nodes)) -}}
+{{- end -}}
+{{- if and (eq (int $model.rollout.maxSurge) 0) (eq (int $model.rollout.maxUnavailable) 0) -}}
+{{- fail (printf "%s.rollout: maxSurge and maxUnavailable are both 0, so no update could begin; set one to 1 or more" $at) -}}
+{{- end -}}
+{{- $autoscaling := $model.autoscaling -}}
+{{- if and (ne $autoscaling.kind "none") (gt (int $autoscaling.minReplicas) (int $autoscaling.maxReplicas)) -}}
+{{- fail (printf "%s.autoscaling: minReplicas is %d, more than maxReplicas %d" $at (int $autoscaling.minReplicas) (int $autoscaling.maxReplicas)) -}}
+{{- end -}}
+{{- if and (eq $autoscaling.kind "hpa") (lt (int $autoscaling.minReplicas) 1) -}}
+{{- fail (printf "%s.autoscaling: minReplicas is 0, which only kind keda can do" $at) -}}
+{{- end -}}
+{{- if and (eq $autoscaling.kind "keda") (not $autoscaling.prometheus) -}}
+{{- fail (printf "%s.autoscaling: kind is keda and prometheus is empty; give the URL of the Prometheus that scrapes the servers" $at) -}}
+{{- end -}}
+{{- if and $model.ingress.enabled (not $model.ingress.host) -}}
+{{- fail (printf "%s.ingress: enabled without a host; give the host name that clients call" $at) -}}
+{{- end -}}
+{{- if and $model.httpRoute.enabled (not $model.httpRoute.parentRefs) -}}
+{{- fail (printf "%s.httpRoute: enabled without parentRefs; name the gateway, as [{name: ...}]" $at) -}}
+{{- end -}}
+{{- $object := include "vllm-sparse.serverName" . -}}
+{{- if gt (len $object) 52 -}}
+{{- fail (printf "%s: the objects' name %q has %d characters, of which 52 are allowed; shorten the model's name or the release's, or set fullnameOverride" $at $object (len $object)) -}}
+{{- end -}}
+{{- end }}
