@@ -267,8 +267,8 @@ def readme() -> str:
         [
             f"# Chart {metadata['name']}",
             "",
-            f"{metadata['description']}. How to use it, size it and upgrade it: `deploy/README.md` of the project. This "
-            "page is made by `python deploy/helm/generate.py`; change values.yaml instead.",
+            f"{metadata['description']}. How to use it, size it and upgrade it: `deploy/README.md` of the project. "
+            "This page is made by `python deploy/helm/generate.py`; change values.yaml instead.",
             "",
             f"Needs Kubernetes {metadata['kubeVersion'].removesuffix('-0').removeprefix('>=')} or newer.",
             "",

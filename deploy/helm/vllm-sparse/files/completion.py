@@ -31,9 +31,8 @@ def ask(connection: http.client.HTTPConnection, path: str, body: dict[str, objec
 def sparse_steps(metrics: str, phase: str, method: str) -> float:
     """Chunks or decode steps that ran sparse so far."""
     lines = re.findall(r"^vllm_sparse_density_ratio_count\{(.*)\} (\S+)$", metrics, re.MULTILINE)
-    return sum(
-        float(count) for labels, count in lines if f'phase="{phase}"' in labels and f'method="{method}"' in labels
-    )
+    wanted = {f'phase="{phase}"', f'method="{method}"'}
+    return sum(float(count) for labels, count in lines if wanted <= set(labels.split(",")))
 
 
 def main() -> None:
@@ -57,23 +56,22 @@ def main() -> None:
         ask(connection, "/v1/completions", {**body, "cache_salt": f"helm-test-{time.time_ns()}", "vllm_xargs": extras})
     )
     usage = answer["usage"]
-    print(f"{model}: {usage['prompt_tokens']} prompt tokens, {usage['completion_tokens']} generated in "
-          f"{time.monotonic() - started:.1f} s: {answer['choices'][0]['text']!r}")  # fmt: skip
+    tokens = f"{usage['prompt_tokens']} prompt tokens, {usage['completion_tokens']} generated"
+    print(f"{model}: {tokens} in {time.monotonic() - started:.1f} s: {answer['choices'][0]['text']!r}")
 
     for phase, method in methods.items():
         if method == "dense":
             continue
+        earlier = sparse_steps(before, phase, method)
         deadline = time.monotonic() + METRIC_SECONDS
-        while (steps := sparse_steps(ask(connection, "/metrics"), phase, method)) <= sparse_steps(
-            before, phase, method
-        ):
+        while (steps := sparse_steps(ask(connection, "/metrics"), phase, method)) <= earlier:
             if time.monotonic() > deadline:
                 sys.exit(
                     f"{phase} did not run {method} sparsely: vllm_sparse_density_ratio_count did not rise. "
                     "vllm_sparse_fallbacks_total says why; test.promptWords may be too small."
                 )
             time.sleep(1)
-        print(f"{phase} ran {method}: {steps - sparse_steps(before, phase, method):.0f} sparse steps")
+        print(f"{phase} ran {method}: {steps - earlier:.0f} sparse steps")
 
 
 if __name__ == "__main__":
