@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,13 @@ Values = dict[str, Any]
 Manifest = dict[str, Any]
 
 
+@functools.cache
+def generated_files() -> dict[Path, str]:
+    """What the generator would write now."""
+    files: dict[Path, str] = generate.generated()
+    return files
+
+
 def example(name: str) -> Values:
     """Values of an example of the chart."""
     values: Values = yaml.safe_load((generate.EXAMPLES / f"{name}.yaml").read_text())
@@ -33,9 +41,14 @@ def one_model(**settings: Any) -> Values:
     return {"models": {"m": {"source": {"hub": "org/name"}, **settings}}}
 
 
+def manifest_text(values: Values) -> str:
+    """Every object of a release, as Helm renders it."""
+    return generate.render(values)
+
+
 def render(values: Values) -> list[Manifest]:
     """Every object of a release."""
-    return [manifest for manifest in yaml.safe_load_all(generate.render(values)) if manifest]
+    return [manifest for manifest in yaml.safe_load_all(manifest_text(values)) if manifest]
 
 
 def find(manifests: list[Manifest], kind: str, name_end: str = "") -> Manifest:
@@ -59,7 +72,7 @@ def server(values: Values) -> Manifest:
 def refusal(values: Values) -> str:
     """What Helm says against values."""
     try:
-        generate.render(values)
+        manifest_text(values)
     except helm_python.HelmError as error:
         return str(error)
     raise AssertionError(f"Helm accepts {values}")

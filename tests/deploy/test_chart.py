@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import helm_python
@@ -12,17 +13,27 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.deploy.chart import CHART, EXAMPLES, Manifest, example, find, generate, one_model, pod_spec, render, server
+from tests.deploy.chart import (
+    CHART,
+    EXAMPLES,
+    Manifest,
+    example,
+    find,
+    generated_files,
+    one_model,
+    pod_spec,
+    render,
+    server,
+)
 from vllm_sparse.params import METHODS, PHASES, ServerConfig, knob_schema, parse_server_config
 
 KUBERNETES_VERSIONS = ("1.30", "1.33", "1.37")
 SECRETS = {"apiKey": {"existingSecret": "key-secret"}, "hubToken": {"existingSecret": "token-secret"}}
 
 
-@pytest.mark.parametrize("path", generate.generated(), ids=lambda path: str(path.relative_to(CHART.parent)))
-def test_generated_files_are_current(path: Any) -> None:
-    # Tests compare with what is in the repository: a drift fails here, and the command below accepts it.
-    assert path.read_text() == generate.generated()[path], "run: python deploy/helm/generate.py"
+@pytest.mark.parametrize("path", generated_files(), ids=lambda path: str(path.relative_to(CHART.parent)))
+def test_generated_files_are_current(path: Path) -> None:
+    assert path.read_text() == generated_files()[path], "run: python deploy/helm/generate.py"
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -62,8 +73,6 @@ class TestSparseSettings:
         sparse["methods"] = list(METHODS)
         config = additional_config(one_model(sparse=sparse, additionalConfig={"other": {"a": 1}}))
         assert config == {"sparse": sparse, "other": {"a": 1}}
-        # hip's own default, no refresh at all, cannot be given; a method's own check says so.
-        sparse["hip"].pop("refresh")
         parse_server_config({"sparse": sparse}, num_layers=32, num_query_heads=32)
 
     def test_large_numbers_stay_integers(self) -> None:
@@ -76,7 +85,7 @@ class TestSparseSettings:
 
 class TestArguments:
     @pytest.mark.parametrize("name", EXAMPLES)
-    def test_vllm_knows_them(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_vllm_knows_them(self, name: str) -> None:
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -281,8 +290,6 @@ class TestAutoscaling:
         assert find(render(one_model(replicas=0)), "Deployment")["spec"]["replicas"] == 0
 
     def test_keda_asks_for_metrics_that_vllm_has(self) -> None:
-        from pathlib import Path
-
         import vllm.v1.metrics.loggers
 
         scaler = find(render(example("tensor-parallel")), "ScaledObject")
