@@ -13,7 +13,7 @@ import time
 import urllib.parse
 
 # What a GPU server counts of a step, it shows a step later.
-METRIC_SECONDS = 15
+METRIC_SECONDS = 10
 KEY = os.environ.get("VLLM_API_KEY")
 
 
