@@ -12,7 +12,7 @@ set_up  = @PYTHON='$(PYTHON)' VENV='$(VENV)' DEVICE='$(DEVICE)' deploy/environme
 # vLLM and torch start tools of the environment (ninja) by name.
 in_venv = PATH="$(abspath $(VENV))/bin:$$PATH"
 
-.PHONY: help serve loadtest test lint format setup clean
+.PHONY: help serve loadtest test lint format setup chart image-test clean
 
 help:
 	@echo 'make serve     set up what is missing and serve the bundled model with sparse attention'
@@ -21,6 +21,8 @@ help:
 	@echo 'make lint      ruff check, ruff format --check, mypy'
 	@echo 'make format    let ruff fix and format the code'
 	@echo 'make setup     only set up'
+	@echo 'make chart     write the generated files of the Helm chart'
+	@echo 'make image-test ARGS="--store folder"   build the CPU image, run it and restart it under load (needs root)'
 	@echo 'make clean     remove the environment and the caches'
 	@echo
 	@echo 'Settings: PORT=8000           port of the server'
@@ -61,6 +63,14 @@ format:
 
 setup:
 	$(set_up) all
+
+chart:
+	$(set_up) test
+	$(in_venv) exec python deploy/helm/generate.py
+
+# Needs nothing of the environment, but buildah, podman, runc and mmdebstrap.
+image-test:
+	exec python3 deploy/docker/test_image.py $(ARGS)
 
 # Only an environment that the set-up made: VENV may name anything.
 clean:

@@ -2,10 +2,11 @@
 
 1. Build target `cpu` of the Dockerfile, by buildah, on a Debian that mmdebstrap makes (or on --base).
 2. Its labels, user, health check and list of packages.
-3. Two servers with a read-only root, no capabilities, no new privileges and a user that no one knows; only /tmp, /dev/shm
-   and /var/cache/vllm-sparse can be written. A sparse completion by the chart's own `helm test` script, and the metrics.
-4. A rolling restart under load, as Kubernetes does it: the pod leaves the endpoints while preStop sleeps, SIGTERM follows,
-   `--shutdown-timeout` lets requests in flight end. No request may fail, and each server must exit with 0.
+3. Two servers with a read-only root, no capabilities, no new privileges and a user that no one knows; only /tmp,
+   /dev/shm and /var/cache/vllm-sparse can be written. A sparse completion by the script of the chart's `helm test`, and
+   the metrics.
+4. A rolling restart under load, as Kubernetes does it: the pod leaves the endpoints while preStop sleeps, SIGTERM
+   follows, `--shutdown-timeout` lets requests in flight end. No request may fail, and each server must exit with 0.
 5. The same without preStop and endpoint removal, where requests must fail: else check 4 would prove nothing.
 
 Needs root, and buildah, podman, runc and mmdebstrap (Debian's packages of these names). Takes about 20 minutes on two
@@ -59,14 +60,14 @@ SPARSE = {
 }
 
 
-class CheckFailed(Exception):
+class CheckError(Exception):
     """A check does not hold."""
 
 
 def check(condition: bool, what: str) -> None:
     """Print a check that holds; end with one that does not."""
     if not condition:
-        raise CheckFailed(what)
+        raise CheckError(what)
     print(f"ok  {time.strftime('%H:%M:%S')}  {what}", flush=True)
 
 
@@ -81,11 +82,15 @@ class Containers:
         command = ["buildah", *self._store, "bud", "--isolation", "chroot", "--format", "docker", "--layers"]
         subprocess.run([*command, *options, "-f", str(file), str(context)], check=True)
 
+    def has_image(self, name: str) -> bool:
+        """Whether the store holds an image of this name."""
+        return bool(self.podman("images", "--quiet", name).strip())
+
     def podman(self, *arguments: str, timeout: float = 120) -> str:
         """Output of a podman command.
 
         Raises:
-            CheckFailed: it ends with an error.
+            CheckError: it ends with an error.
         """
         settings = ["--cgroup-manager", "cgroupfs", "--events-backend", "none", "--runtime", "runc"]
         done = subprocess.run(
@@ -96,7 +101,7 @@ class Containers:
             check=False,
         )
         if done.returncode:
-            raise CheckFailed(f"podman {' '.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}")
+            raise CheckError(f"podman {' '.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}")
         return done.stdout
 
 
@@ -120,7 +125,7 @@ class Server:
         server = ["/model", "--served-model-name=needle", "--attention-backend=sparse", f"--port={self.port}"]
         # Eager, which starts sooner.
         server += ["--host=127.0.0.1", f"--shutdown-timeout={REQUEST_SECONDS}", "--enforce-eager"]
-        with contextlib.suppress(CheckFailed):
+        with contextlib.suppress(CheckError):
             self._containers.podman("rm", "--force", self.name)
         self._containers.podman(
             *(
@@ -138,9 +143,9 @@ class Server:
         while not self._answers():
             state = self.inspect()["State"]
             if state["Status"] not in ("created", "running"):
-                raise CheckFailed(f"{self.name} ended with {state['ExitCode']}:\n{self.log()}")
+                raise CheckError(f"{self.name} ended with {state['ExitCode']}:\n{self.log()}")
             if time.monotonic() - started > START_SECONDS:
-                raise CheckFailed(f"{self.name} was not ready after {START_SECONDS} s:\n{self.log()}")
+                raise CheckError(f"{self.name} was not ready after {START_SECONDS} s:\n{self.log()}")
             time.sleep(1)
         check(True, f"{self.name} is ready after {time.monotonic() - started:.0f} s")
 
@@ -158,8 +163,7 @@ class Server:
 
     def log(self) -> str:
         """The end of the server's output."""
-        done = self._containers.podman("logs", "--tail", "40", self.name)
-        return done
+        return self._containers.podman("logs", "--tail", "40", self.name)
 
     def inside(self, *command: str) -> str:
         """Output of a command in the container."""
@@ -177,7 +181,7 @@ class Server:
 
     def remove(self) -> None:
         """Remove the container, running or not."""
-        with contextlib.suppress(CheckFailed):
+        with contextlib.suppress(CheckError):
             self._containers.podman("rm", "--force", self.name)
 
 
@@ -254,7 +258,7 @@ def check_restrictions(server: Server) -> None:
         try:
             server.inside("python3", "-c", write, f"{folder}/probe")
             wrote = True
-        except CheckFailed as error:
+        except CheckError as error:
             wrote = False
             reason = str(error)
         check(wrote or "Read-only file system" in reason or writable, f"writing to {folder} fails for the right reason")
@@ -329,6 +333,7 @@ def build_image(containers: Containers, options: argparse.Namespace, revision: s
     base = options.base
     if base is None:
         base = BASE
+    if options.base is None and not containers.has_image(BASE):
         with tempfile.TemporaryDirectory() as folder:
             context = Path(folder)
             tar = context / "base.tar"
@@ -373,7 +378,7 @@ def main() -> int:
         check_serving(servers[0])
         check_rolling_restart(servers)
         check_that_a_careless_stop_loses_requests(servers)
-    except CheckFailed as error:
+    except CheckError as error:
         print(f"FAILED  {error}", flush=True)
         return 1
     finally:
