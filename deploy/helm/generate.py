@@ -38,14 +38,6 @@ POSITIVE: Schema = {"minimum": 1}
 SHARE: Schema = {"minimum": 0, "maximum": 1}
 CREATE: Schema = {"enum": ["auto", "always", "never"]}
 
-# Arguments that the chart sets from other values, and secrets, which anyone who may list pods could read.
-RESERVED_ARGUMENTS = (
-    "additional-config|api-key|attention-backend|dtype|gpu-memory-utilization|headless|hf-token|master-addr|"
-    "max-model-len|max-num-batched-tokens|max-num-seqs|nnodes|node-rank|otlp-traces-endpoint|port|revision|"
-    "served-model-name|shutdown-timeout|tensor-parallel-size"
-)
-RESERVED_VARIABLES = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "VLLM_API_KEY"]
-
 # What a setting's default does not tell of it; `*` stands for any model's settings.
 LIMITS: dict[str, Schema] = {
     "commonLabels": TEXT_MAP,
@@ -66,12 +58,10 @@ LIMITS: dict[str, Schema] = {
     "*.engine.maxNumSeqs": COUNT,
     "*.engine.dtype": {"enum": ["auto", "half", "float16", "bfloat16", "float", "float32"]},
     "*.additionalConfig": {"type": "object", "properties": {"sparse": False}},
-    "*.extraArgs": {
-        "items": {"type": "string", "pattern": "^--[a-z]", "not": {"pattern": f"^--({RESERVED_ARGUMENTS})(=|$)"}}
-    },
+    "*.extraArgs": {"items": {"type": "string", "pattern": "^--[a-z]"}},
     "*.env": {
         "type": "object",
-        "propertyNames": {"pattern": "^[A-Za-z_][A-Za-z0-9_]*$", "not": {"enum": RESERVED_VARIABLES}},
+        "propertyNames": {"pattern": "^[A-Za-z_][A-Za-z0-9_]*$"},
         "additionalProperties": {"type": ["string", "null"]},
     },
     "*.envFrom": OBJECTS,

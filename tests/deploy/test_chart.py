@@ -133,6 +133,15 @@ class TestArguments:
         assert names["USER"] == "me"
         assert "VLLM_NO_USAGE_STATS" not in names
 
+    def test_each_with_a_setting_of_its_own_is_known_to_the_check(self) -> None:
+        """What the chart itself writes cannot be given a second time by extraArgs."""
+        check = (CHART / "templates" / "_check.tpl").read_text()
+        for name in EXAMPLES:
+            for container in server_containers(render(example(name))):
+                for argument in container["args"]:
+                    if argument.startswith("--"):
+                        assert f"\n{argument.partition('=')[0]}: " in check, argument
+
 
 class TestSecrets:
     def test_come_from_existing_secrets_only(self) -> None:

@@ -9,7 +9,7 @@ import helm_python
 import jsonschema
 import pytest
 
-from tests.deploy.chart import CHART, one_model, refusal, render
+from tests.deploy.chart import CHART, one_model, refusal, render, server
 from vllm_sparse.params import METHODS, PHASES, knob_schema
 
 WRONG_SCHEMA: list[tuple[dict[str, Any], str]] = [
@@ -43,13 +43,7 @@ WRONG_SCHEMA: list[tuple[dict[str, Any], str]] = [
     (one_model(source={"hub": "https://hub.example.com/org/name"}), "hub"),
     ({"monitoring": {"rules": {"create": True}}}, "create"),
     ({"models": {"Llama_3.1": {"source": {"hub": "org/name"}}}}, "Llama_3.1"),
-    # Secrets, and what the chart sets itself.
-    (one_model(extraArgs=["--api-key=abc"]), "extraArgs"),
-    (one_model(extraArgs=["--port=1"]), "extraArgs"),
-    (one_model(extraArgs=["--additional-config={}"]), "extraArgs"),
     (one_model(extraArgs=["enforce-eager"]), "extraArgs"),
-    (one_model(env={"VLLM_API_KEY": "abc"}), "VLLM_API_KEY"),
-    (one_model(env={"HF_TOKEN": "abc"}), "HF_TOKEN"),
     (one_model(env={"COUNT": 1}), "COUNT"),
     (one_model(additionalConfig={"sparse": {}}), "additionalConfig"),
 ]
@@ -66,6 +60,14 @@ WRONG_TOGETHER: list[tuple[dict[str, Any], str]] = [
     (one_model(autoscaling={"kind": "keda"}), "models.m.autoscaling"),
     (one_model(ingress={"enabled": True}), "models.m.ingress"),
     (one_model(httpRoute={"enabled": True}), "models.m.httpRoute"),
+    # Secrets, and what has a setting of its own.
+    (one_model(extraArgs=["--api-key=abc"]), "set models.m.apiKey instead"),
+    (one_model(extraArgs=["--api_key", "--abc"]), "set models.m.apiKey instead"),
+    (one_model(extraArgs=["--hf-token=abc"]), "set models.m.hubToken instead"),
+    (one_model(extraArgs=["--enforce-eager", "--port=1"]), "set models.m.service.port instead"),
+    (one_model(extraArgs=["--additional-config={}"]), "set models.m.sparse or additionalConfig instead"),
+    (one_model(env={"VLLM_API_KEY": "abc"}), "set models.m.apiKey.existingSecret instead"),
+    (one_model(env={"HF_TOKEN": "abc"}), "set models.m.hubToken.existingSecret instead"),
     (one_model() | {"fullnameOverride": "x" * 51}, "53 characters"),
 ]
 
@@ -79,7 +81,14 @@ def test_the_schema_refuses(values: dict[str, Any], named: str) -> None:
 
 @pytest.mark.parametrize(("values", "named"), WRONG_TOGETHER, ids=str)
 def test_the_templates_refuse(values: dict[str, Any], named: str) -> None:
-    assert named in refusal(values)
+    message = refusal(values)
+    assert named in message
+    assert "abc" not in message, "a secret in the wrong place is not repeated"
+
+
+def test_other_arguments_pass() -> None:
+    container = server(one_model(extraArgs=["--enforce-eager", "--block-size=32"]))
+    assert container["args"][-2:] == ["--enforce-eager", "--block-size=32"]
 
 
 def test_the_schema_is_a_schema() -> None:

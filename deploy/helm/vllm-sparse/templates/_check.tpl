@@ -34,4 +34,39 @@
 {{- if gt (len $object) 52 -}}
 {{- fail (printf "%s: the objects' name %q has %d characters, of which 52 are allowed; shorten the model's name or the release's, or set fullnameOverride" $at $object (len $object)) -}}
 {{- end -}}
+{{- /* vLLM reads _ as -, and an argument can be read by whoever may list pods. */}}
+{{- range $model.extraArgs -}}
+{{- $argument := . | splitList "=" | first | replace "_" "-" -}}
+{{- with get (include "vllm-sparse.settingsOfArguments" $ | fromYaml) $argument -}}
+{{- fail (printf "%s.extraArgs: %s is not allowed; set %s.%s instead" $at $argument $at .) -}}
+{{- end -}}
+{{- end -}}
+{{- range $variable, $setting := dict "VLLM_API_KEY" "apiKey" "HF_TOKEN" "hubToken" "HUGGING_FACE_HUB_TOKEN" "hubToken" -}}
+{{- if get $model.env $variable -}}
+{{- fail (printf "%s.env: %s is not allowed, since values are no place for secrets; set %s.%s.existingSecret instead" $at $variable $at $setting) -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* Arguments of vllm serve that have a setting of their own. */}}
+{{- define "vllm-sparse.settingsOfArguments" -}}
+--additional-config: sparse or additionalConfig
+--api-key: apiKey
+--attention-backend: sparse
+--dtype: engine.dtype
+--gpu-memory-utilization: engine.gpuMemoryUtilization
+--headless: nodes
+--hf-token: hubToken
+--master-addr: nodes
+--max-model-len: engine.maxModelLen
+--max-num-batched-tokens: engine.maxNumBatchedTokens
+--max-num-seqs: engine.maxNumSeqs
+--nnodes: nodes
+--node-rank: nodes
+--otlp-traces-endpoint: tracing.endpoint
+--port: service.port
+--revision: source.revision
+--served-model-name: servedNames
+--shutdown-timeout: drain.requestSeconds
+--tensor-parallel-size: accelerator.count
 {{- end }}
