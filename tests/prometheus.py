@@ -5,35 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 import yaml
+
+from tests.tools import tool
 
 ROOT = Path(__file__).parents[1]
 RULES = ROOT / "deploy" / "prometheus" / "rules.yaml"
 RULE_TESTS = ROOT / "deploy" / "prometheus" / "rules.test.yaml"
 DASHBOARD = ROOT / "deploy" / "grafana" / "vllm-sparse.json"
-# Where .ci/run unpacks Debian's package, so that nothing is started.
-UNPACKED = Path(sys.prefix) / "debian" / "usr" / "bin"
 READY_SECONDS = 30.0
 
 _NAME = re.compile(r"\bvllm(?::[a-z]|_sparse)[a-zA-Z0-9_:]*")
-
-
-def tool(name: str) -> str:
-    """Path of ``prometheus`` or ``promtool``; skips the test where there is none."""
-    found = shutil.which(name) or shutil.which(name, path=str(UNPACKED))
-    if found is None:
-        pytest.skip(f"NOT TESTED: no {name} on PATH or in {UNPACKED}; .ci/run fetches Debian's package prometheus")
-    return found
 
 
 def metric_names(expression: str) -> set[str]:

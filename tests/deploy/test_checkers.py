@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.deploy.chart import DEPLOY, EXAMPLES, ROOT, Manifest, example, find, manifest_text, one_model, render
-from tests.deploy.tools import tool
+from tests.tools import tool
 
 DOCKER = DEPLOY / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()

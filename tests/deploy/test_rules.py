@@ -6,7 +6,8 @@ import json
 import re
 import subprocess
 
-from tests.prometheus import DASHBOARD, RULE_TESTS, RULES, metric_names, panel_targets, rule_expressions, tool
+from tests.prometheus import DASHBOARD, RULE_TESTS, RULES, metric_names, panel_targets, rule_expressions
+from tests.tools import tool
 
 
 def test_rules_are_valid_and_do_what_their_tests_say() -> None:

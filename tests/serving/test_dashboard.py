@@ -21,9 +21,9 @@ from tests.prometheus import (
     panel_targets,
     prometheus,
     rule_expressions,
-    tool,
 )
 from tests.serving.server import BOTH, FLEXPREFILL, Server, free_port, prompt_of
+from tests.tools import tool
 
 CONFIGURATION = {
     "sparse": {
