@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-# Where .ci/run unpacks Debian's packages, so that they start nothing, and installs checkov, whose many pins would quarrel
-# with vLLM's.
+# Where .ci/run unpacks Debian's packages, so that they start nothing, and installs checkov, whose many pins would
+# quarrel with vLLM's.
 FOLDERS = ("bin", "debian/usr/bin", "checkov/bin")
 
 

@@ -102,6 +102,7 @@ LIMITS: dict[str, Schema] = {
     "*.service.type": {"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
     "*.service.port": {"minimum": 1, "maximum": 65535},
     "*.service.annotations": TEXT_MAP,
+    "*.ingress.paths": {"minItems": 1, "items": {"type": "string", "pattern": "^/"}},
     "*.ingress.annotations": TEXT_MAP,
     "*.httpRoute.parentRefs": OBJECTS,
     "*.httpRoute.hostnames": {"items": {"type": "string"}},

@@ -309,6 +309,21 @@ class TestAutoscaling:
             assert f'"{query.partition("(")[2].partition("{")[0]}"' in source, query
 
 
+class TestWayIn:
+    """Clients from outside reach the API, but neither `/metrics` nor the change of the server's settings."""
+
+    def test_of_an_ingress(self) -> None:
+        (rule,) = find(render(example("tensor-parallel")), "Ingress")["spec"]["rules"]
+        paths = [path["path"] for path in rule["http"]["paths"]]
+        assert "/v1/chat/completions" in paths
+        assert not any("/v1/sparse/config".startswith(path) or "/metrics".startswith(path) for path in paths)
+
+    def test_of_a_route(self) -> None:
+        (rule,) = find(render(example("tensor-parallel")), "HTTPRoute")["spec"]["rules"]
+        assert [match["method"] for match in rule["matches"]] == ["GET", "POST"]
+        assert {match["path"]["value"] for match in rule["matches"]} == {"/v1"}
+
+
 class TestNetworkPolicy:
     def policy(self, **settings: Any) -> Manifest:
         values = one_model() | {"networkPolicy": {"enabled": True, **settings}}
