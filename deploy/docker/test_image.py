@@ -22,6 +22,7 @@ import contextlib
 import itertools
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -49,7 +50,9 @@ TEARDOWN_SECONDS = 60
 # How long clients go on calling a server that leaves: the time that Kubernetes takes to tell everyone.
 PROPAGATION_SECONDS = 3
 START_SECONDS = 900
-PORTS = (18091, 18092)
+# The image's health check asks 127.0.0.1, port 8000.
+ADDRESSES = ("127.0.0.1", "127.0.0.2")
+PORT = 8000
 
 SPARSE = {
     "sparse_prefill": "flexprefill",
@@ -108,12 +111,12 @@ class Containers:
 class Server:
     """A server in a container, started again and again under one name."""
 
-    def __init__(self, containers: Containers, model: Path, port: int) -> None:
+    def __init__(self, containers: Containers, model: Path, address: str) -> None:
         self._containers = containers
         self._model = model
-        self.name = f"vllm-sparse-test-{port}"
-        self.port = port
-        self.url = f"http://127.0.0.1:{port}"
+        self.name = f"vllm-sparse-test-{address}"
+        self.address = address
+        self.url = f"http://{address}:{PORT}"
 
     def start(self) -> None:
         """Start it; return when it answers."""
@@ -122,9 +125,9 @@ class Server:
         limits = ["--ulimit=nofile=20000:20000", "--ulimit=nproc=4096:4096", "--shm-size=256m"]
         writable = ["--tmpfs=/tmp:rw,size=1g,mode=1777", "--tmpfs=/var/cache/vllm-sparse:rw,size=1g,mode=0775"]
         environment = ["--env=VLLM_CPU_KVCACHE_SPACE=1", "--env=VLLM_NO_USAGE_STATS=1", "--env=HF_HUB_OFFLINE=1"]
-        server = ["/model", "--served-model-name=needle", "--attention-backend=sparse", f"--port={self.port}"]
+        server = ["/model", "--served-model-name=needle", "--attention-backend=sparse", f"--port={PORT}"]
         # Eager, which starts sooner.
-        server += ["--host=127.0.0.1", f"--shutdown-timeout={REQUEST_SECONDS}", "--enforce-eager"]
+        server += [f"--host={self.address}", f"--shutdown-timeout={REQUEST_SECONDS}", "--enforce-eager"]
         with contextlib.suppress(CheckError):
             self._containers.podman("rm", "--force", self.name)
         self._containers.podman(
@@ -364,11 +367,16 @@ def main() -> int:
     if missing:
         sys.exit(f"NOT TESTED: {', '.join(missing)} not found; on Debian: apt-get install {' '.join(missing)}")
 
+    for address in ADDRESSES:
+        with socket.socket() as probe:
+            if probe.connect_ex((address, PORT)) == 0:
+                sys.exit(f"NOT TESTED: something listens on {address}:{PORT} already")
+
     revision = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
     ).stdout.strip()
     containers = Containers(options.store.resolve())
-    servers = [Server(containers, options.model.resolve(), port) for port in PORTS]
+    servers = [Server(containers, options.model.resolve(), address) for address in ADDRESSES]
     try:
         build_image(containers, options, revision)
         check_image(containers, revision)
