@@ -50,6 +50,8 @@ TEARDOWN_SECONDS = 60
 # How long clients go on calling a server that leaves: the time that Kubernetes takes to tell everyone.
 PROPAGATION_SECONDS = 3
 START_SECONDS = 900
+CLIENT_PAUSE_SECONDS = 1
+LONG_REQUEST_TOKENS = 1000
 # The image's health check asks 127.0.0.1, port 8000.
 ADDRESSES = ("127.0.0.1", "127.0.0.2")
 PORT = 8000
@@ -124,7 +126,13 @@ class Server:
         # The limits that this user may set anyway: root without CAP_SYS_RESOURCE may not raise them.
         limits = ["--ulimit=nofile=20000:20000", "--ulimit=nproc=4096:4096", "--shm-size=256m"]
         writable = ["--tmpfs=/tmp:rw,size=1g,mode=1777", "--tmpfs=/var/cache/vllm-sparse:rw,size=1g,mode=0775"]
-        environment = ["--env=VLLM_CPU_KVCACHE_SPACE=1", "--env=VLLM_NO_USAGE_STATS=1", "--env=HF_HUB_OFFLINE=1"]
+        # Threads that wait by spinning would take the cores from the server that starts beside this one.
+        environment = [
+            "--env=OMP_WAIT_POLICY=passive",
+            "--env=VLLM_CPU_KVCACHE_SPACE=1",
+            "--env=VLLM_NO_USAGE_STATS=1",
+            "--env=HF_HUB_OFFLINE=1",
+        ]
         server = ["/model", "--served-model-name=needle", "--attention-backend=sparse", f"--port={PORT}"]
         # Eager, which starts sooner.
         server += [f"--host={self.address}", f"--shutdown-timeout={REQUEST_SECONDS}", "--enforce-eager"]
@@ -218,6 +226,7 @@ class Load:
 
     def _ask(self) -> None:
         while not self._stop.is_set():
+            time.sleep(CLIENT_PAUSE_SECONDS)
             endpoints = tuple(self.endpoints)
             self.outcomes[complete(endpoints[next(self._turn) % len(endpoints)].url, max_tokens=48)] += 1
 
@@ -295,7 +304,7 @@ def check_serving(server: Server) -> None:
 def restart(server: Server, load: Load) -> None:
     """End a server as Kubernetes does, with a long request in flight, and start it again."""
     outcome: list[str] = []
-    long_request = threading.Thread(target=lambda: outcome.append(complete(server.url, max_tokens=1500)))
+    long_request = threading.Thread(target=lambda: outcome.append(complete(server.url, max_tokens=LONG_REQUEST_TOKENS)))
     long_request.start()
     deleted = time.monotonic()
     time.sleep(PROPAGATION_SECONDS)
