@@ -11,7 +11,13 @@ from pathlib import Path
 from tests.serving.server import Server
 
 ROOT = Path(__file__).parents[2]
-SHORTER = ("load.requests=18", "load.rates=[2]", "workloads.0.input_tokens=2500", "request_timeout_seconds=200")
+SHORTER = (
+    "load.requests=18",
+    "load.rates=[2]",
+    "workloads.0.input_tokens=2500",
+    "workloads.1.weight=3",
+    "request_timeout_seconds=200",
+)
 
 
 def test_dense_and_two_sparse_methods_side_by_side(server: Server, answers_known: None, tmp_path: Path) -> None:
