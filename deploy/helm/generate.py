@@ -301,7 +301,8 @@ def recorded(manifest: str) -> str:
         if document["kind"] == "ConfigMap" and document["metadata"]["name"].endswith(("-dashboard", "-scripts")):
             document["data"] = {name: f"files/{name}" for name in document["data"]}
         documents.append(document)
-    return yaml.safe_dump_all(documents, sort_keys=False, width=120)
+    text: str = yaml.safe_dump_all(documents, sort_keys=False, width=120)
+    return text
 
 
 def generated() -> dict[Path, str]:

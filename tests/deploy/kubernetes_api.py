@@ -58,7 +58,7 @@ class Cluster:
         """How clients reach it."""
         assert self.server is not None
         url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        return yaml.safe_dump(
+        text: str = yaml.safe_dump(
             {
                 "apiVersion": "v1",
                 "kind": "Config",
@@ -68,6 +68,7 @@ class Cluster:
                 "current-context": "test",
             }
         )
+        return text
 
     def answer(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
         """Status and body for a request."""
