@@ -22,6 +22,7 @@ import contextlib
 import itertools
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -269,12 +270,10 @@ def check_restrictions(server: Server) -> None:
     for folder, writable in (("/opt/vllm", False), ("/etc", False), ("/tmp", True), ("/var/cache/vllm-sparse", True)):
         try:
             server.inside("python3", "-c", write, f"{folder}/probe")
-            wrote = True
+            outcome = "writable"
         except CheckError as error:
-            wrote = False
-            reason = str(error)
-        check(wrote or "Read-only file system" in reason or writable, f"writing to {folder} fails for the right reason")
-        check(wrote is writable, f"{folder} is {'writable' if writable else 'read-only'}")
+            outcome = "read-only" if "Read-only file system" in str(error) else str(error)
+        check(outcome == ("writable" if writable else "read-only"), f"{folder} is {outcome}")
 
 
 def check_serving(server: Server) -> None:
@@ -384,6 +383,8 @@ def main() -> int:
     revision = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
     ).stdout.strip()
+    # SIGTERM too should leave no container behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     containers = Containers(options.store.resolve())
     servers = [Server(containers, options.model.resolve(), address) for address in ADDRESSES]
     try:
