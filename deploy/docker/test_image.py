@@ -46,13 +46,14 @@ CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 
 # As the chart's block `drain`, only shorter.
 ENDPOINT_SECONDS = 8
-REQUEST_SECONDS = 120
+REQUEST_SECONDS = 300
 TEARDOWN_SECONDS = 60
 # How long clients go on calling a server that leaves: the time that Kubernetes takes to tell everyone.
 PROPAGATION_SECONDS = 3
 START_SECONDS = 900
 CLIENT_PAUSE_SECONDS = 1
-LONG_REQUEST_TOKENS = 1000
+# Still running at SIGTERM on an idle machine, and done within the drain on a loaded one.
+LONG_REQUEST_TOKENS = 4000
 # The image's health check asks 127.0.0.1, port 8000.
 ADDRESSES = ("127.0.0.1", "127.0.0.2")
 PORT = 8000
