@@ -52,6 +52,25 @@ def concatenate(lists: list[PageList]) -> PageList:
     return PageList(torch.cat(padded), torch.cat([page_list.kept_tokens for page_list in lists]), sizes.pop())
 
 
+def page_mask(page_list: PageList, pages: int) -> torch.Tensor:
+    """Lists as a map.
+
+    Args:
+        page_list: the lists.
+        pages: pages of the context.
+
+    Returns:
+        bool ``[rows, pages]``.
+    """
+    rows, width = page_list.pages.shape
+    device = page_list.pages.device
+    live = torch.arange(width, device=device) < page_list.kept_pages.unsqueeze(1)
+    # Entries past the live part of a row go to one spare column, which is cut off.
+    mask = torch.zeros(rows, pages + 1, dtype=torch.bool, device=device)
+    mask.scatter_(1, torch.where(live, page_list.pages.long(), pages), True)
+    return mask[:, :pages]
+
+
 def to_physical(
     page_list: PageList,
     block_table: torch.Tensor,

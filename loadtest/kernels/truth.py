@@ -13,7 +13,7 @@ from vllm_sparse.executors import Launch
 from vllm_sparse.kernels.page_list import query_blocks
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import Layer, PrefillMethod
-from vllm_sparse.pages import PageList
+from vllm_sparse.pages import PageList, page_mask
 
 # The finest granularity that any method chooses with.
 KEY_BLOCK_TOKENS = 16
@@ -51,13 +51,8 @@ def block_mass(heads: Heads) -> torch.Tensor:
 
 def kept_blocks(lists: PageList, context: int) -> torch.Tensor:
     """Lists as a map: bool ``[rows, ceil(context / 16)]``; a finer page than 16 tokens counts as its block."""
-    rows, width = lists.pages.shape
-    live = torch.arange(width, device=lists.pages.device) < lists.kept_pages.unsqueeze(1)
-    pages = -(-context // lists.page_size_tokens)
-    spare = torch.where(live, lists.pages, pages).long()
-    kept = torch.zeros(rows, pages + 1, dtype=torch.bool, device=lists.pages.device)
-    kept.scatter_(1, spare, True)
-    blocks = kept[:, :pages].repeat_interleave(lists.page_size_tokens // KEY_BLOCK_TOKENS, dim=1)
+    kept = page_mask(lists, -(-context // lists.page_size_tokens))
+    blocks = kept.repeat_interleave(lists.page_size_tokens // KEY_BLOCK_TOKENS, dim=1)
     return blocks[:, : -(-context // KEY_BLOCK_TOKENS)]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from vllm_sparse.keys import plain_keys
 from vllm_sparse.methods.base import CHOOSING_ROLES, READING_ROLES, DecodeMethod, Layer, LayerMemory, PrefillMethod
-from vllm_sparse.pages import PageList
+from vllm_sparse.pages import page_mask
 
 # Cells of a map along a side, so that the map of a long prompt stays a picture.
 MOST_CELLS = 256
@@ -47,16 +47,6 @@ class KeptLayer:
     index: int
     role: str
     heads: list[KeptMap]
-
-
-def listed_pages(lists: PageList, pages: int) -> torch.Tensor:
-    """Lists as a map: bool ``[rows, pages]``."""
-    rows, width = lists.pages.shape
-    live = torch.arange(width, device=lists.pages.device) < lists.kept_pages.unsqueeze(1)
-    # A column more, for the entries past a row's live part.
-    listed = torch.zeros(rows, pages + 1, dtype=torch.bool, device=lists.pages.device)
-    listed.scatter_(1, torch.where(live, lists.pages.long(), pages), True)
-    return listed[:, :pages]
 
 
 @dataclass(frozen=True)
@@ -130,7 +120,7 @@ class PromptInspection:
                 continue
             chunk = query[:, start:stop].transpose(0, 1)
             lists = self.method.select(chunk, plain_keys(key[:, :stop]), scale, page, Layer(index, 0))
-            found.append(listed_pages(lists, pages).view(having, blocks, pages))
+            found.append(page_mask(lists, pages).view(having, blocks, pages))
         return torch.cat(found, dim=1)
 
 
@@ -155,7 +145,7 @@ class DecodeInspection:
         newest = query[:, -1]
         if role in CHOOSING_ROLES:
             chosen = self.method.select(newest, plain_keys(key), scale, 1, LayerMemory())
-            self.lists = listed_pages(chosen, tokens)
+            self.lists = page_mask(chosen, tokens)
         if role not in CHOOSING_ROLES + READING_ROLES or self.lists is None:
             return KeptLayer(index, role, [])
         logits = newest.view(key.shape[0], -1, head_size).float() @ key.float().transpose(1, 2) * scale

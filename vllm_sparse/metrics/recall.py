@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_sparse.pages import PageList, page_mask
+
 if TYPE_CHECKING:
     from vllm_sparse.keys import PagedKeys
-    from vllm_sparse.pages import PageList
 
 SAMPLED_QUERIES = 4
 # Keys that are scored at a time, so that the room needed does not grow with the context.
@@ -56,10 +57,7 @@ def attention_recall(
 def _page_mask(lists: PageList, block: torch.Tensor, blocks: int, context_tokens: int) -> torch.Tensor:
     """Pages in the lists of some query blocks of each head: bool ``[blocks asked for, list_heads, pages]``."""
     list_heads = lists.kept_tokens.shape[0] // blocks
-    row = torch.arange(list_heads, device=block.device) * blocks + block.unsqueeze(1)
-    pages, live = lists.pages[row].long(), lists.kept_pages[row].unsqueeze(2)
-    num_pages = -(-context_tokens // lists.page_size_tokens)
-    # Entries past the live part go to one spare column, which is cut off.
-    pages = torch.where(torch.arange(pages.shape[2], device=block.device) < live, pages, num_pages)
-    mask = torch.zeros(*pages.shape[:2], num_pages + 1, dtype=torch.bool, device=block.device)
-    return mask.scatter_(2, pages, True)[..., :num_pages]
+    row = (torch.arange(list_heads, device=block.device) * blocks + block.unsqueeze(1)).flatten()
+    of_rows = PageList(lists.pages[row], lists.kept_tokens[row], lists.page_size_tokens)
+    pages = -(-context_tokens // lists.page_size_tokens)
+    return page_mask(of_rows, pages).view(-1, list_heads, pages)
