@@ -98,8 +98,8 @@ def _counted(b_key, least, MASS: tl.constexpr):
 def row_threshold(p_score, first, stop, target, MASS: tl.constexpr, ROW_TILE: tl.constexpr, TILE: tl.constexpr):
     """The largest key that at least `target` of a row's entries from `first` on to `stop` reach.
 
-    Bit by bit from the highest. The row's first `ROW_TILE` entries stay in registers; what a longer row has beyond
-    them is read again for each bit, from the cache.
+    Two bits at a time from the highest. The row's first `ROW_TILE` entries stay in registers; what a longer row has
+    beyond them is read again each time, from the cache.
 
     If `MASS`, scores count instead of entries, none of them negative: the entries from the key on sum up to `target`.
 
@@ -110,21 +110,34 @@ def row_threshold(p_score, first, stop, target, MASS: tl.constexpr, ROW_TILE: tl
     o_row = tl.arange(0, ROW_TILE)
     b_row = ordered_scores(p_score, o_row, (o_row >= first) & (o_row < stop))
     threshold = tl.full([], LEAST_KEY, tl.int64)
-    bit = tl.full([], 1 << 31, tl.int64)
+    bit = tl.full([], 1 << 30, tl.int64)
     above = tl.full([], 0, tl.float32 if MASS else tl.int32)
-    for _ in range(32):
-        least = (threshold + bit).to(tl.int32)
-        reaching = tl.sum(_counted(b_row, least, MASS))
+    for _ in range(16):
+        one, two, three = (
+            (threshold + bit).to(tl.int32),
+            (threshold + 2 * bit).to(tl.int32),
+            (threshold + 3 * bit).to(tl.int32),
+        )
+        reach_one = tl.sum(_counted(b_row, one, MASS))
+        reach_two = tl.sum(_counted(b_row, two, MASS))
+        reach_three = tl.sum(_counted(b_row, three, MASS))
         if stop > ROW_TILE:
-            b_more = tl.full([TILE], 0, tl.float32 if MASS else tl.int32)
+            b_one = tl.full([TILE], 0, tl.float32 if MASS else tl.int32)
+            b_two, b_three = b_one, b_one
             for start in range(ROW_TILE, stop, TILE):
                 o_entry = start + tl.arange(0, TILE)
                 b_key = ordered_scores(p_score, o_entry, (o_entry >= first) & (o_entry < stop))
-                b_more += _counted(b_key, least, MASS)
-            reaching += tl.sum(b_more)
-        enough = reaching >= target
-        threshold = tl.where(enough, threshold + bit, threshold)
-        # Only ones follow the last bit that was too much, so what reached it is what lies above the threshold.
-        above = tl.where(enough, above, reaching)
-        bit = bit >> 1
+                b_one += _counted(b_key, one, MASS)
+                b_two += _counted(b_key, two, MASS)
+                b_three += _counted(b_key, three, MASS)
+            reach_one += tl.sum(b_one)
+            reach_two += tl.sum(b_two)
+            reach_three += tl.sum(b_three)
+        steps = (reach_one >= target).to(tl.int32) + (reach_two >= target) + (reach_three >= target)
+        threshold += steps * bit
+        # Only ones follow the last step that was too far, so what reached it is what lies above the threshold.
+        above = tl.where(
+            steps == 0, reach_one, tl.where(steps == 1, reach_two, tl.where(steps == 2, reach_three, above))
+        )
+        bit = bit >> 2
     return threshold.to(tl.int32), above

@@ -1,6 +1,6 @@
 """The largest entries of each row that cover a share of it, in Triton: one program a row.
 
-A threshold is searched for twice: once for the sum, which gives a count, and once for the count.
+A threshold is searched for by the sum, which gives a count, and again where the count has to be another one.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ def coverage_mask_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     p_mass = mass_pointer + i_row * n
     gamma = tl.load(gamma_pointer + i_row)
-    count = 0
+    # Nothing is above the largest integer. Many rows want no entry, and need no search.
+    threshold, above, count = 0x7FFFFFFF, 0, 0
     if gamma >= 1:
         count = n
     elif gamma > 0:
         threshold, total = row_threshold(p_mass, 0, n, gamma, True, ROW_TILE, TILE)
-        above = 0
+        reaching = 0
         for start in range(0, n, TILE):
             o_entry = start + tl.arange(0, TILE)
-            above += tl.sum((ordered_scores(p_mass, o_entry, o_entry < n) > threshold).to(tl.int32))
+            b_key = ordered_scores(p_mass, o_entry, o_entry < n)
+            above += tl.sum((b_key > threshold).to(tl.int32))
+            reaching += tl.sum(((b_key >= threshold) & (o_entry < n)).to(tl.int32))
         value = tl.cast(threshold, tl.float32, bitcast=True)
         # Of the entries equal to the threshold, as many as the rest of gamma needs; all if the row does not reach it.
         equal = tl.where(value > 0, tl.ceil((gamma - total) / tl.maximum(value, 1e-38)), n)
-        count = above + tl.maximum(tl.minimum(equal, n), 1).to(tl.int32)
-    count = tl.minimum(tl.minimum(tl.maximum(count, min_count), max_count), n)
-
-    # Nothing is above the largest integer. Many rows want no entry, and need no search.
-    threshold, above = 0x7FFFFFFF, 0
-    if count > 0:
-        threshold, above = row_threshold(p_mass, 0, n, count, False, ROW_TILE, TILE)
+        count = above + tl.maximum(tl.minimum(equal, reaching - above), 1).to(tl.int32)
+    wanted = tl.minimum(tl.minimum(tl.maximum(count, min_count), max_count), n)
+    if (wanted != count) | (gamma >= 1):
+        threshold, above = row_threshold(p_mass, 0, n, wanted, False, ROW_TILE, TILE)
     # Of the entries equal to the threshold, the lower ones win.
-    equal_left = count - above
+    equal_left = wanted - above
     for start in range(0, n, TILE):
         o_entry = start + tl.arange(0, TILE)
         b_key = ordered_scores(p_mass, o_entry, o_entry < n)
