@@ -22,7 +22,7 @@ from vllm_sparse.backend.decode import (
     DecodeBuffers,
     RowSetting,
 )
-from vllm_sparse.backend.graphs import MIXED, DecodeGraphs, set_graphs
+from vllm_sparse.backend.graphs import MIXED, DecodeGraphs, beside_dense, set_graphs
 from vllm_sparse.backend.plan import BatchRow, RowSpan, StepPlan, SummaryRow, plan_step
 from vllm_sparse.methods.base import BatchDecodeMethod, DecodeMethod
 from vllm_sparse.methods.block_topk import BlockTopk
@@ -122,7 +122,7 @@ def test_a_larger_step_shares_what_methods_keep() -> None:
 
 
 def test_launches_of_a_graph_follow_the_roles(graphs: DecodeGraphs) -> None:
-    alone, mixed = graphs.launches["tidal"], graphs.launches[MIXED]
+    alone, mixed = graphs.launches["tidal"], graphs.launches[beside_dense("tidal")]
     assert [layer.dense for layer in alone] == [True, True, False, True, False, False]
     assert all(layer.dense for layer in mixed)
     for launches in (alone, mixed):
@@ -144,7 +144,7 @@ def setting(slot: int, fresh: bool = False, method: Tidal = CONFIGURED) -> RowSe
 def test_a_step_is_told_to_the_device(graphs: DecodeGraphs) -> None:
     graphs.buffers.settings.fill_(-5)
     graphs.plan = plan_of(graphs, 4, {1: setting(7), 3: setting(2, True, replace(CONFIGURED, budget=99))})
-    assert graphs.prepare() is graphs.captured[MIXED]
+    assert graphs.prepare() is graphs.captured[beside_dense("tidal")]
     said = graphs.buffers.settings
     assert said[:4, METHOD].tolist() == [-1, 0, -1, 0]
     assert said[[1, 3], LEAST_CONTEXT].tolist() == [307, 302]
@@ -166,7 +166,7 @@ def test_the_graph_follows_the_rows(graphs: DecodeGraphs) -> None:
     graphs.plan = plan_of(graphs, 2, {0: setting(0), 1: setting(1)})
     assert graphs.prepare() is graphs.captured["tidal"]
     graphs.plan = plan_of(graphs, 3, {0: setting(0), 1: setting(1)})
-    assert graphs.prepare() is graphs.captured[MIXED]
+    assert graphs.prepare() is graphs.captured[beside_dense("tidal")]
 
 
 def test_rows_that_only_keep_summaries_are_dense_but_known(graphs: DecodeGraphs) -> None:
@@ -176,7 +176,9 @@ def test_rows_that_only_keep_summaries_are_dense_but_known(graphs: DecodeGraphs)
     buffers = DecodeBuffers(MOST_ROWS, SIZE, [CONFIGURED, method], LIST_TOKENS, torch.device("cpu"))
     both = DecodeGraphs(buffers, [CONFIGURED, method], LAYERS, speculative=False)
     both.captured = {name: {} for name in both.launches}
-    assert set(both.launches) == {"tidal", "blocktopk", MIXED}
+    assert set(both.launches) == {"tidal", "blocktopk", beside_dense("tidal"), beside_dense("blocktopk"), MIXED}
+    assert any(layer.choosing == (1,) for layer in both.launches[MIXED])
+    assert all(layer.choosing == () for layer in both.launches[beside_dense("tidal")]), "launches of another method"
     plan = plan_of(both, 3, {0: setting(0)})
     plan.summarising.append(SummaryRow(plan.spans[2], method, method.summaries, roles))
     both.plan = plan
@@ -190,7 +192,7 @@ def test_rows_that_only_keep_summaries_are_dense_but_known(graphs: DecodeGraphs)
     alone = plan_of(both, 1, {})
     alone.summarising.append(SummaryRow(alone.spans[0], method, method.summaries, roles))
     both.plan = alone
-    assert both.prepare() is both.captured[MIXED]
+    assert both.prepare() is both.captured[beside_dense("blocktopk")]
 
 
 @pytest.mark.parametrize(
@@ -274,7 +276,7 @@ def test_runner_v2_replays_the_graph_of_the_step(graphs: DecodeGraphs) -> None:
     for plan in plans:
         graphs.plan = plan
         assert manager.run_fullgraph(shape).tolist() == [0, 1, 2, 3]
-    assert log == ["own", "tidal", "own", MIXED]
+    assert log == ["own", "tidal", "own", beside_dense("tidal")]
     assert manager.graphs[shape].name == "own"
 
 

@@ -1,7 +1,8 @@
 """FULL CUDA graphs of steps that decode sparsely, beside vLLM's own, which hold dense attention only (model runner V2).
 
 For each batch size vLLM captures one decode graph. This captures more: for each method one for steps in which all rows
-decode sparsely by it, and one for steps of any mixture. Dense steps replay vLLM's own graph and pay nothing. What is
+decode sparsely by it and one for steps of such rows and dense ones, and one for steps of any mixture of methods. Dense
+steps replay vLLM's own graph and pay nothing, and dense rows beside those of one method do not pay for others. What is
 launched in a layer is part of a graph, so graphs hold the layer roles that the server's configuration gives a method;
 requests with other roles, with lists longer than the server keeps room for, or with knobs that are not served at once
 decode with PIECEWISE graphs, attention between them.
@@ -24,10 +25,15 @@ if TYPE_CHECKING:
 
     from vllm_sparse.methods.base import BatchDecodeMethod
 
-MIXED = "mixed"
+MIXED = "any mixture"
 DENSE_ROW = RowSetting(None, 0, (), 0, False)
 # Longer than any context, and what the device's settings still hold.
 LONGEST_CONTEXT_TOKENS = (1 << 31) - 1
+
+
+def beside_dense(method: str) -> str:
+    """Name of the graphs of steps in which some rows decode by a method and others are dense."""
+    return f"{method} beside dense"
 
 
 class DecodeGraphs:
@@ -48,10 +54,13 @@ class DecodeGraphs:
         self.speculative = speculative
         self.roles = {type(method): layer_roles(method, num_layers) for method in methods}
         rows = [RowSetting(method, 0, self.roles[type(method)], 0, True) for method in methods]
-        self.launches: dict[str, list[LayerLaunches]] = {MIXED: buffers.launches(rows, all_sparse=False)}
+        self.launches: dict[str, list[LayerLaunches]] = {}
         for row in rows:
             assert row.method is not None
             self.launches[row.method.name] = buffers.launches([row], all_sparse=True)
+            self.launches[beside_dense(row.method.name)] = buffers.launches([row], all_sparse=False)
+        if len(rows) > 1:
+            self.launches[MIXED] = buffers.launches(rows, all_sparse=False)
         self.captured: dict[str, dict[Any, Any]] = {}
         self.capturing: str | None = None
         self.most_rows = 0
@@ -103,9 +112,11 @@ class DecodeGraphs:
         for row in plan.batch:
             rows[row.span.row] = row.setting
         self.buffers.say(rows)
-        names = {type(row.setting.method).name for row in plan.batch if row.setting.method is not None}
-        alike = len(plan.batch) == len(rows) and len(names) == 1
-        return self.captured[names.pop() if alike else MIXED]
+        names = {row.method.name for row in rows if row.method is not None}
+        if len(names) != 1:
+            return self.captured[MIXED]
+        name = names.pop()
+        return self.captured[name if len(plan.batch) == len(rows) else beside_dense(name)]
 
 
 class _Current:
