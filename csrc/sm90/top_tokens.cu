@@ -3,7 +3,8 @@
 // The specification is `top_tokens` in vllm_sparse/kernels/top_tokens/reference.py. Each warp of a cluster owns adjacent
 // units. The least score kept is found in four digits of eight bits, the highest first, each from a histogram over the
 // units that agree with the digits before. Then warps count what they keep, and write where those before them end.
-// Scores are read from the L2 cache each time.
+// Scores are read from the L2 cache each time. Short lists are the work of one block of the cluster: its blocks would
+// wait for one another longer than they work.
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
@@ -20,6 +21,7 @@ constexpr int kBins = 1 << kDigitBits;
 constexpr int kDigits = 32 / kDigitBits;
 constexpr int kMostBlocks = 8;  // Clusters of more are not promised to be launched.
 constexpr int kBlocksAtOnce = 2 * 132;  // Two on each multiprocessor.
+constexpr int kUnitsOfOneBlock = 8192;
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
 struct Arguments {
@@ -62,11 +64,19 @@ __global__ void __launch_bounds__(kWarps * 32) top_tokens(const __grid_constant_
   const int context = a.contexts[row];
   if (context == 0) return;
   cg::cluster_group cluster = cg::this_cluster();
-  const int rank = cluster.block_rank(), blocks = cluster.num_blocks();
+  const int unit = a.unit, units = (context + unit - 1) / unit;
+  const int rank = cluster.block_rank(), blocks = units <= kUnitsOfOneBlock ? 1 : cluster.num_blocks();
+  if (rank >= blocks) return;
+  const auto wait_for_all = [&] {
+    if (blocks > 1) {
+      cluster.sync();
+    } else {
+      __syncthreads();
+    }
+  };
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
 
   const int* knobs = a.knobs + row * a.knob_stride;
-  const int unit = a.unit, units = (context + unit - 1) / unit;
   const int sink_units = min((knobs[1] + unit - 1) / unit, units);
   const int first_recent = max(max(context - max(knobs[2], 1), 0) / unit, sink_units);
   const int forced = sink_units + units - first_recent;
@@ -101,7 +111,7 @@ __global__ void __launch_bounds__(kWarps * 32) top_tokens(const __grid_constant_
       for (int copy = 0; copy < 32; ++copy) count += lane_counts[thread][(copy + thread) % 32];
       counts[thread] = count;
     }
-    cluster.sync();
+    wait_for_all();
     // From the largest bin down, how many units reach each.
     int count = 0, reaching = 0;
     const int bin = kBins - 1 - thread;
@@ -141,7 +151,7 @@ __global__ void __launch_bounds__(kWarps * 32) top_tokens(const __grid_constant_
     warp_kept[lane] = make_int2(through_above - own.x, through_equal - own.y);
     if (lane == 31) block_kept = make_int2(through_above, through_equal);
   }
-  cluster.sync();
+  wait_for_all();
   int above_before = warp_kept[warp].x, equal_before = warp_kept[warp].y;
   for (int other = 0; other < rank; ++other) {
     const int2 kept = *cluster.map_shared_rank(&block_kept, other);
@@ -149,7 +159,7 @@ __global__ void __launch_bounds__(kWarps * 32) top_tokens(const __grid_constant_
     equal_before += kept.y;
   }
   // No block may end while others read what it keeps.
-  cluster.sync();
+  wait_for_all();
 
   int written = above_before + min(equal_before, remaining);
   const int* table = a.block_table + row * a.table_stride;

@@ -132,6 +132,7 @@ def test_kernels_compile_for_hopper(head_size: int, group: int, bounds: bool, tm
             "context_pointer": "*i32",
             "start_pointer": "*i64",
             **buffers,
+            "first_page_pointer": "*i64",
             "scale": "fp32",
             **dict.fromkeys(("capacity", "query_row_stride", "query_head_stride", "table_row_stride"), "i32"),
         },

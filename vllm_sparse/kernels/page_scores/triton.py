@@ -32,6 +32,7 @@ def page_logits_kernel(
     logit_pointer,
     largest_pointer,
     total_pointer,
+    first_page_pointer,
     scale,
     capacity,
     query_row_stride,
@@ -60,6 +61,8 @@ def page_logits_kernel(
     p_query = query_pointer + i_row * query_row_stride + (i_kv_head * GROUP + o_head)[None, :] * query_head_stride
     b_query = tl.load(p_query + o_dim[:, None], mask=in_head[:, None] & in_group[None, :], other=0.0)
     first_page = tl.load(start_pointer + i_row) // PAGE + i_row
+    if (i_share == 0) & (i_kv_head == 0):
+        tl.store(first_page_pointer + i_row, first_page)
     p_row = logit_pointer + (i_kv_head.to(tl.int64) * capacity + first_page) * GROUP
     b_largest = tl.full([GROUP_TILE], float("-inf"), tl.float32)
     b_total = tl.zeros([GROUP_TILE], tl.float32)
@@ -172,6 +175,7 @@ def page_scores(
     logits = torch.empty(kv_heads, capacity, group, dtype=torch.float32, device=device)
     partial = torch.empty(2, count, kv_heads, shares, group, dtype=torch.float32, device=device)
     scores = torch.empty(kv_heads, capacity, dtype=torch.float32, device=device)
+    first_pages = torch.empty(count, dtype=torch.int64, device=device)
     page_logits_kernel[(shares, kv_heads, count)](
         rows.query,
         summaries,
@@ -180,6 +184,7 @@ def page_scores(
         starts,
         logits,
         *partial.unbind(0),
+        first_pages,
         rows.scale,
         capacity,
         rows.query.stride(0),
@@ -210,5 +215,4 @@ def page_scores(
         TILE=MERGE_TILE,
         num_warps=4,
     )
-    first_pages = starts // kind.page_tokens + torch.arange(count, device=device)
     return RowScores(scores, first_pages, capacity, kind.page_tokens)
