@@ -21,7 +21,7 @@ constexpr int kBins = 1 << kDigitBits;
 constexpr int kDigits = 32 / kDigitBits;
 constexpr int kMostBlocks = 8;  // Clusters of more are not promised to be launched.
 constexpr int kBlocksAtOnce = 2 * 132;  // Two on each multiprocessor.
-constexpr int kUnitsOfOneBlock = 8192;
+constexpr int kUnitsOfOneBlock = 2048;
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
 struct Arguments {
