@@ -21,7 +21,8 @@ constexpr int kBins = 1 << kDigitBits;
 constexpr int kDigits = 32 / kDigitBits;
 constexpr int kMostBlocks = 8;  // Clusters of more are not promised to be launched.
 constexpr int kBlocksAtOnce = 2 * 132;  // Two on each multiprocessor.
-constexpr int kUnitsOfOneBlock = 2048;
+// Of a list that one block chooses from, where there are few lists and where other lists' blocks fill the device.
+constexpr int kUnitsOfOneBlock = 2048, kUnitsAmongLists = 8192;
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
 struct Arguments {
@@ -65,7 +66,8 @@ __global__ void __launch_bounds__(kWarps * 32) top_tokens(const __grid_constant_
   if (context == 0) return;
   cg::cluster_group cluster = cg::this_cluster();
   const int unit = a.unit, units = (context + unit - 1) / unit;
-  const int rank = cluster.block_rank(), blocks = units <= kUnitsOfOneBlock ? 1 : cluster.num_blocks();
+  const int rank = cluster.block_rank(), most_blocks = cluster.num_blocks();
+  const int blocks = units <= (most_blocks == kMostBlocks ? kUnitsOfOneBlock : kUnitsAmongLists) ? 1 : most_blocks;
   if (rank >= blocks) return;
   const auto wait_for_all = [&] {
     if (blocks > 1) {

@@ -22,6 +22,7 @@ from vllm_sparse.backend.graphs import DecodeGraphs, set_graphs
 from vllm_sparse.backend.impl import SparseAttentionImpl
 from vllm_sparse.backend.metadata import SparseMetadataBuilder
 from vllm_sparse.backend.plan import RowSpan, StepPlan
+from vllm_sparse.backend.warm_up import PrefillWarmUp
 from vllm_sparse.executors import Executor, FlashAttentionExecutor
 from vllm_sparse.keys import PagedKeys, PlainKeys
 from vllm_sparse.methods.base import BatchDecodeMethod
@@ -56,6 +57,8 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
             for method in configured
             if isinstance(method, BatchDecodeMethod) and method.serves(method, size.context_tokens)
         ]
+        if vllm_config.kernel_config.enable_jit_warmup:
+            PrefillWarmUp(vllm_config, layer_names[0]).register_warmup()
         self._graphs: DecodeGraphs | None = None
         if methods and config.decode_in_batches:
             self.decode_buffers = DecodeBuffers(

@@ -89,8 +89,7 @@ class SparseAttentionImpl:
             return super().forward(  # type: ignore[misc, no-any-return]
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
-        if self._sparse_executor is None:
-            self._sparse_executor = self.make_executor(layer)
+        executor = self._executor(layer)
         layer_index = _layer_index(layer.layer_name)
         work = plan.work(layer_index)
         if work.dense and len(work.dense) == len(plan.spans):
@@ -108,7 +107,7 @@ class SparseAttentionImpl:
         if plan.batch or plan.batch_step is not None:
             self.forward_batch(plan, layer, layer_index, query, key, value, kv_cache, attn_metadata, heads)
         for chunk in work.prefill:
-            self._forward_chunk(plan, chunk, layer, layer_index, query, kv_cache, block_table, heads)
+            self.forward_chunk(plan, chunk, layer, layer_index, query, kv_cache, block_table, heads)
         for row in work.choosing:
             keys = self.keys_of(layer, kv_cache, block_table[row.span.row], row.span.context_tokens)
             if row.method.summaries is not None:
@@ -128,7 +127,7 @@ class SparseAttentionImpl:
         if work.reading:
             with plan.timer.serving("decode", [row.method.name for row in work.reading]):
                 launches = plan.decode_launches(work, block_table, self.num_kv_heads, kv_cache.shape[2])
-                self._forward_reading(launches, plan.timer.executor(self._sparse_executor), query, heads, kv_cache)
+                self._forward_reading(launches, plan.timer.executor(executor), query, heads, kv_cache)
         if layer_index == plan.num_layers - 1:
             densities = [row.density for row in plan.prefill] + [row.density for row in plan.decode]
             plan.metrics.finish_step(densities, plan.timer)
@@ -147,7 +146,6 @@ class SparseAttentionImpl:
         heads: torch.Tensor,
     ) -> None:
         """The decode rows that are served at once; arguments as in `forward`, `heads` being its output."""
-        assert self._sparse_executor is not None
         batch = plan.start_batch(attn_metadata.seq_lens, attn_metadata.block_table)
 
         def dense(rows_query: torch.Tensor, context_tokens: torch.Tensor, rows_output: torch.Tensor) -> None:
@@ -169,12 +167,17 @@ class SparseAttentionImpl:
                 kv_cache,
                 self.scale,
                 target,
-                plan.timer.executor(self._sparse_executor),
+                plan.timer.executor(self._executor(layer)),
                 plan.timer.aside(dense),
                 self._summaries,
             )
             if not in_place:
                 heads[batch.tokens] = target
+
+    def _executor(self, layer: Any) -> Executor:
+        if self._sparse_executor is None:
+            self._sparse_executor = self.make_executor(layer)
+        return self._sparse_executor
 
     def _stored_summaries(self, kind: SummaryKind, kv_cache: torch.Tensor) -> torch.Tensor:
         """Summaries of the layer's pages, by physical block; memory is taken when the first request needs them."""
@@ -215,7 +218,7 @@ class SparseAttentionImpl:
                 executor.run(part.launch, gathered, target, kv_cache, self.scale)
                 heads[part.tokens] = target.view(-1, self.num_heads, head_size)
 
-    def _forward_chunk(
+    def forward_chunk(
         self,
         plan: StepPlan,
         row: PrefillRow,
@@ -226,9 +229,8 @@ class SparseAttentionImpl:
         block_table: torch.Tensor,
         heads: torch.Tensor,
     ) -> None:
-        """One request's chunk: choose, translate, attend."""
+        """One request's chunk: choose, translate, attend; arguments as in `forward_batch`."""
         span, method = row.span, row.method
-        assert self._sparse_executor is not None
         block_size = kv_cache.shape[2]
         request_blocks = block_table[span.row]
         chunk = query[span.query_start : span.query_start + span.query_tokens]
@@ -237,7 +239,7 @@ class SparseAttentionImpl:
         output = heads[span.query_start : span.query_start + span.query_tokens]
         with plan.timer.serving("prefill", [method.name]):
             lists = method.select(chunk, keys, self.scale, page_size, Layer(layer_index, self._first_query_head))
-            executor = plan.timer.executor(self._sparse_executor)
+            executor = plan.timer.executor(self._executor(layer))
             attend_chunk(executor, method, lists, chunk, output, kv_cache, request_blocks, self.scale)
         list_heads = method.list_heads(self.num_heads, self.num_kv_heads)
         row.density.add(layer_index, lists.kept_tokens, span, method.query_block, list_heads)

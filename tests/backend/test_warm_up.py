@@ -1,0 +1,65 @@
+"""Kernels of prefill methods are compiled at start-up, through vLLM's own registry."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from tests.backend.conftest import HEAD_SIZE, KV_HEADS, Engine
+from vllm_sparse.backend.warm_up import PrefillWarmUp, doubling
+from vllm_sparse.methods.base import PrefillMethod
+from vllm_sparse.methods.registry import PREFILL_METHODS
+from vllm_sparse.pages import PageList
+
+BLOCK, BLOCKS = 32, 40
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "expected"),
+    [(8192, 8192, [8192]), (8192, 30000, [8192, 16384, 30000]), (4096, 16384, [4096, 8192, 16384]), (9000, 100, [100])],
+)
+def test_contexts_double_up_to_the_longest(first: int, last: int, expected: list[int]) -> None:
+    assert doubling(first, last) == expected
+
+
+def test_each_method_serves_a_chunk_of_each_length(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a cache of fewer blocks than the longest prompt has, and with what a request reads for real."""
+    from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
+
+    layer = engine.layers[3]
+    shape = BLOCKS, KV_HEADS, BLOCK, 2 * HEAD_SIZE
+    monkeypatch.setattr(layer, "kv_cache", torch.randn(shape))
+    monkeypatch.setattr(engine.config.scheduler_config, "max_num_batched_tokens", 1024)
+    monkeypatch.setattr(engine.config.model_config, "max_model_len", 2500)
+    served: Counter[tuple[str, int, int]] = Counter()
+    attended: list[int] = []
+    select = PrefillMethod.select
+
+    @functools.wraps(select)
+    def counted(self: PrefillMethod, query: torch.Tensor, keys: Any, *args: Any) -> PageList:
+        served[self.name, query.shape[0], keys.context_tokens] += 1
+        lists = select(self, query, keys, *args)
+        attended.append(int(lists.kept_tokens.sum()))
+        return lists
+
+    monkeypatch.setattr(PrefillMethod, "select", counted)
+    registry = JitWarmupRegistry(engine.config)
+    PrefillWarmUp(engine.config, layer.layer_name).register_warmup()
+    assert len(registry) == 0, "only while vLLM asks for what to warm up"
+    with registry.activate():
+        PrefillWarmUp(engine.config, layer.layer_name).register_warmup()
+    registry.warmup()
+    assert served == {(name, 1024, context): 1 for name in PREFILL_METHODS for context in (1024, 2048, 2500)}
+    assert all(kept > 0 for kept in attended)
+
+
+def test_chunks_that_always_run_dense_are_left_out(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.config.scheduler_config, "max_num_batched_tokens", 200)
+    keys = PrefillWarmUp(engine.config, engine.layers[0].layer_name).get_warmup_keys()
+    assert {key.method.name for key in keys} == {
+        name for name, method in PREFILL_METHODS.items() if method().min_query_tokens <= 200
+    }

@@ -1,0 +1,89 @@
+"""Compiles the kernels of the prefill methods while the server starts, so that no request waits for a compiler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
+
+from vllm_sparse.backend.plan import PrefillRow, RowSpan, StepPlan
+from vllm_sparse.methods.base import PrefillMethod
+from vllm_sparse.methods.registry import PREFILL_METHODS
+from vllm_sparse.metrics import RowDensity, WorkerMetrics
+from vllm_sparse.params import configured_method
+from vllm_sparse.server.admission import server_config
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+@dataclass(frozen=True)
+class WarmUpChunk:
+    """A prompt's last chunk; kernels for wider tiles are compiled as contexts double.
+
+    Attributes:
+        method: with the knobs that the server's configuration gives it.
+        tokens: of the chunk.
+        context_tokens: of the prompt.
+    """
+
+    method: PrefillMethod
+    tokens: int
+    context_tokens: int
+
+
+class PrefillWarmUp(VllmJitKernel[WarmUpChunk]):
+    """Serves chunks of random queries over whatever the cache holds, through a layer as it will serve requests.
+
+    vLLM asks for it once its cache is allocated (``--kernel-config.enable_jit_warmup``). A request that sets knobs
+    which change a kernel's tiles, such as a query block, still waits for the compiler once.
+
+    Args:
+        vllm_config: the server's configuration.
+        layer_name: of an attention layer; all are alike.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, layer_name: str) -> None:
+        super().__init__()
+        self._config = vllm_config
+        self._layer_name = layer_name
+
+    def get_warmup_keys(self, *args: Any, **kwargs: Any) -> list[WarmUpChunk]:
+        """Chunks of each method that requests may choose."""
+        config = server_config(self._config)
+        longest = self._config.model_config.max_model_len
+        step = min(self._config.scheduler_config.max_num_batched_tokens, longest)
+        contexts = doubling(max(step, min(config.min_tokens, longest)), longest)
+        methods = [configured_method(config, "prefill", name) for name in PREFILL_METHODS if name in config.methods]
+        return [
+            WarmUpChunk(method, step, context)
+            for method in methods
+            if isinstance(method, PrefillMethod) and step >= method.min_query_tokens
+            for context in contexts
+        ]
+
+    def compile(self, compile_key: WarmUpChunk) -> None:
+        """Serve the chunk."""
+        layer = self._config.compilation_config.static_forward_context[self._layer_name]
+        kv_cache = layer.kv_cache
+        blocks = -(-compile_key.context_tokens // kv_cache.shape[2])
+        block_table = torch.arange(blocks, dtype=torch.int32, device=kv_cache.device) % kv_cache.shape[0]
+        shape = compile_key.tokens, layer.impl.num_heads, kv_cache.shape[3] // 2
+        query = torch.randn(shape, device=kv_cache.device).to(self._config.model_config.dtype)
+        span = RowSpan(0, 0, compile_key.tokens, compile_key.context_tokens)
+        row = PrefillRow(span, compile_key.method, RowDensity("prefill", compile_key.method.name))
+        plan = StepPlan([span], [], [row], [], [], None, 1, WorkerMetrics.get())
+        layer.impl.forward_chunk(
+            plan, row, layer, 0, query, kv_cache, block_table.unsqueeze(0), torch.empty_like(query)
+        )
+
+
+def doubling(first: int, last: int) -> list[int]:
+    """`first`, twice that and so on below `last`, and `last`."""
+    found = []
+    while first < last:
+        found.append(first)
+        first *= 2
+    return [*found, last]
