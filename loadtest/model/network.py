@@ -242,13 +242,8 @@ def rounded_copy(network: Network) -> Network:
     return copy.eval()
 
 
-def export(network: Network, folder: Path) -> None:
-    """Write config.json, generation_config.json and model.safetensors (bfloat16) into the existing `folder`.
-
-    Raises:
-        ValueError: the weights are larger than `LARGEST_WEIGHTS`.
-    """
-    sizes = network.sizes
+def write_configuration(sizes: Architecture, norm_epsilon: float, folder: Path) -> None:
+    """Write config.json and generation_config.json of a bfloat16 model of these sizes into the existing `folder`."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -260,7 +255,7 @@ def export(network: Network, folder: Path) -> None:
         "num_key_value_heads": sizes.kv_heads,
         "head_dim": sizes.head_size,
         "hidden_act": "silu",
-        "rms_norm_eps": NORM_EPSILON,
+        "rms_norm_eps": norm_epsilon,
         "max_position_embeddings": sizes.longest,
         # Older readers look for rope_theta, newer ones for rope_parameters.
         "rope_theta": sizes.rope_theta,
@@ -286,6 +281,15 @@ def export(network: Network, folder: Path) -> None:
     }
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def export(network: Network, folder: Path) -> None:
+    """Write config.json, generation_config.json and model.safetensors (bfloat16) into the existing `folder`.
+
+    Raises:
+        ValueError: the weights are larger than `LARGEST_WEIGHTS`.
+    """
+    write_configuration(network.sizes, NORM_EPSILON, folder)
     path = folder / "model.safetensors"
     weights = {name: weight.bfloat16().contiguous().cpu() for name, weight in network.state_dict().items()}
     save_file(weights, path, metadata={"format": "pt"})
