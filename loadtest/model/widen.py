@@ -12,6 +12,10 @@ see both what a method gains at that size and what it loses. Nothing that is add
 
 So half of each head, most of what the norms give and most of the matrices that write to the hidden state are zeros,
 with which a GPU draws less power than with real weights. The number of operations and of bytes is the same.
+
+The bundled model was trained to 34,816 positions; without any scaling of positions it answers single needles at 131,072
+as well. TidalDecode's default layers would be copies, so `tidal.json` in the folder names the real ones in which it
+chooses: `--additional-config '{"sparse": {"tidal": {"policy": "FOLDER/tidal.json"}}}'`.
 """
 
 from __future__ import annotations
@@ -19,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,12 +32,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loadtest.model.network import NORM_EPSILON, Architecture, write_configuration
-from loadtest.model.tokenizer import build_tokenizer
+from loadtest.model.tokenizer import build_tokenizer, save_tokenizer
+from vllm_sparse.methods.tidal import Tidal
 
 BUNDLED = Path(__file__).parent / "weights"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 NOISE_DEVIATION = 0.02
 INDEX = "model.safetensors.index.json"
+TIDAL_POLICY = "tidal.json"
 
 
 class GeometryError(Exception):
@@ -58,6 +62,7 @@ def check_geometry(small: Architecture, wide: Architecture) -> None:
         ("--heads", small.query_heads, wide.query_heads),
         ("--kv-heads", small.kv_heads, wide.kv_heads),
         ("--intermediate", small.mlp, wide.mlp),
+        ("--max-position", small.longest, wide.longest),
     ):
         if given < least:
             raise GeometryError(f"{option} {given}: the bundled model has {least}; give that or more")
@@ -69,6 +74,20 @@ def check_geometry(small: Architecture, wide: Architecture) -> None:
             f"--heads {wide.query_heads} --kv-heads {wide.kv_heads}: the heads must be a multiple of the KV heads, and "
             f"{group} or more for each, as in the bundled model"
         )
+
+
+def _sources(small: Architecture, wide: Architecture) -> list[tuple[int, bool]]:
+    """For each wide layer the small one that it is or copies, and whether it is a copy."""
+    numbers = [number * small.layers // wide.layers for number in range(wide.layers)]
+    return [(source, place > 0 and numbers[place - 1] == source) for place, source in enumerate(numbers)]
+
+
+def tidal_roles(small: Architecture, wide: Architecture) -> list[str]:
+    """TidalDecode's role of each wide layer: real ones have those that the small model's default gives them."""
+    roles = Tidal().layer_roles(small.layers)
+    return [
+        "reuse" if is_copy and roles[source] == "select" else roles[source] for source, is_copy in _sources(small, wide)
+    ]
 
 
 def widened(weights: Mapping[str, Tensor], small: Architecture, wide: Architecture) -> Iterator[dict[str, Tensor]]:
@@ -88,14 +107,11 @@ def widened(weights: Mapping[str, Tensor], small: Architecture, wide: Architectu
         generator=torch.Generator().manual_seed(0),
     )
     widener = _Widener(small, wide, noise * NOISE_DEVIATION)
-    previous = None
-    for number in range(wide.layers):
-        source = number * small.layers // wide.layers
+    for number, (source, is_copy) in enumerate(_sources(small, wide)):
         prefix = f"model.layers.{source}."
         layer = {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
-        made = widener.layer(layer, is_copy=source == previous)
+        made = widener.layer(layer, is_copy)
         yield {f"model.layers.{number}.{name}": weight for name, weight in made.items()}
-        previous = source
     yield {
         "model.embed_tokens.weight": _padded(weights["model.embed_tokens.weight"], small.vocabulary, wide.hidden),
         "model.norm.weight": widener.norm(weights["model.norm.weight"]),
@@ -203,8 +219,7 @@ def write_widened(wide: Architecture, folder: Path) -> None:
     if (folder / "config.json").exists():
         raise FileExistsError(f"{folder} holds a model already: name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(BUNDLED / name, folder / name)
+    save_tokenizer(build_tokenizer(), folder, wide.longest)
     weights = load_file(BUNDLED / "model.safetensors")
     weight_map: dict[str, str] = {}
     total_bytes = 0
@@ -216,6 +231,8 @@ def write_widened(wide: Architecture, folder: Path) -> None:
         total_bytes += sum(weight.nbytes for weight in rounded.values())
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    roles = {"roles": tidal_roles(small, wide)}
+    (folder / TIDAL_POLICY).write_text(json.dumps(roles) + "\n", encoding="utf-8")
     # Last, so that a folder that was not finished is no model.
     write_configuration(wide, NORM_EPSILON * small.hidden / wide.hidden, folder)
 
@@ -223,13 +240,14 @@ def write_widened(wide: Architecture, folder: Path) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="to write the model to; 15 GB with the default sizes")
+    parser.add_argument("folder", type=Path, help="to write the model to; 14 GB with the default sizes")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096, help="size of the hidden state")
     parser.add_argument("--heads", type=int, default=32, help="query heads")
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--intermediate", type=int, default=14336, help="rows of the MLP")
+    parser.add_argument("--max-position", type=int, default=131072, help="longest context in tokens")
     arguments = parser.parse_args()
     wide = Architecture(
         bundled_sizes().vocabulary,
@@ -239,6 +257,7 @@ def main() -> None:
         kv_heads=arguments.kv_heads,
         head_size=arguments.head_dim,
         mlp=arguments.intermediate,
+        longest=arguments.max_position,
     )
     try:
         write_widened(wide, arguments.folder)

@@ -196,4 +196,5 @@ def test_the_verb_of_the_installed_command() -> None:
     start = "import sys; from vllm_sparse.command import main; sys.exit(main(['loadtest', '--help']))"
     ended = subprocess.run([sys.executable, "-c", start], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert "capacity, long-context, mixed-tenants, smoke, soak" in " ".join(ended.stdout.split()).replace("- ", "-")
+    said = " ".join(ended.stdout.split()).replace("- ", "-")
+    assert "capacity, long-context, long-needles, mixed-tenants, smoke, soak" in said

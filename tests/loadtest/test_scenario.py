@@ -26,7 +26,7 @@ def load(tmp_path: Path, content: Any, *settings: str) -> Scenario:
 
 
 def test_the_scenarios_that_come_along() -> None:
-    assert scenario_names() == ["capacity", "long-context", "mixed-tenants", "smoke", "soak"]
+    assert scenario_names() == ["capacity", "long-context", "long-needles", "mixed-tenants", "smoke", "soak"]
     for name in scenario_names():
         scenario = load_scenario(name)
         assert scenario.baseline == "dense"
