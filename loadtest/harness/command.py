@@ -30,7 +30,7 @@ from loadtest.harness.journal import FORMAT, NAME, Journal
 from loadtest.harness.plan import Planner, Stage
 from loadtest.harness.run import run
 from loadtest.harness.scenario import Scenario, ScenarioError, load_scenario, scenario_names
-from loadtest.harness.server import ServerError, served
+from loadtest.harness.server import ServerError, served, wait_until_healthy
 from loadtest.report.command import compare_runs, write_report
 from loadtest.workloads.build import PromptMaker
 from loadtest.workloads.tokens import local_counter, model_counter
@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("scenario", help=f"a .yaml file, or one of {', '.join(scenario_names())}")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server, without a path")
     parser.add_argument("--serve", metavar="COMMAND", help="start this server for the test; it must listen at --url")
+    parser.add_argument("--wait", type=float, metavar="SECONDS", help="wait so long for the server to be healthy")
     parser.add_argument("--model", help="served model name; default: the server's only one")
     parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json; default: the model's, or /tokenize")
     parser.add_argument("--api-key-file", type=Path, help="file that holds the server's API key")
@@ -95,6 +96,8 @@ def _load_test(arguments: argparse.Namespace) -> None:
         if arguments.serve:
             _say(f"starting the server; its log is {folder / SERVER_LOG}")
             stack.enter_context(served(arguments.serve, url, folder / SERVER_LOG))
+        elif arguments.wait:
+            wait_until_healthy(url, arguments.wait)
         finished = _run(scenario, arguments, url, folder)
     write_report(folder)
     if not finished:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 START_SECONDS = 900.0
 STOP_SECONDS = 30.0
+POLL_SECONDS = 0.5
 LOG_LINES = 20
 
 
@@ -55,6 +56,19 @@ def served(command: str, url: str, log: Path) -> Iterator[None]:
         _stop(process)
 
 
+def wait_until_healthy(url: str, limit_seconds: float) -> None:
+    """Wait for a server that somebody else starts.
+
+    Raises:
+        ServerError: it is not healthy in time.
+    """
+    deadline = time.monotonic() + limit_seconds
+    while not _is_healthy(url):
+        if time.monotonic() > deadline:
+            raise ServerError(f"no server at {url} was healthy within {limit_seconds:g} s (--wait)")
+        time.sleep(POLL_SECONDS)
+
+
 def _is_healthy(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
@@ -70,7 +84,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
             what = f"ended with {process.returncode}" if process.poll() is not None else "was not ready in time"
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
             raise ServerError(f"the server {what}; its log, {log}, ends with:\n{tail}")
-        time.sleep(0.5)
+        time.sleep(POLL_SECONDS)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

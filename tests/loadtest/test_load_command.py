@@ -97,6 +97,27 @@ def test_an_end_before_the_first_request_ends_the_server_too(tmp_path: Path) -> 
         os.kill(int(mark.read_text()), 0)
 
 
+def test_a_server_is_waited_for(tmp_path: Path) -> None:
+    mine = written(tmp_path, scenario_of(tmp_path, {"plain": {}}, OPEN))
+    port = free_port()
+    arguments = [mine, "--url", f"http://127.0.0.1:{port}", "--out", str(tmp_path / "run")]
+    assert f"no server at http://127.0.0.1:{port} was healthy within 0.1 s (--wait)" in refusal(
+        [*arguments, "--wait", "0.1"]
+    )
+    waiting = subprocess.Popen(
+        [sys.executable, "-m", "loadtest.harness.command", *arguments, "--wait", "60"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(1)
+    server = subprocess.Popen([sys.executable, "-m", "tests.loadtest.simulated_server", "--port", str(port)], cwd=ROOT)
+    output, _ = waiting.communicate(timeout=120)
+    server.kill()
+    server.wait()
+    assert "| plain  | 40/40" in output
+
+
 def test_a_server_that_runs_already_is_not_started_again(simulated: Simulated, tmp_path: Path) -> None:
     mine = written(tmp_path, scenario_of(tmp_path, {"plain": {}}, OPEN))
     arguments = [mine, "--url", simulated.url, "--serve", "true", "--out", str(tmp_path / "run")]
