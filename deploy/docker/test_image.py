@@ -3,8 +3,8 @@
 1. Build target `cpu` of the Dockerfile, by buildah, on a Debian that mmdebstrap makes (or on --base).
 2. Its labels, user, health check and list of packages.
 3. Two servers with a read-only root, no capabilities, no new privileges and a user that no one knows; only /tmp,
-   /dev/shm and /var/cache/vllm-sparse can be written. A sparse completion by the script of the chart's `helm test`, and
-   the metrics.
+   /dev/shm and /var/cache/vllm-sparse can be written. A sparse completion by the script of the chart's `helm test`, the
+   metrics, and a short load test with the harness of the image.
 4. A rolling restart under load, as Kubernetes does it: the pod leaves the endpoints while preStop sleeps, SIGTERM
    follows, `--shutdown-timeout` lets requests in flight end. No request may fail, and each server must exit with 0.
 5. The same without preStop and endpoint removal, where requests must fail: else check 4 would prove nothing.
@@ -294,6 +294,10 @@ def check_serving(server: Server) -> None:
     check("vllm_sparse_density_ratio" in names, f"/metrics has {len(names)} metrics of vllm_sparse")
     server.healthcheck()
     check(True, "the image's health check passes")
+    # As the chart's Job runs it.
+    load_test = f"vllm-sparse loadtest smoke --url {server.url} --out /tmp/load --set load.requests=4"
+    report = server.inside("sh", "-c", f"cd /opt/vllm-sparse && {load_test} --set warm_up_rounds=0")
+    check("/tmp/load/report.html" in report, "the image's load test runs")
     components = json.loads(server.inside("cat", "/usr/share/sbom/vllm-sparse.cdx.json"))["components"]
     listed = {component["name"] for component in components}
     check(

@@ -25,6 +25,7 @@ from vllm_sparse.params import METHODS, PHASES, ServerConfig, knob_schema
 CHART = Path(__file__).parent / "vllm-sparse"
 EXAMPLES = CHART / "examples"
 RENDERED = Path(__file__).parent / "rendered"
+SCENARIOS = Path(__file__).parents[2] / "loadtest" / "scenarios"
 RELEASE, NAMESPACE = "example", "llm"
 
 Schema = dict[str, Any]
@@ -37,6 +38,14 @@ COUNT: Schema = {"minimum": 0}
 POSITIVE: Schema = {"minimum": 1}
 SHARE: Schema = {"minimum": 0, "maximum": 1}
 CREATE: Schema = {"enum": ["auto", "always", "never"]}
+RESOURCES: Schema = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        name: {"type": "object", "additionalProperties": {"type": ["string", "integer"]}}
+        for name in ("requests", "limits")
+    },
+}
 
 # What a setting's default does not tell of it; `*` stands for any model's settings.
 LIMITS: dict[str, Schema] = {
@@ -74,14 +83,7 @@ LIMITS: dict[str, Schema] = {
     },
     "*.sharedMemory": SIZE,
     "*.temporarySpace": SIZE,
-    "*.resources": {
-        "type": "object",
-        "additionalProperties": False,
-        "properties": {
-            name: {"type": "object", "additionalProperties": {"type": ["string", "integer"]}}
-            for name in ("requests", "limits")
-        },
-    },
+    "*.resources": RESOURCES,
     "*.replicas": COUNT,
     "*.autoscaling.kind": {"enum": ["none", "hpa", "keda"]},
     "*.autoscaling.minReplicas": COUNT,
@@ -123,6 +125,12 @@ LIMITS: dict[str, Schema] = {
     "*.test.extras": {"type": "object"},
     "*.test.promptWords": POSITIVE,
     "*.test.timeoutSeconds": POSITIVE,
+    "*.loadTest.run": {"pattern": "^([a-z0-9]([a-z0-9-]{0,28}[a-z0-9])?)?$"},
+    "*.loadTest.scenario": {"enum": sorted(path.stem for path in SCENARIOS.glob("*.yaml"))},
+    "*.loadTest.set": {"items": {"type": "string", "pattern": "^[^=]+="}},
+    "*.loadTest.deadlineSeconds": POSITIVE,
+    "*.loadTest.results.size": SIZE,
+    "*.loadTest.resources": RESOURCES,
     "monitoring.monitor.create": CREATE,
     "monitoring.monitor.kind": {"enum": ["PodMonitor", "ServiceMonitor"]},
     "monitoring.monitor.interval": {"pattern": "^[0-9]+(ms|s|m|h)$"},

@@ -352,6 +352,83 @@ class TestNetworkPolicy:
         assert {"to": [group]} in spec["egress"]
 
 
+class TestLoadTest:
+    def manifests(self, **settings: Any) -> list[Manifest]:
+        return render(one_model(loadTest={"run": "first", **settings}))
+
+    def container(self, **settings: Any) -> Manifest:
+        container: Manifest = find(self.manifests(**settings), "Job")["spec"]["template"]["spec"]["containers"][0]
+        return container
+
+    def test_runs_only_where_it_has_a_name(self) -> None:
+        assert not [each for each in render(one_model()) if each["kind"] in ("Job", "PersistentVolumeClaim")]
+        assert find(self.manifests(), "Job")["metadata"]["name"] == "example-vllm-sparse-m-load-first"
+
+    def test_is_not_repeated_and_ends(self) -> None:
+        spec = find(self.manifests(deadlineSeconds=77), "Job")["spec"]
+        assert (spec["backoffLimit"], spec["activeDeadlineSeconds"]) == (0, 77)
+        assert spec["template"]["spec"]["restartPolicy"] == "Never"
+
+    def test_runs_in_the_folder_of_the_image_that_holds_the_harness(self) -> None:
+        folder = self.container()["workingDir"]
+        dockerfile = (CHART.parents[1] / "docker" / "Dockerfile").read_text()
+        assert dockerfile.count(f"\nCOPY loadtest {folder}/loadtest\n") == 2
+
+    def test_results_have_a_folder_of_the_run_in_a_claim_that_stays(self) -> None:
+        manifests = self.manifests(results={"size": "3Gi", "storageClass": "fast"})
+        claim = find(manifests, "PersistentVolumeClaim")
+        assert claim["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+        assert claim["spec"]["resources"] == {"requests": {"storage": "3Gi"}}
+        assert claim["spec"]["storageClassName"] == "fast"
+        (volume,) = find(manifests, "Job")["spec"]["template"]["spec"]["volumes"]
+        assert volume["persistentVolumeClaim"] == {"claimName": claim["metadata"]["name"]}
+        container = self.container()
+        (mount,) = container["volumeMounts"]
+        assert f"--out={mount['mountPath']}/first" in container["args"]
+
+    def test_results_may_go_to_a_claim_that_exists(self) -> None:
+        manifests = self.manifests(results={"existingClaim": "mine"})
+        assert not [each for each in manifests if each["kind"] == "PersistentVolumeClaim"]
+        (volume,) = find(manifests, "Job")["spec"]["template"]["spec"]["volumes"]
+        assert volume["persistentVolumeClaim"] == {"claimName": "mine"}
+
+    def test_the_key_comes_as_a_file(self) -> None:
+        manifests = render(one_model(loadTest={"run": "first"}, **SECRETS))
+        pod = find(manifests, "Job")["spec"]["template"]["spec"]
+        (volume,) = [volume for volume in pod["volumes"] if "secret" in volume]
+        assert volume["secret"] == {"secretName": "key-secret", "items": [{"key": "api-key", "path": "key"}]}
+        (container,) = pod["containers"]
+        (mount,) = [mount for mount in container["volumeMounts"] if mount["name"] == volume["name"]]
+        assert f"--api-key-file={mount['mountPath']}/key" in container["args"]
+        assert "env" not in container
+
+    def test_a_scenario_of_your_own(self) -> None:
+        manifests = self.manifests(scenarioFile="seed: 3\n", set=["load.rates=[1]"])
+        pod = find(manifests, "Job")["spec"]["template"]["spec"]
+        (volume,) = [volume for volume in pod["volumes"] if "configMap" in volume]
+        assert find(manifests, "ConfigMap", volume["configMap"]["name"])["data"] == {"scenario.yaml": "seed: 3\n"}
+        (container,) = pod["containers"]
+        (mount,) = [mount for mount in container["volumeMounts"] if mount["name"] == volume["name"]]
+        assert container["args"][0] == f"{mount['mountPath']}/scenario.yaml"
+        assert container["args"][-1] == "--set=load.rates=[1]"
+
+    def test_neither_service_nor_policy_takes_it_for_a_server(self) -> None:
+        manifests = render(one_model(loadTest={"run": "first"}) | {"networkPolicy": {"enabled": True, "from": []}})
+        labels = find(manifests, "Job")["spec"]["template"]["metadata"]["labels"]
+        assert not find(manifests, "Service")["spec"]["selector"].items() <= labels.items()
+        policy = find(manifests, "NetworkPolicy")["spec"]
+        assert "vllm-sparse/model" not in labels, "the policy would select the pod of the load test"
+        (peer,) = policy["ingress"][0]["from"]
+        assert peer["podSelector"]["matchLabels"].items() <= labels.items()
+
+    def test_a_running_server_is_not_restarted_for_it(self) -> None:
+        def template(values: Manifest) -> Manifest:
+            found: Manifest = find(render(values), "Deployment")["spec"]["template"]
+            return found
+
+        assert template(one_model(loadTest={"run": "first"})) == template(one_model())
+
+
 class TestSelectors:
     @pytest.mark.parametrize("name", EXAMPLES)
     def test_find_the_servers_and_nothing_else(self, name: str) -> None:
@@ -453,7 +530,7 @@ def unknown_fields(value: Any, known: Any, path: str) -> Iterator[str]:
 def pod_templates(manifests: list[Manifest]) -> Iterator[Manifest]:
     """Metadata and spec of everything that becomes pods; the server's own before its workers'."""
     for manifest in manifests:
-        if manifest["kind"] == "Deployment":
+        if manifest["kind"] in ("Deployment", "Job"):
             yield manifest["spec"]["template"]
         elif manifest["kind"] == "LeaderWorkerSet":
             group = manifest["spec"]["leaderWorkerTemplate"]

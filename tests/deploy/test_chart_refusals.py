@@ -46,6 +46,13 @@ WRONG_SCHEMA: list[tuple[dict[str, Any], str]] = [
     (one_model(extraArgs=["enforce-eager"]), "extraArgs"),
     (one_model(env={"COUNT": 1}), "COUNT"),
     (one_model(additionalConfig={"sparse": {}}), "additionalConfig"),
+    (one_model(loadTest={"enabled": True}), "enabled"),
+    (one_model(loadTest={"run": "Before_Launch"}), "run"),
+    (one_model(loadTest={"scenario": "smokey"}), "scenario"),
+    (one_model(loadTest={"set": ["load.rates"]}), "set"),
+    (one_model(loadTest={"deadlineSeconds": 0}), "deadlineSeconds"),
+    (one_model(loadTest={"results": {"claim": "a"}}), "claim"),
+    (one_model(loadTest={"resources": {"cpu": 1}}), "resources"),
 ]
 
 WRONG_TOGETHER: list[tuple[dict[str, Any], str]] = [
@@ -69,6 +76,7 @@ WRONG_TOGETHER: list[tuple[dict[str, Any], str]] = [
     (one_model(env={"VLLM_API_KEY": "abc"}), "set models.m.apiKey.existingSecret instead"),
     (one_model(env={"HF_TOKEN": "abc"}), "set models.m.hubToken.existingSecret instead"),
     (one_model() | {"fullnameOverride": "x" * 51}, "53 characters"),
+    (one_model(loadTest={"run": "x" * 20}) | {"fullnameOverride": "x" * 40}, "models.m.loadTest"),
 ]
 
 

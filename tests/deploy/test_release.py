@@ -62,7 +62,7 @@ def test_install_upgrade_rollback_uninstall(cluster: Cluster, chart: helm_python
     assert [entry["revision"] for entry in client.history(RELEASE)] == [1, 2, 3]
 
     client.uninstall(RELEASE)
-    assert cluster.objects == {}
+    assert list(cluster.objects) == [("PersistentVolumeClaim", "example-vllm-sparse-small-results")]
 
 
 def test_upgrade_to_the_same_values_changes_no_pod(cluster: Cluster, chart: helm_python.Chart) -> None:
@@ -95,6 +95,25 @@ def test_an_older_kubernetes_is_refused(chart: helm_python.Chart) -> None:
         pytest.raises(helm_python.HelmError, match=r"requires kubeVersion: >=1\.30\.0-0"),
     ):
         helm(cluster).install(chart, RELEASE, example("cpu"), namespace=NAMESPACE)
+
+
+def test_a_load_test_comes_and_goes_and_its_results_stay(cluster: Cluster, chart: helm_python.Chart) -> None:
+    client = helm(cluster)
+    values = with_defaults(example("cpu"))
+    client.install(chart, RELEASE, values, namespace=NAMESPACE)
+    assert "Job" not in cluster.kinds()
+    values["models"]["small"]["loadTest"] = {"run": "first"}
+    assert "logs -f job/example-vllm-sparse-small-load-first" in str(
+        client.upgrade(chart, RELEASE, values, namespace=NAMESPACE)["notes"]
+    )
+    values["models"]["small"]["loadTest"] = {"run": "second"}
+    client.upgrade(chart, RELEASE, values, namespace=NAMESPACE)
+    jobs = [name for kind, name in cluster.objects if kind == "Job"]
+    assert jobs == ["example-vllm-sparse-small-load-second"]
+    values["models"]["small"]["loadTest"] = {"run": ""}
+    client.upgrade(chart, RELEASE, values, namespace=NAMESPACE)
+    assert "Job" not in cluster.kinds()
+    assert ("PersistentVolumeClaim", "example-vllm-sparse-small-results") in cluster.objects
 
 
 class TestNotes:

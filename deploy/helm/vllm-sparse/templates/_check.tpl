@@ -34,6 +34,10 @@
 {{- if gt (len $object) 52 -}}
 {{- fail (printf "%s: the objects' name %q has %d characters, of which 52 are allowed; shorten the model's name or the release's, or set fullnameOverride" $at $object (len $object)) -}}
 {{- end -}}
+{{- $job := include "vllm-sparse.loadTestName" . -}}
+{{- if and $model.loadTest.run (gt (len $job) 63) -}}
+{{- fail (printf "%s.loadTest: the Job's name %q has %d characters, of which 63 are allowed; shorten run" $at $job (len $job)) -}}
+{{- end -}}
 {{- /* vLLM reads _ as -, and an argument can be read by whoever may list pods. */}}
 {{- range $model.extraArgs -}}
 {{- $argument := . | splitList "=" | first | replace "_" "-" -}}

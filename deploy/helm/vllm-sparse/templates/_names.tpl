@@ -97,6 +97,15 @@ app.kubernetes.io/component: server
 {{- end -}}
 {{- end }}
 
+{{/* Job of the load test, and its scenario. */}}
+{{- define "vllm-sparse.loadTestName" -}}
+{{- printf "%s-load-%s" (include "vllm-sparse.serverName" .) .model.loadTest.run -}}
+{{- end }}
+
+{{- define "vllm-sparse.resultsClaim" -}}
+{{- default (printf "%s-results" (include "vllm-sparse.serverName" .)) .model.loadTest.results.existingClaim -}}
+{{- end }}
+
 {{/* "true" if an object that needs a CRD is wanted. Takes root, create (always, never, auto) and api. */}}
 {{- define "vllm-sparse.wanted" -}}
 {{- if or (eq .create "always") (and (eq .create "auto") (.root.Capabilities.APIVersions.Has .api)) -}}true{{- end -}}
