@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.oracle import live_pages
-from vllm_sparse.pages import PageList, concatenate, to_physical
+from vllm_sparse.pages import PageList, concatenate, to_logical, to_physical
 
 
 @given(
@@ -40,6 +40,11 @@ def test_a_physical_page_holds_the_tokens_of_its_logical_page(
         for column in range(width):
             start = int(logical[row, column]) * page
             assert torch.equal(views[physical[row, column]], sequence[start : start + page])
+        if page == 1:
+            # The rows of places that were left over are anything.
+            left_over = torch.tensor([[1 << 30, 0]], dtype=torch.int32)
+            places = torch.cat([left_over, physical[row : row + 1]], dim=1)
+            assert torch.equal(to_logical(places, own, block_size, heads)[0, 2:], logical[row].long())
 
 
 def test_a_page_must_divide_a_block() -> None:

@@ -108,3 +108,22 @@ def to_physical(
     else:
         from vllm_sparse.kernels.page_list.reference import to_physical
     return to_physical(page_list, block_table, row_kv_head, block_size_tokens // page_size, num_kv_heads)
+
+
+def to_logical(
+    slots: torch.Tensor, block_table: torch.Tensor, block_size_tokens: int, num_kv_heads: int
+) -> torch.Tensor:
+    """Translate places of single tokens in the per-head view of a cache back to positions of their request.
+
+    Args:
+        slots: int32 ``[rows, width]``, as `to_physical` gives them for pages of one token.
+        block_table: int32 ``[blocks]`` of the request, as many as its context fills.
+        block_size_tokens: tokens of a KV-cache block.
+        num_kv_heads: KV heads in the cache.
+
+    Returns:
+        int64 ``[rows, width]``; anything for places in blocks that are not the request's.
+    """
+    blocks, order = block_table.sort()
+    place = torch.searchsorted(blocks, slots // (num_kv_heads * block_size_tokens)).clamp(max=blocks.shape[0] - 1)
+    return order[place] * block_size_tokens + slots % block_size_tokens

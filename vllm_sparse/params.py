@@ -68,9 +68,9 @@ class ServerConfig(BaseModel):
             their memory and start-up time, and serves one request after the other between PIECEWISE graphs.
         decode_list_tokens: tokens of the longest decode list that a GPU server keeps room for and CUDA graphs hold;
             requests that read more decode without them.
-        timing_interval_steps: in one of so many steps with sparse rows of a phase, selection and attention are timed;
-            0: never.
-        recall_interval_steps: in one of so many, the recall of one row in one layer is measured; 0: never.
+        timing_interval_steps: in one of so many steps with sparse rows, selection and attention are timed; 0: never.
+        recall_interval_steps: in one of so many with sparse rows of a phase, the recall of one row in one layer is
+            measured; 0: never.
         flexprefill, sale, dhsa, hip, tidal, blocktopk: default knobs of a method, each an object that
             serves all its phases.
     """

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests import oracle
+from tests.cuda_graph import captured
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from tests.oracle import Paged, Platform
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
@@ -340,20 +341,14 @@ def test_t8_a_graph_gives_what_eager_steps_give() -> None:
             kv_cache = data[layer].kv_cache
             step.attend(layer, queries[layer], kv_cache, SCALE, outputs[layer], executor(), dense, summaries[layer])
 
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(side):
-        attend()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        attend()
+    replay = captured(attend)
     for _ in range(4):
         order = torch.randperm(len(ROWS), generator=generator).tolist()
         buffers.say([settings[index] for index in order])
         lengths = [int(torch.randint(1, row.context + 1, (1,), generator=generator)) for row in ROWS]
         lengths[-1] = 0
         contexts.copy_(torch.tensor(lengths, dtype=torch.int32))
-        graph.replay()
+        replay()
         replayed = [output.clone() for output in outputs]
         for output in outputs:
             output.fill_(oracle.NAN)

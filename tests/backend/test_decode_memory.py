@@ -17,17 +17,23 @@ from vllm.sampling_params import SamplingParams
 from tests import oracle
 from tests.backend.test_decode import Gather
 from tests.backend.test_forward import Row, common_metadata
+from tests.cuda_graph import captured
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from tests.oracle import Paged, Platform
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
 from vllm_sparse.backend.graphs import MIXED, DecodeGraphs
-from vllm_sparse.backend.plan import plan_step
+from vllm_sparse.backend.plan import StepPlan, plan_step
 from vllm_sparse.executors import Executor, FlashAttentionExecutor, Launch
 from vllm_sparse.kernels.hip_decode import HipMemory
+from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import LayerMemory
 from vllm_sparse.methods.hip_decode import HipDecode
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.metrics import WorkerMetrics
+from vllm_sparse.metrics.batch_recall import EagerRecall
+from vllm_sparse.metrics.recall import attention_recall
+from vllm_sparse.metrics.worker import Sampling
+from vllm_sparse.pages import PageList
 from vllm_sparse.params import ALL_DENSE, RESOLVED_KEY, SparseParams
 from vllm_sparse.routing import RequestTable
 from vllm_sparse.rows import ServerSize
@@ -43,6 +49,9 @@ FLAT = HipDecode(stage_chunks=(64,), stage_tokens=(128,), refresh=(8,), sink=0, 
 WIDE = HipDecode(stage_chunks=(64, 32), stage_tokens=(192, 96), refresh=(8, 4), sink=48, window=70)
 TIDAL = Tidal(budget=128, full_layers=0, reselect_layers=(1,), selection_reads="list")
 EVERYTHING = 1 << 20
+# Of the graph, whose lists another layer overwrites.
+RECALL_LAYER = 0
+RECALL_TOLERANCE = 1e-4
 
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
@@ -55,10 +64,31 @@ def eighths(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return (oracle.random_tensor(PLATFORM, generator, *shape) * 8).round() / 8
 
 
+class Recalls(WorkerMetrics):
+    """Metrics of a process without a tensor-parallel group, where recalls can be seen."""
+
+    def __init__(self) -> None:
+        super().__init__(recording=False)
+        self.sampling = Sampling(1, 1)
+        self.found: list[torch.Tensor] = []
+
+    def observe_recall(
+        self,
+        phase: str,
+        method: str,
+        query: torch.Tensor,
+        keys: PagedKeys,
+        lists: PageList,
+        query_block: int,
+        scale: float,
+    ) -> None:
+        assert phase == "decode"
+        self.found.append(attention_recall(query, keys, lists, query_block, scale))
+
+
 @pytest.fixture(autouse=True)
-def unrecorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Metrics of a process without a tensor-parallel group."""
-    monkeypatch.setattr(WorkerMetrics, "_instance", WorkerMetrics(recording=False))
+def recalls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WorkerMetrics, "_instance", Recalls())
 
 
 @dataclass
@@ -127,22 +157,17 @@ class Server:
         step = plan.batch_step.step
 
         def attend() -> None:
-            self.attend(step, self.queries, self.outputs, self.blocks)
+            self.attend(step, self.queries, self.outputs, self.blocks, plan)
 
         if DEVICE == "cpu":
             attend()
             return attend
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(side):
-            attend()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            attend()
-        return graph.replay
+        return captured(attend)
 
-    def attend(self, step: DecodeStep, queries: torch.Tensor, outputs: torch.Tensor, blocks: torch.Tensor) -> None:
-        """All layers; queries and outputs ``[layers, rows, heads, head_size]``."""
+    def attend(
+        self, step: DecodeStep, queries: torch.Tensor, outputs: torch.Tensor, blocks: torch.Tensor, plan: StepPlan
+    ) -> None:
+        """All layers, measured as the plan says; queries and outputs ``[layers, rows, heads, head_size]``."""
         executor: Executor = FlashAttentionExecutor(3) if DEVICE == "cuda" else Gather()
         for layer, cache in enumerate(self.caches):
 
@@ -157,7 +182,10 @@ class Server:
                 shape = lists, HEADS // KV_HEADS, HEAD_SIZE
                 executor.run(launch, query.reshape(shape), output.view(shape), cache.kv_cache, SCALE)
 
-            step.attend(layer, queries[layer], cache.kv_cache, SCALE, outputs[layer], executor, dense, {})
+            mark = plan.timer.marks(layer, plan.batch_methods)
+            step.attend(layer, queries[layer], cache.kv_cache, SCALE, outputs[layer], executor, dense, {}, mark)
+            if plan.recall is not None and plan.recall.layer == layer:
+                plan.recall.take(step, queries[layer], cache.kv_cache, SCALE)
 
     def enter(self, request: Request) -> None:
         """The runner gives a request its slot, for the first time or after a preemption."""
@@ -193,6 +221,9 @@ class Server:
         contexts = torch.tensor([request.context for request in requests], dtype=torch.int32, device=DEVICE)
         outputs = torch.full_like(queries, oracle.NAN)
         served = [row.span.row for row in plan.batch]
+        layer = int(torch.randint(LAYERS, (1,), generator=self.generator))
+        place = int(torch.randint(len(served), (1,), generator=self.generator))
+        plan.recall = EagerRecall(layer, plan.batch[place], place, plan.metrics)
         if full_graph:
             self.contexts.zero_()
             self.contexts[: len(rows)] = contexts
@@ -201,23 +232,31 @@ class Server:
             self.graphs.plan = plan
             assert self.graphs.prepare() is not None
             self.replay()
+            self.graphs.measure(MIXED, ROWS)
+            layer = RECALL_LAYER
             outputs.copy_(self.outputs[:, : len(rows)])
             compared = list(range(len(rows)))
         else:
             batch = plan.start_batch(contexts, blocks)
             gathered = outputs[:, served]
-            self.attend(batch.step, queries[:, served], gathered, blocks[served])
+            self.attend(batch.step, queries[:, served], gathered, blocks[served], plan)
             outputs[:, served] = gathered
             compared = served
         for row in compared:
-            self.check(requests[row], numbers[row], row in served, queries[:, row], outputs[:, row])
+            kept = self.check(requests[row], numbers[row], row in served, queries[:, row], outputs[:, row])
+            if row == served[place]:
+                assert isinstance(plan.metrics, Recalls)
+                assert (plan.metrics.found.pop() - kept[layer]).abs().max() < RECALL_TOLERANCE, f"layer {layer}"
         for request in requests:
             request.context += 1
         return {numbers[row] for row in served}
 
-    def check(self, request: Request, number: int, sparse: bool, queries: torch.Tensor, outputs: torch.Tensor) -> None:
-        """Compare a row's layers with float64 over what its method alone chooses."""
+    def check(
+        self, request: Request, number: int, sparse: bool, queries: torch.Tensor, outputs: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Compare a row's layers with float64 over what its method alone chooses, whose recall in each is returned."""
         context, method = request.context, request.params.decode
+        recalls = []
         for layer, cache in enumerate(self.caches):
             allowed = oracle.causal_mask(1, context)
             if sparse:
@@ -231,6 +270,9 @@ class Server:
             keys, values = (of[number][:, :context] for of in (cache.keys, cache.values))
             expected = oracle.attention(queries[layer].unsqueeze(0), keys, values, SCALE, allowed)
             oracle.assert_close(outputs[layer], expected[0], f"layer {layer}, request {number} at {context}")
+            shares = oracle.probabilities(queries[layer].unsqueeze(0), keys, SCALE, oracle.causal_mask(1, context))
+            recalls.append((shares * allowed).sum(2)[:, 0])
+        return recalls
 
 
 def alternating(steps: int) -> list[bool]:

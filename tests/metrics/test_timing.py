@@ -9,7 +9,7 @@ import torch
 
 from vllm_sparse.executors import Executor, Launch
 from vllm_sparse.metrics import timing
-from vllm_sparse.metrics.timing import NO_TIMER, StepTimer
+from vllm_sparse.metrics.timing import ASIDE, ATTENTION, NO_TIMER, SELECTION, StepTimer
 
 LAUNCH = Launch(torch.zeros(1), 1, torch.zeros(1), torch.zeros(1), 1)
 
@@ -50,13 +50,10 @@ def test_parts_and_shares(clock: Clock) -> None:
         clock.now += 0.5
     clock.now += 100
 
-    def dense(seconds: float) -> None:
-        clock.now += seconds
-
-    with timer.serving("decode", ["tidal", "tidal", "hip"]):
-        clock.now += 6
-        timer.aside(dense)(50.0)
-        timer.executor(Slow(clock)).run(LAUNCH, nothing, nothing, nothing, 1.0)
+    mark = timer.marks(3, ["tidal", "tidal", "hip"])
+    for part, passed in ((ASIDE, 100), (SELECTION, 4), (ASIDE, 50), (SELECTION, 1.5), (ATTENTION, 3), (SELECTION, 0.5)):
+        clock.now += passed
+        mark(part)
     seconds = timer.seconds()
     assert seconds["prefill", "dhsa"] == pytest.approx((2.5, 3))
     assert seconds["decode", "tidal"] == pytest.approx((4, 2))

@@ -29,7 +29,11 @@ print(prometheus_client.generate_latest(registry).decode())
 print("directory", directory)
 """
 WORKER = """
+from collections import Counter
 import torch
+from vllm_sparse.backend.decode import LayerLaunches
+from vllm_sparse.metrics.graph_timing import GraphTimer
+from vllm_sparse.metrics.timing import ASIDE, ATTENTION, SELECTION
 from vllm_sparse.backend.plan import RowSpan
 from vllm_sparse.metrics import RowDensity, WorkerMetrics
 metrics = WorkerMetrics(recording=True)
@@ -43,6 +47,12 @@ for layer in range(2):
 metrics.finish_step([density, newest, RowDensity("decode", "nothing sparse")])
 metrics.finish_step([])
 metrics.collect_finished()
+timer = GraphTimer([LayerLaunches(False, (), (0,), True)] * 4, torch.device("cpu"))
+mark = timer.marks(2, [])
+for part in (ASIDE, SELECTION, ATTENTION):
+    mark(part)
+timer.stamps[0, :3] = torch.tensor([1_000_000, 3_000_000, 4_000_000])
+metrics.observe_graph(timer, Counter({("decode", "hip"): 3, ("decode", "blocktopk"): 1}))
 silent = WorkerMetrics(recording=False)
 silent.count_fallback("decode", "tidal", "short_context")
 silent.finish_step([density])
@@ -84,6 +94,11 @@ def test_a_worker_writes_where_the_server_announced() -> None:
     assert values["vllm_sparse_density_ratio_sum" + prefill] == 1.0
     assert 'vllm_sparse_density_ratio_bucket{le="0.2",method="tidal",phase="decode"} 0.0' in output
     assert 'vllm_sparse_density_ratio_bucket{le="0.3",method="tidal",phase="decode"} 1.0' in output
+    graph = '{method="hip",phase="decode"}'
+    assert values["vllm_sparse_timed_rows_total" + graph] == 3
+    assert values["vllm_sparse_selection_seconds_total" + graph] == pytest.approx(0.75 * 4 * 0.002)
+    assert values["vllm_sparse_attention_seconds_total" + graph] == pytest.approx(0.75 * 4 * 0.001)
+    assert values["vllm_sparse_attention_total_seconds_total" + graph] == pytest.approx(0.75 * 4 * 0.003)
     assert "nothing sparse" not in output
     assert not any("short_context" in name for name in values), "a silent rank must record nothing"
     directory = output.split("directory ")[1].strip()

@@ -19,6 +19,7 @@ from vllm_sparse.executors import Executor, Launch
 from vllm_sparse.kernels.decode_roles import LayerContexts, RowSettings
 from vllm_sparse.kernels.decode_roles.reference import ROLES
 from vllm_sparse.methods.base import READING_ROLES
+from vllm_sparse.metrics.timing import ASIDE, ATTENTION, SELECTION, Mark, ignore
 from vllm_sparse.rows import DecodeMemory, DecodeRows, RowsPlace, ServerSize, TokenLists
 
 if TYPE_CHECKING:
@@ -259,6 +260,7 @@ class DecodeStep:
         executor: Executor,
         dense: DenseAttention,
         summaries: Mapping[SummaryKind, torch.Tensor],
+        mark: Mark = ignore,
     ) -> None:
         """Attend in one layer; layers come in order.
 
@@ -271,16 +273,22 @@ class DecodeStep:
             executor: the stock kernel over lists.
             dense: the stock kernel over whole contexts.
             summaries: of the layer's pages, by physical block, of each kind that a method asks for.
+            mark: of the layer, where it is timed; attention over whole contexts counts for nothing.
         """
         # Imported here: there is Triton only where there is a GPU.
         from vllm_sparse.kernels.decode_roles import triton as decode_roles
 
-        if layer == 0:
-            decode_roles.layer_contexts(self.row_settings, self.context_tokens, self.capacity_tokens, self.contexts)
         launches = self.launches[layer]
+        if layer == 0:
+            mark(ASIDE)
+            decode_roles.layer_contexts(self.row_settings, self.context_tokens, self.capacity_tokens, self.contexts)
+            mark(SELECTION)
         if launches.dense:
             dense(query, self.contexts.dense[layer], output)
-        for number in sorted({*launches.selecting, *launches.choosing}):
+        if launches.dense or layer > 0:
+            mark(ASIDE)
+        numbers = sorted({*launches.selecting, *launches.choosing})
+        for number in numbers:
             # Lengths that stand here are read here; rows that read everything leave theirs aside.
             here = number in launches.choosing
             lists = replace(self.lists, kept_tokens=self.contexts.kept_tokens[layer]) if here else self.lists
@@ -288,8 +296,10 @@ class DecodeStep:
             if number in launches.selecting:
                 choosing = self.contexts.choosing[number, layer]
                 decode_roles.pass_on(self.row_settings, layer, choosing, lists.kept_tokens, self.contexts)
+        if numbers:
+            mark(SELECTION)
         if launches.reading:
-            self._read(layer, query, kv_cache, scale, output, executor, launches.dense)
+            self._read(layer, query, kv_cache, scale, output, executor, launches.dense, mark)
 
     def _choose(
         self,
@@ -325,6 +335,7 @@ class DecodeStep:
         output: torch.Tensor,
         executor: Executor,
         merge: bool,
+        mark: Mark,
     ) -> None:
         """Attend over the lists."""
         from vllm_sparse.kernels.decode_roles import triton as decode_roles
@@ -334,5 +345,7 @@ class DecodeStep:
         launch = Launch(self.query_starts, 1, self.lists.slots, kept_tokens, 1)
         sparse = torch.empty_like(query) if merge else output
         executor.run(launch, query.reshape(lists, -1, head_size), sparse.view(lists, -1, head_size), kv_cache, scale)
+        mark(ATTENTION)
         if merge:
             decode_roles.take_sparse(self.contexts.dense[layer], sparse, output)
+            mark(SELECTION)

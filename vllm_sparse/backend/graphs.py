@@ -16,7 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, LayerLaunches, RowSetting
 from vllm_sparse.backend.plan import BatchStep, StepPlan, layer_roles
+from vllm_sparse.methods.base import reading_layers
 from vllm_sparse.metrics import WorkerMetrics
+from vllm_sparse.metrics.batch_recall import EagerRecall, GraphRecall, TakenRow
+from vllm_sparse.metrics.graph_timing import GraphTimer
+from vllm_sparse.metrics.timing import NO_TIMER
 from vllm_sparse.routing import TABLE, SparseRequest
 
 if TYPE_CHECKING:
@@ -61,6 +65,10 @@ class DecodeGraphs:
             self.launches[beside_dense(row.method.name)] = buffers.launches([row], all_sparse=False)
         if len(rows) > 1:
             self.launches[MIXED] = buffers.launches(rows, all_sparse=False)
+        self._timers = {name: GraphTimer(launches, buffers.settings.device) for name, launches in self.launches.items()}
+        self._taken = TakenRow(buffers)
+        # By launches and rows of a graph.
+        self._recalls: dict[tuple[str, int], GraphRecall] = {}
         self.captured: dict[str, dict[Any, Any]] = {}
         self.capturing: str | None = None
         self.most_rows = 0
@@ -97,10 +105,27 @@ class DecodeGraphs:
         launches = self.launches[self.capturing]
         step = DecodeStep(self.buffers, rows, launches, context_tokens, block_table, capacity_tokens)
         batch = BatchStep(step, slice(0, rows))
-        return StepPlan([], [], [], [], [], self.buffers, self.num_layers, WorkerMetrics.get(), batch)
+        metrics = WorkerMetrics.get()
+        plan = StepPlan([], [], [], [], [], self.buffers, self.num_layers, metrics, batch)
+        if metrics.sampling.timing_interval_steps:
+            plan.timer = self._timers[self.capturing]
+        reading = self._reading_layers(self.capturing)
+        if metrics.sampling.recall_interval_steps and reading:
+            # Another layer in each size of graph.
+            plan.recall = self._recalls[self.capturing, rows] = GraphRecall(reading[rows % len(reading)], self._taken)
+        return plan
 
-    def prepare(self) -> dict[Any, Any] | None:
-        """Say this step's rows to the device and return the graphs to replay one of; None for vLLM's own."""
+    def _reading_layers(self, name: str) -> list[int]:
+        """Layers in which all methods of a graph read lists."""
+        of_methods = [
+            set(reading_layers(roles))
+            for method, roles in self.roles.items()
+            if name in (MIXED, method.name, beside_dense(method.name))
+        ]
+        return sorted(set.intersection(*of_methods))
+
+    def prepare(self) -> str | None:
+        """Say this step's rows to the device and return which graphs to replay one of; None for vLLM's own."""
         plan = self.plan
         if plan is None or not (plan.batch or plan.summarising):
             return None
@@ -112,11 +137,29 @@ class DecodeGraphs:
         for row in plan.batch:
             rows[row.span.row] = row.setting
         self.buffers.say(rows)
+        if isinstance(plan.recall, EagerRecall):
+            self._taken.row.fill_(plan.recall.row.span.row)
         names = {row.method.name for row in rows if row.method is not None}
         if len(names) != 1:
-            return self.captured[MIXED]
+            return MIXED
         name = names.pop()
-        return self.captured[name if len(plan.batch) == len(rows) else beside_dense(name)]
+        return name if len(plan.batch) == len(rows) else beside_dense(name)
+
+    def measure(self, name: str, rows: int) -> None:
+        """The step's graph is queued: take what is sampled of it.
+
+        Args:
+            name: of its launches, as from `prepare`.
+            rows: of the graph.
+        """
+        plan = self.plan
+        assert plan is not None
+        if plan.timer is not NO_TIMER:
+            plan.metrics.observe_graph(self._timers[name], plan.timer.rows)
+        if isinstance(plan.recall, EagerRecall):
+            self._taken.row.zero_()
+            if self._reading_layers(name):
+                self._recalls[name, rows].observe(plan.recall.row, plan.metrics)
 
 
 class _Current:
@@ -195,15 +238,18 @@ def install() -> None:
 
     @functools.wraps(run)
     def run_fullgraph(self: Any, desc: Any) -> Any:
-        sparse = None if _Current.graphs is None else _Current.graphs.prepare()
-        if sparse is None:
+        graphs = _Current.graphs
+        name = None if graphs is None else graphs.prepare()
+        if graphs is None or name is None:
             return run(self, desc)
         own = self.graphs
-        self.graphs = sparse
+        self.graphs = graphs.captured[name]
         try:
-            return run(self, desc)
+            output = run(self, desc)
         finally:
             self.graphs = own
+        graphs.measure(name, desc.num_reqs)
+        return output
 
     GPUModelRunner.gather_batch_req_state = gather_batch_req_state
     ModelCudaGraphManager.capture = capture_all

@@ -159,20 +159,22 @@ class SparseAttentionImpl:
             if method.summaries is not None:
                 self._stored_summaries(method.summaries, kv_cache)
         in_place = isinstance(batch.tokens, slice)
-        with plan.timer.serving("decode", [row.setting.method.name for row in plan.batch if row.setting.method]):
-            target = heads[batch.tokens]
-            batch.step.attend(
-                layer_index,
-                query[batch.tokens],
-                kv_cache,
-                self.scale,
-                target,
-                plan.timer.executor(self._executor(layer)),
-                plan.timer.aside(dense),
-                self._summaries,
-            )
-            if not in_place:
-                heads[batch.tokens] = target
+        rows_query, target = query[batch.tokens], heads[batch.tokens]
+        batch.step.attend(
+            layer_index,
+            rows_query,
+            kv_cache,
+            self.scale,
+            target,
+            self._executor(layer),
+            dense,
+            self._summaries,
+            plan.timer.marks(layer_index, plan.batch_methods),
+        )
+        if not in_place:
+            heads[batch.tokens] = target
+        if plan.recall is not None and plan.recall.layer == layer_index:
+            plan.recall.take(batch.step, rows_query, kv_cache, self.scale)
 
     def _executor(self, layer: Any) -> Executor:
         if self._sparse_executor is None:

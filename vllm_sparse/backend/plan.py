@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
 from vllm_sparse.executors import Launch
 from vllm_sparse.methods.base import CHOOSING_ROLES, READING_ROLES, BatchDecodeMethod
 from vllm_sparse.metrics import RowDensity, WorkerMetrics
+from vllm_sparse.metrics.batch_recall import RecallLayer
 from vllm_sparse.metrics.timing import NO_TIMER, StepTimer
 from vllm_sparse.pages import PageList, concatenate, to_physical
 
@@ -144,6 +145,7 @@ class StepPlan:
         metrics: where they go.
         batch_step: the rows that are served at once, from the first layer on.
         timer: of the step, if it is sampled.
+        recall: of a row that is served at once, if it is measured.
     """
 
     spans: list[RowSpan]
@@ -156,6 +158,7 @@ class StepPlan:
     metrics: WorkerMetrics
     batch_step: BatchStep | None = None
     timer: StepTimer = NO_TIMER
+    recall: RecallLayer | None = None
     _work: dict[tuple[Any, ...], LayerWork] = field(default_factory=dict)
 
     def work(self, layer: int) -> LayerWork:
@@ -180,6 +183,11 @@ class StepPlan:
                 [span for span in self.spans if span.row not in sparse],
             )
         return self._work[roles]
+
+    @cached_property
+    def batch_methods(self) -> list[str]:
+        """Names of the methods of the rows that are served at once."""
+        return [row.setting.method.name for row in self.batch if row.setting.method is not None]
 
     def start_batch(self, context_tokens: torch.Tensor, block_table: torch.Tensor) -> BatchStep:
         """The step of the rows that are served at once, made in the first layer.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
@@ -172,6 +173,12 @@ class LayerMemory:
 # Roles of a layer, as of `DecodeMethod.layer_roles`, in which a list is chosen, and in which one is read.
 CHOOSING_ROLES = ("select", "choose")
 READING_ROLES = ("reuse", "choose")
+
+
+@lru_cache(maxsize=1024)
+def reading_layers(roles: tuple[str, ...]) -> list[int]:
+    """Layers in which a decode row reads a list, by the layers' roles."""
+    return [layer for layer, role in enumerate(roles) if role in READING_ROLES]
 
 
 class DecodeMethod(Method):

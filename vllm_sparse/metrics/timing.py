@@ -1,5 +1,7 @@
 """Seconds of selection and of attention in sampled steps, by device events on a GPU and by the clock on the CPU.
 
+Steps that replay a CUDA graph are timed by `graph_timing`.
+
 Nothing waits for the device: events are read when a later step finds that they have passed.
 """
 
@@ -16,8 +18,15 @@ import torch
 
 from vllm_sparse.executors import Executor, Launch
 
-# What a span of time went to.
-WHOLE, ATTENTION, ASIDE = "whole", "attention", "aside"
+# What a span of time went to; a whole one, of both.
+WHOLE, SELECTION, ATTENTION, ASIDE = "whole", "selection", "attention", "aside"
+
+# Says what the time since the former mark of the same layer went to.
+Mark = Callable[[str], None]
+
+
+def ignore(part: str) -> None:
+    """The mark of a layer that is not timed."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +82,27 @@ class StepTimer:
         """An executor whose launches are counted as attention."""
         return _TimedExecutor(executor, lambda: self._span(ATTENTION))
 
-    def aside(self, call: Callable[..., None]) -> Callable[..., None]:
-        """A call whose time counts for nothing: attention over whole contexts."""
+    def marks(self, layer: int, methods: Sequence[str]) -> Mark:
+        """Marks of one layer of decode rows that are served at once.
 
-        def timed(*args: Any) -> None:
-            with self._span(ASIDE):
-                call(*args)
+        Args:
+            layer: index of the attention layer.
+            methods: of each row.
 
-        return timed
+        Returns:
+            To be called with `SELECTION`, `ATTENTION` or `ASIDE`, which counts for nothing; first of all with that.
+        """
+        rows = Counter(("decode", method) for method in methods)
+        marks: list[Any] = []
+
+        def mark(part: str) -> None:
+            marks.append(self._mark())
+            if part != ASIDE:
+                self._spans.append(_Span(WHOLE, rows, *marks[-2:]))
+            if part == ATTENTION:
+                self._spans.append(_Span(ATTENTION, rows, *marks[-2:]))
+
+        return mark
 
     def seconds(self) -> dict[tuple[str, str], tuple[float, float]]:
         """Selection and attention seconds by phase and method; a launch for several rows counts in equal shares.
@@ -93,8 +115,7 @@ class StepTimer:
             for key, rows in span.rows.items():
                 totals[key][span.part] += elapsed * rows / span.rows.total()
         return {
-            key: (max(parts[WHOLE] - parts[ATTENTION] - parts[ASIDE], 0.0), float(parts[ATTENTION]))
-            for key, parts in totals.items()
+            key: (max(parts[WHOLE] - parts[ATTENTION], 0.0), float(parts[ATTENTION])) for key, parts in totals.items()
         }
 
 
@@ -123,8 +144,8 @@ class NoTimer(StepTimer):
     def executor(self, executor: Executor) -> Executor:
         return executor
 
-    def aside(self, call: Callable[..., None]) -> Callable[..., None]:
-        return call
+    def marks(self, layer: int, methods: Sequence[str]) -> Mark:
+        return ignore
 
 
 NO_TIMER = NoTimer()

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import prometheus_client
 import torch
 
-from vllm_sparse.methods.base import READING_ROLES
+from vllm_sparse.methods.base import reading_layers
+from vllm_sparse.metrics.batch_recall import EagerRecall
 from vllm_sparse.metrics.density import Geometry, RecentDensity, RowDensity
 from vllm_sparse.metrics.directory import write_to_announced_directory
 from vllm_sparse.metrics.histogram import observe_all
@@ -25,6 +25,7 @@ from vllm_sparse.metrics.timing import NO_TIMER, StepTimer
 if TYPE_CHECKING:
     from vllm_sparse.backend.plan import BatchRow, StepPlan
     from vllm_sparse.keys import PagedKeys
+    from vllm_sparse.metrics.graph_timing import GraphTimer
     from vllm_sparse.pages import PageList
 
 # Below vLLM's own name, so that its logging configuration applies.
@@ -43,11 +44,12 @@ RECALL_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97,
 
 @dataclass(frozen=True)
 class Sampling:
-    """How often what costs more than a count is measured, in steps that serve a sparse row of a phase; 0: never.
+    """How often what costs more than a count is measured, by lot; 0: never.
 
     Attributes:
-        timing_interval_steps: between steps whose selection and attention are timed.
-        recall_interval_steps: between steps in which the recall of one row in one layer is measured.
+        timing_interval_steps: in one of so many steps with sparse rows, selection and attention are timed.
+        recall_interval_steps: in one of so many with sparse rows of a phase, the recall of one of them in one layer is
+            measured.
     """
 
     timing_interval_steps: int = 0
@@ -134,6 +136,9 @@ class WorkerMetrics:
         memory: gauges of this rank.
         rank: tensor-parallel rank.
         engine: data-parallel index.
+
+    Attributes:
+        sampling: what is measured how often.
     """
 
     _instance: WorkerMetrics | None = None
@@ -143,8 +148,7 @@ class WorkerMetrics:
         self._engine, self._rank = engine, rank
         self._pending: list[tuple[torch.cuda.Event, Callable[[], None]]] = []
         self._logged: set[tuple[str, str, str]] = set()
-        self._sampling = Sampling()
-        self._steps: Counter[str] = Counter()
+        self.sampling = Sampling()
         self._geometry: Geometry | None = None
         self._recent: RecentDensity | None = None
         self._rows: _Rows | None = None
@@ -172,7 +176,7 @@ class WorkerMetrics:
         """
         if geometry != self._geometry:
             self._geometry, self._recent = geometry, RecentDensity(geometry)
-        self._sampling = sampling
+        self.sampling = sampling
 
     def stats(self) -> dict[str, Any]:
         """Densities of late rows in each layer and query head of this rank, as JSON."""
@@ -205,7 +209,7 @@ class WorkerMetrics:
             groups[method.name, row.setting.roles].append((method.list_tokens(context), context))
         for (name, roles), rows in groups.items():
             densities = [kept / context for kept, context in rows]
-            layers = _reading_layers(roles)
+            layers = reading_layers(roles)
             if self._rows is not None:
                 observe_all(self._rows.of("decode", name).density, densities)
             if self._geometry is None:
@@ -219,25 +223,25 @@ class WorkerMetrics:
         """Choose what is measured in a step that is about to run."""
         if self._rows is None:
             return
-        rows = {
-            "prefill": [row.method.name for row in plan.prefill],
-            "decode": [row.method.name for row in plan.decode]
-            + [row.setting.method.name for row in plan.batch if row.setting.method is not None],
-        }
-        due = {phase for phase, names in rows.items() if names}
-        self._steps.update(due)
-        if any(self._is_due(phase, self._sampling.timing_interval_steps) for phase in due):
-            named = [(phase, name) for phase, names in rows.items() for name in names]
-            plan.timer = StepTimer(torch.cuda.is_available(), named)
-        if plan.prefill and self._is_due("prefill", self._sampling.recall_interval_steps):
+        decode_rows = len(plan.decode) + len(plan.batch)
+        if (plan.prefill or decode_rows) and _is_due(self.sampling.timing_interval_steps):
+            rows = [("prefill", row.method.name) for row in plan.prefill]
+            rows += [("decode", row.method.name) for row in plan.decode]
+            rows += [("decode", name) for name in plan.batch_methods]
+            plan.timer = StepTimer(torch.cuda.is_available(), rows)
+        if plan.prefill and _is_due(self.sampling.recall_interval_steps):
             chunk = random.choice(plan.prefill)
             chunk.recall_layer = random.randrange(chunk.method.dense_layers, plan.num_layers)
-        if plan.decode and self._is_due("decode", self._sampling.recall_interval_steps):
-            row = random.choice(plan.decode)
-            row.recall_layer = random.choice(_reading_layers(row.roles))
-
-    def _is_due(self, phase: str, interval_steps: int) -> bool:
-        return interval_steps > 0 and self._steps[phase] % interval_steps == 0
+        if decode_rows and _is_due(self.sampling.recall_interval_steps):
+            place = random.randrange(decode_rows)
+            of_batch = place - len(plan.decode)
+            roles = plan.decode[place].roles if of_batch < 0 else plan.batch[of_batch].setting.roles
+            layers = reading_layers(roles)
+            # Settings may leave no layer that reads a list.
+            if layers and of_batch < 0:
+                plan.decode[place].recall_layer = random.choice(layers)
+            elif layers:
+                plan.recall = EagerRecall(random.choice(layers), plan.batch[of_batch], of_batch, self)
 
     def observe_recall(
         self,
@@ -263,8 +267,17 @@ class WorkerMetrics:
         if densities:
             kept = torch.cat([kept for density in densities for kept in density.kept])
             self._fetch(kept, lambda host: self._observe(host, densities))
-        if timer is not NO_TIMER:
-            self._after_device(lambda: self._count_seconds(timer))
+        if timer.rows:
+            self._after_device(lambda: self._count_seconds(timer.seconds(), timer.rows))
+
+    def observe_graph(self, timer: GraphTimer, rows: Counter[tuple[str, str]]) -> None:
+        """A graph is queued whose times count.
+
+        Args:
+            timer: of the graph.
+            rows: of each phase and method.
+        """
+        self._fetch(timer.stamps, lambda stamps: self._count_seconds(timer.seconds_by_rows(stamps, rows), rows))
 
     def collect_finished(self) -> None:
         """Take what has arrived from the device; called once a step."""
@@ -312,17 +325,19 @@ class WorkerMetrics:
         rows.read_bytes.inc((reach_tokens - saved_tokens) * token_bytes)
         rows.saved_bytes.inc(saved_tokens * token_bytes)
 
-    def _count_seconds(self, timer: StepTimer) -> None:
+    def _count_seconds(
+        self, seconds: Mapping[tuple[str, str], tuple[float, float]], rows: Counter[tuple[str, str]]
+    ) -> None:
+        """Of selection and of attention, and rows of a timed step, each by phase and method."""
         assert self._rows is not None
-        for key, (selection, attention) in timer.seconds().items():
+        for key, (selection, attention) in seconds.items():
             self._rows.selection_seconds.labels(*key).inc(selection)
             self._rows.attention_seconds.labels(*key).inc(attention)
             self._rows.total_seconds.labels(*key).inc(selection + attention)
-        for key, rows in timer.rows.items():
-            self._rows.timed.labels(*key).inc(rows)
+        for key, count in rows.items():
+            self._rows.timed.labels(*key).inc(count)
 
 
-@lru_cache(maxsize=1024)
-def _reading_layers(roles: tuple[str, ...]) -> list[int]:
-    """Layers in which a decode row reads a list."""
-    return [layer for layer, role in enumerate(roles) if role in READING_ROLES]
+def _is_due(interval_steps: int) -> bool:
+    """By lot: what methods do in one of several steps would fall on all of the steps at equal intervals, or on none."""
+    return interval_steps > 0 and random.randrange(interval_steps) == 0
