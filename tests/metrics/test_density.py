@@ -31,21 +31,43 @@ def test_layers_that_share_a_list_are_told_apart_by_number() -> None:
 def test_first_rows_count_alike_and_late_ones_more() -> None:
     recent = RecentDensity(GEOMETRY)
     recent.observe("prefill", "dhsa", [2, 3], np.array([[0.2, 0.4], [0.6, 0.8]]))
-    recent.observe("prefill", "dhsa", [2, 3], 0.0)
+    recent.observe_alike("prefill", "dhsa", [2, 3], 0.0)
     told = recent.as_json()["prefill"]["dhsa"]
     assert told["rows"] == 2
     assert told["density"] == [[1.0] * 4, [1.0] * 4, [0.1, 0.1, 0.2, 0.2], [0.3, 0.3, 0.4, 0.4]]
     many = round(5 / RECENT_WEIGHT)
     for _ in range(many):
-        recent.observe("prefill", "dhsa", [2, 3], 1.0)
+        recent.observe_alike("prefill", "dhsa", [2, 3], 1.0)
     assert np.min(recent.as_json()["prefill"]["dhsa"]["density"]) > 0.99
     assert "decode" not in recent.as_json()
+
+
+@given(st.lists(st.tuples(st.sampled_from([(2, 3), (1,), ()]), st.floats(0, 1), st.booleans()), max_size=200))
+def test_rows_that_are_alike_count_as_each_of_them(rows: list[tuple[tuple[int, ...], float, bool]]) -> None:
+    """In any order with others, of other layers, and asked about in between."""
+    one_by_one, folded = RecentDensity(GEOMETRY), RecentDensity(GEOMETRY)
+    known = {layers: list(layers) for layers, _, _ in rows}
+    for index, (layers, density, alike) in enumerate(rows):
+        by_head = np.full((len(layers), 2), density)
+        one_by_one.observe("decode", "hip", known[layers], by_head)
+        if alike:
+            folded.observe_alike("decode", "hip", known[layers], density)
+        else:
+            folded.observe("decode", "hip", known[layers], by_head)
+        if index % 50 == 7:
+            folded.as_json()
+    expected, found = (recent.as_json().get("decode", {}).get("hip") for recent in (one_by_one, folded))
+    assert (expected is None) == (found is None)
+    if expected is not None and found is not None:
+        assert found["rows"] == expected["rows"]
+        # Both are rounded to four places.
+        np.testing.assert_allclose(found["density"], expected["density"], rtol=0, atol=1.01e-4)
 
 
 BOUNDS = (0.1, 0.5, 1.0)
 
 
-@given(st.lists(st.floats(0, 3), max_size=40))
+@given(st.lists(st.floats(0, 3), min_size=1, max_size=40))
 def test_many_values_are_as_each_of_them(values: list[float]) -> None:
     registry = prometheus_client.CollectorRegistry()
     one, all_at_once = (
@@ -54,7 +76,7 @@ def test_many_values_are_as_each_of_them(values: list[float]) -> None:
     )
     for value in values:
         one.observe(value)
-    observe_all(all_at_once, values)
+    observe_all(all_at_once, np.array(values))
     for suffix, bound in (*(("bucket", bound) for bound in (*BOUNDS, float("inf"))), ("count", None), ("sum", None)):
         labels = {"label": "a"} | ({} if bound is None else {"le": str(bound).replace("inf", "+Inf")})
         expected = registry.get_sample_value(f"one_{suffix}", labels)

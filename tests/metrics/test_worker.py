@@ -31,7 +31,12 @@ print("directory", directory)
 WORKER = """
 from collections import Counter
 import torch
-from vllm_sparse.backend.decode import LayerLaunches
+from vllm_sparse.backend.decode import LayerLaunches, RowSetting
+from vllm_sparse.backend.plan import BatchRow, DecodeRow, StepPlan, layer_roles
+from vllm_sparse.methods.block_topk import BlockTopk
+from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.metrics import Geometry
+from vllm_sparse.metrics.worker import Sampling
 from vllm_sparse.metrics.graph_timing import GraphTimer
 from vllm_sparse.metrics.timing import ASIDE, ATTENTION, SELECTION
 from vllm_sparse.backend.plan import RowSpan
@@ -53,6 +58,21 @@ for part in (ASIDE, SELECTION, ATTENTION):
     mark(part)
 timer.stamps[0, :3] = torch.tensor([1_000_000, 3_000_000, 4_000_000])
 metrics.observe_graph(timer, Counter({("decode", "hip"): 3, ("decode", "blocktopk"): 1}))
+metrics.start_serving(Geometry(layers=4, query_heads=4, kv_heads=2, token_bytes=10), Sampling(1, 1))
+method = BlockTopk(budget=64, sink_tokens=16, recent_tokens=16, dense_layers=2)
+setting = RowSetting(method, 64, layer_roles(method, 4), 0, False)
+rows = [BatchRow(RowSpan(row, row, 1, context), setting) for row, context in enumerate((128, 256, 1024))]
+metrics.observe_batch(rows)
+# A setting by which no layer reads a list.
+method = Tidal(full_layers=3)
+dense = DecodeRow(rows[0].span, method, layer_roles(method, 4), RowDensity("decode", "tidal"), {})
+for decode, batch in (([dense], []), ([], rows)):
+    plan = StepPlan([], [], [], decode, batch, None, 4, metrics)
+    metrics.sample(plan)
+    assert plan.timer.rows.total() == len(decode) + len(batch)
+    assert (plan.recall is None) == (not batch)
+assert plan.recall.layer in (2, 3)
+assert plan.recall.row is rows[plan.recall.place]
 silent = WorkerMetrics(recording=False)
 silent.count_fallback("decode", "tidal", "short_context")
 silent.finish_step([density])
@@ -94,6 +114,13 @@ def test_a_worker_writes_where_the_server_announced() -> None:
     assert values["vllm_sparse_density_ratio_sum" + prefill] == 1.0
     assert 'vllm_sparse_density_ratio_bucket{le="0.2",method="tidal",phase="decode"} 0.0' in output
     assert 'vllm_sparse_density_ratio_bucket{le="0.3",method="tidal",phase="decode"} 1.0' in output
+    batch = '{method="blocktopk",phase="decode"}'
+    assert values["vllm_sparse_density_ratio_count" + batch] == 3
+    assert values["vllm_sparse_density_ratio_sum" + batch] == pytest.approx(64 / 128 + 64 / 256 + 64 / 1024)
+    assert 'vllm_sparse_density_ratio_bucket{le="0.4",method="blocktopk",phase="decode"} 2.0' in output
+    saved = (128 + 256 + 1024 - 3 * 64) * 2 * 2 * 10
+    assert values["vllm_sparse_kv_saved_bytes_total" + batch] == saved
+    assert values["vllm_sparse_kv_read_bytes_total" + batch] == (128 + 256 + 1024) * 2 * 4 * 10 - saved
     graph = '{method="hip",phase="decode"}'
     assert values["vllm_sparse_timed_rows_total" + graph] == 3
     assert values["vllm_sparse_selection_seconds_total" + graph] == pytest.approx(0.75 * 4 * 0.002)

@@ -200,8 +200,7 @@ class StepPlan:
             return self.batch_step
         settings = [row.setting for row in self.batch]
         contexts = [row.span.context_tokens for row in self.batch]
-        methods = [row.setting.method for row in self.batch if row.setting.method is not None]
-        longest = max(method.list_tokens(context) for method, context in zip(methods, contexts, strict=True))
+        longest = max(row.setting.method.longest_list_tokens for row in self.batch if row.setting.method is not None)
         assert self.buffers is not None, "rows are served at once where there are buffers"
         buffers = self.buffers.for_step(len(self.batch), longest)
         buffers.say(settings)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
+import numpy as np
 from pydantic import ConfigDict, Field
 
 from vllm_sparse.kernels.page_list import chunk_lists
@@ -246,8 +247,8 @@ class BatchDecodeMethod(DecodeMethod):
         return None
 
     @abstractmethod
-    def list_tokens(self, context_tokens: int) -> int:
-        """Tokens in a list of single tokens, at most, for a context longer than `budget_tokens`."""
+    def list_tokens(self, context_tokens: np.ndarray) -> np.ndarray:
+        """Tokens in lists of single tokens, at most, for contexts longer than `budget_tokens`; int64 of any shape."""
 
     @property
     @abstractmethod
@@ -309,13 +310,14 @@ class TopTokensMethod(BatchDecodeMethod):
     def budget_tokens(self) -> int:
         return self.budget
 
-    def list_tokens(self, context_tokens: int) -> int:
+    def list_tokens(self, context_tokens: np.ndarray) -> np.ndarray:
         unit = self.unit_tokens
-        units = -(-context_tokens // unit)
-        sink_units = -(-self.sink_tokens // unit)
-        recent_units = units - max(context_tokens - max(self.recent_tokens, 1), 0) // unit
-        kept_units = min(max(-(-self.budget // unit), sink_units + recent_units), units)
-        return kept_units * unit - -context_tokens % unit
+        sink_tokens, budget = (-(-tokens // unit) * unit for tokens in (self.sink_tokens, self.budget))
+        # Whole units that are left out: of all but the budget, at most those between what is forced.
+        left_out = (context_tokens + (unit - 1 - budget)) // unit
+        between = (context_tokens - (max(self.recent_tokens, 1) + sink_tokens)) // unit
+        kept: np.ndarray = context_tokens - np.maximum(np.minimum(left_out, between), 0) * unit
+        return kept
 
     @property
     def longest_list_tokens(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
+import numpy as np
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -11,7 +12,6 @@ from pydantic.dataclasses import dataclass
 from vllm_sparse.kernels.hierarchical_descent import LEAF_TOKENS, Stage
 from vllm_sparse.kernels.hierarchical_descent.reference import search_start
 from vllm_sparse.kernels.hip_decode import HipMemory, StageMemory, StageScratch, decode_leaves, token_lists
-from vllm_sparse.kernels.hip_decode.reference import search_end
 from vllm_sparse.kernels.page_list import chunk_lists
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import (
@@ -97,12 +97,14 @@ class HipDecode(BatchDecodeMethod):
         due = (stage for stage, steps in enumerate(self.refresh) if context_tokens % steps == 0)
         return next(due, len(self.refresh))
 
-    def list_tokens(self, context_tokens: int) -> int:
+    def list_tokens(self, context_tokens: np.ndarray) -> np.ndarray:
         """Where the last stage keeps as much as it may, and no chunk is cut by the end of the search range."""
         begin = search_start(self.sink)
-        end = search_end(context_tokens, self.window, self.refresh[0])
-        window_start = max(end // LEAF_TOKENS * LEAF_TOKENS, begin)
-        return begin + self.stage_tokens[-1] + context_tokens - window_start
+        # As `search_end`, which is not negative, nor the window's start before `begin`.
+        end = context_tokens - context_tokens % self.refresh[0] - (1 + self.window)
+        window_start = np.maximum(end // LEAF_TOKENS * LEAF_TOKENS, begin)
+        kept: np.ndarray = context_tokens - window_start + (begin + self.stage_tokens[-1])
+        return kept
 
     @property
     def longest_list_tokens(self) -> int:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Of one observation among those that a mean of late ones is made of: about the last 64 count.
 RECENT_WEIGHT = 1 / 64
+# Observations that are folded into means at once.
+MOST_ALIKE = 64
 
 
 @dataclass(frozen=True)
@@ -107,27 +109,58 @@ class RecentDensity:
         self._geometry = geometry
         self._means: dict[tuple[str, str], np.ndarray] = {}
         self._observed: dict[tuple[str, str], int] = defaultdict(int)
+        # Of late observations that are alike in all heads: the sparse layers, and their densities.
+        self._alike: dict[tuple[str, str], tuple[Sequence[int], list[float]]] = {}
 
-    def observe(self, phase: str, method: str, layers: Sequence[int], density: np.ndarray | float) -> None:
+    def observe(self, phase: str, method: str, layers: Sequence[int], density: np.ndarray) -> None:
         """A row's density, 1 in the layers that are not named.
 
         Args:
             phase: ``prefill`` or ``decode``.
             method: name of the method.
             layers: the sparse ones.
-            density: ``[sparse layers, list_heads]``, or one number for all.
+            density: ``[sparse layers, list_heads]``.
         """
-        row = np.ones((self._geometry.layers, self._geometry.query_heads))
-        if isinstance(density, np.ndarray):
-            density = density.repeat(self._geometry.query_heads // density.shape[1], axis=1)
-        row[layers] = density
-        means = self._means.setdefault((phase, method), row)
-        # The first observations count alike, so that none dominates.
+        self._fold(phase, method)
+        means = self._means_of(phase, method)
+        row = np.ones_like(means)
+        row[layers] = density.repeat(self._geometry.query_heads // density.shape[1], axis=1)
+        means += (row - means) * self._next_weight(phase, method)
+
+    def observe_alike(self, phase: str, method: str, layers: Sequence[int], density: float) -> None:
+        """As `observe` where all sparse layers and heads have one density; many at once, since it is every step's."""
+        known_layers, densities = self._alike.setdefault((phase, method), (layers, []))
+        if known_layers is not layers or len(densities) == MOST_ALIKE:
+            self._fold(phase, method)
+            densities = self._alike.setdefault((phase, method), (layers, []))[1]
+        densities.append(density)
+
+    def _fold(self, phase: str, method: str) -> None:
+        """Let the observations that are alike count."""
+        layers, densities = self._alike.pop((phase, method), ((), []))
+        former_share, sparse = 1.0, 0.0
+        for density in densities:
+            weight = self._next_weight(phase, method)
+            former_share *= 1 - weight
+            sparse += (density - sparse) * weight
+        means = self._means_of(phase, method)
+        means *= former_share
+        means += 1 - former_share
+        means[layers, :] += sparse - (1 - former_share)
+
+    def _means_of(self, phase: str, method: str) -> np.ndarray:
+        shape = self._geometry.layers, self._geometry.query_heads
+        return self._means.setdefault((phase, method), np.ones(shape))
+
+    def _next_weight(self, phase: str, method: str) -> float:
+        """Of one more observation; the first ones count alike, so that none dominates."""
         self._observed[phase, method] += 1
-        means += (row - means) * max(1 / self._observed[phase, method], RECENT_WEIGHT)
+        return max(1 / self._observed[phase, method], RECENT_WEIGHT)
 
     def as_json(self) -> dict[str, Any]:
         """By phase and method: how many rows were observed, and ``[layers][query_heads]`` densities of late ones."""
+        for key in list(self._alike):
+            self._fold(*key)
         phases: dict[str, Any] = {}
         for (phase, method), means in self._means.items():
             phases.setdefault(phase, {})[method] = {

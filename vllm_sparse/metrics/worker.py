@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from vllm_sparse.metrics.recall import attention_recall
 from vllm_sparse.metrics.timing import NO_TIMER, StepTimer
 
 if TYPE_CHECKING:
+    from vllm_sparse.backend.decode import RowSetting
     from vllm_sparse.backend.plan import BatchRow, StepPlan
     from vllm_sparse.keys import PagedKeys
     from vllm_sparse.metrics.graph_timing import GraphTimer
@@ -201,23 +202,31 @@ class WorkerMetrics:
 
     def observe_batch(self, batch: Sequence[BatchRow]) -> None:
         """Decode rows that are served at once, whose lists' lengths the host knows."""
-        groups: dict[tuple[str, tuple[str, ...]], list[tuple[int, int]]] = defaultdict(list)
+        # Requests of equal settings share their method, and one cannot afford to compare settings.
+        groups: dict[int, tuple[RowSetting, list[int]]] = {}
         for row in batch:
-            method = row.setting.method
-            assert method is not None
-            context = row.span.context_tokens
-            groups[method.name, row.setting.roles].append((method.list_tokens(context), context))
-        for (name, roles), rows in groups.items():
-            densities = [kept / context for kept, context in rows]
-            layers = reading_layers(roles)
+            setting = row.setting
+            group = groups.get(id(setting.method))
+            if group is None:
+                groups[id(setting.method)] = setting, [row.span.context_tokens]
+            else:
+                group[1].append(row.span.context_tokens)
+        for setting, contexts in groups.values():
+            assert setting.method is not None
+            name, reach = setting.method.name, np.array(contexts)
+            kept = setting.method.list_tokens(reach)
+            density = kept / reach
+            layers = reading_layers(setting.roles)
             if self._rows is not None:
-                observe_all(self._rows.of("decode", name).density, densities)
+                observe_all(self._rows.of("decode", name).density, density)
             if self._geometry is None:
                 continue
-            kept, reach = (sum(tokens) * self._geometry.kv_heads for tokens in zip(*rows, strict=True))
-            self._count_bytes("decode", name, reach * self._geometry.layers, (reach - kept) * len(layers))
+            reach_tokens = sum(contexts)
+            saved_tokens = (reach_tokens - int(kept.sum())) * len(layers)
+            all_tokens, kv_heads = reach_tokens * self._geometry.layers, self._geometry.kv_heads
+            self._count_bytes("decode", name, all_tokens * kv_heads, saved_tokens * kv_heads)
             if self._recent is not None:
-                self._recent.observe("decode", name, layers, sum(densities) / len(densities))
+                self._recent.observe_alike("decode", name, layers, float(density.sum()) / len(contexts))
 
     def sample(self, plan: StepPlan) -> None:
         """Choose what is measured in a step that is about to run."""
@@ -258,7 +267,7 @@ class WorkerMetrics:
         histogram = self._rows.recall.labels(phase, method)
         self._fetch(
             attention_recall(query, keys, lists, query_block, scale),
-            lambda recall: observe_all(histogram, recall.tolist()),
+            lambda recall: observe_all(histogram, recall),
         )
 
     def finish_step(self, densities: Sequence[RowDensity], timer: StepTimer = NO_TIMER) -> None:

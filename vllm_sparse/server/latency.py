@@ -11,6 +11,7 @@ import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import prometheus_client
 
 from vllm_sparse.metrics.histogram import observe_all
@@ -76,7 +77,7 @@ class RequestMetrics:
                 (self._request, values.request_seconds),
             ):
                 if seconds:
-                    observe_all(histogram.labels(*methods), seconds)
+                    observe_all(histogram.labels(*methods), np.array(seconds))
             for phase, method, tokens in zip(
                 ("prefill", "decode"), methods, (values.prompt_tokens, values.generated_tokens), strict=True
             ):
