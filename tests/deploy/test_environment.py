@@ -1,5 +1,7 @@
 """The set-up behind `make serve` and `make test`."""
 
+import importlib.metadata
+import json
 import os
 import re
 import subprocess
@@ -88,6 +90,10 @@ class TestThisEnvironment:
         environment.load_state()
         if "tools" not in environment.state:
             pytest.skip(f"{sys.prefix} was not made by `make setup`")
+        installed = importlib.metadata.distribution("vllm-sparse").read_text("direct_url.json")
+        if installed is None or json.loads(installed)["url"] != ROOT.as_uri():
+            # It would be set up anew for this checkout, and be wrong for the other one.
+            pytest.skip(f"{sys.prefix} belongs to another checkout")
         # Stands before pip in the child processes, if there are any.
         (tmp_path / "pip").mkdir()
         (tmp_path / "pip" / "__init__.py").write_text("")
