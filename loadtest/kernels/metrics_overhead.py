@@ -1,10 +1,11 @@
-"""What the metrics cost a decode step: host time of their calls beside the step of a whole engine.
+"""What the metrics cost a decode step: time of their calls and in its CUDA graph, beside the step of a whole engine.
 
     python -m loadtest.kernels.metrics_overhead --rows 1 8
 
 The calls are those of `vllm_sparse.backend` in a step of so many requests, on the model's own geometry, writing to
 prometheus_client's multi-process files as a worker does. What is sampled counts by its share of the steps, at the
-server's default intervals. The step is measured by `vllm.LLM`, with the metrics in it.
+server's default intervals. On a GPU, rows that are served at once are those of a CUDA graph, in which every step takes
+stamps and copies a row: that is device time. The step is measured by `vllm.LLM`, with the metrics in it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,23 +22,28 @@ from typing import Any
 
 import torch
 
-from loadtest.kernels.timing import mean_seconds, median_seconds
+from loadtest.kernels.timing import graph_seconds, mean_seconds, median_seconds
 from loadtest.serving.engine import engine
-from vllm_sparse.backend.decode import RowSetting
+from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
 from vllm_sparse.backend.plan import BatchRow, DecodeRow, RowSpan, StepPlan, layer_roles
 from vllm_sparse.keys import PlainKeys
+from vllm_sparse.methods.base import reading_layers
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.metrics import Geometry, RowDensity, WorkerMetrics
+from vllm_sparse.metrics.batch_recall import GraphRecall, TakenRow
 from vllm_sparse.metrics.directory import write_to_announced_directory
+from vllm_sparse.metrics.graph_timing import GraphTimer
 from vllm_sparse.metrics.memory import MemoryMetrics
 from vllm_sparse.metrics.recall import attention_recall
-from vllm_sparse.metrics.timing import StepTimer
+from vllm_sparse.metrics.timing import ASIDE, ATTENTION, SELECTION, StepTimer
 from vllm_sparse.metrics.worker import Sampling
 from vllm_sparse.pages import PageList
 from vllm_sparse.params import ServerConfig
+from vllm_sparse.rows import ServerSize
 
 CALLS, REPEATS = 50, 9
 BLOCK_TOKENS = 32
+GRAPH_REPLAYS = 30
 SCALE = 0.125
 
 
@@ -122,10 +129,65 @@ class Step:
                     with timer.serving("decode", ["tidal"] * len(self._spans)):
                         pass
         self._metrics.finish_step([], timer)
+        self._metrics.collect_finished()
 
     def recall(self) -> None:
         """What a step has more in which recall is measured."""
         attention_recall(self._query, self._keys, self._lists, 1, SCALE)
+
+
+class Graph:
+    """What of the metrics is in the CUDA graph of a decode step in which all rows are served at once.
+
+    Args:
+        model: geometry.
+        rows: requests.
+        context_tokens: of each.
+        metrics: that record.
+    """
+
+    def __init__(self, model: Model, rows: int, context_tokens: int, metrics: WorkerMetrics) -> None:
+        device = torch.device("cuda")
+        method = Tidal()
+        roles = layer_roles(method, model.layers)
+        setting = RowSetting(method, 0, roles, 0, False)
+        size = ServerSize(rows, context_tokens, model.layers, model.kv_heads)
+        buffers = DecodeBuffers(rows, size, [method], ServerConfig().decode_list_tokens, device)
+        blocks = -(-context_tokens // BLOCK_TOKENS)
+        table = torch.arange(blocks, dtype=torch.int32, device=device).repeat(rows, 1)
+        contexts = torch.full((rows,), context_tokens, dtype=torch.int32, device=device)
+        launches = buffers.launches([setting], all_sparse=True)
+        self._step = DecodeStep(buffers, rows, launches, contexts, table, 0)
+        self._query = torch.randn(rows, model.query_heads, model.head_size, device=device, dtype=torch.bfloat16)
+        self._cache = torch.randn(
+            blocks, model.kv_heads, BLOCK_TOKENS, 2 * model.head_size, device=device, dtype=torch.bfloat16
+        )
+        self._metrics = metrics
+        self._timer = GraphTimer(launches, device)
+        self._recall = GraphRecall(reading_layers(roles)[0], TakenRow(buffers))
+        self._row = BatchRow(RowSpan(0, 0, 1, context_tokens), setting)
+
+    def replayed(self) -> None:
+        """What each replay does."""
+        for layer, launches in enumerate(self._step.launches):
+            mark = self._timer.marks(layer, [])
+            mark(ASIDE)
+            if launches.selecting:
+                mark(SELECTION)
+            if launches.reading:
+                mark(ATTENTION)
+            if layer == self._recall.layer:
+                self._recall.take(self._step, self._query, self._cache, SCALE)
+
+    def timing(self) -> None:
+        """What a timed step has more."""
+        self._metrics.observe_graph(self._timer, Counter({("decode", "tidal"): 1}))
+        self._metrics.collect_finished()
+
+    def recall(self) -> None:
+        """What a step has more in which recall is measured."""
+        self._recall.observe(self._row, self._metrics)
+        self._metrics.collect_finished()
 
 
 def host_seconds(call: Callable[[], object]) -> float:
@@ -182,16 +244,21 @@ def print_table(model: Model, batches: list[int], context_tokens: int, steps: li
     metrics.start_serving(Geometry(model.layers, model.query_heads, model.kv_heads, 4 * model.head_size), Sampling())
     config = ServerConfig()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print("| rows | served | counting us | timing us | recall us | decode step ms | share |")
-    print("|---|---|---|---|---|---|---|")
+    print("| rows | served | counting us | timing us | recall us | in the graph us | decode step ms | share |")
+    print("|---|---|---|---|---|---|---|---|")
     for rows, step_seconds in zip(batches, steps, strict=True):
         step = Step(model, rows, context_tokens, metrics, device)
-        timing = host_seconds(step.timing) / config.timing_interval_steps
-        recall = host_seconds(step.recall) / config.recall_interval_steps
+        sampled: Step | Graph = step
+        replayed = 0.0
         for name, call in (("one by one", step.one_by_one), ("at once", step.at_once)):
+            if name == "at once" and device == "cuda":
+                sampled = graph = Graph(model, rows, context_tokens, metrics)
+                replayed = graph_seconds(graph.replayed, GRAPH_REPLAYS)
             counting = host_seconds(call)
-            total = counting + timing + recall
-            microseconds = " | ".join(f"{seconds * 1e6:.1f}" for seconds in (counting, timing, recall))
+            timing = host_seconds(sampled.timing) / config.timing_interval_steps
+            recall = host_seconds(sampled.recall) / config.recall_interval_steps
+            total = counting + timing + recall + replayed
+            microseconds = " | ".join(f"{seconds * 1e6:.1f}" for seconds in (counting, timing, recall, replayed))
             print(f"| {rows} | {name} | {microseconds} | {step_seconds * 1e3:.2f} | {total / step_seconds:.2%} |")
 
 

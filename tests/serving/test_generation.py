@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.serving.table import measured
 
 SPARSE = '{"sparse_decode": "tidal", "tidal_budget": 256, "sparse_min_tokens": 0}'
 # Nothing is read but the forced tokens of a page at either end, and from no layer that chose with care.
@@ -18,21 +18,10 @@ BLIND = (
 
 @pytest.mark.usefixtures("no_server")
 def test_a_method_is_compared_with_dense(model_folder: Path, answers_known: None) -> None:
-    command = [sys.executable, "-m", "loadtest.quality.generation", "--model", str(model_folder)]
     sizes = ["--tokens", "3000", "--generated", "150", "--engine", '{"kv_cache_memory_bytes": 500000000}']
     variants = ["--variant", f"tidal={SPARSE}", "--variant", f"blind={BLIND}"]
-    ended = subprocess.run(
-        [*command, *sizes, *variants],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        timeout=400,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stdout[-6000:]
-    rows = [[cell.strip() for cell in text.split("|")[1:-1]] for text in ended.stdout.splitlines() if text[:2] == "| "]
-    dense, tidal, blind = rows[1:]
+    _, lines = measured("loadtest.quality.generation", "--model", str(model_folder), *sizes, *variants)
+    dense, tidal, blind = lines
     assert [dense[0], tidal[0], blind[0]] == ["dense", "tidal", "blind"]
     answers = dense[7].split(" / ")[1]
     assert int(answers) >= 5
