@@ -36,11 +36,13 @@ from vllm_sparse.backend.plan import BatchRow, DecodeRow, StepPlan, layer_roles
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.metrics import Geometry
+from vllm_sparse.metrics.directory import write_to_announced_directory
 from vllm_sparse.metrics.worker import Sampling
 from vllm_sparse.metrics.graph_timing import GraphTimer
 from vllm_sparse.metrics.timing import ASIDE, ATTENTION, SELECTION
 from vllm_sparse.backend.plan import RowSpan
 from vllm_sparse.metrics import RowDensity, WorkerMetrics
+write_to_announced_directory()
 metrics = WorkerMetrics(recording=True)
 metrics.count_fallback("prefill", "flexprefill", "short_chunk")
 metrics.count_fallback("prefill", "flexprefill", "short_chunk")

@@ -154,7 +154,6 @@ class WorkerMetrics:
         self._recent: RecentDensity | None = None
         self._rows: _Rows | None = None
         if recording:
-            write_to_announced_directory()
             self._rows = _Rows()
 
     @classmethod

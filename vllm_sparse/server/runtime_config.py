@@ -8,15 +8,12 @@ server that starts later reads the same file.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import fcntl
 import functools
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +22,7 @@ from typing import Any
 from vllm_sparse.methods.base import BatchDecodeMethod
 from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.params import METHODS, PHASES, ServerConfig, check_settings, configured_method
+from vllm_sparse.shared_directory import announce
 
 # Handed to child processes through the environment, not meant to be set by users.
 DIRECTORY_VARIABLE = "SPARSE_CONFIG_DIRECTORY"
@@ -89,18 +87,8 @@ def announce_directory() -> None:
     """
     from vllm import envs
 
-    if DIRECTORY_VARIABLE in os.environ or ROUTES_NAME not in (envs.VLLM_PLUGINS or ()):
-        return
-    directory = tempfile.mkdtemp(prefix="vllm-sparse-config-")
-    os.environ[DIRECTORY_VARIABLE] = directory
-    owner = os.getpid()
-
-    def remove() -> None:
-        # A forked child inherits this hook; the directory is not its own.
-        if os.getpid() == owner:
-            shutil.rmtree(directory, ignore_errors=True)
-
-    atexit.register(remove)
+    if ROUTES_NAME in (envs.VLLM_PLUGINS or ()):
+        announce(DIRECTORY_VARIABLE, "vllm-sparse-config-")
 
 
 def running_config(start: ServerConfig) -> RunningConfig:
