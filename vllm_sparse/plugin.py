@@ -52,7 +52,7 @@ def _check_configuration_early() -> None:
             config = server_config(vllm_config)
             announce_directory()
             if vllm_config.observability_config.otlp_traces_endpoint is not None:
-                trace_requests()
+                trace_requests(vllm_config)
             logging.getLogger("vllm.sparse").info(
                 "Sparse attention: requests may choose %s; those that name no method run prefill %s and decode %s; "
                 "contexts of fewer than %d tokens run dense unless a request sets sparse_min_tokens.",

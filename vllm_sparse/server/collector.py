@@ -12,7 +12,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_sparse.metrics import DIRECTORY_VARIABLE, PROMETHEUS_VARIABLE, announce_directory
 from vllm_sparse.server.admission import check_before_streaming, uses_sparse_backend
-from vllm_sparse.server.latency import RequestMetrics, keep_methods_of_requests
+from vllm_sparse.server.latency import RequestMetrics, observe_requests
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,7 +35,7 @@ class MetricsCollector(AggregateStatLoggerBase):
         self._sparse = uses_sparse_backend(vllm_config)
         if not self._sparse:
             return
-        keep_methods_of_requests()
+        observe_requests()
         self._cache_bytes = cache_bytes(vllm_config) // len(engine_indexes or [0])
         self._requests = _request_metrics(vllm_config)
         self._cache_used = _cache_used_gauge()

@@ -1,8 +1,8 @@
 """Tokens and latency of requests by the methods that they ask for, as the API server sees them.
 
 vLLM's stat loggers see latencies without the requests that they belong to. What a request asks for is therefore kept
-with the statistics that vLLM keeps of it, and goes when they go; a value is taken from vLLM where it has just been
-worked out, so that these histograms lie over vLLM's own.
+with vLLM's state of it (`request_params`); a value is taken from vLLM where it has just been worked out, so that these
+histograms lie over vLLM's own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 import prometheus_client
 
 from vllm_sparse.metrics.histogram import observe_all
-from vllm_sparse.params import ALL_DENSE, DENSE, RESOLVED_KEY, deserialize
+from vllm_sparse.params import DENSE
+from vllm_sparse.server.request_params import keep_params_of_requests, params_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -85,9 +86,10 @@ class RequestMetrics:
                     self._tokens.labels(phase, method).inc(tokens)
 
 
-@functools.lru_cache(maxsize=1024)
-def _methods_of(resolved: str | None) -> Methods:
-    params = ALL_DENSE if resolved is None else deserialize(resolved)
+def _methods_of(state: Any) -> Methods | None:
+    params = params_of(state)
+    if params is None:
+        return None
     return params.prefill.name if params.prefill else DENSE, params.decode.name if params.decode else DENSE
 
 
@@ -99,26 +101,19 @@ def _observed(iteration_stats: Any, methods: Methods) -> _Observed:
     return by_methods.setdefault(methods, _Observed())
 
 
-def keep_methods_of_requests() -> None:
+def observe_requests() -> None:
     """Make vLLM's iteration statistics carry latencies by methods; idempotent."""
-    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+    from vllm.v1.engine.output_processor import OutputProcessor
 
-    make = RequestState.__dict__["from_new_request"].__func__
+    keep_params_of_requests()
     update, finish = OutputProcessor._update_stats_from_output, OutputProcessor._update_stats_from_finished
     if hasattr(update, "__wrapped__"):
         return
 
-    @functools.wraps(make)
-    def from_new_request(cls: Any, tokenizer: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        state = make(cls, tokenizer, request, *args, **kwargs)
-        if state.stats is not None and request.sampling_params is not None:
-            state.stats.sparse_methods = _methods_of((request.sampling_params.extra_args or {}).get(RESOLVED_KEY))
-        return state
-
     @functools.wraps(update)
     def update_from_output(self: Any, state: Any, output: Any, timestamp: Any, iteration_stats: Any) -> None:
         update(self, state, output, timestamp, iteration_stats)
-        methods = getattr(state.stats, "sparse_methods", None)
+        methods = _methods_of(state)
         if methods is None or iteration_stats is None:
             return
         observed = _observed(iteration_stats, methods)
@@ -133,11 +128,10 @@ def keep_methods_of_requests() -> None:
     @functools.wraps(finish)
     def update_from_finished(self: Any, state: Any, finish_reason: Any, iteration_stats: Any) -> None:
         finish(self, state, finish_reason, iteration_stats)
-        methods = getattr(state.stats, "sparse_methods", None)
+        methods = _methods_of(state)
         if methods is not None and iteration_stats is not None:
             seconds = iteration_stats.finished_requests[-1].e2e_latency
             _observed(iteration_stats, methods).request_seconds.append(seconds)
 
-    RequestState.from_new_request = classmethod(from_new_request)
     OutputProcessor._update_stats_from_output = update_from_output
     OutputProcessor._update_stats_from_finished = update_from_finished

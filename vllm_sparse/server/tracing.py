@@ -5,21 +5,29 @@ from __future__ import annotations
 import dataclasses
 import functools
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_sparse.params import ALL_DENSE, DENSE, RESOLVED_KEY, SparseParams, deserialize
+import numpy as np
+
+from vllm_sparse.methods.base import BatchDecodeMethod
+from vllm_sparse.params import ALL_DENSE, DENSE, SparseParams
+from vllm_sparse.server.request_params import keep_params_of_requests, params_of
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 PREFIX = "vllm_sparse"
 _REQUEST_ATTRIBUTES: ContextVar[dict[str, Any] | None] = ContextVar("sparse request attributes", default=None)
 
 
-def span_attributes(params: SparseParams, prompt_tokens: int, context_tokens: int) -> dict[str, Any]:
+def span_attributes(params: SparseParams, prompt_tokens: int, context_tokens: int, token_lists: bool) -> dict[str, Any]:
     """What a request's span says of sparse attention.
 
     Args:
         params: what the request asked for, defaults applied.
         prompt_tokens: of its prompt.
         context_tokens: of its last decode step.
+        token_lists: decode steps read lists of single tokens, so that settings and context tell how many they read.
 
     Returns:
         Values of OpenTelemetry's types by attribute. ``...fallback`` says that all of a phase ran dense for its
@@ -39,34 +47,34 @@ def span_attributes(params: SparseParams, prompt_tokens: int, context_tokens: in
         attributes[f"{PREFIX}.{phase}.min_tokens"] = params.min_tokens
         if tokens < params.min_tokens or tokens <= getattr(method, "budget_tokens", 0):
             attributes[f"{PREFIX}.{phase}.fallback"] = "short_context"
+    if token_lists and isinstance(params.decode, BatchDecodeMethod):
+        contexts = np.arange(prompt_tokens + 1, context_tokens + 1)
+        sparse = contexts[(contexts >= params.min_tokens) & (contexts > params.decode.budget_tokens)]
+        if sparse.size:
+            attributes[f"{PREFIX}.decode.density"] = float((params.decode.list_tokens(sparse) / sparse).mean())
     return attributes
 
 
-def trace_requests() -> None:
+def trace_requests(vllm_config: VllmConfig) -> None:
     """Make vLLM's request spans carry `span_attributes`; idempotent."""
+    from vllm.platforms import current_platform
     from vllm.v1.engine import output_processor
-    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+    from vllm.v1.engine.output_processor import OutputProcessor
 
-    make_state, trace, make_span = (
-        RequestState.__dict__["from_new_request"].__func__,
-        OutputProcessor.do_tracing,
-        output_processor.instrument_manual,
-    )
+    keep_params_of_requests()
+    trace, make_span = OutputProcessor.do_tracing, output_processor.instrument_manual
     if hasattr(trace, "__wrapped__"):
         return
 
-    @functools.wraps(make_state)
-    def from_new_request(cls: Any, tokenizer: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        state = make_state(cls, tokenizer, request, *args, **kwargs)
-        extras = (request.sampling_params.extra_args if request.sampling_params else None) or {}
-        state.sparse_params = deserialize(extras[RESOLVED_KEY]) if RESOLVED_KEY in extras else ALL_DENSE
-        return state
+    # Verification steps of speculative decoding run dense.
+    token_lists = current_platform.is_cuda() and vllm_config.speculative_config is None
 
     @functools.wraps(trace)
     def do_tracing(self: Any, engine_core_output: Any, req_state: Any, iteration_stats: Any) -> None:
         # The newest token that was generated is in no context yet.
         context_tokens = req_state.prompt_len + req_state.stats.num_generation_tokens - 1
-        attributes = span_attributes(req_state.sparse_params, req_state.prompt_len, context_tokens)
+        params = params_of(req_state) or ALL_DENSE
+        attributes = span_attributes(params, req_state.prompt_len, context_tokens, token_lists)
         token = _REQUEST_ATTRIBUTES.set(attributes)
         try:
             trace(self, engine_core_output, req_state, iteration_stats)
@@ -77,6 +85,5 @@ def trace_requests() -> None:
     def instrument_manual(*args: Any, attributes: dict[str, Any], **kwargs: Any) -> Any:
         return make_span(*args, attributes={**attributes, **(_REQUEST_ATTRIBUTES.get() or {})}, **kwargs)
 
-    RequestState.from_new_request = classmethod(from_new_request)
     OutputProcessor.do_tracing = do_tracing
     output_processor.instrument_manual = instrument_manual
