@@ -246,7 +246,7 @@ class Server:
             kept = self.check(requests[row], numbers[row], row in served, queries[:, row], outputs[:, row])
             if row == served[place]:
                 assert isinstance(plan.metrics, Recalls)
-                assert (plan.metrics.found.pop() - kept[layer]).abs().max() < RECALL_TOLERANCE, f"layer {layer}"
+                assert (plan.metrics.found.pop().cpu() - kept[layer]).abs().max() < RECALL_TOLERANCE, f"layer {layer}"
         for request in requests:
             request.context += 1
         return {numbers[row] for row in served}
