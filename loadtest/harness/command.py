@@ -91,15 +91,19 @@ def _load_test(arguments: argparse.Namespace) -> None:
     url = arguments.url.rstrip("/")
     if (folder / NAME).exists():
         raise UsageError(f"{folder} holds a run already: name another folder with --out")
-    folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
+        server = None
         if arguments.serve:
+            folder.mkdir(parents=True, exist_ok=True)
             _say(f"starting the server; its log is {folder / SERVER_LOG}")
-            stack.enter_context(served(arguments.serve, url, folder / SERVER_LOG))
+            server = stack.enter_context(served(arguments.serve, url, folder / SERVER_LOG))
         elif arguments.wait:
             wait_until_healthy(url, arguments.wait)
         finished = _run(scenario, arguments, url, folder)
+        died = server.poll() if server is not None else None
     write_report(folder)
+    if died is not None:
+        raise ServerError(f"the server ended with {died} while it was tested; its log is {folder / SERVER_LOG}")
     if not finished:
         sys.exit(1)
 
@@ -121,6 +125,7 @@ def _run(scenario: Scenario, arguments: argparse.Namespace, url: str, folder: Pa
     planner = Planner(scenario, makers, salt)
     sweeps = planner.stages()
     warm_up = planner.warm_up()
+    folder.mkdir(parents=True, exist_ok=True)
     with Journal(folder) as journal:
         journal.write("run", _about(scenario, arguments.scenario, url, model, headers, salt))
         _say(_announcement(warm_up, sweeps))

@@ -24,13 +24,16 @@ class ServerError(Exception):
 
 
 @contextlib.contextmanager
-def served(command: str, url: str, log: Path) -> Iterator[None]:
+def served(command: str, url: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server's command, wait until it is healthy, and end it with all its processes afterwards.
 
     Args:
         command: as for a shell, such as ``vllm serve MODEL --port 8000``.
         url: where it will listen.
         log: takes its output.
+
+    Yields:
+        The command's process.
 
     Raises:
         ServerError: the command ends early, there is no such program, or it is not ready in time.
@@ -51,7 +54,7 @@ def served(command: str, url: str, log: Path) -> Iterator[None]:
             raise ServerError(f"--serve {command}: {error}") from None
     try:
         _wait(process, url, log)
-        yield
+        yield process
     finally:
         _stop(process)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from loadtest.harness.plan import WARM_UP
 from loadtest.report.statistics import independent_difference, independent_ratio
-from loadtest.report.summary import Request, by_prompt, compare_methods, counted, tpot_seconds, ttft_seconds
-
-Report = Mapping[str, Any]
+from loadtest.report.summary import Report, Request, by_prompt, compare_methods, counted, tpot_seconds, ttft_seconds
 
 
 def compare(first: Report, second: Report) -> dict[str, Any]:

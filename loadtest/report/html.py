@@ -14,8 +14,8 @@ from loadtest.harness.plan import WARM_UP
 from loadtest.harness.scenario import Scenario
 from loadtest.report.chart import Series, chart, distribution
 from loadtest.report.server_metrics import density_series, fallbacks, series_of, time_series
-from loadtest.report.statistics import PERCENTILES, samples_needed
-from loadtest.report.summary import Request, compared, counted, tpot_seconds, ttft_seconds
+from loadtest.report.statistics import LEAST_CLUSTERS, PERCENTILES, samples_needed
+from loadtest.report.summary import Report, Request, compared, counted, tpot_seconds, ttft_seconds
 from loadtest.report.words import (
     count_or_dash,
     density_of,
@@ -25,8 +25,6 @@ from loadtest.report.words import (
     score_in_words,
     seconds,
 )
-
-Report = Mapping[str, Any]
 
 # Of a table: a method, what is known of it, and its stage.
 Column = tuple[str, Mapping[str, Any], Mapping[str, Any]]
@@ -131,7 +129,8 @@ def _findings(report: Report) -> str:
     if not items:
         return ""
     note = (
-        "Ratios are paired, prompt by prompt; brackets are 95 % bootstrap intervals over prompts. Below 1x is faster."
+        "Ratios are paired, prompt by prompt; below 1x is faster. Brackets are 95 % bootstrap intervals over prompts; "
+        f"fewer than {LEAST_CLUSTERS} prompts, or prompts that all agree, have none."
     )
     return _section("In short", f"<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>", _note(note))
 

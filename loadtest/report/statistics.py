@@ -15,6 +15,10 @@ PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 BEYOND = 5
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+# Of fewer pairs not even all on one side would be significant at 5 %, whatever drawing them again says.
+LEAST_CLUSTERS = 6
+# Less is rounding.
+LEAST_SPREAD = 1e-9
 
 
 def samples_needed(percentile: float) -> int:
@@ -41,12 +45,15 @@ def interval_of_mean(clusters: Sequence[Sequence[float]]) -> tuple[float, float]
         clusters: values that belong together, such as the repetitions of one prompt.
 
     Returns:
-        Lower and upper end, or none with fewer than two clusters.
+        Lower and upper end; none with fewer than `LEAST_CLUSTERS` clusters, or where all have one mean: drawing them
+        again shows no spread, which is not to say that there is none.
     """
-    return _ends(_resampled_means(clusters, 0)) if len(clusters) > 1 else None
+    return _ends(_resampled_means(clusters, 0)) if len(clusters) >= LEAST_CLUSTERS else None
 
 
-def _ends(draws: Array) -> tuple[float, float]:
+def _ends(draws: Array) -> tuple[float, float] | None:
+    if np.ptp(draws) < LEAST_SPREAD:
+        return None
     low, high = np.percentile(draws, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
     return float(low), float(high)
 
@@ -106,7 +113,7 @@ def independent_difference(
     if not first or not second:
         return {"pairs": 0, "value": None, "interval": None}
     value = float(np.concatenate(list(second.values())).mean() - np.concatenate(list(first.values())).mean())
-    if min(len(first), len(second)) < 2:
+    if min(len(first), len(second)) < LEAST_CLUSTERS:
         return {"pairs": 0, "value": value, "interval": None}
     draws = _resampled_means(list(second.values()), 1) - _resampled_means(list(first.values()), 0)
     return {"pairs": 0, "value": value, "interval": _ends(draws)}

@@ -13,6 +13,10 @@ from loadtest.report.server_metrics import density, fallback_share, series_of
 from loadtest.report.statistics import difference, interval_of_mean, mcnemar, percentiles, ratio
 
 Request = Mapping[str, Any]
+"""A request, as the journal has it."""
+
+Report = Mapping[str, Any]
+"""A run, as `loadtest.harness.journal.read_journal` returns it, with its `summary`."""
 
 # A client later or busier than this measures itself: the run says so.
 MOST_LAG_SECONDS = 0.010

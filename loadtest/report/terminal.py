@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loadtest.report.summary import Report
 from loadtest.report.words import (
     count_or_dash,
     density_of,
@@ -15,8 +16,6 @@ from loadtest.report.words import (
     score_in_words,
     seconds,
 )
-
-Report = Mapping[str, Any]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -56,6 +55,10 @@ def table(report: Report) -> str:
     if summary["comparisons"]:
         against = [(f"{row['method']} against {row['baseline']}", row) for row in summary["comparisons"]]
         parts.append(_comparison_table(against))
+    shown = sum(one["requests"] for stage in summary["stages"] for one in stage["methods"].values())
+    others = sum(stage["together"]["requests"] for stage in summary["stages"]) - shown
+    if others:
+        parts.append(f"Paired prompts only; the page also shows the {others} requests of other workloads.")
     if summary["failures"]:
         parts.append(f"Failures: {failures_in_words(summary['failures'])}.")
     parts += [_client(stage) for stage in summary["stages"] if stage["client"]]

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from loadtest.harness import command
-from tests.loadtest.conftest import ROOT, LoadTest, Simulated, scenario_of
+from tests.loadtest.conftest import ROOT, LoadTest, Simulated, prompts_file, scenario_of
 from tests.serving.server import free_port
 
 OPEN: dict[str, Any] = {"loop": "open", "rates": [20], "requests": 40}
@@ -47,6 +47,7 @@ def test_what_is_wrong_is_said(simulated: Simulated, tmp_path: Path) -> None:
         [mine, "--url", simulated.url, "--model", "other", *out]
     )
     assert "no tokenizer.json in" in refusal([mine, "--url", simulated.url, "--tokenizer", str(tmp_path), *out])
+    assert not (tmp_path / "run").exists(), "of a run that never began nothing is left"
     gone = ["--set", f"workloads.0.file={tmp_path / 'gone.jsonl'}"]
     assert "gone.jsonl cannot be read" in refusal([mine, "--url", simulated.url, *gone, *out])
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": }\n')
@@ -54,7 +55,7 @@ def test_what_is_wrong_is_said(simulated: Simulated, tmp_path: Path) -> None:
     assert "bad.jsonl, line 2, is no JSON" in refusal([mine, "--url", simulated.url, *bad, *out])
     (tmp_path / "bad.jsonl").write_text('{"question": "a"}\n')
     assert "a line needs either prompt or messages" in refusal([mine, "--url", simulated.url, *bad, *out])
-    assert "journal.jsonl cannot be read" in refusal(["report", str(tmp_path / "run")])
+    assert "journal.jsonl cannot be read" in refusal(["report", str(tmp_path)])
 
 
 def test_a_run_is_not_written_over(load_test: LoadTest, simulated: Simulated, tmp_path: Path) -> None:
@@ -95,6 +96,18 @@ def test_an_end_before_the_first_request_ends_the_server_too(tmp_path: Path) -> 
     assert process.wait(60) == 1
     with pytest.raises(ProcessLookupError):
         os.kill(int(mark.read_text()), 0)
+
+
+def test_a_server_that_dies_is_reported_with_what_ran(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    port = free_port()
+    serve = shlex.join([sys.executable, "-m", "tests.loadtest.simulated_server", "--port", str(port)])
+    mine = written(tmp_path, scenario_of(tmp_path, {"plain": {}, "deadly": {"fault": "die"}}, OPEN, warm_up_rounds=0))
+    arguments = [mine, "--url", f"http://127.0.0.1:{port}", "--serve", serve, "--out", str(tmp_path / "run")]
+    assert f"the server ended with 1 while it was tested; its log is {tmp_path / 'run' / 'server.log'}" in refusal(
+        arguments
+    )
+    assert "disconnected" in capfd.readouterr().out
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_a_server_is_waited_for(tmp_path: Path) -> None:
@@ -162,7 +175,7 @@ def test_two_runs_are_compared_in_pairs(two_runs: list[str], capsys: pytest.Capt
     low, high = json.loads(interval)
     assert 0.3 < low <= high < 0.7
     assert 0.4 < float(tpot.partition("x")[0]) < 2.5
-    assert score == "-1.000 [-1.000, -1.000]"
+    assert score == "-1.000"
     assert float(p) < 0.001
     assert "The scenarios differ in: methods." in output
 
@@ -178,7 +191,7 @@ def test_runs_of_other_prompts_are_compared_without_pairs(
     _, _, pairs, ttft, _, score, p, _ = cells_of(capsys.readouterr().out)
     assert (pairs, p) == ("not paired", "-")
     assert float(ttft.partition("x")[0]) == pytest.approx(1, abs=0.1)
-    assert score == "+0.000 [+0.000, +0.000]"
+    assert score == "+0.000"
 
 
 def test_a_trace_is_replayed_with_its_lengths(load_test: LoadTest, simulated: Simulated, tmp_path: Path) -> None:
@@ -211,6 +224,16 @@ def test_tasks_go_out_with_the_beginning_of_their_answer(
         assert [message["role"] for message in body["messages"]] == ["user", "assistant"]
         assert body["continue_final_message"]
         assert not body["add_generation_prompt"]
+
+
+def test_the_table_says_what_it_leaves_out(load_test: LoadTest, tmp_path: Path) -> None:
+    asked = {"name": "asked", "kind": "jsonl", "file": str(prompts_file(tmp_path, 40, 5))}
+    chats = {"name": "chats", "kind": "text", "input_tokens": 60, "output_tokens": 5}
+    scenario = scenario_of(tmp_path, {"one": {}, "other": {}}, OPEN, workloads=[asked, chats], warm_up_rounds=0)
+    finished = load_test(scenario)
+    others = sum(request["workload"] == "chats" for request in finished.requests)
+    assert 0 < others < 40
+    assert f"Paired prompts only; the page also shows the {others} requests of other workloads." in finished.output
 
 
 def test_the_verb_of_the_installed_command() -> None:

@@ -69,7 +69,15 @@ def test_an_interval_covers_the_truth_as_often_as_it_says(generator: torch.Gener
         assert interval is not None
         covered += interval[0] <= 3 <= interval[1]
     assert 170 <= covered <= 200
-    assert interval_of_mean([[1.0, 2.0]]) is None
+
+
+def test_there_is_no_interval_without_enough_prompts_or_without_spread() -> None:
+    assert interval_of_mean([[0.0], [1.0]] * 3) is not None
+    assert interval_of_mean([[0.0], [1.0], [0.0], [1.0], [0.0]]) is None
+    assert interval_of_mean([[0.1, 0.2]] * 40) is None
+    first = {str(number): [0.1] for number in range(40)}
+    assert difference(first, first)["interval"] is None
+    assert independent_difference(first, first)["interval"] is None
 
 
 def test_pairs_are_compared_prompt_by_prompt(generator: torch.Generator) -> None:

@@ -120,14 +120,14 @@ def test_ramp_and_interruptions_do_not_count() -> None:
 
 
 def test_repetitions_of_a_prompt_are_one_cluster() -> None:
-    first = [request(pair=f"w/{prompt}, time {time}") for prompt in range(3) for time in range(5)]
+    first = [request(pair=f"w/{prompt}, time {time}") for prompt in range(6) for time in range(5)]
     second = [
         one | {"score": float(one["pair"][2] != "0"), "text": one["pair"], "first_token_seconds": 1.25} for one in first
     ]
     found = compare_methods(first, second)
-    assert found["pairs"] == 15
-    assert found["score_difference"]["value"] == pytest.approx(-1 / 3)
-    assert found["score_difference"]["interval"] == pytest.approx((-1, 0)), "three prompts, not fifteen"
+    assert found["pairs"] == 30
+    assert found["score_difference"]["value"] == pytest.approx(-1 / 6)
+    assert found["score_difference"]["interval"] == pytest.approx((-0.5, 0)), "six prompts, not thirty"
     assert found["ttft_ratio"]["value"] == pytest.approx(0.5)
     assert (found["only_first_right"], found["only_second_right"]) == (5, 0)
     assert found["same_text_share"] == 0
