@@ -14,7 +14,7 @@ So half of each head, most of what the norms give and most of the matrices that 
 with which a GPU draws less power than with real weights. The number of operations and of bytes is the same.
 
 The bundled model was trained to 34,816 positions. Without any scaling of them it answers single needles in 65,536
-tokens as well (5 of 5), and most in 131,072 (4 of 5), both with `dhsa`.
+tokens as well, and most in 131,072 (`loadtest/RESULTS.md`).
 
 TidalDecode's default layers would be copies, so `tidal.json` in the folder names the real ones in which it chooses:
 `--additional-config '{"sparse": {"tidal": {"policy": "FOLDER/tidal.json"}}}'`.
