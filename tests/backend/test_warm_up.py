@@ -53,7 +53,12 @@ def test_each_method_serves_a_chunk_of_each_length(engine: Engine, monkeypatch: 
     with registry.activate():
         PrefillWarmUp(engine.config, layer.layer_name).register_warmup()
     registry.warmup()
-    assert served == {(name, 1024, context): 1 for name in PREFILL_METHODS for context in (1024, 2048, 2500)}
+    assert served == {
+        (name, tokens, context - (tokens < 1024)): 1
+        for name, method in PREFILL_METHODS.items()
+        for context in (1024, 2048, 2500)
+        for tokens in (1024, 1023, method().min_query_tokens)
+    }
     assert all(kept > 0 for kept in attended)
 
 
@@ -61,5 +66,5 @@ def test_chunks_that_always_run_dense_are_left_out(engine: Engine, monkeypatch: 
     monkeypatch.setattr(engine.config.scheduler_config, "max_num_batched_tokens", 200)
     keys = PrefillWarmUp(engine.config, engine.layers[0].layer_name).get_warmup_keys()
     assert {key.method.name for key in keys} == {
-        name for name, method in PREFILL_METHODS.items() if method().min_query_tokens <= 200
+        name for name, method in PREFILL_METHODS.items() if method().min_query_tokens < 200
     }

@@ -29,6 +29,7 @@ PARTS: dict[LayerLaunches, list[tuple[str, float]]] = {
     READ: [(ASIDE, 30), (ATTENTION, 3)],
     MERGE: [(ASIDE, 90), (SELECTION, 7), (ATTENTION, 11), (SELECTION, 0.5)],
 }
+REPEATS = 5
 LAYERS = [DENSE, DENSE, SELECT, READ, READ, SELECT, READ, MERGE]
 ROWS = Counter({("decode", "tidal"): 3, ("decode", "blocktopk"): 1})
 
@@ -83,17 +84,20 @@ def test_the_stamp_compiles_for_hopper() -> None:
 
 @oracle.needs_cuda
 def test_stamps_of_replays_are_device_time() -> None:
-    """Kernels of known lengths, timed by events outside of a graph."""
+    """Kernels of known lengths, timed by events outside of a graph; others on the device can only make them longer."""
     short_cycles, long_cycles = 400_000, 1_200_000
     sleep: Any = torch.cuda._sleep
 
     def event_seconds(cycles: int) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        sleep(cycles)
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3
+        seconds = []
+        for _ in range(REPEATS):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            sleep(cycles)
+            end.record()
+            end.synchronize()
+            seconds.append(float(begin.elapsed_time(end)) / 1e3)
+        return min(seconds)
 
     timer = GraphTimer([READ, SELECT, READ], torch.device("cuda"))
 
@@ -105,13 +109,15 @@ def test_stamps_of_replays_are_device_time() -> None:
             mark(SELECTION if layer == 1 else ATTENTION)
 
     replay = captured(step)
-    before = timer.stamps.clone()
-    for _ in range(3):
+    before = timer.stamps.cpu()
+    found = []
+    for _ in range(REPEATS):
         replay()
         stamps = timer.stamps.cpu()
         assert bool((stamps[:, :2] > before[:, :2]).all()), "each replay takes stamps"
         assert not bool(stamps[:, 2:].any())
-        before = timer.stamps.clone()
-    selection, attention = timer.seconds_by_rows(stamps.numpy(), Counter({("decode", "tidal"): 2}))["decode", "tidal"]
+        before = stamps
+        found.append(timer.seconds_by_rows(stamps.numpy(), Counter({("decode", "tidal"): 2}))["decode", "tidal"])
+    selection, attention = (min(seconds) for seconds in zip(*found, strict=True))
     assert selection == pytest.approx(event_seconds(short_cycles), rel=0.05)
     assert attention == pytest.approx(2 * event_seconds(long_cycles), rel=0.05)

@@ -58,10 +58,12 @@ class PrefillWarmUp(VllmJitKernel[WarmUpChunk]):
         contexts = doubling(max(step, min(config.min_tokens, longest)), longest)
         methods = [configured_method(config, "prefill", name) for name in PREFILL_METHODS if name in config.methods]
         return [
-            WarmUpChunk(method, step, context)
+            # Sizes that 16 divides have kernels of their own, and chunks of few query blocks have smaller tiles.
+            WarmUpChunk(method, tokens, context if tokens == step else context - 1)
             for method in methods
-            if isinstance(method, PrefillMethod) and step >= method.min_query_tokens
+            if isinstance(method, PrefillMethod) and step > method.min_query_tokens
             for context in contexts
+            for tokens in (step, step - 1, method.min_query_tokens)
         ]
 
     def compile(self, compile_key: WarmUpChunk) -> None:

@@ -14,7 +14,7 @@ OUTPUT_TILE = 2048
 
 
 # Batches grow and shrink; specialising on their size would compile in the middle of serving.
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["capacity", "rows"], do_not_specialize_on_alignment=["context_pointer"])
 def layer_contexts_kernel(
     method_pointer,
     least_context_pointer,

@@ -22,7 +22,8 @@ PROGRAMS = 1024
 MERGE_TILE = 512
 
 
-@triton.jit
+# Steps outside of graphs have room for just their rows; specialising on it would compile in the middle of serving.
+@triton.jit(do_not_specialize=["capacity"])
 def page_logits_kernel(
     query_pointer,
     summary_pointer,
@@ -96,7 +97,7 @@ def page_logits_kernel(
     tl.store(total_pointer + o_share, b_total, mask=in_group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "shares"])
 def merge_kernel(
     logit_pointer,
     largest_pointer,

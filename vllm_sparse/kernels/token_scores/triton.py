@@ -22,7 +22,8 @@ PROGRAMS = 4 * 132
 LEAST_GROUP_TILE = 16
 
 
-@triton.jit
+# Steps outside of graphs have room for just their rows; specialising on it would compile in the middle of serving.
+@triton.jit(do_not_specialize=["capacity"])
 def products_kernel(
     query_pointer,
     cache_pointer,
@@ -97,7 +98,7 @@ def products_kernel(
     tl.store(p_partial + 1, b_sum, mask=in_group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def merge_kernel(
     context_pointer,
     start_pointer,
