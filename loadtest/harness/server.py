@@ -65,11 +65,18 @@ def wait_until_healthy(url: str, limit_seconds: float) -> None:
     Raises:
         ServerError: it is not healthy in time.
     """
+    if not _becomes_healthy(url, limit_seconds):
+        raise ServerError(f"no server at {url} was healthy within {limit_seconds:g} s (--wait)")
+
+
+def _becomes_healthy(url: str, limit_seconds: float, process: subprocess.Popen[bytes] | None = None) -> bool:
+    """Whether a server is healthy in time, and before its process, if that is given, ends."""
     deadline = time.monotonic() + limit_seconds
     while not _is_healthy(url):
-        if time.monotonic() > deadline:
-            raise ServerError(f"no server at {url} was healthy within {limit_seconds:g} s (--wait)")
+        if time.monotonic() > deadline or (process is not None and process.poll() is not None):
+            return False
         time.sleep(POLL_SECONDS)
+    return True
 
 
 def _is_healthy(url: str) -> bool:
@@ -81,13 +88,10 @@ def _is_healthy(url: str) -> bool:
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while not _is_healthy(url):
-        if process.poll() is not None or time.monotonic() > deadline:
-            what = f"ended with {process.returncode}" if process.poll() is not None else "was not ready in time"
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
-            raise ServerError(f"the server {what}; its log, {log}, ends with:\n{tail}")
-        time.sleep(POLL_SECONDS)
+    if not _becomes_healthy(url, START_SECONDS, process):
+        what = f"ended with {process.returncode}" if process.poll() is not None else "was not ready in time"
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        raise ServerError(f"the server {what}; its log, {log}, ends with:\n{tail}")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
