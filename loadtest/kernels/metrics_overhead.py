@@ -5,24 +5,31 @@
 The calls are those of `vllm_sparse.backend` in a step of so many requests, on the model's own geometry, writing to
 prometheus_client's multi-process files as a worker does. What is sampled counts by its share of the steps, at the
 server's default intervals. On a GPU, rows that are served at once are those of a CUDA graph, in which every step takes
-stamps and copies a row: that is device time. The step is measured by `vllm.LLM`, with the metrics in it.
+stamps and copies a row: that is device time.
+
+The step is that of `vllm.LLM`, as it is and, by turns, with the calls left out. "Share" is all of it as if nothing were
+hidden behind the device's work; "longer by" is what the step really takes longer for the calls, the median of pairs of
+generations and its 95 % interval, to which the graph's part has to be added.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
+import os
 import statistics
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loadtest.kernels.timing import graph_seconds, mean_seconds, median_seconds
+from loadtest.kernels.timing import graph_seconds, mean_seconds
 from loadtest.serving.engine import engine
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
 from vllm_sparse.backend.plan import BatchRow, DecodeRow, RowSpan, StepPlan, layer_roles
@@ -195,18 +202,53 @@ def host_seconds(call: Callable[[], object]) -> float:
     return statistics.median(mean_seconds(call, CALLS) for _ in range(REPEATS))
 
 
-def decode_step_seconds(llm: Any, rows: int, context_tokens: int, tokens: int) -> float:
+@dataclass(frozen=True)
+class MeasuredStep:
+    """A decode step of an engine.
+
+    Attributes:
+        seconds: of the step.
+        more_seconds: how much longer it is than without the metrics' calls, one number a pair of generations.
+    """
+
+    seconds: float
+    more_seconds: tuple[float, ...]
+
+
+def leave_metrics_out(_worker: object, left_out: bool) -> None:
+    """Run in a worker: leave out what the metrics do in each step, or do it again."""
+    metrics = WorkerMetrics.get()
+    for name in ("collect_finished", "observe_batch", "sample", "finish_step"):
+        if left_out:
+            setattr(metrics, name, lambda *_: None)
+        else:
+            vars(metrics).pop(name, None)
+
+
+def measure_step(llm: Any, rows: int, context_tokens: int, tokens: int, pairs: int) -> MeasuredStep:
     """Time of a decode step: a generation's less that of its first token, by its tokens."""
     from vllm import SamplingParams
 
     extras = {"sparse_decode": "tidal", "sparse_min_tokens": 0}
     prompts = [{"prompt_token_ids": [10 + row] + [20] * (context_tokens - 1)} for row in range(rows)]
 
-    def generate(tokens: int) -> Callable[[], object]:
+    def generate(tokens: int) -> float:
         params = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0, extra_args=extras)
-        return lambda: llm.generate(prompts, params, use_tqdm=False)
+        start = time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False)
+        return time.perf_counter() - start
 
-    return (median_seconds(generate(tokens + 1), 3) - median_seconds(generate(1), 3)) / tokens
+    generate(tokens + 1)
+    first = statistics.median(generate(1) for _ in range(3))
+    spent: dict[bool, list[float]] = {False: [], True: []}
+    for pair in range(pairs):
+        # Either one comes first in every other pair, so that a drift favours none.
+        for left_out in (pair % 2 == 0, pair % 2 == 1):
+            llm.collective_rpc(leave_metrics_out, args=(left_out,))
+            spent[left_out].append(generate(tokens + 1))
+    llm.collective_rpc(leave_metrics_out, args=(False,))
+    more = ((kept - left_out) / tokens for kept, left_out in zip(spent[False], spent[True], strict=True))
+    return MeasuredStep((statistics.median(spent[False]) - first) / tokens, tuple(more))
 
 
 def main() -> None:
@@ -215,13 +257,18 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("loadtest/model/weights"))
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8], help="requests of a step")
     parser.add_argument("--context", type=int, default=8192, help="tokens of each request's context")
-    parser.add_argument("--tokens", type=int, default=32, help="decode steps that are measured")
+    parser.add_argument("--tokens", type=int, default=256, help="decode steps of a generation that is timed")
+    parser.add_argument("--pairs", type=int, default=20, help="generations with and without the metrics' calls")
     parser.add_argument("--engine", type=json.loads, default={}, help="further arguments of vllm.LLM, as JSON")
     arguments = parser.parse_args()
     model = Model.read(arguments.model)
+    # vLLM sends functions to its workers only when told to; these are our own.
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     # Each prompt is computed once: it is the decode steps that count.
     with engine(str(arguments.model), "SPARSE", enable_prefix_caching=True, **arguments.engine) as llm:
-        steps = [decode_step_seconds(llm, rows, arguments.context, arguments.tokens) for rows in arguments.rows]
+        steps = [
+            measure_step(llm, rows, arguments.context, arguments.tokens, arguments.pairs) for rows in arguments.rows
+        ]
         # In a process of its own, as a worker, which writes to the directory that this one announced.
         task = (model, arguments.rows, arguments.context, steps)
         child = multiprocessing.get_context("spawn").Process(target=print_table, args=task)
@@ -230,23 +277,33 @@ def main() -> None:
     raise SystemExit(child.exitcode)
 
 
-def print_table(model: Model, batches: list[int], context_tokens: int, steps: list[float]) -> None:
-    """Measure the metrics of decode steps and print them beside the steps' times.
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median between the ends of its 95 % interval, which hold for any distribution."""
+    ordered = sorted(values)
+    # Of n values a binomial number, with a deviation of sqrt(n) / 2, lies below the true median.
+    outside = max(0, int((len(ordered) - 1.96 * math.sqrt(len(ordered))) / 2))
+    return ordered[outside], statistics.median(ordered), ordered[-1 - outside]
+
+
+def print_table(model: Model, batches: list[int], context_tokens: int, steps: list[MeasuredStep]) -> None:
+    """Measure the metrics of decode steps and print them beside the steps.
 
     Args:
         model: geometry.
         batches: requests of each step.
         context_tokens: of each request.
-        steps: seconds of each.
+        steps: of the engine, one a batch.
     """
     write_to_announced_directory()
     metrics = WorkerMetrics(recording=True, memory=MemoryMetrics(0, 0))
     metrics.start_serving(Geometry(model.layers, model.query_heads, model.kv_heads, 4 * model.head_size), Sampling())
     config = ServerConfig()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print("| rows | served | counting us | timing us | recall us | in the graph us | decode step ms | share |")
-    print("|---|---|---|---|---|---|---|---|")
-    for rows, step_seconds in zip(batches, steps, strict=True):
+    # How the engine serves these rows.
+    served = "at once" if device == "cuda" else "one by one"
+    print("| rows | served | counting us | timing us | recall us | in the graph us | step ms | share | longer by us |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for rows, measured in zip(batches, steps, strict=True):
         step = Step(model, rows, context_tokens, metrics, device)
         sampled: Step | Graph = step
         replayed = 0.0
@@ -254,12 +311,23 @@ def print_table(model: Model, batches: list[int], context_tokens: int, steps: li
             if name == "at once" and device == "cuda":
                 sampled = graph = Graph(model, rows, context_tokens, metrics)
                 replayed = graph_seconds(graph.replayed, GRAPH_REPLAYS)
-            counting = host_seconds(call)
-            timing = host_seconds(sampled.timing) / config.timing_interval_steps
-            recall = host_seconds(sampled.recall) / config.recall_interval_steps
-            total = counting + timing + recall + replayed
-            microseconds = " | ".join(f"{seconds * 1e6:.1f}" for seconds in (counting, timing, recall, replayed))
-            print(f"| {rows} | {name} | {microseconds} | {step_seconds * 1e3:.2f} | {total / step_seconds:.2%} |")
+            parts = (
+                host_seconds(call),
+                host_seconds(sampled.timing) / config.timing_interval_steps,
+                host_seconds(sampled.recall) / config.recall_interval_steps,
+                replayed,
+            )
+            line = [str(rows), name, *(f"{seconds * 1e6:.1f}" for seconds in parts)]
+            if name == served:
+                low, middle, high = median_interval(measured.more_seconds)
+                line += [
+                    f"{measured.seconds * 1e3:.2f}",
+                    f"{sum(parts) / measured.seconds:.2%}",
+                    f"{middle * 1e6:.0f} ({low * 1e6:.0f} to {high * 1e6:.0f})",
+                ]
+            else:
+                line += ["", "", ""]
+            print(f"| {' | '.join(line)} |")
 
 
 if __name__ == "__main__":

@@ -205,12 +205,13 @@ class _Widener:
         return wide
 
 
-def write_widened(wide: Architecture, folder: Path) -> None:
-    """Write the bundled model in another geometry as a Hugging Face folder in bfloat16, one file for each layer.
+def write_widened(wide: Architecture, folder: Path, model: Path = BUNDLED) -> None:
+    """Write a model in another geometry as a Hugging Face folder in bfloat16, one file for each layer.
 
     Args:
         wide: its sizes.
         folder: is made; must not hold a model.
+        model: folder of the bundled model, or of one of its sizes.
 
     Raises:
         GeometryError: the bundled model does not fit.
@@ -222,7 +223,7 @@ def write_widened(wide: Architecture, folder: Path) -> None:
         raise FileExistsError(f"{folder} holds a model already: name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(build_tokenizer(), folder, wide.longest)
-    weights = load_file(BUNDLED / "model.safetensors")
+    weights = load_file(model / "model.safetensors")
     weight_map: dict[str, str] = {}
     total_bytes = 0
     for number, shard in enumerate(widened(weights, small, wide), 1):
@@ -243,6 +244,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="to write the model to; 14 GB with the default sizes")
+    parser.add_argument("--model", type=Path, default=BUNDLED, help="the model to widen, of the bundled one's sizes")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096, help="size of the hidden state")
     parser.add_argument("--heads", type=int, default=32, help="query heads")
@@ -262,7 +264,7 @@ def main() -> None:
         longest=arguments.max_position,
     )
     try:
-        write_widened(wide, arguments.folder)
+        write_widened(wide, arguments.folder, arguments.model)
     except (GeometryError, FileExistsError) as error:
         sys.exit(f"loadtest.model.widen: {error}")
 
