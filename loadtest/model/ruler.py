@@ -52,7 +52,7 @@ class Stage:
     """One stage of the curriculum.
 
     Attributes:
-        tokens: of the longest samples; the shortest have half as many.
+        tokens: of the longest samples; the shortest have half, which must be 512 or more for tasks to fit.
         batch_tokens: of a step.
         share: of the training time.
     """

@@ -67,7 +67,7 @@ def test_training_lowers_the_loss_and_the_exam_says_what_is_right() -> None:
     network = Network(sizes, torch.float32)
     before = {name: weight.clone() for name, weight in network.state_dict().items()}
     log = Log(io.StringIO())
-    train(network, [Stage(600, 1200, 1.0)], 8.0, 0, 1, log)
+    train(network, [Stage(1024, 2048, 1.0)], 8.0, 0, 1, log)
     changed = [name for name, weight in network.state_dict().items() if not torch.equal(weight, before[name])]
     assert len(changed) == len(before)
     exam(network, [1600], 1, 0, 1, log)
