@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,8 @@ from typing import Any
 import torch
 
 from loadtest.kernels.timing import graph_seconds, mean_seconds
+from loadtest.report.statistics import interval_of_median
+from loadtest.report.words import interval_in_words
 from loadtest.serving.engine import engine
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
 from vllm_sparse.backend.plan import BatchRow, DecodeRow, RowSpan, StepPlan, layer_roles
@@ -277,14 +278,6 @@ def main() -> None:
     raise SystemExit(child.exitcode)
 
 
-def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The median between the ends of its 95 % interval, which hold for any distribution."""
-    ordered = sorted(values)
-    # Of n values a binomial number, with a deviation of sqrt(n) / 2, lies below the true median.
-    outside = max(0, int((len(ordered) - 1.96 * math.sqrt(len(ordered))) / 2))
-    return ordered[outside], statistics.median(ordered), ordered[-1 - outside]
-
-
 def print_table(model: Model, batches: list[int], context_tokens: int, steps: list[MeasuredStep]) -> None:
     """Measure the metrics of decode steps and print them beside the steps.
 
@@ -319,11 +312,12 @@ def print_table(model: Model, batches: list[int], context_tokens: int, steps: li
             )
             line = [str(rows), name, *(f"{seconds * 1e6:.1f}" for seconds in parts)]
             if name == served:
-                low, middle, high = median_interval(measured.more_seconds)
+                more = [seconds * 1e6 for seconds in measured.more_seconds]
+                longer = {"value": statistics.median(more), "interval": interval_of_median(more)}
                 line += [
                     f"{measured.seconds * 1e3:.2f}",
                     f"{sum(parts) / measured.seconds:.2%}",
-                    f"{middle * 1e6:.0f} ({low * 1e6:.0f} to {high * 1e6:.0f})",
+                    interval_in_words(longer, "{:.0f}"),
                 ]
             else:
                 line += ["", "", ""]

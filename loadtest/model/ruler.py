@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 import multiprocessing
 import os
 import random
@@ -28,7 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from loadtest.model.network import Architecture, Network, export, load_weights, rounded_copy
 from loadtest.model.tokenizer import END, PAD, SPECIALS, build_tokenizer, chat_text, count_tokens, save_tokenizer
-from loadtest.model.train import Log
+from loadtest.model.train import Log, learning_rate, right_tokens, stage_seconds
 from loadtest.model.widen import BUNDLED
 from loadtest.tasks.ruler import TASKS
 from loadtest.tasks.task import Task
@@ -194,9 +193,8 @@ def train(network: Network, stages: Sequence[Stage], seconds: float, seed: int, 
     began = time.monotonic()
     steps = 0
     for number, stage in enumerate(stages):
-        later = sum(one.share for one in stages[number:])
         elapsed = time.monotonic() - began
-        end = elapsed + (seconds - elapsed) * stage.share / later
+        end = elapsed + stage_seconds([later.share for later in stages[number:]], seconds - elapsed)
         log(f"{stage}, until {end:.0f} s")
         loader = DataLoader(Samples(stage, seed), batch_size=None, num_workers=workers, prefetch_factor=4)
         right: dict[str, list[Tensor]] = defaultdict(list)
@@ -205,9 +203,8 @@ def train(network: Network, stages: Sequence[Stage], seconds: float, seed: int, 
             elapsed = time.monotonic() - began
             if elapsed >= end:
                 break
-            cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, elapsed / seconds)))
             for group in optimizer.param_groups:
-                group["lr"] = PEAK_RATE * min(1.0, (steps + 1) / WARM_UP_STEPS) * cosine
+                group["lr"] = learning_rate(PEAK_RATE, WARM_UP_STEPS, steps, elapsed / seconds)
             on_device = Batch(batch.tasks, batch.tokens.to(device), batch.answer.to(device))
             answers, filler, hits = step_losses(network, on_device)
             optimizer.zero_grad()
@@ -229,7 +226,6 @@ def train(network: Network, stages: Sequence[Stage], seconds: float, seed: int, 
 def exam(network: Network, lengths: Sequence[int], count: int, seed: int, workers: int, log: Log) -> None:
     """Share of fresh tasks whose answers are right in every token, each after the right ones before it."""
     network = rounded_copy(network)
-    device = network.get_buffer("cosine").device
     rng = random.Random(f"exam {seed}")
     asked = [
         (name, rng.getrandbits(SEED_BITS), tokens, False) for tokens in lengths for name in TASKS for _ in range(count)
@@ -238,11 +234,7 @@ def exam(network: Network, lengths: Sequence[int], count: int, seed: int, worker
         samples = pool.starmap(make_sample, asked, chunksize=1)
     right: dict[tuple[int, str], int] = defaultdict(int)
     for (name, _, tokens, _), sample in zip(asked, samples, strict=True):
-        batch = collate([sample])
-        with torch.no_grad():
-            hidden = network.hidden(batch.tokens[:, :-1].long().to(device))[0, sample.answer_at - 1 :]
-            found = network.head(hidden).argmax(-1).cpu()
-        right[tokens, name] += bool((found == batch.tokens[0, sample.answer_at :]).all())
+        right[tokens, name] += bool(right_tokens(network, sample.tokens, sample.answer_at).all())
     for tokens in lengths:
         log(f"test {tokens} tokens, of {count}: " + ", ".join(f"{name} {right[tokens, name]}" for name in TASKS))
 

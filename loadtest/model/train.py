@@ -173,6 +173,24 @@ def make_material(settings: Settings) -> tuple[NDArray[np.int32], list[list[Exam
         return pool, exams.get()
 
 
+def learning_rate(peak: float, warm_up_steps: int, steps: int, progress: float) -> float:
+    """Warm-up over the first steps, then a cosine over the training time that ends at 2 % of the peak.
+
+    Args:
+        peak: highest rate.
+        warm_up_steps: steps to reach it.
+        steps: done so far.
+        progress: share of the training time that has passed; above 1 as 1.
+    """
+    cosine = 0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return peak * min(1.0, (steps + 1) / warm_up_steps) * cosine
+
+
+def stage_seconds(shares: Sequence[float], left_seconds: float) -> float:
+    """Time of the next stage: what earlier ones left over is divided among it and the later ones by their `shares`."""
+    return left_seconds * shares[0] / sum(shares)
+
+
 def value_hits(logits: Tensor, batch: Batch) -> Tensor:
     """[B, A] whether both tokens of an answer's value are the likeliest ones, of logits [B, L, vocabulary]."""
     rows = torch.arange(len(logits), device=logits.device)[:, None]
@@ -243,10 +261,8 @@ class Trainer:
         return time.monotonic() - self._began
 
     def _rate(self) -> float:
-        """Warm-up over the first steps, then a cosine over the training time that ends at 2 % of the peak."""
-        progress = min(1.0, self._elapsed() / self._settings.seconds)
-        cosine = 0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * progress))
-        return self._settings.peak_rate * min(1.0, (self._steps + 1) / self._settings.warmup) * cosine
+        settings = self._settings
+        return learning_rate(settings.peak_rate, settings.warmup, self._steps, self._elapsed() / settings.seconds)
 
     def _step(self, mixture: Mixture) -> tuple[Tensor, Tensor, Tensor, Batch]:
         """One update; returns both losses, the hits [B, A] and the batch, without waiting for the device."""
@@ -297,10 +313,9 @@ class Trainer:
         settings = self._settings
         self._began = time.monotonic()
         for number, stage in enumerate(settings.stages):
-            # Time left over by a stage that ended early is divided among the later ones by their shares.
-            left = settings.seconds - self._elapsed()
-            later = sum(other.share for other in settings.stages[number:])
-            accuracy = self._stage(number, stage, self._elapsed() + left * stage.share / later)
+            elapsed = self._elapsed()
+            shares = [other.share for other in settings.stages[number:]]
+            accuracy = self._stage(number, stage, elapsed + stage_seconds(shares, settings.seconds - elapsed))
             export(self._network, settings.out)
             self._log(f"stage {number} saved")
             if stage.leave_at is not None and accuracy < NOT_LEARNT:
@@ -308,22 +323,34 @@ class Trainer:
                 return
 
 
-def evaluate(network: Network, trials: Sequence[Trial], exams: Sequence[Sequence[Exam]], log: Log) -> list[float]:
-    """The share of exactly right greedy answers of each trial, values and words; logged with the share of values.
+def right_tokens(network: Network, tokens: NDArray[np.int32], answer_at: int) -> NDArray[np.bool_]:
+    """Which tokens of an answer are the likeliest ones, each after the right ones before it.
 
-    One forward pass tells whether greedy decoding would write the expected answer: it does exactly when every token of
-    it is the likeliest one after the tokens before.
+    One forward pass tells whether greedy decoding would write the expected answer: it does exactly when all are.
+
+    Args:
+        network: as `rounded_copy` gives it.
+        tokens: ``[P + A]`` the prompt and the answer.
+        answer_at: P.
+
+    Returns:
+        ``[A]``.
     """
+    on_device = torch.from_numpy(tokens).long().to(network.get_buffer("cosine").device)
+    with torch.no_grad():
+        hidden = network.hidden(on_device[None, :-1])[0, answer_at - 1 :]
+        right: NDArray[np.bool_] = (network.head(hidden).argmax(-1) == on_device[answer_at:]).cpu().numpy()
+    return right
+
+
+def evaluate(network: Network, trials: Sequence[Trial], exams: Sequence[Sequence[Exam]], log: Log) -> list[float]:
+    """The share of exactly right greedy answers of each trial, values and words; logged with the share of values."""
     network = rounded_copy(network)
-    device = network.get_buffer("cosine").device
     shares = []
     for trial, group in zip(trials, exams, strict=True):
         exact, values, total = 0, 0, 0
         for exam in group:
-            tokens = torch.from_numpy(np.concatenate((exam.prompt, exam.answer))).long().to(device)
-            with torch.no_grad():
-                hidden = network.hidden(tokens[None, :-1])[0, len(exam.prompt) - 1 :]
-                right = (network.head(hidden).argmax(-1) == tokens[len(exam.prompt) :]).cpu().numpy()
+            right = right_tokens(network, np.concatenate((exam.prompt, exam.answer)), len(exam.prompt))
             exact += bool(right.all())
             values += int(right[exam.value_at].all(axis=1).sum())
             total += len(exam.value_at)

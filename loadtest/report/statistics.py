@@ -51,6 +51,18 @@ def interval_of_mean(clusters: Sequence[Sequence[float]]) -> tuple[float, float]
     return _ends(_resampled_means(clusters, 0)) if len(clusters) >= LEAST_CLUSTERS else None
 
 
+def interval_of_median(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of a median, whatever the distribution: the medians that a sign test does not rule out.
+
+    Returns:
+        Lower and upper end, which are among the values; none with too few of them for any such interval.
+    """
+    ordered = sorted(values)
+    count = len(ordered)
+    beyond = [below for below in range(count // 2) if mcnemar(below, count - below) <= 1 - CONFIDENCE]
+    return (ordered[beyond[-1]], ordered[-1 - beyond[-1]]) if beyond else None
+
+
 def _ends(draws: Array) -> tuple[float, float] | None:
     if np.ptp(draws) < LEAST_SPREAD:
         return None

@@ -16,6 +16,7 @@ from loadtest.report.statistics import (
     independent_difference,
     independent_ratio,
     interval_of_mean,
+    interval_of_median,
     mcnemar,
     percentiles,
     ratio,
@@ -101,3 +102,23 @@ def test_differences_leave_out_what_has_no_partner() -> None:
     assert difference(first, {}) == {"pairs": 0, "value": None, "interval": None}
     assert independent_difference(first, {})["value"] is None
     assert independent_difference(first, second)["value"] == pytest.approx(0.6 - 0.75)
+
+
+@pytest.mark.parametrize("count", [*range(6, 40), 200])
+def test_the_interval_of_a_median_is_the_narrowest_that_holds_it_in_95_of_100_cases(count: int) -> None:
+    values = [float(value) for value in random.sample(range(1000), count)]
+    found = interval_of_median(values)
+    assert found is not None
+    low, high = map(sorted(values).index, found)
+    assert low == count - 1 - high, "as many values below as above"
+
+    def held(low: int) -> float:
+        # The true median has `below` values below it, each with probability one half.
+        return sum(math.comb(count, below) / 2.0**count for below in range(low + 1, count - low))
+
+    assert held(low) >= 0.95
+    assert held(low + 1) < 0.95
+
+
+def test_too_few_values_have_no_interval_of_their_median() -> None:
+    assert [interval_of_median([1.0] * count) for count in range(6)] == [None] * 6

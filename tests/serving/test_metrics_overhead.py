@@ -11,7 +11,7 @@ from tests.serving.table import measured
 
 @pytest.mark.usefixtures("no_server")
 def test_metrics_are_a_small_part_of_a_step(model_folder: Path) -> None:
-    sizes = ["--rows", "2", "--context", "3000", "--tokens", "8", "--pairs", "2"]
+    sizes = ["--rows", "2", "--context", "3000", "--tokens", "8", "--pairs", "6"]
     settings = ["--engine", '{"kv_cache_memory_bytes": 500000000, "enforce_eager": true}']
     header, lines = measured("loadtest.kernels.metrics_overhead", "--model", str(model_folder), *sizes, *settings)
     assert header[-3:] == ["step ms", "share", "longer by us"]
@@ -27,5 +27,6 @@ def test_metrics_are_a_small_part_of_a_step(model_folder: Path) -> None:
     assert calls / (float(step) * 1e3) == pytest.approx(float(share.rstrip("%")) / 100, rel=0.05, abs=1e-4)
     # What it is on an idle machine stands in loadtest/RESULTS.md.
     assert calls / (float(step) * 1e3) < 0.05
-    assert len(longer.split()) == 4
+    # The median between the ends of its interval.
+    assert len(longer.split()) == 3
     assert others == ["", "", ""]
