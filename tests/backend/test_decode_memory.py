@@ -7,7 +7,7 @@ steps of the first kind are replayed from a graph, and interpreted elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -22,7 +22,7 @@ from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_t
 from tests.oracle import Paged, Platform
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
 from vllm_sparse.backend.graphs import MIXED, DecodeGraphs
-from vllm_sparse.backend.plan import StepPlan, plan_step
+from vllm_sparse.backend.plan import BatchRow, StepPlan, plan_step
 from vllm_sparse.executors import Executor, FlashAttentionExecutor, Launch
 from vllm_sparse.kernels.hip_decode import HipMemory
 from vllm_sparse.keys import PagedKeys
@@ -65,12 +65,16 @@ def eighths(generator: torch.Generator, *shape: int) -> torch.Tensor:
 
 
 class Recalls(WorkerMetrics):
-    """Metrics of a process without a tensor-parallel group, where recalls can be seen."""
+    """Metrics of a process without a tensor-parallel group, where recalls and counted rows can be seen."""
 
     def __init__(self) -> None:
         super().__init__(recording=False)
         self.sampling = Sampling(1, 1)
         self.found: list[torch.Tensor] = []
+        self.counted: list[BatchRow] = []
+
+    def observe_batch(self, batch: Sequence[BatchRow]) -> None:
+        self.counted += batch
 
     def observe_recall(
         self,
@@ -232,7 +236,11 @@ class Server:
             self.graphs.plan = plan
             assert self.graphs.prepare() is not None
             self.replay()
+            assert isinstance(plan.metrics, Recalls)
+            assert not plan.metrics.counted, "counting before the graph is queued would lengthen the step"
             self.graphs.measure(MIXED, ROWS)
+            assert plan.metrics.counted == plan.batch
+            plan.metrics.counted.clear()
             layer = RECALL_LAYER
             outputs.copy_(self.outputs[:, : len(rows)])
             compared = list(range(len(rows)))

@@ -76,7 +76,7 @@ def test_many_values_are_as_each_of_them(values: list[float]) -> None:
     )
     for value in values:
         one.observe(value)
-    observe_all(all_at_once, np.array(values))
+    observe_all(all_at_once, values)
     for suffix, bound in (*(("bucket", bound) for bound in (*BOUNDS, float("inf"))), ("count", None), ("sum", None)):
         labels = {"label": "a"} | ({} if bound is None else {"le": str(bound).replace("inf", "+Inf")})
         expected = registry.get_sample_value(f"one_{suffix}", labels)

@@ -146,7 +146,7 @@ class DecodeGraphs:
         return name if len(plan.batch) == len(rows) else beside_dense(name)
 
     def measure(self, name: str, rows: int) -> None:
-        """The step's graph is queued: take what is sampled of it.
+        """The step's graph is queued: count its rows and take what is sampled of it.
 
         Args:
             name: of its launches, as from `prepare`.
@@ -154,6 +154,7 @@ class DecodeGraphs:
         """
         plan = self.plan
         assert plan is not None
+        plan.metrics.observe_batch(plan.batch)
         if plan.timer is not NO_TIMER:
             plan.metrics.observe_graph(self._timers[name], plan.timer.rows)
         if isinstance(plan.recall, EagerRecall):

@@ -131,6 +131,7 @@ class SparseAttentionImpl:
         if layer_index == plan.num_layers - 1:
             densities = [row.density for row in plan.prefill] + [row.density for row in plan.decode]
             plan.metrics.finish_step(densities, plan.timer)
+            plan.metrics.observe_batch(plan.batch)
         return output
 
     def forward_batch(

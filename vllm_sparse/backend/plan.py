@@ -344,7 +344,6 @@ def plan_step(
                 decode.append(DecodeRow(span, params.decode, roles, density, request.memory))
     for row, count in fallbacks.items():
         metrics.count_fallback(*row, count)
-    metrics.observe_batch(batch)
     if not summarising and not prefill and not decode and not batch:
         return None
     return StepPlan(spans, summarising, prefill, decode, batch, buffers, num_layers, metrics)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 if TYPE_CHECKING:
     from prometheus_client import Histogram
 
 
-def observe_all(histogram: Histogram, values: np.ndarray) -> None:
-    """As `Histogram.observe` of each of ``[n]`` values, with one update for each bucket that is hit.
+def observe_all(histogram: Histogram, values: Sequence[float]) -> None:
+    """As `Histogram.observe` of each value, with one update for each bucket that is hit.
 
-    An update takes microseconds, and a step of a large batch has hundreds of values in few buckets.
+    An update takes a microsecond, and a step of a large batch has hundreds of values in few buckets.
     """
-    histogram._sum.inc(float(values.sum()))
-    counts = np.bincount(np.searchsorted(histogram._upper_bounds, values))
-    for bucket in counts.nonzero()[0]:
-        histogram._buckets[bucket].inc(int(counts[bucket]))
+    histogram._sum.inc(sum(values))
+    for bucket, count in Counter([bisect_left(histogram._upper_bounds, value) for value in values]).items():
+        histogram._buckets[bucket].inc(count)

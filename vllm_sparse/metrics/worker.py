@@ -200,7 +200,10 @@ class WorkerMetrics:
             )
 
     def observe_batch(self, batch: Sequence[BatchRow]) -> None:
-        """Decode rows that are served at once, whose lists' lengths the host knows."""
+        """Decode rows that are served at once, whose lists' lengths the host knows; called when their step is queued.
+
+        The device is busy with them then: before that, the time that counting takes would be the step's.
+        """
         # Requests of equal settings share their method, and one cannot afford to compare settings.
         groups: dict[int, tuple[RowSetting, list[int]]] = {}
         for row in batch:
@@ -214,18 +217,18 @@ class WorkerMetrics:
             assert setting.method is not None
             name, reach = setting.method.name, np.array(contexts)
             kept = setting.method.list_tokens(reach)
-            density = kept / reach
+            densities = (kept / reach).tolist()
             layers = reading_layers(setting.roles)
             if self._rows is not None:
-                observe_all(self._rows.of("decode", name).density, density)
+                observe_all(self._rows.of("decode", name).density, densities)
             if self._geometry is None:
                 continue
             reach_tokens = sum(contexts)
-            saved_tokens = (reach_tokens - int(kept.sum())) * len(layers)
+            saved_tokens = (reach_tokens - sum(kept.tolist())) * len(layers)
             all_tokens, kv_heads = reach_tokens * self._geometry.layers, self._geometry.kv_heads
             self._count_bytes("decode", name, all_tokens * kv_heads, saved_tokens * kv_heads)
             if self._recent is not None:
-                self._recent.observe_alike("decode", name, layers, float(density.sum()) / len(contexts))
+                self._recent.observe_alike("decode", name, layers, sum(densities) / len(contexts))
 
     def sample(self, plan: StepPlan) -> None:
         """Choose what is measured in a step that is about to run."""
@@ -266,7 +269,7 @@ class WorkerMetrics:
         histogram = self._rows.recall.labels(phase, method)
         self._fetch(
             attention_recall(query, keys, lists, query_block, scale),
-            lambda recall: observe_all(histogram, recall),
+            lambda recall: observe_all(histogram, recall.tolist()),
         )
 
     def finish_step(self, densities: Sequence[RowDensity], timer: StepTimer = NO_TIMER) -> None:

@@ -11,7 +11,6 @@ import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import prometheus_client
 
 from vllm_sparse.metrics.histogram import observe_all
@@ -78,7 +77,7 @@ class RequestMetrics:
                 (self._request, values.request_seconds),
             ):
                 if seconds:
-                    observe_all(histogram.labels(*methods), np.array(seconds))
+                    observe_all(histogram.labels(*methods), seconds)
             for phase, method, tokens in zip(
                 ("prefill", "decode"), methods, (values.prompt_tokens, values.generated_tokens), strict=True
             ):
