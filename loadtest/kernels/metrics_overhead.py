@@ -19,7 +19,7 @@ import json
 import multiprocessing
 import os
 import statistics
-import time
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -215,6 +215,12 @@ class MeasuredStep:
     seconds: float
     more_seconds: tuple[float, ...]
 
+    @property
+    def longer_by(self) -> str:
+        """Microseconds that it is longer, the median of the pairs and its interval."""
+        more = [seconds * 1e6 for seconds in self.more_seconds]
+        return interval_in_words({"value": statistics.median(more), "interval": interval_of_median(more)}, "{:.0f}")
+
 
 def leave_metrics_out(_worker: object, left_out: bool) -> None:
     """Run in a worker: leave out what the metrics do in each step, or do it again."""
@@ -227,29 +233,28 @@ def leave_metrics_out(_worker: object, left_out: bool) -> None:
 
 
 def measure_step(llm: Any, rows: int, context_tokens: int, tokens: int, pairs: int) -> MeasuredStep:
-    """Time of a decode step: a generation's less that of its first token, by its tokens."""
+    """Time of a decode step: from the first token of the request that starts last to its last one, by its tokens."""
     from vllm import SamplingParams
 
     extras = {"sparse_decode": "tidal", "sparse_min_tokens": 0}
+    params = SamplingParams(max_tokens=tokens + 1, ignore_eos=True, temperature=0, extra_args=extras)
     prompts = [{"prompt_token_ids": [10 + row] + [20] * (context_tokens - 1)} for row in range(rows)]
 
-    def generate(tokens: int) -> float:
-        params = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0, extra_args=extras)
-        start = time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
-        return time.perf_counter() - start
+    def step_seconds() -> float:
+        found = [output.metrics for output in llm.generate(prompts, params, use_tqdm=False)]
+        last = max(found, key=lambda request: request.first_token_ts)
+        return float(last.last_token_ts - last.first_token_ts) / tokens
 
-    generate(tokens + 1)
-    first = statistics.median(generate(1) for _ in range(3))
+    step_seconds()
     spent: dict[bool, list[float]] = {False: [], True: []}
     for pair in range(pairs):
         # Either one comes first in every other pair, so that a drift favours none.
         for left_out in (pair % 2 == 0, pair % 2 == 1):
             llm.collective_rpc(leave_metrics_out, args=(left_out,))
-            spent[left_out].append(generate(tokens + 1))
+            spent[left_out].append(step_seconds())
     llm.collective_rpc(leave_metrics_out, args=(False,))
-    more = ((kept - left_out) / tokens for kept, left_out in zip(spent[False], spent[True], strict=True))
-    return MeasuredStep((statistics.median(spent[False]) - first) / tokens, tuple(more))
+    more = (kept - left_out for kept, left_out in zip(spent[False], spent[True], strict=True))
+    return MeasuredStep(statistics.median(spent[False]), tuple(more))
 
 
 def main() -> None:
@@ -267,9 +272,11 @@ def main() -> None:
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     # Each prompt is computed once: it is the decode steps that count.
     with engine(str(arguments.model), "SPARSE", enable_prefix_caching=True, **arguments.engine) as llm:
-        steps = [
-            measure_step(llm, rows, arguments.context, arguments.tokens, arguments.pairs) for rows in arguments.rows
-        ]
+        steps = []
+        for rows in arguments.rows:
+            steps.append(measure_step(llm, rows, arguments.context, arguments.tokens, arguments.pairs))
+            # What takes minutes is not lost with what follows.
+            print(f"{rows} rows: a step is longer by {steps[-1].longer_by} us", file=sys.stderr, flush=True)
         # In a process of its own, as a worker, which writes to the directory that this one announced.
         task = (model, arguments.rows, arguments.context, steps)
         child = multiprocessing.get_context("spawn").Process(target=print_table, args=task)
@@ -312,12 +319,10 @@ def print_table(model: Model, batches: list[int], context_tokens: int, steps: li
             )
             line = [str(rows), name, *(f"{seconds * 1e6:.1f}" for seconds in parts)]
             if name == served:
-                more = [seconds * 1e6 for seconds in measured.more_seconds]
-                longer = {"value": statistics.median(more), "interval": interval_of_median(more)}
                 line += [
                     f"{measured.seconds * 1e3:.2f}",
                     f"{sum(parts) / measured.seconds:.2%}",
-                    interval_in_words(longer, "{:.0f}"),
+                    measured.longer_by,
                 ]
             else:
                 line += ["", "", ""]
