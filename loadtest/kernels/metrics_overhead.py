@@ -219,7 +219,7 @@ class MeasuredStep:
     def longer_by(self) -> str:
         """Microseconds that it is longer, the median of the pairs and its interval."""
         more = [seconds * 1e6 for seconds in self.more_seconds]
-        return interval_in_words({"value": statistics.median(more), "interval": interval_of_median(more)}, "{:.0f}")
+        return interval_in_words({"value": statistics.median(more), "interval": interval_of_median(more)}, "{:.1f}")
 
 
 def leave_metrics_out(_worker: object, left_out: bool) -> None:
