@@ -64,7 +64,11 @@ def pooled_queries(query: torch.Tensor, query_block: int) -> torch.Tensor:
     return pooled
 
 
-@triton.jit(do_not_specialize=["blocks", "chunks", "pages"])
+# The last chunks lie behind the first ones in one tensor, and begin anywhere.
+@triton.jit(
+    do_not_specialize=["blocks", "chunks", "pages"],
+    do_not_specialize_on_alignment=["first_chunk_pointer", "last_chunk_pointer"],
+)
 def page_scores_kernel(
     query_pointer,
     representation_pointer,

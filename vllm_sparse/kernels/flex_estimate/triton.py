@@ -168,7 +168,8 @@ def _mass(mass_pointer, maximum_pointer, total_pointer, b_normaliser, o_entry, m
     return tl.where(b_total > 0, b_mass * tl.exp(b_maximum - b_normaliser), 0.0)
 
 
-@triton.jit(do_not_specialize=["context", "rows", "blocks"])
+# Bands lie behind columns in one tensor, and begin anywhere.
+@triton.jit(do_not_specialize=["context", "rows", "blocks"], do_not_specialize_on_alignment=["band_pointer"])
 def combine_kernel(
     maximum_pointer,
     total_pointer,

@@ -10,7 +10,11 @@ BLOCK_TILE = 1024
 
 
 # Lengths change with every chunk; specialising on them would compile in the middle of serving.
-@triton.jit(do_not_specialize=["chunk", "context", "query_block_count", "key_blocks"])
+# Bands lie behind columns in one tensor, and begin anywhere.
+@triton.jit(
+    do_not_specialize=["chunk", "context", "query_block_count", "key_blocks"],
+    do_not_specialize_on_alignment=["band_pointer"],
+)
 def line_map_kernel(
     column_pointer,
     band_pointer,

@@ -202,7 +202,8 @@ def _queries(
         "steps",
         "list_width",
         "score_width",
-    ]
+    ],
+    do_not_specialize_on_alignment=["parent_pointer"],
 )
 def chunk_scores_kernel(
     query_pointer,
@@ -321,7 +322,8 @@ def chunk_scores_kernel(
         "list_width",
         "score_width",
         "leaves",
-    ]
+    ],
+    do_not_specialize_on_alignment=["parent_pointer", "kept_pointer"],
 )
 def best_chunks_kernel(
     score_pointer,
@@ -408,7 +410,8 @@ def hierarchical_descent(
     list_width = 1 + max(stage.kept_chunks for stage in pruning)
     score_width = max(widths)
     scores = torch.empty(heads * blocks, score_width, dtype=torch.float32, device=query.device)
-    # Of each stage and query block: how many chunks are kept, then their starts.
+    # Of each stage and query block: how many chunks are kept, then their starts. A stage's begin anywhere: kernels that
+    # were compiled for a multiple of 16 bytes would be compiled again while serving.
     kept = torch.empty(len(pruning), heads * blocks, list_width, dtype=torch.int32, device=query.device)
     leaves = triton.cdiv(context, LEAF_TOKENS)
     mask = torch.zeros(heads, blocks, leaves, dtype=torch.bool, device=query.device)
