@@ -48,6 +48,14 @@ class TokenLists:
     kept_tokens: torch.Tensor
 
 
+def padded_rows(rows: int) -> int:
+    """Rows of the smallest of vLLM's default decode graphs that holds a step: 1, 2, 4 and multiples of 8.
+
+    Steps outside of graphs are cut as those are, so that their kernels are those that start-up has compiled.
+    """
+    return min(size for size in (1, 2, 4, -(-rows // 8) * 8) if size >= rows)
+
+
 @dataclass(frozen=True)
 class ServerSize:
     """What memory for decode rows is sized by.

@@ -1,4 +1,4 @@
-"""What start-up compiles is all that chunks of later requests need, whatever their lengths.
+"""What start-up compiles is all that later requests need, whatever their lengths and however many there are.
 
 Triton looks for a compiled kernel by what it specialises on. So no kernel is compiled or launched here: each launch is
 noted as if on a Hopper GPU, over zeros.
@@ -12,17 +12,25 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, LayerLaunches, RowSetting
+from vllm_sparse.backend.graphs import DENSE_ROW
+from vllm_sparse.backend.plan import layer_roles
 from vllm_sparse.backend.warm_up import doubling
+from vllm_sparse.executors import Executor, Launch
 from vllm_sparse.keys import PlainKeys
-from vllm_sparse.methods.base import Layer, PrefillMethod
-from vllm_sparse.methods.registry import PREFILL_METHODS
+from vllm_sparse.methods.base import BatchDecodeMethod, Layer, PrefillMethod
+from vllm_sparse.methods.registry import DECODE_METHODS, PREFILL_METHODS
+from vllm_sparse.rows import ServerSize, padded_rows
 
 triton = pytest.importorskip("triton")
 
 HEAD_SIZE, BLOCK = 128, 128
 # So that at start-up everything begins at multiples of 16 bytes, which Triton specialises on.
 STEP, LONGEST = 2048, 16384
-CHUNKS = 60
+CHUNKS, STEPS = 60, 60
+LAYERS, BLOCKS, LIST_TOKENS = 6, 40, 4352
+# As vLLM's default graphs have.
+GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 40, 48)
 
 
 class Hopper:
@@ -53,6 +61,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
     monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", note)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch, "empty", torch.zeros)
     return found
 
@@ -81,3 +90,70 @@ def test_no_chunk_waits_for_the_compiler(name: str, heads: int, kv_heads: int, l
         context_tokens = random.randint(max(tokens, 2 * STEP), LONGEST)
         select(tokens, context_tokens)
         assert launched <= at_start, f"{tokens} of {context_tokens} tokens"
+
+
+class Nothing(Executor):
+    """Leaves the output alone."""
+
+    def run(
+        self, launch: Launch, query: torch.Tensor, output: torch.Tensor, kv_cache: torch.Tensor, scale: float
+    ) -> None:
+        pass
+
+
+def test_rows_are_padded_as_in_graphs() -> None:
+    padded = [padded_rows(rows) for rows in range(1, GRAPH_ROWS[-1] + 1)]
+    assert tuple(sorted(set(padded))) == GRAPH_ROWS
+    assert all(size >= rows for rows, size in enumerate(padded, 1))
+    assert [padded_rows(rows) for rows in GRAPH_ROWS] == list(GRAPH_ROWS)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 1), (14, 2), (32, 8)])
+def test_no_decode_step_waits_for_the_compiler(heads: int, kv_heads: int, launched: set[tuple[str, str]]) -> None:
+    """Steps outside of graphs, beside a chunk of another request, after the graphs were captured."""
+    most_rows, longest = GRAPH_ROWS[-1], 16000
+    methods = [method() for method in DECODE_METHODS.values()]
+    served = [method for method in methods if isinstance(method, BatchDecodeMethod)]
+    size = ServerSize(most_rows, longest, LAYERS, kv_heads)
+    buffers = DecodeBuffers(most_rows, size, served, LIST_TOKENS, torch.device("cpu"))
+    cache = torch.zeros(BLOCKS, kv_heads, BLOCK, 2 * HEAD_SIZE, dtype=torch.bfloat16)
+    kinds = {method.summaries for method in served if method.summaries is not None}
+    summaries = {
+        kind: torch.zeros(BLOCKS, kv_heads, BLOCK // kind.page_tokens, kind.width(HEAD_SIZE), dtype=cache.dtype)
+        for kind in kinds
+    }
+    # Of an odd number of blocks, so that rows begin anywhere.
+    contexts = torch.full((most_rows,), longest, dtype=torch.int32)
+    table = torch.zeros(most_rows, longest // BLOCK, dtype=torch.int32)
+    assert table.shape[1] % 2
+
+    def setting(method: BatchDecodeMethod, slot: int) -> RowSetting:
+        return RowSetting(method, 0, layer_roles(method, LAYERS), slot, False)
+
+    def serve(launches: list[LayerLaunches], rows: slice | torch.Tensor, capacity_tokens: int) -> None:
+        context_tokens = contexts[rows]
+        count = context_tokens.shape[0]
+        step = DecodeStep(buffers, count, launches, context_tokens, table[rows], capacity_tokens)
+        for layer in range(LAYERS):
+            query = torch.zeros(count, heads, HEAD_SIZE, dtype=cache.dtype)
+            output = torch.zeros_like(query)
+            step.attend(layer, query, cache, 0.1, output, Nothing(), lambda *_: None, summaries)
+
+    mixtures = [[method] for method in served] + [served]
+    for mixture in mixtures:
+        for all_sparse in (True, False):
+            launches = buffers.launches([setting(method, 0) for method in mixture], all_sparse)
+            for count in GRAPH_ROWS:
+                buffers.say([DENSE_ROW] * count)
+                serve(launches, slice(0, count), most_rows * longest)
+    captured = set(launched)
+    assert captured
+    for _ in range(STEPS):
+        count = random.randint(1, most_rows)
+        mixture = random.choice(mixtures)
+        settings = [setting(random.choice(mixture), slot) for slot in range(count)]
+        buffers.say(settings)
+        first = random.randint(0, most_rows - count)
+        rows = random.choice((slice(first, first + count), torch.randperm(most_rows)[:count]))
+        serve(buffers.launches(settings, all_sparse=True), rows, random.randint(count * 5000, count * longest))
+        assert launched <= captured, f"{count} rows of {[method.name for method in mixture]}"

@@ -49,7 +49,10 @@ def _search_range(p_knob, context, STAGES: tl.constexpr, STAGE_KNOBS: tl.constex
     return begin, tl.maximum(last_search - 1 - tl.load(p_knob + 1), 0)
 
 
-@triton.jit(do_not_specialize=["slots", "list_width", "score_width", "table_row_stride"])
+@triton.jit(
+    do_not_specialize=["slots", "list_width", "score_width", "table_row_stride"],
+    do_not_specialize_on_alignment=["block_table_pointer"],
+)
 def stage_kernel(
     query_pointer,
     cache_pointer,
@@ -170,7 +173,10 @@ def stage_kernel(
             )
 
 
-@triton.jit(do_not_specialize=["slots", "list_width", "width", "table_row_stride"])
+@triton.jit(
+    do_not_specialize=["slots", "list_width", "width", "table_row_stride"],
+    do_not_specialize_on_alignment=["block_table_pointer"],
+)
 def lists_kernel(
     block_table_pointer,
     context_pointer,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.page_summaries import SummaryKind
-from vllm_sparse.rows import DecodeRows, RowScores
+from vllm_sparse.rows import DecodeRows, RowScores, padded_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Of summaries at once: 16 KiB in bfloat16, in registers for three or four programs on a multiprocessor.
@@ -22,8 +22,9 @@ PROGRAMS = 1024
 MERGE_TILE = 512
 
 
-# Steps outside of graphs have room for just their rows; specialising on it would compile in the middle of serving.
-@triton.jit(do_not_specialize=["capacity"])
+# Steps outside of graphs have room for just their rows, which begin anywhere in vLLM's tables; specialising on that
+# would compile in the middle of serving.
+@triton.jit(do_not_specialize=["capacity"], do_not_specialize_on_alignment=["block_table_pointer"])
 def page_logits_kernel(
     query_pointer,
     summary_pointer,
@@ -171,10 +172,11 @@ def page_scores(
     tile = page_tile(kind, head_tile)
     # A row's last page may be short, so each row has room for one more than its tokens fill.
     capacity = capacity_tokens // kind.page_tokens + count
-    shares = min(max(PROGRAMS // (count * kv_heads), 1), triton.cdiv(capacity, tile))
+    most_shares = max(PROGRAMS // (padded_rows(count) * kv_heads), 1)
+    shares = min(most_shares, triton.cdiv(capacity, tile))
     device = rows.query.device
     logits = torch.empty(kv_heads, capacity, group, dtype=torch.float32, device=device)
-    partial = torch.empty(2, count, kv_heads, shares, group, dtype=torch.float32, device=device)
+    largest, total = (torch.empty(count, kv_heads, shares, group, dtype=torch.float32, device=device) for _ in range(2))
     scores = torch.empty(kv_heads, capacity, dtype=torch.float32, device=device)
     first_pages = torch.empty(count, dtype=torch.int64, device=device)
     page_logits_kernel[(shares, kv_heads, count)](
@@ -184,7 +186,8 @@ def page_scores(
         rows.context_tokens,
         starts,
         logits,
-        *partial.unbind(0),
+        largest,
+        total,
         first_pages,
         rows.scale,
         capacity,
@@ -203,7 +206,8 @@ def page_scores(
     )
     merge_kernel[(min(shares, triton.cdiv(capacity, MERGE_TILE)), kv_heads, count)](
         logits,
-        *partial.unbind(0),
+        largest,
+        total,
         rows.context_tokens,
         starts,
         scores,
@@ -212,7 +216,7 @@ def page_scores(
         PAGE=kind.page_tokens,
         GROUP=group,
         GROUP_TILE=group_tile,
-        SHARE_TILE=triton.next_power_of_2(shares),
+        SHARE_TILE=triton.next_power_of_2(most_shares),
         TILE=MERGE_TILE,
         num_warps=4,
     )

@@ -109,7 +109,8 @@ def page_summaries_kernel(
     )
 
 
-@triton.jit
+# The rows of a step outside of graphs begin anywhere in vLLM's tables.
+@triton.jit(do_not_specialize_on_alignment=["block_table_pointer"])
 def newest_summaries_kernel(
     cache_pointer,
     block_table_pointer,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.common.triton import load_key_block
-from vllm_sparse.rows import DecodeRows, RowScores
+from vllm_sparse.rows import DecodeRows, RowScores, padded_rows
 
 KEY_TILE = 64
 SCORE_TILE = 2048
@@ -22,8 +22,9 @@ PROGRAMS = 4 * 132
 LEAST_GROUP_TILE = 16
 
 
-# Steps outside of graphs have room for just their rows; specialising on it would compile in the middle of serving.
-@triton.jit(do_not_specialize=["capacity"])
+# Steps outside of graphs have room for just their rows, which begin anywhere in vLLM's tables; specialising on that
+# would compile in the middle of serving.
+@triton.jit(do_not_specialize=["capacity"], do_not_specialize_on_alignment=["block_table_pointer"])
 def products_kernel(
     query_pointer,
     cache_pointer,
@@ -148,7 +149,7 @@ def token_scores_of_rows(rows: DecodeRows, starts: torch.Tensor, capacity_tokens
     device = rows.query.device
     group = query_heads // kv_heads
     # Powers of two, so that few batch sizes compile a kernel of their own.
-    splits = triton.next_power_of_2(max(PROGRAMS // (row_count * kv_heads), 1))
+    splits = triton.next_power_of_2(max(PROGRAMS // (padded_rows(row_count) * kv_heads), 1))
     products = torch.empty(query_heads, capacity_tokens, dtype=torch.float32, device=device)
     partials = torch.empty(row_count, query_heads, splits, 2, dtype=torch.float32, device=device)
     assert rows.query.stride(2) == 1

@@ -29,7 +29,8 @@ def _digit(b_key, DIGIT: tl.constexpr):
     return b_digit
 
 
-@triton.jit
+# As in the kernels that score.
+@triton.jit(do_not_specialize=["head_stride"], do_not_specialize_on_alignment=["block_table_pointer"])
 def top_tokens_kernel(
     score_pointer,
     start_pointer,
