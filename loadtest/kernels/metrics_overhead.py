@@ -120,8 +120,8 @@ class Step:
         setting = RowSetting(self._method, 0, self._roles, 0, False)
         rows = [BatchRow(span, setting) for span in self._spans]
         self._metrics.collect_finished()
-        self._metrics.observe_batch(rows)
         self._metrics.sample(self._plan([], rows))
+        self._metrics.observe_batch(rows)
 
     def timing(self) -> None:
         """What a timed step has more."""

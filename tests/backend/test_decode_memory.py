@@ -221,6 +221,7 @@ class Server:
         sparse_rows = self.table.sparse_rows(common.req_idx, len(rows))
         plan = plan_step(common, sparse_rows, LAYERS, False, WorkerMetrics.get(), capacity, self.buffers)
         assert plan is not None
+        assert isinstance(plan.metrics, Recalls)
         assert not plan.decode
         contexts = torch.tensor([request.context for request in requests], dtype=torch.int32, device=DEVICE)
         outputs = torch.full_like(queries, oracle.NAN)
@@ -236,7 +237,6 @@ class Server:
             self.graphs.plan = plan
             assert self.graphs.prepare() is not None
             self.replay()
-            assert isinstance(plan.metrics, Recalls)
             assert not plan.metrics.counted, "counting before the graph is queued would lengthen the step"
             self.graphs.measure(MIXED, ROWS)
             assert plan.metrics.counted == plan.batch
@@ -253,7 +253,6 @@ class Server:
         for row in compared:
             kept = self.check(requests[row], numbers[row], row in served, queries[:, row], outputs[:, row])
             if row == served[place]:
-                assert isinstance(plan.metrics, Recalls)
                 assert (plan.metrics.found.pop().cpu() - kept[layer]).abs().max() < RECALL_TOLERANCE, f"layer {layer}"
         for request in requests:
             request.context += 1

@@ -15,7 +15,7 @@ import torch
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, LayerLaunches, RowSetting
 from vllm_sparse.backend.graphs import DENSE_ROW
 from vllm_sparse.backend.plan import layer_roles
-from vllm_sparse.backend.warm_up import doubling
+from vllm_sparse.backend.warm_up import warm_up_chunks
 from vllm_sparse.executors import Executor, Launch
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.methods.base import BatchDecodeMethod, Layer, PrefillMethod
@@ -26,7 +26,7 @@ triton = pytest.importorskip("triton")
 
 HEAD_SIZE, BLOCK = 128, 128
 # So that at start-up everything begins at multiples of 16 bytes, which Triton specialises on.
-STEP, LONGEST = 2048, 16384
+STEP, SHORTEST, LONGEST = 2048, 4096, 16384
 CHUNKS, STEPS = 60, 60
 LAYERS, BLOCKS, LIST_TOKENS = 6, 40, 4352
 # As vLLM's default graphs have.
@@ -79,15 +79,13 @@ def test_no_chunk_waits_for_the_compiler(name: str, heads: int, kv_heads: int, l
         keys = PlainKeys(cache, table[: -(-context_tokens // BLOCK)], context_tokens)
         method.select(query, keys, HEAD_SIZE**-0.5, BLOCK, Layer(method.dense_layers, 0))
 
-    # As `PrefillWarmUp` does.
-    for context_tokens in doubling(2 * STEP, LONGEST):
-        for tokens in (STEP, STEP - 1, method.min_query_tokens):
-            select(tokens, context_tokens if tokens == STEP else context_tokens - 1)
+    for chunk in warm_up_chunks(method, STEP, SHORTEST, LONGEST):
+        select(chunk.tokens, chunk.context_tokens)
     at_start = set(launched)
     assert at_start
     for _ in range(CHUNKS):
         tokens = random.choice((STEP, random.randint(method.min_query_tokens, STEP)))
-        context_tokens = random.randint(max(tokens, 2 * STEP), LONGEST)
+        context_tokens = random.randint(SHORTEST, LONGEST)
         select(tokens, context_tokens)
         assert launched <= at_start, f"{tokens} of {context_tokens} tokens"
 

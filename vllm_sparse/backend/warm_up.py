@@ -55,15 +55,12 @@ class PrefillWarmUp(VllmJitKernel[WarmUpChunk]):
         config = server_config(self._config)
         longest = self._config.model_config.max_model_len
         step = min(self._config.scheduler_config.max_num_batched_tokens, longest)
-        contexts = doubling(max(step, min(config.min_tokens, longest)), longest)
         methods = [configured_method(config, "prefill", name) for name in PREFILL_METHODS if name in config.methods]
         return [
-            # Sizes that 16 divides have kernels of their own, and chunks of few query blocks have smaller tiles.
-            WarmUpChunk(method, tokens, context if tokens == step else context - 1)
+            chunk
             for method in methods
-            if isinstance(method, PrefillMethod) and step > method.min_query_tokens
-            for context in contexts
-            for tokens in (step, step - 1, method.min_query_tokens)
+            if isinstance(method, PrefillMethod)
+            for chunk in warm_up_chunks(method, step, config.min_tokens, longest)
         ]
 
     def compile(self, compile_key: WarmUpChunk) -> None:
@@ -80,6 +77,25 @@ class PrefillWarmUp(VllmJitKernel[WarmUpChunk]):
         layer.impl.forward_chunk(
             plan, row, layer, 0, query, kv_cache, block_table.unsqueeze(0), torch.empty_like(query)
         )
+
+
+def warm_up_chunks(method: PrefillMethod, step_tokens: int, min_tokens: int, longest_tokens: int) -> list[WarmUpChunk]:
+    """Chunks that need all kernels of a method; none if all chunks run dense.
+
+    Args:
+        method: with the knobs that the server's configuration gives it.
+        step_tokens: of the largest chunk.
+        min_tokens: of the shortest prompt that is not left dense.
+        longest_tokens: of the longest prompt.
+    """
+    if step_tokens <= method.min_query_tokens:
+        return []
+    return [
+        # Sizes that 16 divides have kernels of their own, and chunks of few query blocks have smaller tiles.
+        WarmUpChunk(method, tokens, context if tokens == step_tokens else context - 1)
+        for context in doubling(max(step_tokens, min(min_tokens, longest_tokens)), longest_tokens)
+        for tokens in (step_tokens, step_tokens - 1, method.min_query_tokens)
+    ]
 
 
 def doubling(first: int, last: int) -> list[int]:
