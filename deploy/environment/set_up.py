@@ -135,7 +135,7 @@ def has_cpp_compiler() -> bool:
     return tried.returncode == 0
 
 
-def serve_flags(device: str, compiler: bool) -> str:
+def serve_flags(device: str, compiler: bool, float32: bool = False) -> str:
     """The flags of `vllm serve` that the machine decides. The user's own come after them and win."""
     if device == "cuda":
         return ""
@@ -144,6 +144,8 @@ def serve_flags(device: str, compiler: bool) -> str:
     flags = ["--kv-cache-memory-bytes 1G"]
     if not compiler:
         flags.append("--enforce-eager")
+    if float32:
+        flags.append("--dtype float32")
     return " ".join(flags)
 
 
@@ -328,7 +330,29 @@ class Environment:
         project = tomllib.loads((self.root / "pyproject.toml").read_text())["project"]
         self.must_install(*project["optional-dependencies"]["test"])
 
-    def write_serve_flags(self) -> None:
+    def float32_is_faster(self) -> bool:
+        """Whether this CPU computes float32 faster than bfloat16, told to the user in one line."""
+        measured = subprocess.run(
+            [self.python, str(Path(__file__).parent / "float32_speed_up.py")],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if measured.returncode:
+            raise SetUpError(f"{self.python} cannot multiply matrices with torch: {measured.stderr.strip()[-500:]}")
+        speed_up = float(measured.stdout)
+        if speed_up > 1:
+            self.say(
+                f"serving in float32, which this CPU multiplies {speed_up:.2g} times as fast as bfloat16; for the "
+                "checkpoint's own dtype: ARGS='--dtype auto'"
+            )
+        else:
+            self.say(f"serving in bfloat16, which this CPU multiplies {1 / speed_up:.2g} times as fast as float32")
+        return speed_up > 1
+
+    def write_serve_flags(self, goal: str) -> None:
+        """Write the flags for `make serve`; the dtype only then, since measuring takes two seconds."""
         compiler = self.device == "cuda" or has_cpp_compiler()
         if not compiler:
             self.say(
@@ -336,7 +360,8 @@ class Environment:
                 "without, uncompiled and slower (--enforce-eager). For compiled speed, on Debian and Ubuntu: apt-get "
                 "install g++ python3-dev"
             )
-        (self.folder / SERVE_FLAGS_FILE).write_text(serve_flags(self.device, compiler) + "\n")
+        float32 = goal == "serve" and self.device == "cpu" and self.float32_is_faster()
+        (self.folder / SERVE_FLAGS_FILE).write_text(serve_flags(self.device, compiler, float32) + "\n")
 
 
 def python_version() -> str:
@@ -373,7 +398,7 @@ def main(arguments: list[str] | None = None) -> int:
         environment = Environment(root, folder, device, python_was_named=bool(os.environ.get("PYTHON")))
         with only_one(root):
             environment.bring_up(goal)
-            environment.write_serve_flags()
+            environment.write_serve_flags(goal)
     except SetUpError as error:
         say(f"error: {error}")
         return 2

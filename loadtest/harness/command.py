@@ -101,9 +101,11 @@ def _load_test(arguments: argparse.Namespace) -> None:
             wait_until_healthy(url, arguments.wait)
         finished = _run(scenario, arguments, url, folder)
         died = server.poll() if server is not None else None
-    write_report(folder)
+    failed = write_report(folder)
     if died is not None:
         raise ServerError(f"the server ended with {died} while it was tested; its log is {folder / SERVER_LOG}")
+    if failed:
+        sys.exit(f"vllm-sparse loadtest: {failed} requests failed; the report names each kind")
     if not finished:
         sys.exit(1)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loadtest.harness.arrivals import arrivals, count_in, replay
-from loadtest.harness.scenario import OpenLoad, Scenario, ScenarioError, Workload
+from loadtest.harness.scenario import ClosedLoad, OpenLoad, Scenario, ScenarioError, Workload
 from loadtest.workloads.build import PromptMaker, read_json_lines
 from loadtest.workloads.prompt import Prompt
 
@@ -42,10 +42,11 @@ class Stage:
 
     Attributes:
         name: for the report.
-        level: sessions a second, or at once; none for a trace.
+        level: sessions a second, or at once, or share of the capacity; none for a trace.
         methods: those that it measures.
         sessions: in the order of their start.
-        arrivals_seconds: when each starts, from the stage's beginning; none in a closed loop.
+        arrivals_seconds: when each starts, from the stage's beginning; none in a closed loop. Where the level is a
+            share of the capacity, once a second on average until `paced` knows the capacity.
     """
 
     name: str
@@ -69,6 +70,13 @@ class Stage:
             }
             for time, session in zip(times, self.sessions, strict=True)
         ]
+
+
+def load_unit(load: OpenLoad | ClosedLoad) -> str:
+    """What a stage's level counts."""
+    if isinstance(load, ClosedLoad):
+        return " at once"
+    return "/s" if load.capacity_shares is None else " of capacity"
 
 
 class Planner:
@@ -114,7 +122,7 @@ class Planner:
     def _sweep(self, methods: tuple[str, ...]) -> list[Stage]:
         load = self._scenario.load
         if isinstance(load, OpenLoad):
-            levels: Sequence[float | None] = load.rates or [None]
+            levels: Sequence[float | None] = load.rates or load.capacity_shares or [None]
         else:
             levels = load.concurrency
         return [self._stage(number, level, methods) for number, level in enumerate(levels)]
@@ -123,7 +131,7 @@ class Planner:
         load = self._scenario.load
         # Equal for every sweep: methods that run apart get the same prompts at the same times.
         rng = random.Random(f"{self._scenario.seed}/stage {number}")
-        unit = "/s" if isinstance(load, OpenLoad) else " at once"
+        unit = load_unit(load)
         name = "trace" if level is None else f"{level:g}{unit}"
         if load.methods_apart:
             name = f"{methods[0]}, {name}"
@@ -136,8 +144,9 @@ class Planner:
         assert load.arrivals != "trace"
         count = load.requests or count_in(level, load.duration_seconds or 0, load.ramp_seconds)
         sessions = self._sessions(name, methods, count, rng)
+        rate = level if load.capacity_shares is None else 1.0
         times = arrivals(
-            load.arrivals, level, len(sessions), rng, burstiness=load.burstiness or 1, ramp_seconds=load.ramp_seconds
+            load.arrivals, rate, len(sessions), rng, burstiness=load.burstiness or 1, ramp_seconds=load.ramp_seconds
         )
         return Stage(name, level, methods, sessions, tuple(times))
 

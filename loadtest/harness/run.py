@@ -8,11 +8,12 @@ import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
+from loadtest.harness.capacity import Capacity, paced
 from loadtest.harness.client import Client, Clock, connections
 from loadtest.harness.journal import Journal, Record
 from loadtest.harness.overhead import Overhead
 from loadtest.harness.plan import WARM_UP, Session, Stage
-from loadtest.harness.scenario import ClosedLoad, Scenario
+from loadtest.harness.scenario import ClosedLoad, OpenLoad, Scenario
 from loadtest.harness.scrape import Scraper
 from loadtest.report.summary import good_share
 from loadtest.workloads.prompt import Message, Turn
@@ -251,6 +252,8 @@ async def run(
             try:
                 warming_up = await runner.run(warm_up) if warm_up.sessions else []
                 useless = bool(warming_up) and all(request["status"] != "ok" for request in warming_up)
+                if not useless and not runner.interrupted:
+                    sweeps = _paced(sweeps, scenario, warming_up, say)
                 for sweep in [] if useless else sweeps:
                     await _sweep(runner, sweep, scraper, scenario)
             finally:
@@ -260,6 +263,24 @@ async def run(
     end = {"interrupted": runner.interrupted, "warm_up_failed": useless, "seconds": round(clock(), 3)}
     journal.write("end", end)
     return not (runner.interrupted or useless)
+
+
+def _paced(
+    sweeps: Sequence[Sequence[Stage]],
+    scenario: Scenario,
+    warming_up: Sequence[Mapping[str, Any]],
+    say: Callable[[str], None],
+) -> Sequence[Sequence[Stage]]:
+    """The stages at the pace that the warm-up allows, where the scenario leaves it open."""
+    load = scenario.load
+    if not isinstance(load, OpenLoad) or load.capacity_shares is None:
+        return sweeps
+    assert load.duration_seconds is not None
+    capacity = Capacity(warming_up)
+    found = [[paced(stage, capacity, load.duration_seconds) for stage in sweep] for sweep in sweeps]
+    for stage in (stage for sweep in found for stage in sweep):
+        say(f"by the warm-up: {stage.name}, {len(stage.sessions)} sessions")
+    return found
 
 
 async def _sweep(runner: Runner, stages: Sequence[Stage], scraper: Scraper, scenario: Scenario) -> None:

@@ -141,15 +141,19 @@ class OpenLoad(_Load):
 
     Attributes:
         rates: session arrivals a second; a stage each, in order, until the SLO breaks.
+        capacity_shares: in place of rates, shares of the rate at which the warm-up's sessions ended one after the
+            other, so that a scenario suits servers of any speed.
         burstiness: shape of the gamma intervals; 1 is Poisson, less is more bursty.
         trace: JSON lines with `timestamp_seconds`, replayed at their own pace.
-        requests, duration_seconds: how much a stage sends: exactly one of the two.
+        requests, duration_seconds: how much a stage sends: exactly one of the two; with `capacity_shares` both, and
+            the first one that is reached ends the stage.
     """
 
     loop: Literal["open"]
     arrivals: Literal["poisson", "gamma", "constant", "trace"] = "poisson"
     burstiness: PositiveFloat | None = None
     rates: Rates | None = None
+    capacity_shares: Rates | None = None
     trace: Path | None = None
     requests: PositiveInt | None = None
     duration_seconds: PositiveFloat | None = None
@@ -160,11 +164,17 @@ class OpenLoad(_Load):
             raise ValueError("burstiness belongs to arrivals: gamma, and only to it")
         if (self.trace is None) == (self.arrivals == "trace"):
             raise ValueError("trace names the file of arrivals: trace, and only of it")
-        if (self.rates is None) != (self.arrivals == "trace"):
-            raise ValueError("rates are needed, except with arrivals: trace, which has a pace of its own")
+        paces = [self.rates is not None, self.capacity_shares is not None, self.arrivals == "trace"]
+        if sum(paces) != 1:
+            raise ValueError("give exactly one of rates, capacity_shares and arrivals: trace, which has its own pace")
         if self.arrivals == "trace":
             if self.duration_seconds is not None or self.ramp_seconds:
                 raise ValueError("arrivals: trace takes neither duration_seconds nor ramp_seconds")
+        elif self.capacity_shares is not None:
+            if self.requests is None or self.duration_seconds is None:
+                raise ValueError("capacity_shares need both requests and duration_seconds, the most of each")
+            if self.ramp_seconds:
+                raise ValueError("capacity_shares take no ramp_seconds")
         elif (self.requests is None) == (self.duration_seconds is None):
             raise ValueError("give exactly one of requests and duration_seconds")
         return self
@@ -231,6 +241,8 @@ class Scenario(Strict):
         names = [workload.name for workload in self.workloads]
         if len(set(names)) < len(names):
             raise ValueError(f"workloads: names must differ, these are given: {names}")
+        if isinstance(self.load, OpenLoad) and self.load.capacity_shares is not None and not self.warm_up_rounds:
+            raise ValueError("capacity_shares need warm_up_rounds of at least 1, which measure the capacity")
         for workload in self.workloads:
             unknown = sorted(set(workload.methods or ()) - set(self.methods))
             if unknown:

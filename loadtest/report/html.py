@@ -136,7 +136,10 @@ def _findings(report: Report) -> str:
 
 
 def _unit(report: Report) -> str:
-    return " sessions/s" if report["run"]["scenario"]["load"]["loop"] == "open" else " sessions at once"
+    load = report["run"]["scenario"]["load"]
+    if load["loop"] == "closed":
+        return " sessions at once"
+    return " of capacity" if load.get("capacity_shares") else " sessions/s"
 
 
 def _finding(row: Mapping[str, Any], name_level: bool) -> str:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -386,11 +387,36 @@ class TestMachine:
             "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
             "parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())\n"
             "parsed = parser.parse_args(sys.argv[1:])\n"
-            "print(parsed.kv_cache_memory_bytes, parsed.enforce_eager)\n"
+            "print(parsed.kv_cache_memory_bytes, parsed.enforce_eager, parsed.dtype)\n"
         )
-        flags = set_up.serve_flags("cpu", compiler=False).split()
+        flags = set_up.serve_flags("cpu", compiler=False, float32=True).split()
         done = call([sys.executable, "-c", code, *flags])
-        assert done.stdout.splitlines()[-1:] == [f"{2**30} True"], done.stderr[-2000:]
+        assert done.stdout.splitlines()[-1:] == [f"{2**30} True float32"], done.stderr[-2000:]
+
+    @pytest.mark.parametrize("cpu", ["this", "avx2"])
+    def test_the_fastest_dtype_is_served(self, cpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where bfloat16 has no instructions it is emulated, up to a hundred times slower than float32."""
+        if cpu == "avx2":
+            monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "avx2"))
+        capabilities = "import torch; print(*(name for name, has in torch.cpu.get_capabilities().items() if has))"
+        names = call([sys.executable, "-c", capabilities]).stdout.split()
+        if cpu == "avx2":
+            assert "avx2" in names or platform.machine() != "x86_64"
+            assert not any(name.startswith("avx512") for name in names)
+        said: list[str] = []
+        (tmp_path / "bin").mkdir()
+        stand_in(tmp_path / "bin", "python", f'exec {sys.executable} "$@"')
+        environment = set_up.Environment(ROOT, tmp_path, "cpu", say=said.append)
+        environment.write_serve_flags("serve")
+        flags = (tmp_path / set_up.SERVE_FLAGS_FILE).read_text()
+        (line,) = [line for line in said if "serving in" in line]
+        if {"avx512_bf16", "amx_bf16"} & {*names}:
+            assert "--dtype" not in flags
+            assert "serving in bfloat16" in line
+        elif platform.machine() == "x86_64" and "avx512_f" not in names:
+            assert "--dtype float32" in flags
+            assert "serving in float32" in line
+            assert "ARGS='--dtype auto'" in line
 
     def test_missing_numa_library_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("platform.system", lambda: "Linux")

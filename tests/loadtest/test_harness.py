@@ -86,6 +86,28 @@ def test_an_open_loop_does_not_wait_for_a_slow_server(load_test: LoadTest, tmp_p
     assert [round(span - stage["start_seconds"], 1) for span in sorted(spans)] == pytest.approx(due, abs=0.15)
 
 
+def test_the_rate_is_what_the_server_sustains(load_test: LoadTest, tmp_path: Path) -> None:
+    """A share of the capacity: whatever the server's speed, it is neither idle nor overloaded, and the stage ends."""
+    methods = {
+        "quick": {"ttft_seconds": 0.1, "tpot_seconds": 0.01},
+        "slow": {"ttft_seconds": 0.5, "tpot_seconds": 0.06},
+    }
+    load = {"loop": "open", "capacity_shares": [0.5], "requests": 60, "duration_seconds": 8}
+    finished = load_test(scenario_of(tmp_path, methods, load, warm_up_rounds=2))
+    assert finished.code == 0, finished.output
+    stage = finished.report["stages"][-1]
+    # Alone they take 0.1 + 19 x 0.01 and 0.5 + 19 x 0.06 seconds; on a busy machine more.
+    rate = 0.5 / ((0.29 + 1.64) / 2)
+    assert stage["level"] == 0.5
+    assert stage["name"].startswith("0.5 of capacity (0.")
+    arrivals = [entry["arrival_seconds"] for entry in stage["schedule"]]
+    assert 0.4 < len(arrivals) / arrivals[-1] / rate < 1.5
+    assert 2 <= len(arrivals) < 20, "it ends by its duration"
+    pairs = Counter(entry["pair"] for entry in stage["schedule"])
+    assert set(pairs.values()) == {2}, "no pair is torn apart"
+    assert "by the warm-up: 0.5 of capacity" in finished.output
+
+
 def test_a_closed_loop_keeps_so_many_running(load_test: LoadTest, tmp_path: Path) -> None:
     finished = load_test(scenario_of(tmp_path, {"plain": {}}, {**CLOSED, "concurrency": [5]}, warm_up_rounds=0))
     (stage,) = finished.report["stages"]
@@ -123,7 +145,8 @@ def test_every_fault_is_told_apart(load_test: LoadTest, tmp_path: Path) -> None:
     methods = {"plain": {}, **FAULTS, "page": {"fault": "html"}}
     load = {**OPEN, "rates": [50], "requests": 44}
     finished = load_test(scenario_of(tmp_path, methods, load, request_timeout_seconds=3, warm_up_rounds=0))
-    assert finished.code == 0, finished.output
+    assert finished.code == 1, finished.output
+    assert "40 requests failed" in finished.output
     (stage,) = finished.report["summary"]["stages"]
     assert stage["methods"].pop("plain")["failures"] == {}
     assert stage["methods"].pop("page")["failures"] == {"garbage": 4}
@@ -150,7 +173,7 @@ def test_a_server_that_dies_in_the_middle(load_test: LoadTest, tmp_path: Path) -
     methods = {"plain": {}, "dies": {"fault": "die"}}
     settings = {"workloads": workloads, "warm_up_rounds": 0, "seed": 3}
     finished = load_test(scenario_of(tmp_path, methods, {**OPEN, "requests": 150, "rates": [50]}, **settings))
-    assert finished.code == 0, finished.output
+    assert finished.code == 1, finished.output
     failures = finished.report["summary"]["failures"]
     assert failures["refused"] > 10
     assert failures["disconnected"] >= 1
