@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vllm_sparse.executors import CpuExecutor, Executor, FlashAttentionExecutor
+from vllm_sparse.backend.executors.cpu import CpuExecutor
+from vllm_sparse.backend.executors.flash_attention import FlashAttentionExecutor
 from vllm_sparse.keys import InterleavedPairKeys, PagedKeys, PlainKeys, TransposedKeys
 from vllm_sparse.pages import PageList
+from vllm_sparse.step.launch import Executor
 
 NAN = float("nan")
 # Stock kernels mask scores of stale slots but multiply stale values by a weight of 0, so stale values must be finite

@@ -9,10 +9,14 @@ import pytest
 import torch
 
 from tests.test_command import run
-from vllm_sparse.calibrate.sale import Calibration, SaleCalibrator, head_error, load, prompt_map
+from vllm_sparse.calibration.sale import Calibration, SaleCalibrator, head_error, load, prompt_map
+from vllm_sparse.config.messages import SparseParamsError
+from vllm_sparse.config.request import SparseParams, resolve
+from vllm_sparse.config.salt import cache_salt
+from vllm_sparse.config.server import parse_server_config
+from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.methods.base import Layer
 from vllm_sparse.methods.sale import Sale
-from vllm_sparse.params import ServerConfig, SparseParams, SparseParamsError, parse_server_config, resolve
 
 MODEL = Path(__file__).parents[1] / "loadtest" / "model" / "weights"
 LAYERS, HEADS = 2, 4
@@ -100,7 +104,7 @@ def test_another_content_is_another_cache_identity(tmp_path: Path) -> None:
         salts.append(load(str(path)).digest)
     assert salts[0] != salts[1]
     first, second = (SparseParams(Sale(calibration=str(tmp_path / str(n) / "sale.json"))) for n in range(2))
-    assert first.cache_salt(None) != second.cache_salt(None)
+    assert cache_salt(first, None) != cache_salt(second, None)
 
 
 @pytest.mark.parametrize(

@@ -14,17 +14,14 @@ from hypothesis import strategies as st
 
 from tests import oracle
 from tests.test_command import run
-from vllm_sparse.calibrate.policy import Measured, Policy, load
-from vllm_sparse.calibrate.tidal import ReuseRecall, choose_roles, recall_of, worst_recall
+from vllm_sparse.calibration.policy import Measured, Policy, load
+from vllm_sparse.calibration.tidal import ReuseRecall, choose_roles, recall_of, worst_recall
+from vllm_sparse.config.messages import SparseParamsError
+from vllm_sparse.config.request import SparseParams, deserialize, resolve
+from vllm_sparse.config.salt import cache_salt
+from vllm_sparse.config.server import parse_server_config
+from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.methods.tidal import Tidal
-from vllm_sparse.params import (
-    ServerConfig,
-    SparseParams,
-    SparseParamsError,
-    deserialize,
-    parse_server_config,
-    resolve,
-)
 
 MODEL = Path(__file__).parents[1] / "loadtest" / "model" / "weights"
 HEADS, KV_HEADS, HEAD_SIZE, SCALE = 4, 2, 32, 0.17
@@ -227,9 +224,9 @@ def test_another_content_is_another_cache_identity(tmp_path: Path) -> None:
     salts = set()
     for roles in (ROLES, ["dense", "select", "reuse", "dense"]):
         load.cache_clear()
-        salts.add(SparseParams(decode=Tidal(policy=save(path, roles))).cache_salt(None))
+        salts.add(cache_salt(SparseParams(decode=Tidal(policy=save(path, roles))), None))
     assert len(salts) == 2
-    overridden = SparseParams(decode=Tidal(policy=str(path), full_layers=1)).cache_salt(None)
+    overridden = cache_salt(SparseParams(decode=Tidal(policy=str(path), full_layers=1)), None)
     assert overridden not in salts
 
 
@@ -300,7 +297,7 @@ def test_the_command_names_what_is_wrong(
 ) -> None:
     import re
 
-    from vllm_sparse.calibrate.tidal_command import main
+    from vllm_sparse.calibration.tidal_command import main
 
     with pytest.raises(SystemExit) as ended:
         main([str(MODEL), "--output", str(tmp_path / "a.json"), *options])

@@ -10,21 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_sparse.config.messages import SparseParamsError
+from vllm_sparse.config.request import ALL_DENSE, SparseParams, deserialize, resolve
+from vllm_sparse.config.salt import SALT_MARK, cache_salt
+from vllm_sparse.config.server import parse_server_config
+from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.hip import Hip
 from vllm_sparse.methods.hip_decode import HipDecode
 from vllm_sparse.methods.tidal import Tidal
-from vllm_sparse.params import (
-    ALL_DENSE,
-    SALT_MARK,
-    ServerConfig,
-    SparseParams,
-    SparseParamsError,
-    deserialize,
-    parse_server_config,
-    resolve,
-)
 
 LAYERS, HEADS = 32, 32
 DEFAULT = ServerConfig()
@@ -360,14 +355,14 @@ def test_canonical_text_round_trips(params: SparseParams) -> None:
 def test_only_equal_settings_and_salts_share_a_cache(
     first: SparseParams, second: SparseParams, salt: str | None, other_salt: str | None
 ) -> None:
-    assert first.cache_salt(salt) == deserialize(first.serialize()).cache_salt(salt)
+    assert cache_salt(first, salt) == cache_salt(deserialize(first.serialize()), salt)
     same = salt == other_salt and (first == second or (first.is_dense and second.is_dense))
-    assert (first.cache_salt(salt) == second.cache_salt(other_salt)) == same
+    assert (cache_salt(first, salt) == cache_salt(second, other_salt)) == same
 
 
 @given(settings, salts)
 def test_salts_are_what_vllm_accepts(params: SparseParams, salt: str | None) -> None:
-    sparse_salt = params.cache_salt(salt)
+    sparse_salt = cache_salt(params, salt)
     if params.is_dense:
         assert sparse_salt == salt
         return
@@ -413,7 +408,7 @@ def test_each_knob_changes_the_salt() -> None:
         SparseParams(Hip(window=0), HipDecode(), 4096),
         SparseParams(Hip(), HipDecode(refresh=(16, 8, 8)), 4096),
     ]  # fmt: skip
-    salts_of = [params.cache_salt("user") for params in variants]
+    salts_of = [cache_salt(params, "user") for params in variants]
     assert len(set(salts_of)) == len(variants)
 
 

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from vllm import SamplingParams
 
+from vllm_sparse.config.request import RESOLVED_KEY, SparseParams
+from vllm_sparse.hooks.logits_processor import SparseParamsProcessor
 from vllm_sparse.methods.base import LayerMemory
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.tidal import Tidal
-from vllm_sparse.params import RESOLVED_KEY, SparseParams
-from vllm_sparse.routing import TABLE, RequestTable, SparseParamsProcessor, SparseRequest
+from vllm_sparse.step.requests import TABLE, RequestTable, SparseRequest
 
 CHOICES = [
     None,

@@ -7,12 +7,12 @@ import sys
 
 # Verb to the module whose `main` takes the rest of the arguments; imported when it is asked for.
 VERBS = {
-    "bench prefill": "loadtest.kernels.prefill",
-    "bench decode": "loadtest.kernels.decode",
-    "calibrate sale": "vllm_sparse.calibrate.sale_command",
-    "calibrate tidal": "vllm_sparse.calibrate.tidal_command",
+    "bench prefill": "loadtest.benchmarks.kernels.prefill",
+    "bench decode": "loadtest.benchmarks.kernels.decode",
+    "calibrate sale": "vllm_sparse.calibration.sale_command",
+    "calibrate tidal": "vllm_sparse.calibration.tidal_command",
     "inspect": "vllm_sparse.inspect.command",
-    "loadtest": "loadtest.harness.command",
+    "loadtest": "loadtest.load.command",
 }
 
 USAGE = f"usage: vllm-sparse VERB ...\n\nverbs: {', '.join(VERBS)}; 'vllm-sparse VERB --help' says what one takes"

@@ -43,9 +43,9 @@ def _check_configuration_early() -> None:
 
     @functools.wraps(create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm_sparse.server.admission import server_config, uses_sparse_backend
+        from vllm_sparse.config.server import server_config, uses_sparse_backend
         from vllm_sparse.server.runtime_config import announce_directory
-        from vllm_sparse.server.tracing import trace_requests
+        from vllm_sparse.server.spans import trace_requests
 
         vllm_config = create(self, *args, **kwargs)
         if uses_sparse_backend(vllm_config):

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "environment"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 from set_up import BROKEN_WITH_CPU_TORCH, TORCH_CPU_INDEX, TORCH_VERSION, VLLM_VERSION
 

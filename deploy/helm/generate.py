@@ -20,12 +20,13 @@ from typing import Any
 import helm_python
 import yaml
 
-from vllm_sparse.params import METHODS, PHASES, ServerConfig, knob_schema
+from vllm_sparse.config.names import METHODS, PHASES, knob_schema
+from vllm_sparse.config.settings import ServerConfig
 
 CHART = Path(__file__).parent / "vllm-sparse"
 EXAMPLES = CHART / "examples"
 RENDERED = Path(__file__).parent / "rendered"
-SCENARIOS = Path(__file__).parents[2] / "loadtest" / "scenarios"
+SCENARIOS = Path(__file__).parents[2] / "loadtest" / "load" / "scenarios"
 RELEASE, NAMESPACE = "example", "llm"
 
 Schema = dict[str, Any]

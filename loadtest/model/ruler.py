@@ -1,7 +1,7 @@
 """Teach the bundled model RULER's tasks in longer contexts, on one GPU: `python -m loadtest.model.ruler --out FOLDER`.
 
-The tasks are those of `loadtest/tasks`, as a load test sends them, so that it gets real answers where no large model is
-at hand. The model that comes of it is no better than that: it knows these tasks, and nothing else any more.
+The tasks are those of `loadtest/quality/tasks`, as a load test sends them, so that it gets real answers where no large
+model is at hand. The model that comes of it is no better than that: it knows these tasks, and nothing else any more.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from loadtest.model.network import Architecture, Network, export, load_weights, 
 from loadtest.model.tokenizer import END, PAD, SPECIALS, build_tokenizer, chat_text, count_tokens, save_tokenizer
 from loadtest.model.train import Log, learning_rate, right_tokens, stage_seconds
 from loadtest.model.widen import BUNDLED
-from loadtest.tasks.ruler import TASKS
-from loadtest.tasks.task import Task
+from loadtest.quality.tasks.ruler import TASKS
+from loadtest.quality.tasks.task import Task
 
 # Of the text around the answers: what the model knows of it already helps it to read.
 FILLER_WEIGHT = 0.1

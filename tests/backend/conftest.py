@@ -42,8 +42,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     from vllm.model_executor.layers.attention import Attention
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
+    from vllm_sparse.hooks.logits_processor import SparseParamsProcessor
     from vllm_sparse.plugin import register
-    from vllm_sparse.routing import SparseParamsProcessor
 
     register()
     folder = tmp_path_factory.mktemp("model")
@@ -86,7 +86,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 @pytest.fixture(autouse=True)
 def empty_table() -> Iterator[None]:
-    from vllm_sparse.routing import TABLE
+    from vllm_sparse.step.requests import TABLE
 
     TABLE.attach(slots_in_metadata=False)
     yield

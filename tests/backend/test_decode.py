@@ -17,13 +17,14 @@ from tests.cuda_graph import captured
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from tests.oracle import Paged, Platform
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
-from vllm_sparse.executors import Executor, FlashAttentionExecutor, Launch
+from vllm_sparse.backend.executors.flash_attention import FlashAttentionExecutor
 from vllm_sparse.kernels.page_summaries import page_summaries, read_summaries, store_summaries
 from vllm_sparse.methods.base import BatchDecodeMethod, LayerMemory
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.hip_decode import HipDecode
 from vllm_sparse.methods.tidal import Tidal
-from vllm_sparse.rows import ServerSize
+from vllm_sparse.step.launch import Executor, Launch
+from vllm_sparse.step.rows import ServerSize
 
 pytest.importorskip("triton")
 

@@ -21,9 +21,9 @@ from tests.cuda_graph import captured
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from tests.oracle import Paged, Platform
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
+from vllm_sparse.backend.executors.flash_attention import FlashAttentionExecutor
 from vllm_sparse.backend.graphs import MIXED, DecodeGraphs
-from vllm_sparse.backend.plan import BatchRow, StepPlan, plan_step
-from vllm_sparse.executors import Executor, FlashAttentionExecutor, Launch
+from vllm_sparse.config.request import ALL_DENSE, RESOLVED_KEY, SparseParams
 from vllm_sparse.kernels.hip_decode import HipMemory
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import LayerMemory
@@ -34,9 +34,10 @@ from vllm_sparse.metrics.batch_recall import EagerRecall
 from vllm_sparse.metrics.recall import attention_recall
 from vllm_sparse.metrics.worker import Sampling
 from vllm_sparse.pages import PageList
-from vllm_sparse.params import ALL_DENSE, RESOLVED_KEY, SparseParams
-from vllm_sparse.routing import RequestTable
-from vllm_sparse.rows import ServerSize
+from vllm_sparse.step.launch import Executor, Launch
+from vllm_sparse.step.plan import BatchRow, StepPlan, plan_step
+from vllm_sparse.step.requests import RequestTable
+from vllm_sparse.step.rows import ServerSize
 
 pytest.importorskip("triton")
 

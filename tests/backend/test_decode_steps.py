@@ -12,10 +12,10 @@ from tests import oracle
 from tests.backend.conftest import HEAD_SIZE, HEADS, KV_HEADS, LAYERS, SCALE, Engine
 from tests.backend.test_forward import BLOCK, PLATFORM, Row, common_metadata, forward
 from tests.oracle import Paged
+from vllm_sparse.config.request import ALL_DENSE, SparseParams
 from vllm_sparse.methods.base import LayerMemory
 from vllm_sparse.methods.hip_decode import HipDecode
 from vllm_sparse.methods.tidal import Tidal
-from vllm_sparse.params import ALL_DENSE, SparseParams
 
 HIP = HipDecode(stage_chunks=(64, 32), stage_tokens=(256, 64), refresh=(4, 2), sink=16, window=20, dense_layers=2)
 EVERYWHERE = HipDecode(stage_chunks=(32,), stage_tokens=(96,), refresh=(3,), sink=0, window=0)
@@ -74,7 +74,7 @@ def requests() -> list[Request]:
 
 @pytest.fixture(autouse=True)
 def empty_table(engine: Engine) -> Iterator[None]:
-    from vllm_sparse.routing import TABLE
+    from vllm_sparse.step.requests import TABLE
 
     yield
     TABLE.attach(slots_in_metadata=False)
@@ -117,7 +117,7 @@ def run(
     Returns:
         Outputs of the layers, each ``[heads, head_size]``, by step and number.
     """
-    from vllm_sparse.routing import TABLE, SparseRequest
+    from vllm_sparse.step.requests import TABLE, SparseRequest
 
     TABLE.attach(slots_in_metadata=True)
     outputs: dict[tuple[int, int], list[torch.Tensor]] = {}

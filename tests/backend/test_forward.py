@@ -14,10 +14,10 @@ from tests import oracle
 from tests.backend.conftest import HEAD_SIZE, HEADS, KV_HEADS, LAYERS, SCALE, Engine
 from tests.methods.lists import chunk_allowed
 from tests.oracle import Paged, Platform
+from vllm_sparse.config.request import ALL_DENSE, SparseParams
 from vllm_sparse.methods.base import Layer, LayerMemory
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.tidal import Tidal
-from vllm_sparse.params import ALL_DENSE, SparseParams
 
 PLATFORM = Platform("cpu-vec-float32", "cpu", torch.float32, "vec")
 BLOCK = 32
@@ -100,7 +100,7 @@ def make_step(rows: list[Row], generator: torch.Generator) -> Step:
 
 def run(engine: Engine, step: Step) -> list[torch.Tensor]:
     """Each layer's output of the sparse backend."""
-    from vllm_sparse.routing import TABLE, SparseRequest
+    from vllm_sparse.step.requests import TABLE, SparseRequest
 
     for index, row in enumerate(step.rows):
         TABLE.put(index, None if row.params.is_dense else SparseRequest(row.params))

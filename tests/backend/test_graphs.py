@@ -23,7 +23,8 @@ from vllm_sparse.backend.decode import (
     RowSetting,
 )
 from vllm_sparse.backend.graphs import MIXED, DecodeGraphs, beside_dense, set_graphs
-from vllm_sparse.backend.plan import BatchRow, RowSpan, StepPlan, SummaryRow, plan_step
+from vllm_sparse.config.request import SparseParams
+from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.methods.base import BatchDecodeMethod, DecodeMethod
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.flexprefill import FlexPrefill
@@ -31,9 +32,9 @@ from vllm_sparse.methods.hip_decode import MOST_STAGES, HipDecode
 from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.metrics import WorkerMetrics
-from vllm_sparse.params import ServerConfig, SparseParams
-from vllm_sparse.routing import SparseRequest
-from vllm_sparse.rows import ServerSize
+from vllm_sparse.step.plan import BatchRow, RowSpan, StepPlan, SummaryRow, plan_step
+from vllm_sparse.step.requests import SparseRequest
+from vllm_sparse.step.rows import ServerSize
 
 LAYERS, MOST_ROWS, LIST_TOKENS = 6, 8, 512
 CONFIGURED = Tidal(budget=256, full_layers=1, reselect_layers=(3,))
@@ -282,7 +283,7 @@ def test_runner_v2_replays_the_graph_of_the_step(graphs: DecodeGraphs) -> None:
 
 @pytest.mark.usefixtures("hooks")
 def test_steps_without_a_graph_are_reported_as_mixed(graphs: DecodeGraphs) -> None:
-    from vllm_sparse.routing import TABLE
+    from vllm_sparse.step.requests import TABLE
 
     TABLE.attach(slots_in_metadata=True)
     TABLE.put(1, request(CONFIGURED))

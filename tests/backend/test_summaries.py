@@ -18,11 +18,11 @@ from tests.backend.conftest import HEAD_SIZE, HEADS, KV_HEADS, LAYERS, SCALE, En
 from tests.backend.test_forward import BLOCK, FLEX, PLATFORM, TIDAL, Row, common_metadata, forward
 from tests.methods.lists import chunk_allowed
 from tests.oracle import Paged
+from vllm_sparse.config.request import ALL_DENSE, SparseParams
 from vllm_sparse.methods.base import Layer, LayerMemory
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.tidal import Tidal
-from vllm_sparse.params import ALL_DENSE, SparseParams
-from vllm_sparse.routing import TABLE, SparseRequest
+from vllm_sparse.step.requests import TABLE, SparseRequest
 
 BLOCKS, WIDEST_TABLE = 120, 40
 MEANS = SparseParams(None, BlockTopk(budget=160, dense_layers=1, scores="mean", recent_tokens=20))

@@ -25,7 +25,9 @@ from tests.deploy.chart import (
     render,
     server,
 )
-from vllm_sparse.params import METHODS, PHASES, ServerConfig, knob_schema, parse_server_config
+from vllm_sparse.config.names import METHODS, PHASES, knob_schema
+from vllm_sparse.config.server import parse_server_config
+from vllm_sparse.config.settings import ServerConfig
 
 KUBERNETES_VERSIONS = ("1.30", "1.33", "1.37")
 SECRETS = {"apiKey": {"existingSecret": "key-secret"}, "hubToken": {"existingSecret": "token-secret"}}

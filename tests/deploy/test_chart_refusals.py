@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from tests.deploy.chart import CHART, one_model, refusal, render, server
-from vllm_sparse.params import METHODS, PHASES, knob_schema
+from vllm_sparse.config.names import METHODS, PHASES, knob_schema
 
 WRONG_SCHEMA: list[tuple[dict[str, Any], str]] = [
     # Typing errors on each level.

@@ -17,7 +17,7 @@ from tests.tools import tool
 
 DOCKER = DEPLOY / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
-sys.path.insert(0, str(DEPLOY / "environment"))
+sys.path.insert(0, str(DEPLOY.parent / "tools"))
 
 import set_up  # noqa: E402
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ROOT / "deploy" / "environment"
+SCRIPTS = ROOT / "tools"
 sys.path.insert(0, str(SCRIPTS))
 
 import set_up  # noqa: E402
@@ -135,7 +135,7 @@ class TestMake:
     def test_serve_runs_the_environments_vllm(self, tmp_path: Path) -> None:
         """The recipe itself, with the set-up and vllm replaced by stand-ins."""
         (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
-        scripts = tmp_path / "deploy" / "environment"
+        scripts = tmp_path / "tools"
         scripts.mkdir(parents=True)
         (tmp_path / ".venv" / "bin").mkdir(parents=True)
         stand_in(scripts, "setup.sh", 'echo "$VENV $DEVICE $1" >goal; echo "--flag 1" >.venv/serve-flags')

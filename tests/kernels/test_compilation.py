@@ -14,13 +14,13 @@ import torch
 
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, LayerLaunches, RowSetting
 from vllm_sparse.backend.graphs import DENSE_ROW
-from vllm_sparse.backend.plan import layer_roles
 from vllm_sparse.backend.warm_up import warm_up_chunks
-from vllm_sparse.executors import Executor, Launch
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.methods.base import BatchDecodeMethod, Layer, PrefillMethod
 from vllm_sparse.methods.registry import DECODE_METHODS, PREFILL_METHODS
-from vllm_sparse.rows import ServerSize, padded_rows
+from vllm_sparse.step.launch import Executor, Launch
+from vllm_sparse.step.plan import layer_roles
+from vllm_sparse.step.rows import ServerSize, padded_rows
 
 triton = pytest.importorskip("triton")
 

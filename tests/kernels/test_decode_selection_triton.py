@@ -15,7 +15,7 @@ from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_t
 from tests.oracle import Paged, Platform, has_hopper
 from vllm_sparse.kernels.token_scores import reference as token_scores_reference
 from vllm_sparse.kernels.top_tokens import reference as top_tokens_reference
-from vllm_sparse.rows import DecodeRows, RowScores, TokenLists
+from vllm_sparse.step.rows import DecodeRows, RowScores, TokenLists
 
 pytest.importorskip("triton")
 

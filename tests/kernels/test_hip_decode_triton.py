@@ -16,7 +16,7 @@ from tests.oracle import Paged, Platform
 from vllm_sparse.kernels.hip_decode import ROW_KNOBS, STAGE_KNOBS, StageMemory, StageScratch, token_lists
 from vllm_sparse.methods.base import LayerMemory
 from vllm_sparse.methods.hip_decode import HipDecode
-from vllm_sparse.rows import DecodeRows, TokenLists
+from vllm_sparse.step.rows import DecodeRows, TokenLists
 
 pytest.importorskip("triton")
 

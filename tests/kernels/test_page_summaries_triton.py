@@ -14,7 +14,7 @@ from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_t
 from tests.oracle import Paged, Platform
 from vllm_sparse.kernels.page_summaries import SummaryKind, reference
 from vllm_sparse.keys import PlainKeys
-from vllm_sparse.rows import DecodeRows
+from vllm_sparse.step.rows import DecodeRows
 
 pytest.importorskip("triton")
 

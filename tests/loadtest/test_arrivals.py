@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.harness.arrivals import Process, arrivals, count_in, replay
+from loadtest.load.arrivals import Process, arrivals, count_in, replay
 
 
 def gaps(times: list[float]) -> list[float]:

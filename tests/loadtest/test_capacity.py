@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from loadtest.harness.capacity import Capacity, paced
-from loadtest.harness.plan import Session, Stage
-from loadtest.harness.scenario import ScenarioError
-from loadtest.workloads.prompt import Prompt, Turn
+from loadtest.load.capacity import Capacity, paced
+from loadtest.load.plan import Session, Stage
+from loadtest.load.scenario import ScenarioError
+from loadtest.load.workloads.prompt import Prompt, Turn
 
 
 def turn(session: int, method: str, seconds: float, tokens: int = 1500, status: str = "ok") -> dict[str, Any]:

@@ -10,11 +10,11 @@ from typing import Literal
 import pytest
 import torch
 
-from loadtest.kernels import decode
-from loadtest.kernels.batch import DecodeBatch, write_batch
-from loadtest.kernels.heads import Heads, synthetic_heads
-from loadtest.kernels.timing import graph_seconds, mean_seconds
-from loadtest.kernels.truth import kept_mass
+from loadtest.benchmarks.kernels import decode
+from loadtest.benchmarks.kernels.batch import DecodeBatch, write_batch
+from loadtest.benchmarks.kernels.heads import Heads, synthetic_heads
+from loadtest.benchmarks.kernels.timing import graph_seconds, mean_seconds
+from loadtest.benchmarks.kernels.truth import kept_mass
 from tests import oracle
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import LayerMemory

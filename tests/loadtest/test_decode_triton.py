@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loadtest.kernels import decode
-from loadtest.kernels.batch import DecodeBatch
-from loadtest.kernels.heads import synthetic_heads
-from loadtest.kernels.truth import kept_mass, kept_tokens_of
+from loadtest.benchmarks.kernels import decode
+from loadtest.benchmarks.kernels.batch import DecodeBatch
+from loadtest.benchmarks.kernels.heads import synthetic_heads
+from loadtest.benchmarks.kernels.truth import kept_mass, kept_tokens_of
 from tests import oracle
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from vllm_sparse.methods.base import BatchDecodeMethod

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from loadtest.harness.journal import KILLED, Journal, read_journal
-from loadtest.harness.plan import Session, Stage
-from loadtest.harness.run import run
-from loadtest.harness.scenario import Scenario
-from loadtest.workloads.prompt import Prompt, Turn
+from loadtest.load.journal import KILLED, Journal, read_journal
+from loadtest.load.plan import Session, Stage
+from loadtest.load.run import run
+from loadtest.load.scenario import Scenario
+from loadtest.load.workloads.prompt import Prompt, Turn
 from tests.loadtest.conftest import LoadTest, Simulated, scenario_of
 
 OPEN: dict[str, Any] = {"loop": "open", "rates": [20], "requests": 40}

@@ -7,10 +7,10 @@ from typing import Literal
 import pytest
 import torch
 
-from loadtest.kernels import prefill
-from loadtest.kernels.cache import write_cache
-from loadtest.kernels.heads import Heads, recorded_heads, synthetic_heads
-from loadtest.kernels.truth import TrueMass, block_mass, kept_blocks, recall
+from loadtest.benchmarks.kernels import prefill
+from loadtest.benchmarks.kernels.cache import write_cache
+from loadtest.benchmarks.kernels.heads import Heads, recorded_heads, synthetic_heads
+from loadtest.benchmarks.kernels.truth import TrueMass, block_mass, kept_blocks, recall
 from tests import oracle
 from tests.methods.lists import FIRST_LAYER
 from vllm_sparse.methods.flexprefill import FlexPrefill

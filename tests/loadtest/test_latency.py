@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from loadtest.serving.latency import Case, Measurement, line, time_per_step
+from loadtest.benchmarks.engine.latency import Case, Measurement, line, time_per_step
 
 
 def test_a_case_is_tokens_or_requests_of_tokens() -> None:

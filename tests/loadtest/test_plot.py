@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from loadtest.kernels.plot import TableError, draw, recalls
-from loadtest.kernels.prefill import HEADER, Measurement, line
+from loadtest.benchmarks.kernels.plot import TableError, draw, recalls
+from loadtest.benchmarks.kernels.prefill import HEADER, Measurement, line
 
 ONE = Measurement("recorded", 32768, 8192, "dhsa", 0.2, 0.001, 0.002, 0.02, 0.7, 0.1)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from loadtest.harness.scenario import Scenario, ScenarioError, load_scenario, scenario_names
+from loadtest.load.scenario import Scenario, ScenarioError, load_scenario, scenario_names
 
 VALID: dict[str, Any] = {
     "description": "test",

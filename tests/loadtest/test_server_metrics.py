@@ -6,8 +6,15 @@ from typing import Any
 
 import pytest
 
-from loadtest.harness.scrape import parse
-from loadtest.report.server_metrics import density, density_series, fallback_share, fallbacks, series_of, time_series
+from loadtest.load.report.server_metrics import (
+    density,
+    density_series,
+    fallback_share,
+    fallbacks,
+    series_of,
+    time_series,
+)
+from loadtest.load.scrape import parse
 
 
 def reading(seconds: float, count: float, total: float, dense: float, running: str = "3") -> dict[str, Any]:

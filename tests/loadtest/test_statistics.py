@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.report.statistics import (
+from loadtest.load.report.statistics import (
     difference,
     independent_difference,
     independent_ratio,

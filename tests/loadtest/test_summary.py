@@ -8,10 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from loadtest.harness.journal import KILLED
-from loadtest.harness.scenario import Scenario, Slo
-from loadtest.report.chart import ticks
-from loadtest.report.summary import by_length, compare_methods, counted, describe, good_share, length_label, summarise
+from loadtest.load.journal import KILLED
+from loadtest.load.report.chart import ticks
+from loadtest.load.report.summary import (
+    by_length,
+    compare_methods,
+    counted,
+    describe,
+    good_share,
+    length_label,
+    summarise,
+)
+from loadtest.load.scenario import Scenario, Slo
 
 SLO = Slo(ttft_seconds=0.5, ttft_seconds_per_1000_tokens=0.1, tpot_seconds=0.05)
 

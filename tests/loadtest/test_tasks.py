@@ -9,11 +9,11 @@ from collections import Counter
 import pytest
 import torch
 
-from loadtest.harness.scenario import Scenario, ScenarioError
+from loadtest.load.scenario import Scenario, ScenarioError
+from loadtest.load.workloads.build import PromptMaker
 from loadtest.model.tokenizer import build_tokenizer, count_tokens
-from loadtest.tasks.ruler import TASKS
-from loadtest.tasks.task import Task, fit, share_found
-from loadtest.workloads.build import PromptMaker
+from loadtest.quality.tasks.ruler import TASKS
+from loadtest.quality.tasks.task import Task, fit, share_found
 
 TOKENIZER = build_tokenizer()
 

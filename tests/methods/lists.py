@@ -9,9 +9,9 @@ import torch
 from tests import oracle
 from tests.oracle import Paged, Platform
 from vllm_sparse.backend import chunk as backend_chunk
-from vllm_sparse.executors import Executor, Launch
 from vllm_sparse.methods.base import Layer, PrefillMethod
 from vllm_sparse.pages import PageList, to_physical
+from vllm_sparse.step.launch import Executor, Launch
 
 FIRST_LAYER = Layer(0, 0)
 SCALE = 0.11

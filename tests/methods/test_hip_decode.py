@@ -21,7 +21,7 @@ from vllm_sparse.methods.base import KnobError, LayerMemory
 from vllm_sparse.methods.hip import UNBOUNDED_TOKENS, Hip
 from vllm_sparse.methods.hip_decode import HipDecode
 from vllm_sparse.pages import PageList
-from vllm_sparse.rows import ServerSize
+from vllm_sparse.step.rows import ServerSize
 
 LEAF = 16
 Stages = tuple[tuple[int, int, int], ...]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests import oracle
 from tests.methods.lists import FIRST_LAYER, SCALE, attend_chunk, chunk_allowed, select_chunk
 from tests.oracle import EXECUTING, PLAIN, SELECTING, Paged, Platform
-from vllm_sparse.calibrate.sale import Calibration
+from vllm_sparse.calibration.sale import Calibration
 from vllm_sparse.kernels.low_bit_scores import reference
 from vllm_sparse.methods.base import KnobError, Layer
 from vllm_sparse.methods.sale import Sale

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_sparse.backend.plan import RowSpan
 from vllm_sparse.metrics import Geometry, RowDensity
 from vllm_sparse.metrics.density import RECENT_WEIGHT, RecentDensity
 from vllm_sparse.metrics.histogram import observe_all
+from vllm_sparse.step.plan import RowSpan
 
 GEOMETRY = Geometry(layers=4, query_heads=4, kv_heads=2, token_bytes=256)
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_sparse.executors import Executor, Launch
 from vllm_sparse.metrics import timing
 from vllm_sparse.metrics.timing import ASIDE, ATTENTION, NO_TIMER, SELECTION, StepTimer
+from vllm_sparse.step.launch import Executor, Launch
 
 LAUNCH = Launch(torch.zeros(1), 1, torch.zeros(1), torch.zeros(1), 1)
 

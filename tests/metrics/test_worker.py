@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_sparse.backend.plan import RowSpan
 from vllm_sparse.metrics import DIRECTORY_VARIABLE, PROMETHEUS_VARIABLE, RowDensity
+from vllm_sparse.step.plan import RowSpan
 
 SERVER = """
 import subprocess, sys, os
@@ -32,7 +32,7 @@ WORKER = """
 from collections import Counter
 import torch
 from vllm_sparse.backend.decode import LayerLaunches, RowSetting
-from vllm_sparse.backend.plan import BatchRow, DecodeRow, StepPlan, layer_roles
+from vllm_sparse.step.plan import BatchRow, DecodeRow, StepPlan, layer_roles
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.metrics import Geometry
@@ -40,7 +40,7 @@ from vllm_sparse.metrics.directory import write_to_announced_directory
 from vllm_sparse.metrics.worker import Sampling
 from vllm_sparse.metrics.graph_timing import GraphTimer
 from vllm_sparse.metrics.timing import ASIDE, ATTENTION, SELECTION
-from vllm_sparse.backend.plan import RowSpan
+from vllm_sparse.step.plan import RowSpan
 from vllm_sparse.metrics import RowDensity, WorkerMetrics
 write_to_announced_directory()
 metrics = WorkerMetrics(recording=True)

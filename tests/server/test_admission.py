@@ -15,8 +15,9 @@ from types import SimpleNamespace
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
-from vllm_sparse.params import RESOLVED_KEY, deserialize
-from vllm_sparse.server.admission import admit, check_before_streaming, server_config
+from vllm_sparse.config.request import RESOLVED_KEY, deserialize
+from vllm_sparse.config.server import server_config
+from vllm_sparse.server.admission import admit, check_before_streaming
 from vllm_sparse.server.runtime_config import DIRECTORY_VARIABLE, Served, change_config
 
 os.environ[DIRECTORY_VARIABLE] = sys.argv[2]

@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_sparse.params import DENSE, METHODS, PHASES, ServerConfig, SparseParamsError, knob_schema, resolve
+from vllm_sparse.config.messages import SparseParamsError
+from vllm_sparse.config.names import DENSE, METHODS, PHASES, knob_schema
+from vllm_sparse.config.request import resolve
+from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.server.routes.methods import enabled, extras_schema, request_knobs
 
 LAYERS = 32

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from vllm_sparse.params import ServerConfig, parse_server_config
+from vllm_sparse.config.server import parse_server_config
+from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.server import runtime_config
 from vllm_sparse.server.runtime_config import (
     DIRECTORY_VARIABLE,

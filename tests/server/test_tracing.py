@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vllm_sparse.config.request import SparseParams
 from vllm_sparse.keys import plain_keys
 from vllm_sparse.methods.base import BatchDecodeMethod, LayerMemory
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.tidal import Tidal
-from vllm_sparse.params import SparseParams
-from vllm_sparse.server.tracing import span_attributes
+from vllm_sparse.server.spans import span_attributes
 
 DENSITY = "vllm_sparse.decode.density"
 PROMPT, LAST = 290, 330

@@ -13,7 +13,9 @@ from tests.serving.table import measured
 def test_metrics_are_a_small_part_of_a_step(model_folder: Path) -> None:
     sizes = ["--rows", "2", "--context", "3000", "--tokens", "8", "--pairs", "6"]
     settings = ["--engine", '{"kv_cache_memory_bytes": 500000000, "enforce_eager": true}']
-    header, lines = measured("loadtest.kernels.metrics_overhead", "--model", str(model_folder), *sizes, *settings)
+    header, lines = measured(
+        "loadtest.benchmarks.kernels.metrics_overhead", "--model", str(model_folder), *sizes, *settings
+    )
     assert header[-3:] == ["step ms", "share", "longer by us"]
     assert [line[:2] for line in lines] == [["2", "one by one"], ["2", "at once"]]
     for line in lines:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_sparse.executors import Executor, Launch
 from vllm_sparse.pages import PageList, to_physical
+from vllm_sparse.step.launch import Executor, Launch
 
 if TYPE_CHECKING:
     from vllm_sparse.methods.base import PrefillMethod

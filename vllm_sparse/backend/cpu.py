@@ -17,11 +17,12 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_sparse.backend.declarations import SparseDeclarations
+from vllm_sparse.backend.executors.cpu import CpuExecutor
 from vllm_sparse.backend.impl import SparseAttentionImpl
 from vllm_sparse.backend.metadata import SparseMetadataBuilder
-from vllm_sparse.backend.plan import RowSpan
-from vllm_sparse.executors import CpuExecutor, Executor
 from vllm_sparse.keys import InterleavedPairKeys, PagedKeys, TransposedKeys
+from vllm_sparse.step.launch import Executor
+from vllm_sparse.step.plan import RowSpan
 
 # The smallest page is a block here, since keys are packed inside it.
 DEFAULT_BLOCK_TOKENS = 32

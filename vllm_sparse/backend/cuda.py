@@ -18,18 +18,19 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_sparse.backend.declarations import SparseDeclarations
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep
+from vllm_sparse.backend.executors.flash_attention import FlashAttentionExecutor
 from vllm_sparse.backend.graphs import DecodeGraphs, set_graphs
 from vllm_sparse.backend.impl import SparseAttentionImpl
 from vllm_sparse.backend.metadata import SparseMetadataBuilder
-from vllm_sparse.backend.plan import RowSpan, StepPlan
 from vllm_sparse.backend.warm_up import PrefillWarmUp
-from vllm_sparse.executors import Executor, FlashAttentionExecutor
+from vllm_sparse.config.request import configured_method
+from vllm_sparse.config.server import server_config
 from vllm_sparse.keys import PagedKeys, PlainKeys
 from vllm_sparse.methods.base import BatchDecodeMethod
 from vllm_sparse.methods.registry import DECODE_METHODS
-from vllm_sparse.params import configured_method
-from vllm_sparse.rows import ServerSize
-from vllm_sparse.server.admission import server_config
+from vllm_sparse.step.launch import Executor
+from vllm_sparse.step.plan import RowSpan, StepPlan
+from vllm_sparse.step.rows import ServerSize
 
 PREFERRED_BLOCK_TOKENS = 128
 # Decode rows that buffers are kept for; a step with more makes its own.

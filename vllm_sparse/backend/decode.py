@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Protocol, TypeGuard
 import numpy as np
 import torch
 
-from vllm_sparse.executors import Executor, Launch
 from vllm_sparse.kernels.decode_roles import LayerContexts, RowSettings
 from vllm_sparse.kernels.decode_roles.reference import ROLES
 from vllm_sparse.methods.base import READING_ROLES
 from vllm_sparse.metrics.timing import ASIDE, ATTENTION, SELECTION, Mark, ignore
-from vllm_sparse.rows import DecodeMemory, DecodeRows, RowsPlace, ServerSize, TokenLists
+from vllm_sparse.step.launch import Executor, Launch
+from vllm_sparse.step.rows import DecodeMemory, DecodeRows, RowsPlace, ServerSize, TokenLists
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.page_summaries import SummaryKind

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, LayerLaunches, RowSetting
-from vllm_sparse.backend.plan import BatchStep, StepPlan, layer_roles
 from vllm_sparse.methods.base import reading_layers
 from vllm_sparse.metrics import WorkerMetrics
 from vllm_sparse.metrics.batch_recall import EagerRecall, GraphRecall, TakenRow
 from vllm_sparse.metrics.graph_timing import GraphTimer
 from vllm_sparse.metrics.timing import NO_TIMER
-from vllm_sparse.routing import TABLE, SparseRequest
+from vllm_sparse.step.plan import BatchStep, StepPlan, layer_roles
+from vllm_sparse.step.requests import TABLE, SparseRequest
 
 if TYPE_CHECKING:
     import numpy as np

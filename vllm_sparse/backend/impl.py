@@ -12,12 +12,12 @@ from vllm.distributed import get_tensor_model_parallel_rank
 
 from vllm_sparse.backend.chunk import attend_chunk
 from vllm_sparse.backend.decode import DecodeStep
-from vllm_sparse.backend.plan import DecodeLaunch, LayerWork, PrefillRow, RowSpan, StepPlan
-from vllm_sparse.executors import Executor
 from vllm_sparse.kernels.page_summaries import SummaryKind, store_summaries
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import Layer, LayerMemory
 from vllm_sparse.metrics import WorkerMetrics
+from vllm_sparse.step.launch import Executor
+from vllm_sparse.step.plan import DecodeLaunch, LayerWork, PrefillRow, RowSpan, StepPlan
 
 logger = logging.getLogger("vllm.sparse")
 

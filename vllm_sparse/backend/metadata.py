@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from vllm import envs
 
-from vllm_sparse.backend.plan import StepPlan, plan_step
+from vllm_sparse.config.request import resolve
+from vllm_sparse.config.server import server_config
 from vllm_sparse.methods.registry import SUMMARISING_METHODS
 from vllm_sparse.metrics import Geometry, WorkerMetrics
 from vllm_sparse.metrics.worker import Sampling
-from vllm_sparse.params import resolve
-from vllm_sparse.routing import TABLE
-from vllm_sparse.server.admission import server_config
+from vllm_sparse.step.plan import StepPlan, plan_step
+from vllm_sparse.step.requests import TABLE
 
 if TYPE_CHECKING:
     import torch

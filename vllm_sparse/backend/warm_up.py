@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
 
-from vllm_sparse.backend.plan import PrefillRow, RowSpan, StepPlan
+from vllm_sparse.config.request import configured_method
+from vllm_sparse.config.server import server_config
 from vllm_sparse.methods.base import PrefillMethod
 from vllm_sparse.methods.registry import PREFILL_METHODS
 from vllm_sparse.metrics import RowDensity, WorkerMetrics
-from vllm_sparse.params import configured_method
-from vllm_sparse.server.admission import server_config
+from vllm_sparse.step.plan import PrefillRow, RowSpan, StepPlan
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -18,12 +18,15 @@ from typing import Any
 
 import torch
 
-from vllm_sparse.calibrate.model import observe, text_config
-from vllm_sparse.calibrate.prompts import read_prompts
+from vllm_sparse.calibration.model import observe, text_config
+from vllm_sparse.calibration.prompts import read_prompts
+from vllm_sparse.config.messages import SparseParamsError
+from vllm_sparse.config.names import METHODS
+from vllm_sparse.config.request import SparseParams, resolve
+from vllm_sparse.config.server import parse_server_config
 from vllm_sparse.inspect.kept import DecodeInspection, KeptLayer, PromptInspection
 from vllm_sparse.inspect.page import Inspected, render
 from vllm_sparse.methods.base import DecodeMethod, Method, PrefillMethod
-from vllm_sparse.params import METHODS, SparseParams, SparseParamsError, parse_server_config, resolve
 
 # Divides every query block.
 CHUNK_UNIT_TOKENS = 128

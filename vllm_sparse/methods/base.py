@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.page_summaries import SummaryKind
     from vllm_sparse.keys import PagedKeys
     from vllm_sparse.pages import PageList
-    from vllm_sparse.rows import DecodeMemory, DecodeRows, RowsPlace, ServerSize, TokenLists
+    from vllm_sparse.step.rows import DecodeMemory, DecodeRows, RowsPlace, ServerSize, TokenLists
 
 # Knobs are checked strictly: a string is no number, a typo is no knob.
 KNOBS = ConfigDict(extra="forbid", strict=True)

@@ -15,7 +15,7 @@ from vllm_sparse.kernels.top_tokens import top_pages, top_tokens
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import KNOBS, DenseLayers, KnobError, LayerMemory, TopTokensMethod
 from vllm_sparse.pages import PageList
-from vllm_sparse.rows import DecodeRows, RowsPlace, TokenLists
+from vllm_sparse.step.rows import DecodeRows, RowsPlace, TokenLists
 
 
 @dataclass(frozen=True, config=KNOBS)

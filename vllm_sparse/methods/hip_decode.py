@@ -34,7 +34,7 @@ from vllm_sparse.methods.hip import (
     check_stages,
 )
 from vllm_sparse.pages import PageList
-from vllm_sparse.rows import DecodeRows, RowsPlace, ServerSize, TokenLists
+from vllm_sparse.step.rows import DecodeRows, RowsPlace, ServerSize, TokenLists
 
 # What the knobs of a row have room for (`backend.decode.MOST_KNOBS`).
 MOST_STAGES = 4

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vllm_sparse.calibrate.sale import load, log_thresholds
+from vllm_sparse.calibration.sale import load, log_thresholds
 from vllm_sparse.kernels.low_bit_scores import PAGE_TOKENS, kept_map
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import KNOBS, DenseLayers, KnobError, Layer, PrefillMethod, QueryBlock, Rows

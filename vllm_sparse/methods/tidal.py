@@ -8,13 +8,13 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vllm_sparse.calibrate.policy import load
+from vllm_sparse.calibration.policy import load
 from vllm_sparse.kernels.token_scores import token_scores
 from vllm_sparse.kernels.top_tokens import top_pages, top_tokens
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import KNOBS, DecodeMethod, KnobError, LayerMemory, TopTokensMethod
 from vllm_sparse.pages import PageList
-from vllm_sparse.rows import DecodeRows, RowsPlace, TokenLists
+from vllm_sparse.step.rows import DecodeRows, RowsPlace, TokenLists
 
 # The paper's re-selection layer of a 32-layer Llama, scaled to a model's depth. Its two full layers are not scaled:
 # choosing one layer earlier loses needles on the 8-layer bundled model.

@@ -12,8 +12,8 @@ from vllm_sparse.pages import PageList, to_logical
 
 if TYPE_CHECKING:
     from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep
-    from vllm_sparse.backend.plan import BatchRow
     from vllm_sparse.metrics import WorkerMetrics
+    from vllm_sparse.step.plan import BatchRow
 
 
 class RecallLayer(Protocol):

@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm_sparse.backend.plan import RowSpan
+    from vllm_sparse.step.plan import RowSpan
 
 # Of one observation among those that a mean of late ones is made of: about the last 64 count.
 RECENT_WEIGHT = 1 / 64

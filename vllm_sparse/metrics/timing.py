@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from vllm_sparse.executors import Executor, Launch
+from vllm_sparse.step.launch import Executor, Launch
 
 # What a span of time went to; a whole one, of both.
 WHOLE, SELECTION, ATTENTION, ASIDE = "whole", "selection", "attention", "aside"

@@ -24,10 +24,10 @@ from vllm_sparse.metrics.timing import NO_TIMER, StepTimer
 
 if TYPE_CHECKING:
     from vllm_sparse.backend.decode import RowSetting
-    from vllm_sparse.backend.plan import BatchRow, StepPlan
     from vllm_sparse.keys import PagedKeys
     from vllm_sparse.metrics.graph_timing import GraphTimer
     from vllm_sparse.pages import PageList
+    from vllm_sparse.step.plan import BatchRow, StepPlan
 
 # Below vLLM's own name, so that its logging configuration applies.
 logger = logging.getLogger("vllm.sparse")

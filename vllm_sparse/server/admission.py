@@ -11,18 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import prometheus_client
 
-from vllm_sparse.params import (
-    ALL_DENSE,
-    DENSE,
-    RESOLVED_KEY,
-    SALT_MARK,
-    ServerConfig,
-    SparseParams,
-    SparseParamsError,
-    is_sparse_key,
-    parse_server_config,
-    resolve,
-)
+from vllm_sparse.config.messages import SparseParamsError
+from vllm_sparse.config.names import DENSE, is_sparse_key
+from vllm_sparse.config.request import ALL_DENSE, RESOLVED_KEY, SparseParams, resolve
+from vllm_sparse.config.salt import SALT_MARK, cache_salt
+from vllm_sparse.config.server import server_config, uses_sparse_backend
 from vllm_sparse.server.runtime_config import running_config
 
 if TYPE_CHECKING:
@@ -37,13 +30,6 @@ REQUESTS = prometheus_client.Counter(
 # On sampling parameters: what a request was found to ask for when it was parsed. It keeps that if the server's
 # configuration changes before it is admitted, when a stream can no longer be refused.
 CHECKED_ATTRIBUTE = "_sparse_checked"
-
-
-def uses_sparse_backend(vllm_config: VllmConfig) -> bool:
-    """Whether the server was started with this attention backend, for all layers or for one kind."""
-    attention = vllm_config.attention_config
-    backends = [attention.backend, *(getattr(attention, "backend_per_kind", None) or {}).values()]
-    return any(getattr(backend, "name", None) == "SPARSE" for backend in backends)
 
 
 def _sparse_keys(extras: Mapping[str, Any]) -> list[str]:
@@ -80,24 +66,6 @@ def resolve_for(vllm_config: VllmConfig, extras: Mapping[str, Any]) -> SparsePar
         return ALL_DENSE
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
     return resolve(extras, running_config(server_config(vllm_config)).config, num_layers)
-
-
-def server_config(vllm_config: VllmConfig) -> ServerConfig:
-    """The configuration that the server was started with, parsed once; processes started later get it with vLLM's.
-
-    Raises:
-        ValueError: it is wrong.
-    """
-    config: ServerConfig | None = getattr(vllm_config, "_sparse_server_config", None)
-    if config is None:
-        model = vllm_config.model_config
-        config = parse_server_config(
-            vllm_config.additional_config,
-            model.get_total_num_hidden_layers(),
-            model.model_arch_config.total_num_attention_heads,
-        )
-        vllm_config._sparse_server_config = config
-    return config
 
 
 def _as_vllm_error(error: SparseParamsError) -> Exception:
@@ -137,7 +105,7 @@ def admit(vllm_config: VllmConfig, params: Any, build: Callable[[], Any]) -> Any
         extra_args[RESOLVED_KEY] = resolved.serialize()
         request.sampling_params.extra_args = extra_args
         if _may_become_sparse(request, resolved):
-            request.cache_salt = resolved.cache_salt(request.cache_salt)
+            request.cache_salt = cache_salt(resolved, request.cache_salt)
     return request
 
 

@@ -10,8 +10,9 @@ import prometheus_client
 from prometheus_client import multiprocess
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
+from vllm_sparse.config.server import uses_sparse_backend
 from vllm_sparse.metrics import DIRECTORY_VARIABLE, PROMETHEUS_VARIABLE, announce_directory
-from vllm_sparse.server.admission import check_before_streaming, uses_sparse_backend
+from vllm_sparse.server.admission import check_before_streaming
 from vllm_sparse.server.latency import RequestMetrics, observe_requests
 
 if TYPE_CHECKING:

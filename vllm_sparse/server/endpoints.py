@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from vllm.platforms import current_platform
 
-from vllm_sparse.server.admission import server_config, uses_sparse_backend
+from vllm_sparse.config.server import server_config, uses_sparse_backend
 from vllm_sparse.server.routes import config, methods, stats
 from vllm_sparse.server.runtime_config import ROUTES_NAME, Served
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import prometheus_client
 
+from vllm_sparse.config.names import DENSE
 from vllm_sparse.metrics.histogram import observe_all
-from vllm_sparse.params import DENSE
 from vllm_sparse.server.request_params import keep_params_of_requests, params_of
 
 if TYPE_CHECKING:

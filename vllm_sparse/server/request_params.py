@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from vllm_sparse.params import ALL_DENSE, RESOLVED_KEY, SparseParams, deserialize
+from vllm_sparse.config.request import ALL_DENSE, RESOLVED_KEY, SparseParams, deserialize
 
 
 def keep_params_of_requests() -> None:

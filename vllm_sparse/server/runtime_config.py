@@ -19,9 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_sparse.config.names import METHODS, PHASES
+from vllm_sparse.config.request import configured_method
+from vllm_sparse.config.server import check_settings
+from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.methods.base import BatchDecodeMethod
 from vllm_sparse.methods.registry import DECODE_METHODS
-from vllm_sparse.params import METHODS, PHASES, ServerConfig, check_settings, configured_method
 from vllm_sparse.shared_directory import announce
 
 # Handed to child processes through the environment, not meant to be set by users.

@@ -33,7 +33,7 @@ class LayerContexts:
     """What kernels read of decode rows, by layer.
 
     Attributes:
-        starts: int64 ``[rows]`` where a row's scores begin (`vllm_sparse.rows.RowScores`).
+        starts: int64 ``[rows]`` where a row's scores begin (`vllm_sparse.step.rows.RowScores`).
         dense: int32 ``[layers, rows]`` context of the rows that read everything, else 0.
         members: int32 ``[methods, rows]`` context of the rows that have a method, sparse or not, else 0.
         choosing: int32 ``[methods, layers, rows]`` context of the rows that choose by a method, else 0.

@@ -10,7 +10,7 @@ from vllm_sparse.kernels.hierarchical_descent import Stage
 from vllm_sparse.kernels.hip_decode import reference
 from vllm_sparse.kernels.hip_decode.memory import ROW_KNOBS, STAGE_KNOBS, HipMemory, StageMemory, StageScratch
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.rows import DecodeRows, TokenLists
+from vllm_sparse.step.rows import DecodeRows, TokenLists
 
 __all__ = ["ROW_KNOBS", "STAGE_KNOBS", "HipMemory", "StageMemory", "StageScratch", "decode_leaves", "token_lists"]
 

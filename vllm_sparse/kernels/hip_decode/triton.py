@@ -22,7 +22,7 @@ from vllm_sparse.kernels.hierarchical_descent.triton import (
     store_best_chunks,
 )
 from vllm_sparse.kernels.hip_decode.memory import STAGE_KNOBS, StageMemory, StageScratch
-from vllm_sparse.rows import DecodeRows, TokenLists
+from vllm_sparse.step.rows import DecodeRows, TokenLists
 
 CHUNK_TILE, SELECT_TILE, LIST_TILE = 32, 1024, 1024
 # Scores that the last program holds in registers beside its part of the descents.

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.page_summaries import SummaryKind
-from vllm_sparse.rows import DecodeRows, RowScores, padded_rows
+from vllm_sparse.step.rows import DecodeRows, RowScores, padded_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Of summaries at once: 16 KiB in bfloat16, in registers for three or four programs on a multiprocessor.

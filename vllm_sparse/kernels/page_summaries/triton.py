@@ -12,7 +12,7 @@ import triton.language as tl
 from vllm_sparse.kernels.common.triton import load_key_block
 from vllm_sparse.kernels.page_summaries.reference import SummaryKind
 from vllm_sparse.keys import PlainKeys
-from vllm_sparse.rows import DecodeRows
+from vllm_sparse.step.rows import DecodeRows
 
 # Numbers that a warp reads at once: 16 loads of 16 bytes a thread in bfloat16.
 WARP_NUMBERS = 4096

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.common.triton import load_key_block
-from vllm_sparse.rows import DecodeRows, RowScores, padded_rows
+from vllm_sparse.step.rows import DecodeRows, RowScores, padded_rows
 
 KEY_TILE = 64
 SCORE_TILE = 2048

@@ -10,7 +10,7 @@ from vllm_sparse.kernels.top_tokens.reference import top_pages
 if TYPE_CHECKING:
     import torch
 
-    from vllm_sparse.rows import DecodeRows, RowScores, TokenLists
+    from vllm_sparse.step.rows import DecodeRows, RowScores, TokenLists
 
 __all__ = ["top_pages", "top_tokens"]
 

@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from vllm_sparse.kernels.cuda_library import launch
-from vllm_sparse.rows import DecodeRows, RowScores, TokenLists
+from vllm_sparse.step.rows import DecodeRows, RowScores, TokenLists
 
 
 def top_tokens(scores: RowScores, rows: DecodeRows, knobs: torch.Tensor, lists: TokenLists) -> None:

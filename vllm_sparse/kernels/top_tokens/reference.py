@@ -6,7 +6,7 @@ import torch
 
 from vllm_sparse.kernels.page_list import compact_pages
 from vllm_sparse.pages import PageList
-from vllm_sparse.rows import DecodeRows, RowScores, TokenLists
+from vllm_sparse.step.rows import DecodeRows, RowScores, TokenLists
 
 
 def top_pages(

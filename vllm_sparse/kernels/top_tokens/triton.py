@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.common.triton import ordered_scores
-from vllm_sparse.rows import DecodeRows, RowScores, TokenLists
+from vllm_sparse.step.rows import DecodeRows, RowScores, TokenLists
 
 TILE = 4096
 BINS = tl.constexpr(2048)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Header, HTTPException, Request, Response
 
-from vllm_sparse.params import ServerConfig
+from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.server.routes.served import ServedSparsely
 from vllm_sparse.server.runtime_config import (
     FixedSettingError,

@@ -7,8 +7,10 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
+from vllm_sparse.config.names import DENSE, METHODS, PHASES, knob_schema
+from vllm_sparse.config.request import configured_method
+from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.methods.base import Method
-from vllm_sparse.params import DENSE, METHODS, PHASES, ServerConfig, configured_method, knob_schema
 from vllm_sparse.server.routes.served import ServedSparsely
 from vllm_sparse.server.runtime_config import running_config
 
@@ -120,7 +122,7 @@ def extras_schema(config: ServerConfig) -> dict[str, Any]:
 
 
 def _own_key_pattern() -> str:
-    """Keys meant for this plugin, as `vllm_sparse.params.is_sparse_key` knows them, in JavaScript's regular
+    """Keys meant for this plugin, as `vllm_sparse.config.request.is_sparse_key` knows them, in JavaScript's regular
     expressions, which have no switch for upper and lower case."""
 
     def any_case(word: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
 
-from vllm_sparse.server.admission import uses_sparse_backend
+from vllm_sparse.config.server import uses_sparse_backend
 from vllm_sparse.server.stats import collect
 
 router = APIRouter(prefix="/v1/sparse", tags=["sparse attention"])

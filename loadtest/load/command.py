@@ -1,0 +1,186 @@
+"""Load test of an OpenAI-compatible server: speed and right answers of several methods in one run.
+
+    vllm-sparse loadtest smoke --serve 'vllm serve loadtest/model/weights --attention-backend sparse'
+    vllm-sparse loadtest long-context --url http://127.0.0.1:8000 --set load.rates='[0.5, 1]'
+    vllm-sparse loadtest mine.yaml --url http://127.0.0.1:8000
+    vllm-sparse loadtest report RUN
+    vllm-sparse loadtest compare RUN_A RUN_B
+
+A run writes a folder: journal.jsonl as it goes, and at the end, also after Ctrl-C, report.json and report.html.
+`report` makes these two again from the journal, such as after a crash.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import datetime
+import json
+import platform
+import secrets
+import signal
+import sys
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loadtest.load.journal import FORMAT, NAME, Journal
+from loadtest.load.plan import Planner, Stage
+from loadtest.load.report.command import compare_runs, write_report
+from loadtest.load.run import run
+from loadtest.load.scenario import Scenario, ScenarioError, load_scenario, scenario_names
+from loadtest.load.server import ServerError, served, wait_until_healthy
+from loadtest.load.workloads.build import PromptMaker
+from loadtest.load.workloads.tokens import local_counter, model_counter
+
+SERVER_LOG = "server.log"
+REQUEST_SECONDS = 30.0
+
+
+class UsageError(Exception):
+    """What is wrong with the command or the server, worded for the user."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # A server that was started for the test must end with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if given[:1] == ["compare"]:
+            compare_runs(given[1:])
+        elif given[:1] == ["report"]:
+            write_report(_report_folder(given[1:]))
+        else:
+            _load_test(_parser().parse_args(given))
+    except (UsageError, ScenarioError, ServerError) as error:
+        sys.exit(f"vllm-sparse loadtest: {error}")
+    except KeyboardInterrupt:
+        sys.exit("vllm-sparse loadtest: interrupted; `vllm-sparse loadtest report FOLDER` reports what had run")
+
+
+def _report_folder(given: Sequence[str]) -> Path:
+    parser = argparse.ArgumentParser(prog="vllm-sparse loadtest report", description="Make a run's report again.")
+    parser.add_argument("run", type=Path, help="folder of the run")
+    folder: Path = parser.parse_args(given).run
+    return folder
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm-sparse loadtest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("scenario", help=f"a .yaml file, or one of {', '.join(scenario_names())}")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server, without a path")
+    parser.add_argument("--serve", metavar="COMMAND", help="start this server for the test; it must listen at --url")
+    parser.add_argument("--wait", type=float, metavar="SECONDS", help="wait so long for the server to be healthy")
+    parser.add_argument("--model", help="served model name; default: the server's only one")
+    parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json; default: the model's, or /tokenize")
+    parser.add_argument("--api-key-file", type=Path, help="file that holds the server's API key")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="replace a setting")
+    parser.add_argument("--out", type=Path, help="folder of the run; default: loadtest-runs/SCENARIO-TIME")
+    return parser
+
+
+def _load_test(arguments: argparse.Namespace) -> None:
+    scenario = load_scenario(arguments.scenario, arguments.set)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = arguments.out or Path("loadtest-runs") / f"{Path(arguments.scenario).stem}-{stamp}"
+    url = arguments.url.rstrip("/")
+    if (folder / NAME).exists():
+        raise UsageError(f"{folder} holds a run already: name another folder with --out")
+    with contextlib.ExitStack() as stack:
+        server = None
+        if arguments.serve:
+            folder.mkdir(parents=True, exist_ok=True)
+            _say(f"starting the server; its log is {folder / SERVER_LOG}")
+            server = stack.enter_context(served(arguments.serve, url, folder / SERVER_LOG))
+        elif arguments.wait:
+            wait_until_healthy(url, arguments.wait)
+        finished = _run(scenario, arguments, url, folder)
+        died = server.poll() if server is not None else None
+    failed = write_report(folder)
+    if died is not None:
+        raise ServerError(f"the server ended with {died} while it was tested; its log is {folder / SERVER_LOG}")
+    if failed:
+        sys.exit(f"vllm-sparse loadtest: {failed} requests failed; the report names each kind")
+    if not finished:
+        sys.exit(1)
+
+
+def _run(scenario: Scenario, arguments: argparse.Namespace, url: str, folder: Path) -> bool:
+    headers = {}
+    if arguments.api_key_file:
+        headers["Authorization"] = f"Bearer {arguments.api_key_file.read_text().strip()}"
+    model, root = _served_model(url, arguments.model, headers)
+    _say("making the prompts")
+    try:
+        counter = (
+            local_counter(arguments.tokenizer) if arguments.tokenizer else model_counter(url, model, root, headers)
+        )
+    except FileNotFoundError as error:
+        raise UsageError(f"--tokenizer: {error}") from None
+    makers = {workload.name: PromptMaker(scenario, workload, counter) for workload in scenario.workloads}
+    salt = secrets.token_hex(4)
+    planner = Planner(scenario, makers, salt)
+    sweeps = planner.stages()
+    warm_up = planner.warm_up()
+    folder.mkdir(parents=True, exist_ok=True)
+    with Journal(folder) as journal:
+        journal.write("run", _about(scenario, arguments.scenario, url, model, headers, salt))
+        _say(_announcement(warm_up, sweeps))
+        return asyncio.run(run(scenario, warm_up, sweeps, url, model, headers, journal, _say))
+
+
+def _announcement(warm_up: Stage, sweeps: Sequence[Sequence[Stage]]) -> str:
+    planned = [len(stage.sessions) for sweep in sweeps for stage in sweep]
+    return f"{len(warm_up.sessions)} requests to warm up, then {sum(planned)} sessions in at most {len(planned)} stages"
+
+
+def _served_model(url: str, wanted: str | None, headers: dict[str, str]) -> tuple[str, str | None]:
+    """Name and root of the model to test."""
+    try:
+        models = _get_json(f"{url}/v1/models", headers)["data"]
+        names = {str(model["id"]): model.get("root") for model in models}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"no OpenAI-compatible server answers at {url} ({error})") from None
+    if wanted is None and len(names) != 1:
+        raise UsageError(f"name one of the server's models with --model: {', '.join(names)}")
+    name = next(iter(names)) if wanted is None else wanted
+    if name not in names:
+        raise UsageError(f"--model {name}: the server has {', '.join(names)}")
+    return name, names[name]
+
+
+def _get_json(url: str, headers: dict[str, str]) -> Any:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=REQUEST_SECONDS) as response:
+        return json.load(response)
+
+
+def _about(scenario: Scenario, name: str, url: str, model: str, headers: dict[str, str], salt: str) -> dict[str, Any]:
+    """What the journal says of the run as a whole."""
+    try:
+        server_version = _get_json(f"{url}/version", headers).get("version")
+    except (OSError, ValueError, AttributeError):
+        server_version = None
+    return {
+        "format": FORMAT,
+        "scenario_name": Path(name).stem,
+        "scenario": scenario.model_dump(mode="json"),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "url": url,
+        "model": model,
+        "server_version": server_version,
+        "salt": salt,
+        "client": {"python": platform.python_version(), "machine": platform.platform()},
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""A run, and the comparison of two, as Markdown tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loadtest.load.report.summary import Report
+from loadtest.load.report.words import (
+    count_or_dash,
+    density_of,
+    failures_in_words,
+    interval_in_words,
+    milliseconds,
+    percent,
+    score_in_words,
+    seconds,
+)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def table(report: Report) -> str:
+    """The summary of a run."""
+    summary = report["summary"]
+    methods = report["run"]["scenario"]["methods"]
+    rows = [
+        [
+            stage["name"],
+            name,
+            f"{one['succeeded']}/{one['requests']}",
+            score_in_words(one["score"]),
+            seconds(one["ttft_seconds"]["p50"]),
+            seconds(one["ttft_seconds"]["p95"]),
+            milliseconds(one["tpot_seconds"]["p50"]),
+            f"{one['output_tokens_per_second']:.1f}",
+            f"{one['goodput_per_second']:.2f}",
+            percent(one["good_share"]),
+            density_of(stage["density"], methods[name]),
+        ]
+        for stage in summary["stages"]
+        for name, one in stage["methods"].items()
+    ]
+    header = ["load", "method", "succeeded", "score", "TTFT p50 s", "p95 s", "TPOT p50 ms", "tokens/s"]
+    header += ["goodput/s", "good", "density"]
+    parts = [_table(header, rows)] if rows else ["No request was counted."]
+    if summary["comparisons"]:
+        against = [(f"{row['method']} against {row['baseline']}", row) for row in summary["comparisons"]]
+        parts.append(_comparison_table(against))
+    shown = sum(one["requests"] for stage in summary["stages"] for one in stage["methods"].values())
+    others = sum(stage["together"]["requests"] for stage in summary["stages"]) - shown
+    if others:
+        parts.append(f"Paired prompts only; the page also shows the {others} requests of other workloads.")
+    if summary["failures"]:
+        parts.append(f"Failures: {failures_in_words(summary['failures'])}.")
+    parts += [_client(stage) for stage in summary["stages"] if stage["client"]]
+    if summary["warnings"]:
+        parts.append("\n".join(f"! {warning}" for warning in summary["warnings"]))
+    return "\n\n".join(parts)
+
+
+def _client(stage: Mapping[str, Any]) -> str:
+    client = stage["client"]
+    text = (
+        f"Client, {stage['name']}: {percent(client['cpu_share'])} of a core, {client['peak_requests']} requests at "
+        f"once, event loop {milliseconds(client['loop_lag_seconds']['most'])} ms late at most"
+    )
+    lag = client["lag_seconds"]
+    if lag is None:
+        return f"{text}."
+    return f"{text}, requests sent {milliseconds(lag['mean'])} ms late on average, {milliseconds(lag['most'])} at most."
+
+
+def _comparison_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    header = ["load", "compared", "pairs", "TTFT ratio", "TPOT ratio", "score difference", "McNemar p", "same text"]
+    cells = [
+        [
+            count_or_dash(row["level"]),
+            name,
+            "not paired" if row.get("paired") is False else str(row["pairs"]),
+            interval_in_words(row["ttft_ratio"], "{:.2f}x"),
+            interval_in_words(row["tpot_ratio"], "{:.2f}x"),
+            interval_in_words(row["score_difference"], "{:+.3f}"),
+            "-" if row["mcnemar_p"] is None else f"{row['mcnemar_p']:.3f}",
+            percent(row["same_text_share"]),
+        ]
+        for name, row in rows
+    ]
+    return _table(header, cells)
+
+
+def comparison(found: Mapping[str, Any]) -> str:
+    """The comparison of two runs."""
+    if not found["rows"]:
+        return "The runs have no load and method in common."
+    rows = [(f"{row['method']}: B against A", row) for row in found["rows"]]
+    return "\n\n".join([_comparison_table(rows), *found["remarks"]])

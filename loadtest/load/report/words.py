@@ -1,0 +1,71 @@
+"""Numbers of a report in the form that people read; what is not known is a dash."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from loadtest.load.client import FAILURES
+
+DASH = "-"
+
+
+def seconds(value: float | None) -> str:
+    """Seconds with three digits that count."""
+    return DASH if value is None else f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def milliseconds(value_seconds: float | None) -> str:
+    """Seconds, shown in milliseconds."""
+    if value_seconds is None:
+        return DASH
+    value = value_seconds * 1e3
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def percent(share: float | None) -> str:
+    """A share of one."""
+    return DASH if share is None else f"{share:.0%}"
+
+
+def count_or_dash(value: float | None) -> str:
+    """A level of load."""
+    return DASH if value is None else f"{value:g}"
+
+
+def score_in_words(score: Mapping[str, Any]) -> str:
+    """A mean score with its interval."""
+    if score["mean"] is None:
+        return DASH
+    interval = score["interval"]
+    return f"{score['mean']:.3f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+
+
+def interval_in_words(found: Mapping[str, Any], form: str) -> str:
+    """A value with its interval, such as ``0.71x [0.68, 0.75]``."""
+    if found["value"] is None:
+        return DASH
+    text = form.format(found["value"])
+    if found["interval"] is None:
+        return text
+    low, high = (form.format(end).removesuffix("x") for end in found["interval"])
+    return f"{text} [{low}, {high}]"
+
+
+def density_of(density: Mapping[str, float], extras: Mapping[str, Any]) -> str:
+    """What the server measured for the methods that a request's extras name: prefill, then decode."""
+    named = [(phase, extras.get(f"sparse_{phase}", "dense")) for phase in ("prefill", "decode")]
+    if all(method == "dense" for _, method in named):
+        return "1"
+    known = [f"{phase} {density[f'{phase}/{method}']:.2f}" for phase, method in named if f"{phase}/{method}" in density]
+    return ", ".join(known) or "missing"
+
+
+def failures_in_words(failures: Mapping[str, int]) -> str:
+    """Kinds of failure with their counts, the most frequent first."""
+    ordered = sorted(failures.items(), key=lambda item: -item[1])
+    return "; ".join(f"{count} {status.replace('_', ' ')}{_meaning(status)}" for status, count in ordered)
+
+
+def _meaning(status: str) -> str:
+    return f" ({FAILURES[status]})" if status in FAILURES else ""

@@ -1,0 +1,294 @@
+"""Runs a plan against a server and writes the journal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from typing import Any
+
+from loadtest.load.capacity import Capacity, paced
+from loadtest.load.client import Client, Clock, connections
+from loadtest.load.journal import Journal, Record
+from loadtest.load.overhead import Overhead
+from loadtest.load.plan import WARM_UP, Session, Stage
+from loadtest.load.report.summary import good_share
+from loadtest.load.scenario import ClosedLoad, OpenLoad, Scenario
+from loadtest.load.scrape import Scraper
+from loadtest.load.workloads.prompt import Message, Turn
+
+PROGRESS_SECONDS = 10.0
+PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+
+
+class Runner:
+    """Sends what was planned.
+
+    Args:
+        scenario: the limits and the form of the requests.
+        model: served name.
+        client: sends.
+        journal: takes every request.
+        clock: of all times.
+        say: tells the user how far it is.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        model: str,
+        client: Client,
+        journal: Journal,
+        clock: Clock,
+        say: Callable[[str], None],
+    ) -> None:
+        self._scenario = scenario
+        self._model = model
+        self._client = client
+        self._journal = journal
+        self._clock = clock
+        self._say = say
+        self._overhead = Overhead()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._errors: list[BaseException] = []
+        self._records: list[dict[str, Any]] = []
+        self.interrupted = False
+
+    def interrupt(self) -> None:
+        """Send nothing more, and end what is running; everything is recorded."""
+        self.interrupted = True
+        for task in self._tasks:
+            task.cancel()
+
+    async def run(self, stage: Stage) -> list[dict[str, Any]]:
+        """Run a stage to its end.
+
+        Returns:
+            Its requests as the journal has them.
+        """
+        about = {"name": stage.name, "level": stage.level, "methods": stage.methods, "schedule": stage.schedule()}
+        self._journal.write("stage", {**about, "start_seconds": round(self._clock(), 6)})
+        self._records = []
+        self._overhead = Overhead()
+        watching = [asyncio.create_task(self._overhead.watch()), asyncio.create_task(self._tell(stage))]
+        if stage.arrivals_seconds is None:
+            await self._closed_loop(stage)
+        else:
+            await self._open_loop(stage, stage.arrivals_seconds)
+        for task in watching:
+            task.cancel()
+        self._journal.write("client", self._overhead.report())
+        self._say(self._progress(stage))
+        return self._records
+
+    async def _tell(self, stage: Stage) -> None:
+        while True:
+            await asyncio.sleep(PROGRESS_SECONDS)
+            self._say(self._progress(stage))
+
+    def _progress(self, stage: Stage) -> str:
+        failed = sum(request["status"] != "ok" for request in self._records)
+        return f"{stage.name}: {len(self._records)} requests ended, {failed} failed ({len(stage.sessions)} sessions)"
+
+    async def _open_loop(self, stage: Stage, arrivals_seconds: Sequence[float]) -> None:
+        start = self._clock()
+        ramp_seconds = self._scenario.load.ramp_seconds
+
+        async def dispatch() -> None:
+            for number, (session, arrival) in enumerate(zip(stage.sessions, arrivals_seconds, strict=True)):
+                await asyncio.sleep(max(0.0, start + arrival - self._clock()))
+                self._spawn(self._session(stage, number, session, start + arrival, arrival < ramp_seconds))
+
+        self._spawn(dispatch())
+        await self._all_done()
+
+    async def _closed_loop(self, stage: Stage) -> None:
+        load = self._scenario.load
+        start = self._clock()
+        waiting = iter(enumerate(stage.sessions))
+        warming_up = stage.name == WARM_UP
+        ramp_seconds = 0.0 if warming_up else load.ramp_seconds
+        duration_seconds = load.duration_seconds if isinstance(load, ClosedLoad) and not warming_up else None
+
+        async def keep_busy(delay_seconds: float) -> None:
+            await asyncio.sleep(delay_seconds)
+            for number, session in waiting:
+                elapsed = self._clock() - start
+                if self.interrupted or (duration_seconds is not None and elapsed >= duration_seconds):
+                    return
+                await self._session(stage, number, session, None, elapsed < ramp_seconds)
+
+        at_once = int(stage.level or 1)
+        for place in range(at_once):
+            self._spawn(keep_busy(ramp_seconds * place / at_once))
+        await self._all_done()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        # An error of the harness itself must not pass for a quiet server.
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._errors.append(error)
+            self.interrupt()
+
+    async def _all_done(self) -> None:
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._errors:
+            raise self._errors[0]
+
+    async def _session(self, stage: Stage, number: int, session: Session, intended: float | None, ramp: bool) -> None:
+        history: list[Message] = list(session.prompt.history)
+        for place, turn in enumerate(session.prompt.turns):
+            if self.interrupted:
+                return
+            if place and session.prompt.think_seconds:
+                intended = self._clock() + session.prompt.think_seconds
+                await asyncio.sleep(session.prompt.think_seconds)
+            elif place:
+                intended = None
+            self._overhead.begin_request()
+            reply = await self._client.send(PATHS[self._scenario.endpoint], self._body(session, turn, history))
+            self._overhead.end_request()
+            score = turn.score(reply.text) if reply.status == "ok" and turn.score is not None else None
+            record = Record(
+                stage.name,
+                number,
+                place,
+                session.workload,
+                session.method,
+                session.pair,
+                reply.sent_seconds if intended is None else intended,
+                ramp,
+                session.prompt.input_tokens,
+                score,
+                reply,
+            )
+            self._records.append(self._journal.record(record))
+            if reply.status != "ok":
+                return
+            history += [{"role": "user", "content": turn.content}, {"role": "assistant", "content": reply.text}]
+
+    def _body(self, session: Session, turn: Turn, history: Sequence[Message]) -> Mapping[str, Any]:
+        body: dict[str, Any] = {
+            "model": self._model,
+            "max_tokens": turn.max_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "cache_salt": session.salt,
+        }
+        if self._scenario.endpoint == "completions":
+            body["prompt"] = f"{turn.content}\n{turn.answer_prefix}" if turn.answer_prefix else turn.content
+        else:
+            body["messages"] = [*history, {"role": "user", "content": turn.content}]
+            if turn.answer_prefix:
+                body["messages"].append({"role": "assistant", "content": turn.answer_prefix})
+                body |= {"continue_final_message": True, "add_generation_prompt": False}
+        if turn.ignore_eos:
+            body["ignore_eos"] = True
+        if extras := self._scenario.methods[session.method]:
+            body["vllm_xargs"] = dict(extras)
+        return {**body, **self._scenario.request}
+
+
+@contextlib.asynccontextmanager
+async def _interruptible(runner: Runner) -> AsyncIterator[None]:
+    """SIGINT and SIGTERM end the run, not the process: the report is still written. A second one ends the process."""
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def interrupt() -> None:
+        for one in signals:
+            loop.remove_signal_handler(one)
+        runner.interrupt()
+
+    for one in signals:
+        loop.add_signal_handler(one, interrupt)
+    try:
+        yield
+    finally:
+        for one in signals:
+            loop.remove_signal_handler(one)
+
+
+async def run(
+    scenario: Scenario,
+    warm_up: Stage,
+    sweeps: Sequence[Sequence[Stage]],
+    url: str,
+    model: str,
+    headers: Mapping[str, str],
+    journal: Journal,
+    say: Callable[[str], None],
+) -> bool:
+    """Run everything; a sweep ends with the stage at which the SLO breaks, and nothing follows a warm-up that failed.
+
+    Args:
+        scenario: the methods, limits and requests.
+        warm_up: runs first.
+        sweeps: from `Planner.stages`.
+        url: of the server, without a path.
+        model: served name.
+        headers: of every request.
+        journal: takes everything.
+        say: tells the user how far it is.
+
+    Returns:
+        Whether it ran to its end: nobody interrupted it, and not the whole warm-up failed.
+    """
+    clock = Clock()
+    async with connections(headers) as http:
+        client = Client(http, url, scenario.request_timeout_seconds, clock)
+        scraper = Scraper(http, url, scenario.scrape_seconds, clock, lambda reading: journal.write("metrics", reading))
+        runner = Runner(scenario, model, client, journal, clock, say)
+        async with _interruptible(runner):
+            scraping = asyncio.create_task(scraper.run())
+            try:
+                warming_up = await runner.run(warm_up) if warm_up.sessions else []
+                useless = bool(warming_up) and all(request["status"] != "ok" for request in warming_up)
+                if not useless and not runner.interrupted:
+                    sweeps = _paced(sweeps, scenario, warming_up, say)
+                for sweep in [] if useless else sweeps:
+                    await _sweep(runner, sweep, scraper, scenario)
+            finally:
+                scraping.cancel()
+                await asyncio.wait([scraping])
+        await scraper.read()
+    end = {"interrupted": runner.interrupted, "warm_up_failed": useless, "seconds": round(clock(), 3)}
+    journal.write("end", end)
+    return not (runner.interrupted or useless)
+
+
+def _paced(
+    sweeps: Sequence[Sequence[Stage]],
+    scenario: Scenario,
+    warming_up: Sequence[Mapping[str, Any]],
+    say: Callable[[str], None],
+) -> Sequence[Sequence[Stage]]:
+    """The stages at the pace that the warm-up allows, where the scenario leaves it open."""
+    load = scenario.load
+    if not isinstance(load, OpenLoad) or load.capacity_shares is None:
+        return sweeps
+    assert load.duration_seconds is not None
+    capacity = Capacity(warming_up)
+    found = [[paced(stage, capacity, load.duration_seconds) for stage in sweep] for sweep in sweeps]
+    for stage in (stage for sweep in found for stage in sweep):
+        say(f"by the warm-up: {stage.name}, {len(stage.sessions)} sessions")
+    return found
+
+
+async def _sweep(runner: Runner, stages: Sequence[Stage], scraper: Scraper, scenario: Scenario) -> None:
+    for stage in stages:
+        if runner.interrupted:
+            return
+        await scraper.read()
+        requests = await runner.run(stage)
+        await scraper.read()
+        if good_share(requests, scenario.slo) < scenario.slo.share:
+            return

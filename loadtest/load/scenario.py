@@ -1,0 +1,315 @@
+"""A scenario: which methods, which prompts, which load, which limits. Read from a YAML file, checked before it runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from loadtest.load.workloads.lengths import Lengths, Strict
+from loadtest.quality.tasks.ruler import TASKS
+
+BUNDLED = Path(__file__).parent / "scenarios"
+
+Share = Annotated[float, Field(gt=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+def _rising(levels: tuple[float, ...]) -> tuple[float, ...]:
+    if any(after <= before for before, after in itertools.pairwise(levels)):
+        raise ValueError(f"levels of load must rise: {list(levels)}")
+    return levels
+
+
+Rates = Annotated[tuple[PositiveFloat, ...], Field(min_length=1), AfterValidator(_rising)]
+Concurrencies = Annotated[tuple[PositiveInt, ...], Field(min_length=1), AfterValidator(_rising)]
+
+
+class ScenarioError(Exception):
+    """A scenario that cannot run, worded for its author."""
+
+
+class _Workload(Strict):
+    """What all kinds have.
+
+    Attributes:
+        name: shown in the report.
+        weight: its share of the sessions, relative to the others' weights; a group of paired requests counts as one.
+        methods: weight of each method; none: all of the scenario's methods alike.
+        paired: every prompt goes to each of `methods` (their weights do not count then).
+        distinct_prompts: prompts that are made; they repeat, under fresh cache salts, when more are sent.
+    """
+
+    name: str
+    weight: PositiveFloat = 1.0
+    methods: Mapping[str, PositiveFloat] | None = None
+    paired: bool
+    distinct_prompts: PositiveInt = 100
+
+
+class NeedleWorkload(_Workload):
+    """The bundled model's own task (`loadtest.quality.text`), counted in its tokens."""
+
+    kind: Literal["needle"]
+    paired: bool = True
+    input_tokens: Lengths
+    needles: PositiveInt = 3
+    asked: Annotated[int, Field(ge=1, le=4)] = 1
+
+
+class RulerWorkload(_Workload):
+    """RULER-style tasks (`loadtest.quality.tasks`) in turn."""
+
+    kind: Literal["ruler"]
+    paired: bool = True
+    input_tokens: Lengths
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)] = tuple(TASKS)
+
+    @model_validator(mode="after")
+    def _known(self) -> RulerWorkload:
+        unknown = sorted(set(self.tasks) - set(TASKS))
+        if unknown:
+            raise ValueError(f"tasks: {unknown} are not known; allowed: {list(TASKS)}")
+        return self
+
+
+class DocumentWorkload(_Workload):
+    """Conversations about long documents: `turns` questions each, every one with a known answer in the document.
+
+    Sessions of one method share the document's blocks in the prefix cache with those of the same method.
+    """
+
+    kind: Literal["documents"]
+    paired: bool = True
+    input_tokens: Lengths
+    turns: Annotated[int, Field(ge=1, le=40)] = 4
+    sessions_per_document: PositiveInt = 2
+    think_seconds: NotNegative = 0.0
+
+
+class TextWorkload(_Workload):
+    """Text without a question: background chats, long generations. Generates exactly `output_tokens`."""
+
+    kind: Literal["text"]
+    paired: bool = False
+    input_tokens: Lengths
+    output_tokens: Lengths
+
+
+class TraceWorkload(_Workload):
+    """Text with the lengths of a trace: JSON lines with `input_tokens` and `output_tokens`."""
+
+    kind: Literal["trace"]
+    paired: bool = False
+    file: Path
+
+
+class JsonlWorkload(_Workload):
+    """Your own prompts: JSON lines with `prompt` or `messages`, and optionally `output_tokens` and `answers`."""
+
+    kind: Literal["jsonl"]
+    paired: bool = True
+    file: Path
+    output_tokens: PositiveInt = 128
+
+
+Workload = Annotated[
+    NeedleWorkload | RulerWorkload | DocumentWorkload | TextWorkload | TraceWorkload | JsonlWorkload,
+    Field(discriminator="kind"),
+]
+
+
+class _Load(Strict):
+    """What both loops have.
+
+    Attributes:
+        methods_apart: run the whole sweep for each method alone, with the same prompts and arrivals, so that the
+            server holds nothing but that method; otherwise all methods mix in every stage.
+        ramp_seconds: the load grows during so long; what starts meanwhile counts as warm-up.
+    """
+
+    methods_apart: bool = False
+    ramp_seconds: NotNegative = 0.0
+
+
+class OpenLoad(_Load):
+    """Requests arrive whether or not earlier ones have ended; latency counts from the intended time.
+
+    Attributes:
+        rates: session arrivals a second; a stage each, in order, until the SLO breaks.
+        capacity_shares: in place of rates, shares of the rate at which the warm-up's sessions ended one after the
+            other, so that a scenario suits servers of any speed.
+        burstiness: shape of the gamma intervals; 1 is Poisson, less is more bursty.
+        trace: JSON lines with `timestamp_seconds`, replayed at their own pace.
+        requests, duration_seconds: how much a stage sends: exactly one of the two; with `capacity_shares` both, and
+            the first one that is reached ends the stage.
+    """
+
+    loop: Literal["open"]
+    arrivals: Literal["poisson", "gamma", "constant", "trace"] = "poisson"
+    burstiness: PositiveFloat | None = None
+    rates: Rates | None = None
+    capacity_shares: Rates | None = None
+    trace: Path | None = None
+    requests: PositiveInt | None = None
+    duration_seconds: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OpenLoad:
+        if (self.burstiness is None) == (self.arrivals == "gamma"):
+            raise ValueError("burstiness belongs to arrivals: gamma, and only to it")
+        if (self.trace is None) == (self.arrivals == "trace"):
+            raise ValueError("trace names the file of arrivals: trace, and only of it")
+        paces = [self.rates is not None, self.capacity_shares is not None, self.arrivals == "trace"]
+        if sum(paces) != 1:
+            raise ValueError("give exactly one of rates, capacity_shares and arrivals: trace, which has its own pace")
+        if self.arrivals == "trace":
+            if self.duration_seconds is not None or self.ramp_seconds:
+                raise ValueError("arrivals: trace takes neither duration_seconds nor ramp_seconds")
+        elif self.capacity_shares is not None:
+            if self.requests is None or self.duration_seconds is None:
+                raise ValueError("capacity_shares need both requests and duration_seconds, the most of each")
+            if self.ramp_seconds:
+                raise ValueError("capacity_shares take no ramp_seconds")
+        elif (self.requests is None) == (self.duration_seconds is None):
+            raise ValueError("give exactly one of requests and duration_seconds")
+        return self
+
+
+class ClosedLoad(_Load):
+    """So many sessions at once; the next one starts when one ends. Latency counts from the send.
+
+    Attributes:
+        concurrency: sessions at once; a stage each, in order, until the SLO breaks.
+        requests: sessions of a stage, at most.
+        duration_seconds: none starts later than that.
+    """
+
+    loop: Literal["closed"]
+    concurrency: Concurrencies
+    requests: PositiveInt
+    duration_seconds: PositiveFloat | None = None
+
+
+class Slo(Strict):
+    """A request is good when it succeeds within both limits; a stage holds while `share` of its requests are good.
+
+    The limit on TTFT is `ttft_seconds + ttft_seconds_per_1000_tokens * input tokens / 1000`, so that long requests do
+    not fail by design.
+    """
+
+    ttft_seconds: PositiveFloat
+    ttft_seconds_per_1000_tokens: NotNegative = 0.0
+    tpot_seconds: PositiveFloat
+    share: Share = 0.9
+
+    def ttft_limit_seconds(self, input_tokens: int) -> float:
+        """The limit for a prompt of that length."""
+        return self.ttft_seconds + self.ttft_seconds_per_1000_tokens * input_tokens / 1000
+
+
+class Scenario(Strict):
+    """A load test.
+
+    Attributes:
+        methods: name to the `vllm_xargs` of its requests; the first one is what the others are compared with.
+        endpoint: `chat` or `completions`.
+        request: further fields of every request's body, such as `chat_template_kwargs`.
+        warm_up_rounds: before the stages, that often: one request for each method, workload and doubling of the length.
+        request_timeout_seconds: after that a request has failed. Nothing is ever retried.
+        scrape_seconds: between two readings of the server's metrics.
+    """
+
+    description: str
+    seed: int = 0
+    endpoint: Literal["chat", "completions"] = "chat"
+    methods: Annotated[Mapping[str, Mapping[str, Any]], Field(min_length=1)]
+    workloads: Annotated[tuple[Workload, ...], Field(min_length=1)]
+    load: Annotated[OpenLoad | ClosedLoad, Field(discriminator="loop")]
+    slo: Slo
+    request: Mapping[str, Any] = {}
+    warm_up_rounds: Annotated[int, Field(ge=0)] = 1
+    request_timeout_seconds: PositiveFloat = 600.0
+    scrape_seconds: PositiveFloat = 2.0
+
+    @model_validator(mode="after")
+    def _methods_exist(self) -> Scenario:
+        names = [workload.name for workload in self.workloads]
+        if len(set(names)) < len(names):
+            raise ValueError(f"workloads: names must differ, these are given: {names}")
+        if isinstance(self.load, OpenLoad) and self.load.capacity_shares is not None and not self.warm_up_rounds:
+            raise ValueError("capacity_shares need warm_up_rounds of at least 1, which measure the capacity")
+        for workload in self.workloads:
+            unknown = sorted(set(workload.methods or ()) - set(self.methods))
+            if unknown:
+                raise ValueError(f"workload {workload.name!r}: no such methods: {unknown}; there are {[*self.methods]}")
+            if workload.kind == "documents" and self.endpoint == "completions":
+                raise ValueError(f"workload {workload.name!r}: conversations need endpoint: chat")
+        return self
+
+    @property
+    def baseline(self) -> str:
+        """The method that the others are compared with."""
+        return next(iter(self.methods))
+
+
+def scenario_names() -> list[str]:
+    """The scenarios that come with the harness."""
+    return sorted(path.stem for path in BUNDLED.glob("*.yaml"))
+
+
+def load_scenario(name: str, settings: Sequence[str] = ()) -> Scenario:
+    """A scenario of the harness by name, or of a file, with some settings replaced.
+
+    Args:
+        name: such as ``smoke``, or a path that ends in ``.yaml``.
+        settings: ``PATH=VALUE``, the path dotted and the value YAML, such as ``load.rates=[1, 2]``.
+
+    Raises:
+        ScenarioError: there is none, or it is not valid.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml", ".json")) else BUNDLED / f"{name}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ScenarioError(
+            f"no scenario {name!r}: give the path of a .yaml file or one of {', '.join(scenario_names())}"
+        ) from None
+    except yaml.YAMLError as error:
+        raise ScenarioError(f"{path} is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ScenarioError(f"{path} holds no mapping of settings")
+    for setting in settings:
+        _replace(content, setting)
+    try:
+        return Scenario.model_validate(content)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, part['loc'])) or 'scenario'}: {part['msg']}" for part in error.errors()]
+        raise ScenarioError(f"{path} is not a valid scenario:\n" + "\n".join(lines)) from None
+
+
+def _replace(content: dict[str, Any], setting: str) -> None:
+    place, equals, text = setting.partition("=")
+    if not equals:
+        raise ScenarioError(f"--set {setting}: PATH=VALUE is wanted, such as load.rates=[1, 2]")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ScenarioError(f"--set {setting}: the value is not YAML: {error}") from None
+    *parents, last = place.split(".")
+    target: Any = content
+    for number, key in enumerate(parents, 1):
+        target = target[_index(target, key, setting)] if isinstance(target, list) else target.setdefault(key, {})
+        if not isinstance(target, dict | list):
+            raise ScenarioError(f"--set {setting}: {'.'.join(parents[:number])!r} holds no settings of its own")
+    target[_index(target, last, setting) if isinstance(target, list) else last] = value
+
+
+def _index(target: Sequence[Any], key: str, setting: str) -> int:
+    if not key.isdigit() or int(key) >= len(target):
+        raise ScenarioError(f"--set {setting}: {key!r} is no place of that list, which has 0 to {len(target) - 1}")
+    return int(key)

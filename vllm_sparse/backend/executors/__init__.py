@@ -1,0 +1,1 @@
+"""Executors: one stock kernel of the platform each."""

@@ -1,0 +1,1 @@
+"""The server's configuration and requests' settings: validation, defaults, resolution, cache salt."""

@@ -1,0 +1,67 @@
+"""What is wrong with sparse settings, worded for the person who sent them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_sparse.config.names import is_request_knob, knob_schema, phases_of
+from vllm_sparse.methods.base import KnobError
+
+
+class SparseParamsError(ValueError):
+    """A request's sparse settings are wrong. The message names the key, the value and what is allowed.
+
+    Attributes:
+        key: the offending key.
+        value: its value.
+    """
+
+    def __init__(self, key: str, value: object, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+        self.value = value
+
+
+def knob_error(name: str, error: KnobError) -> SparseParamsError:
+    key = f"{name}_{error.knob}"
+    return SparseParamsError(key, error.value, f"{key} is {error.value!r}; {error}")
+
+
+def choices(name: str, phases: list[str]) -> str:
+    """How a request chooses a method, in one of some phases."""
+    return " or ".join(f'"sparse_{phase}": "{name}"' for phase in phases)
+
+
+def listed(name: str, of_requests: bool = False) -> str:
+    """Knobs of a method, those that only one of its phases has with the phase.
+
+    Args:
+        name: of the method.
+        of_requests: leave out those that only the server may set.
+    """
+    phases = phases_of(name)
+    having: dict[str, list[str]] = {}
+    for phase in phases:
+        for knob in knob_schema(phase, name):
+            if not of_requests or is_request_knob(phase, name, knob):
+                having.setdefault(knob, []).append(phase)
+    return ", ".join(
+        f"{name}_{knob}" + ("" if holders == phases else f" ({' and '.join(holders)})")
+        for knob, holders in having.items()
+    )
+
+
+def allowed(schema: Mapping[str, Any]) -> str:
+    """A knob's JSON schema in words."""
+    # A knob that may be left to the method is a union with null.
+    schema = {**schema, **next(iter(schema.get("anyOf", ())), {})}
+    if "enum" in schema:
+        return "one of " + ", ".join(map(repr, schema["enum"]))
+    words = {"integer": "an integer", "number": "a number", "boolean": "true or false", "array": "a list of integers"}
+    text = words.get(schema.get("type", ""), "a value")
+    low, above, high = schema.get("minimum"), schema.get("exclusiveMinimum"), schema.get("maximum")
+    bounds = [f"of at least {low}"] if low is not None else [f"above {above}"] if above is not None else []
+    if high is not None:
+        bounds.append(f"at most {high}")
+    return " ".join([text, " and ".join(bounds)]).strip() + f" ({schema.get('description', '')})"

@@ -1,0 +1,55 @@
+"""Names of methods, phases and knobs, and which sampling extras are the plugin's, all from the registry."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from vllm_sparse.methods.base import DecodeMethod, PrefillMethod
+from vllm_sparse.methods.registry import DECODE_METHODS, PREFILL_METHODS
+
+DENSE = "dense"
+PHASES: dict[str, Mapping[str, type[PrefillMethod] | type[DecodeMethod]]] = {
+    "prefill": PREFILL_METHODS,
+    "decode": DECODE_METHODS,
+}
+# Names of methods, each once; one name may be a method of both phases.
+METHODS = tuple(dict.fromkeys(name for methods in PHASES.values() for name in methods))
+
+REQUEST_KEYS = ("sparse_prefill", "sparse_decode", "sparse_min_tokens")
+
+_OWN_KEY = re.compile(rf"(?i:sparse|(?:{'|'.join(METHODS)})(?-i:(?![a-z])))")
+
+
+def is_sparse_key(key: str) -> bool:
+    """Whether a sampling extra is meant for this plugin.
+
+    Misspelt ones such as ``sparse-decode`` and ``tidalBudget`` are; words that only begin like a method, such as
+    ``hipster``, are not.
+    """
+    return _OWN_KEY.match(key) is not None
+
+
+def phases_of(name: str) -> list[str]:
+    """Phases for which there is a method of this name."""
+    return [phase for phase, known in PHASES.items() if name in known]
+
+
+def phases_with(name: str, knob: str) -> list[str]:
+    """Phases whose method of this name has a knob."""
+    return [phase for phase in phases_of(name) if knob in knob_schema(phase, name)]
+
+
+def is_request_knob(phase: str, name: str, knob: str) -> bool:
+    return knob not in PHASES[phase][name].server_knobs
+
+
+@lru_cache
+def knob_schema(phase: str, name: str) -> dict[str, dict[str, Any]]:
+    """JSON schema of each knob of a phase's method, its default included."""
+    properties: dict[str, dict[str, Any]] = TypeAdapter(PHASES[phase][name]).json_schema()["properties"]
+    return properties

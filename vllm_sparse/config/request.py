@@ -1,0 +1,195 @@
+"""Sampling extras of a request: validation, defaults, resolution.
+
+Extras are flat (`vllm_xargs` takes scalars and lists): ``sparse_prefill``, ``sparse_decode``, ``sparse_min_tokens``
+and ``<method>_<knob>``. Knobs, their ranges and their defaults stand in the method's own file. Where one name is a
+method of both phases, a knob sets that of each phase which has it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from pydantic import ValidationError
+
+from vllm_sparse.config.messages import SparseParamsError, allowed, choices, knob_error, listed
+from vllm_sparse.config.names import (
+    DENSE,
+    METHODS,
+    PHASES,
+    REQUEST_KEYS,
+    is_request_knob,
+    is_sparse_key,
+    knob_schema,
+    phases_of,
+    phases_with,
+)
+from vllm_sparse.config.settings import ServerConfig
+from vllm_sparse.methods.base import DecodeMethod, KnobError, PrefillMethod
+
+# Where admission leaves the resolved parameters for the workers. Clients cannot send it: unknown sparse_* keys are
+# refused.
+RESOLVED_KEY = "sparse_resolved"
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseParams:
+    """What one request runs: resolved, defaults applied.
+
+    Attributes:
+        prefill: method of its prompt, or None for dense.
+        decode: method of its generation, or None for dense.
+        min_tokens: contexts shorter than this run dense.
+    """
+
+    prefill: PrefillMethod | None = None
+    decode: DecodeMethod | None = None
+    min_tokens: int = 0
+
+    @property
+    def is_dense(self) -> bool:
+        """Nothing of the request is sparse."""
+        return self.prefill is None and self.decode is None
+
+    def serialize(self) -> str:
+        """Canonical JSON: equal parameters give equal text."""
+        fields: dict[str, Any] = {"min_tokens": self.min_tokens}
+        for phase, method in (("prefill", self.prefill), ("decode", self.decode)):
+            if method is not None:
+                fields[phase] = [method.name, dataclasses.asdict(method)]  # type: ignore[call-overload]
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
+
+
+ALL_DENSE = SparseParams()
+
+
+@lru_cache(maxsize=1024)
+def deserialize(text: str) -> SparseParams:
+    """Inverse of `SparseParams.serialize`. Cached: a worker sees few distinct settings."""
+    fields = json.loads(text)
+    methods: dict[str, Any] = {}
+    for phase, known in PHASES.items():
+        if phase in fields:
+            name, knobs = fields[phase]
+            methods[phase] = known[name](**knobs)
+    return SparseParams(min_tokens=fields["min_tokens"], **methods)
+
+
+def resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) -> SparseParams:
+    """Resolve a request's sampling extras against the server's configuration.
+
+    Args:
+        extras: the request's ``vllm_xargs``; keys without a prefix of ours belong to others and are left alone.
+        config: the server's configuration.
+        num_layers: attention layers of the model.
+
+    Raises:
+        SparseParamsError: unknown method or knob, a knob of a method that is not chosen, wrong type, out of range.
+    """
+    chosen = {phase: _method_name(phase, extras, config) for phase in PHASES}
+    knobs: dict[str, dict[str, Any]] = {phase: {} for phase in PHASES}
+    for key, value in extras.items():
+        if not is_sparse_key(key) or key in REQUEST_KEYS:
+            continue
+        name, _, knob = key.partition("_")
+        if name not in METHODS:
+            raise SparseParamsError(
+                key,
+                value,
+                f"{key} is no setting; there are {', '.join(REQUEST_KEYS)} and the knobs of the chosen methods "
+                f"({', '.join(f'{method}_...' for method in METHODS)})",
+            )
+        having = phases_with(name, knob)
+        if not having:
+            raise SparseParamsError(
+                key,
+                value,
+                f"{key} is no knob; a request chooses {name} by {choices(name, phases_of(name))} and may set "
+                f"{listed(name, of_requests=True)}",
+            )
+        if not any(is_request_knob(phase, name, knob) for phase in having):
+            raise SparseParamsError(
+                key,
+                value,
+                f"{key} is a setting of the server (--additional-config, object sparse.{name}); a request may set "
+                f"{listed(name, of_requests=True)}",
+            )
+        using = [phase for phase in having if chosen[phase] == name]
+        if not using:
+            used_for = "" if having == phases_of(name) else f" for {' or '.join(having)}"
+            raise SparseParamsError(
+                key,
+                value,
+                f"{key} is a knob of {name}{used_for}, which this request does not use; "
+                f"add {choices(name, having)} or drop the knob",
+            )
+        for phase in using:
+            knobs[phase][knob] = value
+    min_tokens = extras.get("sparse_min_tokens", config.min_tokens)
+    if not isinstance(min_tokens, int) or isinstance(min_tokens, bool) or min_tokens < 0:
+        raise SparseParamsError(
+            "sparse_min_tokens",
+            min_tokens,
+            f"sparse_min_tokens is {min_tokens!r}; an integer of 0 or more is allowed (tokens of context)",
+        )
+    methods: dict[str, Any] = {
+        phase: _build(phase, name, config, knobs[phase]) for phase, name in chosen.items() if name != DENSE
+    }
+    params = SparseParams(min_tokens=min_tokens, **methods)
+    if params.decode is not None:
+        try:
+            roles = params.decode.layer_roles(num_layers)
+        except KnobError as error:
+            raise knob_error(params.decode.name, error) from error
+        if set(roles) == {DENSE}:
+            params = dataclasses.replace(params, decode=None)
+    if params.prefill is not None and (params.prefill.exactly_dense or params.prefill.dense_layers >= num_layers):
+        params = dataclasses.replace(params, prefill=None)
+    return ALL_DENSE if params.is_dense else params
+
+
+def configured_method(config: ServerConfig, phase: str, name: str) -> PrefillMethod | DecodeMethod:
+    """A phase's method with the knobs that the server's configuration gives it."""
+    return _build(phase, name, config, {})
+
+
+def _method_name(phase: str, extras: Mapping[str, Any], config: ServerConfig) -> str:
+    """The method that a request uses in a phase, or `DENSE`."""
+    key = f"sparse_{phase}"
+    name = extras.get(key, getattr(config, phase))
+    known = PHASES[phase]
+    enabled = [DENSE, *(method for method in known if method in config.methods)]
+    if isinstance(name, str) and name in enabled:
+        return name
+    hint = ""
+    if isinstance(name, str) and name in METHODS:
+        if name in known:
+            hint = ' (this server\'s configuration does not enable it; its "methods" list those that it does)'
+        else:
+            hint = f" (it is a method of {' and '.join(f'sparse_{other}' for other in phases_of(name))})"
+    raise SparseParamsError(key, name, f"{key} is {name!r}{hint}; allowed are {', '.join(enabled)}")
+
+
+def _build(phase: str, name: str, config: ServerConfig, requested: Mapping[str, Any]) -> PrefillMethod | DecodeMethod:
+    """Construct a phase's method from its configured and requested knobs; the requested ones win."""
+    schema = knob_schema(phase, name)
+    configured = {knob: value for knob, value in getattr(config, name).items() if knob in schema}
+    knobs = {**configured, **requested}
+    for knob, value in knobs.items():
+        # vLLM turns JSON's true into 1 before a plugin sees it.
+        if schema[knob].get("type") == "boolean" and type(value) is int and value in (0, 1):
+            knobs[knob] = bool(value)
+    try:
+        return PHASES[phase][name](**knobs)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        if not detail["loc"]:
+            raise knob_error(name, detail["ctx"]["error"]) from error
+        knob = str(detail["loc"][0])
+        key = f"{name}_{knob}"
+        raise SparseParamsError(
+            key, knobs[knob], f"{key} is {knobs[knob]!r}; {allowed(schema[knob])} is allowed"
+        ) from error

@@ -1,0 +1,94 @@
+"""A server's configuration: read from vLLM's, checked against the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from vllm_sparse.config.messages import SparseParamsError, knob_error, listed
+from vllm_sparse.config.names import METHODS, phases_of, phases_with
+from vllm_sparse.config.request import configured_method, resolve
+from vllm_sparse.config.settings import ServerConfig
+from vllm_sparse.methods.base import KnobError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def parse_server_config(additional_config: object, num_layers: int, num_query_heads: int) -> ServerConfig:
+    """Read and check the server's configuration.
+
+    Args:
+        additional_config: vLLM's ``additional_config``; other keys than ``"sparse"`` belong to others.
+        num_layers: attention layers of the model.
+        num_query_heads: query heads of the model, those of all processes.
+
+    Raises:
+        ValueError: with the setting, what was given and what is allowed.
+    """
+    settings = additional_config.get("sparse", {}) if isinstance(additional_config, Mapping) else {}
+    try:
+        return check_settings(settings, num_layers, num_query_heads)
+    except ValueError as error:
+        raise ValueError(f"--additional-config: {error}") from error
+
+
+def check_settings(settings: object, num_layers: int, num_query_heads: int) -> ServerConfig:
+    """Check a ``"sparse"`` object; arguments and errors otherwise as in `parse_server_config`.
+
+    Args:
+        settings: the object.
+        num_layers: attention layers of the model.
+        num_query_heads: query heads of the model.
+    """
+    try:
+        config = ServerConfig.model_validate(settings)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        key = ".".join(["sparse", *(str(part) for part in detail["loc"])])
+        allowed = f"; there are {', '.join(ServerConfig.model_fields)}" if detail["type"] == "extra_forbidden" else ""
+        raise ValueError(f"{key} is {detail.get('input')!r}: {detail['msg']}{allowed}") from error
+    for name in METHODS:
+        # Knobs in the configuration are checked as a request's would be, whether or not the method is a default.
+        try:
+            for knob, value in getattr(config, name).items():
+                if not phases_with(name, knob):
+                    key = f"{name}_{knob}"
+                    raise SparseParamsError(key, value, f"{key} is no knob; there are {listed(name)}")
+            for phase in phases_of(name):
+                configured_method(config, phase, name).check_defaults(num_layers, num_query_heads)
+        except (SparseParamsError, KnobError) as error:
+            named = knob_error(name, error) if isinstance(error, KnobError) else error
+            raise ValueError(f"object sparse.{name}: {named}") from error
+    try:
+        resolve({}, config, num_layers)
+    except SparseParamsError as error:
+        raise ValueError(f"object sparse: {error}") from error
+    return config
+
+
+def uses_sparse_backend(vllm_config: VllmConfig) -> bool:
+    """Whether the server was started with this attention backend, for all layers or for one kind."""
+    attention = vllm_config.attention_config
+    backends = [attention.backend, *(getattr(attention, "backend_per_kind", None) or {}).values()]
+    return any(getattr(backend, "name", None) == "SPARSE" for backend in backends)
+
+
+def server_config(vllm_config: VllmConfig) -> ServerConfig:
+    """The configuration that the server was started with, parsed once; processes started later get it with vLLM's.
+
+    Raises:
+        ValueError: it is wrong.
+    """
+    config: ServerConfig | None = getattr(vllm_config, "_sparse_server_config", None)
+    if config is None:
+        model = vllm_config.model_config
+        config = parse_server_config(
+            vllm_config.additional_config,
+            model.get_total_num_hidden_layers(),
+            model.model_arch_config.total_num_attention_heads,
+        )
+        vllm_config._sparse_server_config = config
+    return config

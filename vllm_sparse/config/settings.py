@@ -1,0 +1,57 @@
+"""The ``"sparse"`` object of ``--additional-config``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from vllm_sparse.config.names import DENSE, METHODS
+from vllm_sparse.methods.registry import SUMMARISING_METHODS
+
+
+class ServerConfig(BaseModel):
+    """The ``"sparse"`` object of ``--additional-config``.
+
+    Attributes:
+        prefill: method of requests that name none.
+        decode: likewise for decoding.
+        methods: methods that requests may choose; by default those that need no memory beside the KV cache.
+        min_tokens: contexts shorter than this run dense, unless the request says otherwise.
+        decode_in_batches: on a GPU, serve the sparse decode rows of a step at once, inside CUDA graphs; false saves
+            their memory and start-up time, and serves one request after the other between PIECEWISE graphs.
+        decode_list_tokens: tokens of the longest decode list that a GPU server keeps room for and CUDA graphs hold;
+            requests that read more decode without them.
+        timing_interval_steps: in one of so many steps with sparse rows, selection and attention are timed; 0: never.
+        recall_interval_steps: in one of so many with sparse rows of a phase, the recall of one row in one layer is
+            measured; 0: never.
+        flexprefill, sale, dhsa, hip, tidal, blocktopk: default knobs of a method, each an object that
+            serves all its phases.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    prefill: str = DENSE
+    decode: str = DENSE
+    methods: tuple[str, ...] = Field(
+        default=tuple(method for method in METHODS if method not in SUMMARISING_METHODS), strict=False
+    )
+    min_tokens: int = Field(default=8192, ge=0)
+    decode_in_batches: bool = True
+    decode_list_tokens: int = Field(default=4352, ge=16, le=1 << 24)
+    timing_interval_steps: int = Field(default=100, ge=0)
+    recall_interval_steps: int = Field(default=200, ge=0)
+    flexprefill: dict[str, Any] = {}
+    sale: dict[str, Any] = {}
+    dhsa: dict[str, Any] = {}
+    hip: dict[str, Any] = {}
+    tidal: dict[str, Any] = {}
+    blocktopk: dict[str, Any] = {}
+
+    @field_validator("methods")
+    @classmethod
+    def _known_methods(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        for method in methods:
+            if method not in METHODS:
+                raise ValueError(f"{method!r} is no method; there are {', '.join(METHODS)}")
+        return methods

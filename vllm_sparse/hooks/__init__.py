@@ -1,0 +1,1 @@
+"""Every place where classes of vLLM are wrapped or derived from to hook in, one file a class."""

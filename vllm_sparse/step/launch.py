@@ -1,0 +1,49 @@
+"""What an executor runs: the platform's own dense paged kernel over shortened page tables.
+
+Each row becomes one "request" of the kernel with its own page table and length; causal masking is anchored at the
+bottom right, so a row's own positions, which end its list, are masked exactly.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a stock kernel over rows.
+
+    Attributes:
+        query_starts: int32 ``[rows + 1]`` first query token of each row.
+        max_query_tokens: longest row.
+        pages: int32 ``[rows, width]`` physical pages of the per-head view (`vllm_sparse.pages.to_physical`).
+        kept_tokens: int32 ``[rows]``.
+        page_size_tokens: tokens of a page.
+    """
+
+    query_starts: torch.Tensor
+    max_query_tokens: int
+    pages: torch.Tensor
+    kept_tokens: torch.Tensor
+    page_size_tokens: int
+
+
+class Executor(ABC):
+    """Runs one launch."""
+
+    @abstractmethod
+    def run(
+        self, launch: Launch, query: torch.Tensor, output: torch.Tensor, kv_cache: torch.Tensor, scale: float
+    ) -> None:
+        """Attend.
+
+        Args:
+            launch: the rows.
+            query: ``[tokens, heads_per_row, head_size]``, rows one after the other; all heads read one KV head.
+            output: likewise, written.
+            kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]``, contiguous (LBHNC).
+            scale: softmax scale.
+        """

@@ -1,0 +1,104 @@
+"""From a request to the rows of a step: which slot of the model runner holds which sparse parameters.
+
+vLLM hands sampling parameters to logits processors on both model runners, so one is registered that touches no
+logits. Runner V2 calls `add_request` with a slot and names each row's slot in the attention metadata (`req_idx`);
+runner V1 reports batch changes, and row ``i`` of the metadata is index ``i``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vllm_sparse.config.request import ALL_DENSE, RESOLVED_KEY, SparseParams, deserialize
+
+if TYPE_CHECKING:
+    import numpy as np
+    from vllm.sampling_params import SamplingParams
+
+    from vllm_sparse.methods.base import LayerMemory
+
+
+@dataclass
+class SparseRequest:
+    """A request that is not all dense, as the model runner holds it.
+
+    Attributes:
+        params: its resolved parameters.
+        slot: of this request alone while it is held, the lowest that was free.
+        fresh: it has not decoded sparsely in its slot.
+        memory: what its decode method keeps from step to step, by layer.
+    """
+
+    params: SparseParams
+    slot: int = 0
+    fresh: bool = True
+    memory: dict[int, LayerMemory] = field(default_factory=dict)
+
+
+class RequestTable:
+    """Sparse requests by slot; slots of dense requests are absent."""
+
+    def __init__(self) -> None:
+        self._requests: dict[int, SparseRequest] = {}
+        self.attached = False
+        """A model runner feeds this table."""
+        self.slots_in_metadata = False
+        """Rows name their slots (runner V2); else row i is slot i (runner V1)."""
+        self.dummy_step = False
+        """The current step holds no requests (runner V2's idle data-parallel steps)."""
+
+    def attach(self, slots_in_metadata: bool) -> None:
+        """Start over for a new model runner."""
+        self._requests.clear()
+        self.attached = True
+        self.slots_in_metadata = slots_in_metadata
+
+    def set(self, slot: int, sampling_params: SamplingParams) -> None:
+        """A request enters a slot, which may hold a former request."""
+        resolved = (sampling_params.extra_args or {}).get(RESOLVED_KEY)
+        params = ALL_DENSE if resolved is None else deserialize(resolved)
+        self.take(slot)
+        if not params.is_dense:
+            taken = {request.slot for request in self._requests.values()}
+            self.put(slot, SparseRequest(params, next(place for place in itertools.count() if place not in taken)))
+
+    def put(self, slot: int, request: SparseRequest | None) -> None:
+        """Place a request in a slot, or none."""
+        if request is None:
+            self._requests.pop(slot, None)
+        else:
+            self._requests[slot] = request
+
+    def take(self, slot: int) -> SparseRequest | None:
+        """Remove and return a slot's request."""
+        return self._requests.pop(slot, None)
+
+    def sparse_rows(self, req_idx: np.ndarray | None, num_rows: int) -> dict[int, SparseRequest]:
+        """Rows of a step whose request is not all dense, and their requests.
+
+        Args:
+            req_idx: ``[<= num_rows]`` slot of each row, or None.
+            num_rows: rows in the step, padding included.
+        """
+        if not self._requests or self.dummy_step:
+            return {}
+        if not self.slots_in_metadata:
+            return {row: request for row, request in self._requests.items() if row < num_rows}
+        if req_idx is None:
+            # Runner V2's speculators build metadata for their draft model, which stays dense.
+            return {}
+        rows = enumerate(req_idx.tolist())
+        return {row: self._requests[slot] for row, slot in rows if slot in self._requests}
+
+    def sparse_decodes(self, slots: np.ndarray) -> list[SparseRequest]:
+        """Those of the requests in these slots that have a sparse decode method."""
+        if not self._requests:
+            return []
+        requests = (self._requests.get(slot) for slot in slots.tolist())
+        return [request for request in requests if request is not None and request.params.decode is not None]
+
+
+# One model runner a process: vLLM runs each worker in its own.
+TABLE = RequestTable()
