@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import secrets
 from typing import Any
 
@@ -33,9 +34,9 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted programs run one after the other, so grids that are to fill a GPU are kept small."""
     if CAN_RUN and DEVICE == "cpu":
-        from vllm_sparse.kernels.token_scores import triton as token_scores
-
-        monkeypatch.setattr(token_scores, "PROGRAMS", 32)
+        for op in ("hip_decode", "page_scores", "token_scores"):
+            kernels = importlib.import_module(f"vllm_sparse.kernels.{op}.triton")
+            monkeypatch.setattr(kernels, "PROGRAMS", 32)
 
 
 def is_served(nodeid: str) -> bool:
