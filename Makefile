@@ -26,7 +26,7 @@ help:
 	@echo 'make clean     remove the environment and the caches'
 	@echo
 	@echo 'Settings: PORT=8000           port of the server'
-	@echo '          ARGS="..."          more arguments, for vllm serve, vllm-sparse loadtest or pytest'
+	@echo '          ARGS="..."          more arguments, for vllm serve, loadtest.load or pytest'
 	@echo '          MODEL=folder        another model than the bundled one'
 	@echo '          DEVICE=auto         cpu or cuda where the choice by nvidia-smi is not wanted'
 	@echo '          PYTHON=python3.12   Python 3.11 or 3.12, where the one found is not wanted'
@@ -44,7 +44,7 @@ serve:
 loadtest:
 	$(check_model)
 	$(set_up) serve
-	$(in_venv) exec vllm-sparse loadtest $(SCENARIO) --url http://127.0.0.1:$(PORT) --serve "$(serve_model)" $(ARGS)
+	$(in_venv) exec python -m loadtest.load $(SCENARIO) --url http://127.0.0.1:$(PORT) --serve "$(serve_model)" $(ARGS)
 
 test:
 	$(set_up) test

@@ -11,9 +11,9 @@ from typing import Any
 from loadtest.load.capacity import Capacity, paced
 from loadtest.load.client import Client, Clock, connections
 from loadtest.load.journal import Journal, Record
+from loadtest.load.measures import good_share
 from loadtest.load.overhead import Overhead
 from loadtest.load.plan import WARM_UP, Session, Stage
-from loadtest.load.report.summary import good_share
 from loadtest.load.scenario import ClosedLoad, OpenLoad, Scenario
 from loadtest.load.scrape import Scraper
 from loadtest.load.workloads.prompt import Message, Turn
