@@ -12,12 +12,14 @@ set_up  = @PYTHON='$(PYTHON)' VENV='$(VENV)' DEVICE='$(DEVICE)' tools/setup.sh
 # vLLM and torch start tools of the environment (ninja) by name.
 in_venv = PATH="$(abspath $(VENV))/bin:$$PATH"
 
-.PHONY: help serve loadtest test lint format setup chart image-test clean
+.PHONY: help serve loadtest test test-fast test-gpu lint format setup chart image-test clean
 
 help:
 	@echo 'make serve     set up what is missing and serve the bundled model with sparse attention'
 	@echo 'make loadtest  set up what is missing, serve the bundled model and load-test it (SCENARIO=smoke)'
 	@echo 'make test      set up what is missing and run the whole test suite'
+	@echo 'make test-fast only the tests that need no server, no interpreter of Triton and no GPU'
+	@echo 'make test-gpu  only the tests that need a GPU; one of them: ARGS="-k name"'
 	@echo 'make lint      ruff check, ruff format --check, mypy'
 	@echo 'make format    let ruff fix and format the code'
 	@echo 'make setup     only set up'
@@ -49,6 +51,14 @@ loadtest:
 test:
 	$(set_up) test
 	$(in_venv) exec python -m pytest $(ARGS)
+
+test-fast:
+	$(set_up) test
+	$(in_venv) exec python -m pytest -m "not served and not interpreted and not gpu" $(ARGS)
+
+test-gpu:
+	$(set_up) test
+	$(in_venv) exec python -m pytest -m gpu $(ARGS)
 
 lint:
 	$(set_up) test

@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 import torch
 
-from tests.kernels.interpreter import CAN_RUN, DEVICE
+from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton
 
 torch.set_num_threads(2)
 hypothesis.settings.register_profile("shared", deadline=None, max_examples=25, print_blob=True)
@@ -35,3 +35,17 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         from vllm_sparse.kernels.token_scores import triton as token_scores
 
         monkeypatch.setattr(token_scores, "PROGRAMS", 32)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs a server, Triton's interpreter or a GPU, so that `make test-fast` and `make test-gpu` find it."""
+    for item in items:
+        reasons = {str(mark.kwargs.get("reason")) for mark in item.iter_markers("skipif")}
+        uses_triton = needs_triton.kwargs["reason"] in reasons
+        if "serving" in item.path.parts:
+            item.add_marker("served")
+        if item.name == "test_under_the_interpreter" or (uses_triton and DEVICE == "cpu"):
+            item.add_marker("interpreted")
+        if reasons & {"no GPU", "no Hopper GPU"} or (uses_triton and DEVICE == "cuda"):
+            item.add_marker("gpu")
