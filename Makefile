@@ -50,11 +50,11 @@ loadtest:
 
 test:
 	$(set_up) test
-	$(in_venv) exec python -m pytest $(ARGS)
+	$(in_venv) exec python -m pytest $$(cat $(VENV)/test-flags) $(ARGS)
 
 test-fast:
 	$(set_up) test
-	$(in_venv) exec python -m pytest -m "not served and not interpreted and not gpu" $(ARGS)
+	$(in_venv) exec python -m pytest $$(cat $(VENV)/test-flags) -m "not served and not interpreted and not gpu" $(ARGS)
 
 test-gpu:
 	$(set_up) test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from typing import Any
 
 import hypothesis
 import pytest
@@ -37,15 +38,36 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(token_scores, "PROGRAMS", 32)
 
 
+def is_served(nodeid: str) -> bool:
+    """Whether a test asks a server, which it shares with the others that do."""
+    return nodeid.startswith("tests/serving/")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs a server, Triton's interpreter or a GPU, so that `make test-fast` and `make test-gpu` find it."""
+    """Served tests first: with two workers the longest group of tests begins at once.
+
+    Tests are marked by what they need, so that `make test-fast` and `make test-gpu` find them.
+    """
+    items.sort(key=lambda item: not is_served(item.nodeid))
     for item in items:
         reasons = {str(mark.kwargs.get("reason")) for mark in item.iter_markers("skipif")}
         uses_triton = needs_triton.kwargs["reason"] in reasons
-        if "serving" in item.path.parts:
+        if is_served(item.nodeid):
             item.add_marker("served")
         if item.name == "test_under_the_interpreter" or (uses_triton and DEVICE == "cpu"):
             item.add_marker("interpreted")
         if reasons & {"no GPU", "no Hopper GPU"} or (uses_triton and DEVICE == "cuda"):
             item.add_marker("gpu")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several workers, one runs all served tests, so that one server runs at a time; other files stay whole."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByServer(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "served" if is_served(nodeid) else nodeid.partition("::")[0]
+
+    return ByServer(config, log)
