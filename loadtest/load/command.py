@@ -96,7 +96,7 @@ def _load_test(arguments: argparse.Namespace) -> None:
         server = None
         if arguments.serve:
             folder.mkdir(parents=True, exist_ok=True)
-            _say(f"starting the server; its log is {folder / SERVER_LOG}")
+            _show(f"starting the server; its log is {folder / SERVER_LOG}")
             server = stack.enter_context(served(arguments.serve, url, folder / SERVER_LOG))
         elif arguments.wait:
             wait_until_healthy(url, arguments.wait)
@@ -116,7 +116,7 @@ def _run(scenario: Scenario, arguments: argparse.Namespace, url: str, folder: Pa
     if arguments.api_key_file:
         headers["Authorization"] = f"Bearer {arguments.api_key_file.read_text().strip()}"
     model, root = _served_model(url, arguments.model, headers)
-    _say("making the prompts")
+    _show("making the prompts")
     try:
         counter = (
             local_counter(arguments.tokenizer) if arguments.tokenizer else model_counter(url, model, root, headers)
@@ -134,8 +134,8 @@ def _run(scenario: Scenario, arguments: argparse.Namespace, url: str, folder: Pa
     folder.mkdir(parents=True, exist_ok=True)
     with Journal(folder) as journal:
         journal.write("run", _about(scenario, arguments.scenario, url, model, headers, salt))
-        _say(_announcement(warm_up, sweeps))
-        return asyncio.run(run(scenario, warm_up, sweeps, url, model, headers, journal, _say))
+        _show(_announcement(warm_up, sweeps))
+        return asyncio.run(run(scenario, warm_up, sweeps, url, model, headers, journal, _show))
 
 
 def _announcement(warm_up: Stage, sweeps: Sequence[Sequence[Stage]]) -> str:
@@ -182,5 +182,5 @@ def _about(scenario: Scenario, name: str, url: str, model: str, headers: dict[st
     }
 
 
-def _say(text: str) -> None:
+def _show(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

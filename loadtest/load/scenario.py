@@ -164,12 +164,12 @@ class Scenario(Strict):
 
 
 def scenario_names() -> list[str]:
-    """The scenarios that come with the harness."""
+    """The scenarios that come with the load test."""
     return sorted(path.stem for path in BUNDLED.glob("*.yaml"))
 
 
 def load_scenario(name: str, settings: Sequence[str] = ()) -> Scenario:
-    """A scenario of the harness by name, or of a file, with some settings replaced.
+    """A bundled scenario by name, or of a file, with some settings replaced.
 
     Args:
         name: such as ``smoke``, or a path that ends in ``.yaml``.
