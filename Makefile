@@ -18,7 +18,7 @@ help:
 	@echo 'make serve     set up what is missing and serve the bundled model with sparse attention'
 	@echo 'make loadtest  set up what is missing, serve the bundled model and load-test it (SCENARIO=smoke)'
 	@echo 'make test      set up what is missing and run the whole test suite'
-	@echo 'make test-fast only the tests that need no server, no interpreter of Triton and no GPU'
+	@echo 'make test-fast only the tests that need no server, no interpreter of Triton, no GPU and little time'
 	@echo 'make test-gpu  only the tests that need a GPU; one of them: ARGS="-k name"'
 	@echo 'make lint      ruff check, ruff format --check, mypy'
 	@echo 'make format    let ruff fix and format the code'
@@ -54,7 +54,7 @@ test:
 
 test-fast:
 	$(set_up) test
-	$(in_venv) exec python -m pytest $$(cat $(VENV)/test-flags) -m "not served and not interpreted and not gpu" $(ARGS)
+	$(in_venv) exec python -m pytest $$(cat $(VENV)/test-flags) -m "not served and not interpreted and not gpu and not slow" $(ARGS)
 
 test-gpu:
 	$(set_up) test

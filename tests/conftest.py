@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton
+from tests.slow import SLOW
 
 torch.set_num_threads(2)
 hypothesis.settings.register_profile("shared", deadline=None, max_examples=25, print_blob=True)
@@ -59,6 +60,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("interpreted")
         if reasons & {"no GPU", "no Hopper GPU"} or (uses_triton and DEVICE == "cuda"):
             item.add_marker("gpu")
+        file, *_, name = item.nodeid.partition("[")[0].split("::")
+        if name in SLOW.get(file, ()):
+            item.add_marker("slow")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -163,7 +163,7 @@ class TestMake:
 
     def test_fast_tests_need_neither_a_server_nor_the_interpreter_nor_a_gpu(self) -> None:
         command = call(["make", "-n", "test-fast", "ARGS=-k some"]).stdout.strip()
-        assert command.endswith('-m "not served and not interpreted and not gpu" -k some')
+        assert command.endswith('-m "not served and not interpreted and not gpu and not slow" -k some')
 
     def test_one_gpu_test_runs_by_its_name(self) -> None:
         assert call(["make", "-n", "test-gpu", "ARGS=-k some"]).stdout.strip().endswith("pytest -m gpu -k some")
