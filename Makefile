@@ -49,7 +49,7 @@ loadtest:
 
 test:
 	$(set_up) test
-	$(in_venv) exec python -m pytest $(ARGS)
+	$(in_venv) exec python -m pytest $$(cat $(VENV)/test-flags) $(ARGS)
 
 lint:
 	$(set_up) test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from typing import Any
 
 import hypothesis
 import pytest
@@ -35,3 +36,25 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         from vllm_sparse.kernels.token_scores import triton as token_scores
 
         monkeypatch.setattr(token_scores, "PROGRAMS", 32)
+
+
+def is_served(nodeid: str) -> bool:
+    """Whether a test asks a server, which it shares with the others that do."""
+    return nodeid.startswith("tests/serving/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Served tests first: with two workers the longest group of tests begins at once."""
+    items.sort(key=lambda item: not is_served(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several workers, one runs all served tests, so that one server runs at a time; other files stay whole."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByServer(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "served" if is_served(nodeid) else nodeid.partition("::")[0]
+
+    return ByServer(config, log)

@@ -43,6 +43,7 @@ BROKEN_WITH_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 STATE_FILE = "set-up.json"
 SERVE_FLAGS_FILE = "serve-flags"
+TEST_FLAGS_FILE = "test-flags"
 STEPS_OF_GOAL = {"serve": ("engine", "plugin"), "test": ("engine", "plugin", "tools")}
 STEPS_OF_GOAL["all"] = STEPS_OF_GOAL["test"]
 
@@ -147,6 +148,13 @@ def serve_flags(device: str, compiler: bool, float32: bool = False) -> str:
     if float32:
         flags.append("--dtype float32")
     return " ".join(flags)
+
+
+def test_flags(device: str) -> str:
+    """The flags of pytest that the machine decides."""
+    # Two workers on a CPU: most of the suite runs on one core, and tests/conftest.py keeps servers on one worker. A GPU
+    # is not shared: a server takes nearly all of its memory.
+    return "-n 2 --no-loadscope-reorder" if device == "cpu" else ""
 
 
 @dataclass
@@ -351,8 +359,8 @@ class Environment:
             self.say(f"serving in bfloat16, which this CPU multiplies {1 / speed_up:.2g} times as fast as float32")
         return speed_up > 1
 
-    def write_serve_flags(self, goal: str) -> None:
-        """Write the flags for `make serve`; the dtype only then, since measuring takes two seconds."""
+    def write_flags(self, goal: str) -> None:
+        """Write the flags for `make serve` and `make test`; the dtype only to serve: measuring takes two seconds."""
         compiler = self.device == "cuda" or has_cpp_compiler()
         if not compiler:
             self.say(
@@ -360,6 +368,7 @@ class Environment:
                 "without, uncompiled and slower (--enforce-eager). For compiled speed, on Debian and Ubuntu: apt-get "
                 "install g++ python3-dev"
             )
+        (self.folder / TEST_FLAGS_FILE).write_text(test_flags(self.device) + "\n")
         float32 = goal == "serve" and self.device == "cpu" and self.float32_is_faster()
         (self.folder / SERVE_FLAGS_FILE).write_text(serve_flags(self.device, compiler, float32) + "\n")
 
@@ -398,7 +407,7 @@ def main(arguments: list[str] | None = None) -> int:
         environment = Environment(root, folder, device, python_was_named=bool(os.environ.get("PYTHON")))
         with only_one(root):
             environment.bring_up(goal)
-            environment.write_serve_flags(goal)
+            environment.write_flags(goal)
     except SetUpError as error:
         say(f"error: {error}")
         return 2

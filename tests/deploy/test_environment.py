@@ -407,7 +407,7 @@ class TestMachine:
         (tmp_path / "bin").mkdir()
         stand_in(tmp_path / "bin", "python", f'exec {sys.executable} "$@"')
         environment = set_up.Environment(ROOT, tmp_path, "cpu", say=said.append)
-        environment.write_serve_flags("serve")
+        environment.write_flags("serve")
         flags = (tmp_path / set_up.SERVE_FLAGS_FILE).read_text()
         (line,) = [line for line in said if "serving in" in line]
         if {"avx512_bf16", "amx_bf16"} & {*names}:

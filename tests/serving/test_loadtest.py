@@ -13,7 +13,6 @@ from tests.serving.server import Server
 ROOT = Path(__file__).parents[2]
 SHORTER = (
     "load.requests=18",
-    "load.rates=[2]",
     "workloads.0.input_tokens=2500",
     "workloads.1.weight=3",
     "request_timeout_seconds=200",

@@ -186,10 +186,10 @@ def thresholds(
 @functools.cache
 def _multiplies_integers() -> bool:
     """Whether this CPU's int8 products are exact; without dot-product instructions they may saturate at 16 bits."""
-    left = torch.full((32, 64), -127, dtype=torch.int8)
-    right = torch.full((64, 32), 127, dtype=torch.int8)
-    product = torch._int_mm(left, right)
-    return bool((product == -127 * 127 * 64).all())
+    # Every pair of signs: libraries make one side unsigned by an offset, so that only some of the pairs saturate.
+    signs = torch.tensor([127, -127], dtype=torch.int8).repeat(16)
+    left, right = signs.unsqueeze(1).repeat(1, 64), signs.repeat(64, 1)
+    return torch.equal(torch._int_mm(left, right).long(), left.long() @ right.long())
 
 
 def integer_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
