@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_sparse.config.names import METHODS, PHASES, is_request_knob, knob_schema, phases_of
+from vllm_sparse.config.names import METHODS, is_request_knob, knob_schema, phases_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 BEGIN, END = "<!-- knob tables: begin, written by tools/knob_tables.py -->", "<!-- knob tables: end -->"
