@@ -12,12 +12,14 @@ set_up  = @PYTHON='$(PYTHON)' VENV='$(VENV)' DEVICE='$(DEVICE)' tools/setup.sh
 # vLLM and torch start tools of the environment (ninja) by name.
 in_venv = PATH="$(abspath $(VENV))/bin:$$PATH"
 
-.PHONY: help serve loadtest test lint format setup chart docs image-test clean
+.PHONY: help serve loadtest test test-fast test-gpu lint format setup chart docs image-test clean
 
 help:
 	@echo 'make serve     set up what is missing and serve the bundled model with sparse attention'
 	@echo 'make loadtest  set up what is missing, serve the bundled model and load-test it (SCENARIO=smoke)'
 	@echo 'make test      set up what is missing and run the whole test suite'
+	@echo 'make test-fast only the tests that need no server, no interpreter of Triton and no GPU'
+	@echo 'make test-gpu  only the tests that need a GPU; one of them: ARGS="-k name"'
 	@echo 'make lint      ruff check, ruff format --check, mypy'
 	@echo 'make format    let ruff fix and format the code'
 	@echo 'make setup     only set up'
@@ -27,7 +29,7 @@ help:
 	@echo 'make clean     remove the environment and the caches'
 	@echo
 	@echo 'Settings: PORT=8000           port of the server'
-	@echo '          ARGS="..."          more arguments, for vllm serve, vllm-sparse loadtest or pytest'
+	@echo '          ARGS="..."          more arguments, for vllm serve, loadtest.load or pytest'
 	@echo '          MODEL=folder        another model than the bundled one'
 	@echo '          DEVICE=auto         cpu or cuda where the choice by nvidia-smi is not wanted'
 	@echo '          PYTHON=python3.12   Python 3.11 or 3.12, where the one found is not wanted'
@@ -45,11 +47,19 @@ serve:
 loadtest:
 	$(check_model)
 	$(set_up) serve
-	$(in_venv) exec vllm-sparse loadtest $(SCENARIO) --url http://127.0.0.1:$(PORT) --serve "$(serve_model)" $(ARGS)
+	$(in_venv) exec python -m loadtest.load $(SCENARIO) --url http://127.0.0.1:$(PORT) --serve "$(serve_model)" $(ARGS)
 
 test:
 	$(set_up) test
 	$(in_venv) exec python -m pytest $$(cat $(VENV)/test-flags) $(ARGS)
+
+test-fast:
+	$(set_up) test
+	$(in_venv) exec python -m pytest $$(cat $(VENV)/test-flags) -m "not served and not interpreted and not gpu" $(ARGS)
+
+test-gpu:
+	$(set_up) test
+	$(in_venv) exec python -m pytest -m gpu $(ARGS)
 
 lint:
 	$(set_up) test

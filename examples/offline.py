@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from loadtest.model.tokenizer import build_tokenizer, count_tokens
-from loadtest.quality.text import needle_prompt
+from loadtest.text.needles import needle_prompt
+from loadtest.text.tokenizer import build_tokenizer, count_tokens
 
 BUNDLED_MODEL = Path(__file__).parents[1] / "loadtest" / "model" / "weights"
 SETTINGS: dict[str, dict[str, Any]] = {

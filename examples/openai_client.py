@@ -13,8 +13,8 @@ from typing import Any
 
 import openai
 
-from loadtest.model.tokenizer import build_tokenizer, count_tokens
-from loadtest.quality.text import needle_prompt
+from loadtest.text.needles import needle_prompt
+from loadtest.text.tokenizer import build_tokenizer, count_tokens
 
 SPARSE = {"sparse_prefill": "dhsa", "sparse_decode": "tidal", "sparse_min_tokens": 1024}
 

@@ -1,1 +1,12 @@
-"""Load, speed and quality measurements of the plugin, and the small model they run on."""
+"""What the plugin is measured with: a load test, quality measures, benchmarks, and the bundled model that they run on.
+
+Each is a folder of its own. They run as modules from the repository's root and are not installed with the plugin:
+
+    python -m loadtest.load SCENARIO                   load on a server, and its report
+    python -m loadtest.quality.accuracy                answers beside dense ones; also `generation`
+    python -m loadtest.benchmarks.kernels.prefill      one layer; also `decode` and `metrics_overhead`
+    python -m loadtest.benchmarks.engine.latency       a whole engine
+    python -m loadtest.model.train                     the bundled model; also `ruler` and `widen`
+
+`text` holds the words, documents and the tokenizer that they share, `offline` an engine in the measuring process.
+"""

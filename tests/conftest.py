@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 import torch
 
-from tests.kernels.interpreter import CAN_RUN, DEVICE
+from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton
 
 torch.set_num_threads(2)
 hypothesis.settings.register_profile("shared", deadline=None, max_examples=25, print_blob=True)
@@ -43,9 +43,22 @@ def is_served(nodeid: str) -> bool:
     return nodeid.startswith("tests/serving/")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Served tests first: with two workers the longest group of tests begins at once."""
+    """Served tests first: with two workers the longest group of tests begins at once.
+
+    Tests are marked by what they need, so that `make test-fast` and `make test-gpu` find them.
+    """
     items.sort(key=lambda item: not is_served(item.nodeid))
+    for item in items:
+        reasons = {str(mark.kwargs.get("reason")) for mark in item.iter_markers("skipif")}
+        uses_triton = needs_triton.kwargs["reason"] in reasons
+        if is_served(item.nodeid):
+            item.add_marker("served")
+        if item.name == "test_under_the_interpreter" or (uses_triton and DEVICE == "cpu"):
+            item.add_marker("interpreted")
+        if reasons & {"no GPU", "no Hopper GPU"} or (uses_triton and DEVICE == "cuda"):
+            item.add_marker("gpu")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,4 +1,4 @@
-"""The command ``vllm-sparse``."""
+"""The command ``vllm-sparse``, and the benchmarks that run as modules."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ import pytest
 from vllm_sparse import command
 
 ROOT = Path(__file__).parents[1]
+PREFILL = (sys.executable, "-m", "loadtest.benchmarks.kernels.prefill")
+DECODE = (sys.executable, "-m", "loadtest.benchmarks.kernels.decode")
 
 
 def run(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """The installed command in a process of its own."""
-    script = shutil.which("vllm-sparse", path=str(Path(sys.executable).parent))
-    assert script is not None, "the package is installed without its command"
+    """A command in a process of its own."""
     # As a user's shell has it: with the repository on the path, it would be found from anywhere.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(
-        [script, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("arguments", [[], ["bench"], ["bench", "prefil"], ["--version"]])
@@ -33,17 +31,17 @@ def test_an_unknown_verb_is_named_with_those_that_exist(
     assert command.main(arguments) == 2
     error = capsys.readouterr().err
     assert f"{' '.join(arguments)!r} is no verb" in error
-    assert "verbs: bench prefill" in error
+    assert "verbs: calibrate sale" in error
 
 
 def test_help_goes_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--help"]) == 0
-    assert "bench prefill" in capsys.readouterr().out
+    assert "calibrate sale" in capsys.readouterr().out
 
 
 def test_a_benchmark_prints_a_table() -> None:
     sizes = ["--lengths", "2048", "--chunk", "512", "--query-heads", "2", "--kv-heads", "1", "--head-size", "64"]
-    ended = run("bench", "prefill", *sizes, "--densities", "0.3", "--concentrations", "6", "--repeats", "1")
+    ended = run(*PREFILL, *sizes, "--densities", "0.3", "--concentrations", "6", "--repeats", "1")
     assert ended.returncode == 0, ended.stderr
     methods = [line.split("|")[4].strip() for line in ended.stdout.splitlines() if line.startswith("| synthetic 6")]
     assert methods == ["flexprefill", "sale", "dhsa", "hip", "true mass"]
@@ -51,7 +49,7 @@ def test_a_benchmark_prints_a_table() -> None:
 
 def test_the_decode_benchmark_prints_a_table() -> None:
     sizes = ["--lengths", "1024", "--query-heads", "2", "--kv-heads", "1", "--head-size", "64", "--batches", "1", "3"]
-    ended = run("bench", "decode", *sizes, "--budgets", "256", "--repeats", "2", "--methods", "tidal")
+    ended = run(*DECODE, *sizes, "--budgets", "256", "--repeats", "2", "--methods", "tidal")
     assert ended.returncode == 0, ended.stderr
     rows = [line.split("|") for line in ended.stdout.splitlines() if line.startswith("| synthetic 8")]
     assert [(row[3].strip(), row[5].strip(), row[6].strip()) for row in rows] == [
@@ -60,7 +58,24 @@ def test_the_decode_benchmark_prints_a_table() -> None:
     ]
 
 
-def test_a_benchmark_outside_the_repository_says_where_to_run_it(tmp_path: Path) -> None:
-    ended = run("bench", "prefill", folder=tmp_path)
-    assert ended.returncode == 2
-    assert "root of the vllm_sparse repository" in ended.stderr
+@pytest.mark.parametrize(
+    ("arguments", "module"),
+    [
+        (["bench", "prefill", "--lengths", "2048"], "loadtest.benchmarks.kernels.prefill"),
+        (["bench", "decode"], "loadtest.benchmarks.kernels.decode"),
+        (["loadtest", "smoke"], "loadtest.load"),
+    ],
+)
+def test_a_verb_that_is_not_installed_names_the_module_to_run_instead(
+    arguments: list[str], module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(arguments) == 2
+    assert f"in the root of the vllm_sparse repository, run: python -m {module} ..." in capsys.readouterr().err
+
+
+def test_the_installed_command_runs_a_verb_anywhere(tmp_path: Path) -> None:
+    script = shutil.which("vllm-sparse", path=str(Path(sys.executable).parent))
+    assert script is not None, "the package is installed without its command"
+    ended = run(script, "inspect", "--help", folder=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "vllm-sparse inspect" in ended.stdout

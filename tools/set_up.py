@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import vllm_cpu_metadata
+from tools import vllm_cpu_metadata
 
 VLLM_VERSION = "0.32.0"
 TORCH_VERSION = "2.13.0"

@@ -5,7 +5,8 @@
 # Settings, from the environment: PYTHON (an interpreter), VENV (the environment's folder), DEVICE (auto, cpu, cuda).
 set -eu
 
-here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+# set_up.py runs as a module of the folder tools.
+CDPATH='' cd -- "$(dirname -- "$0")/.."
 supported="3.11 3.12"
 
 fail() {
@@ -45,4 +46,4 @@ else
         "name one: make PYTHON=/path/to/python3.12."
 fi
 
-exec "$python" "$here/set_up.py" "$@"
+exec "$python" -m tools.set_up "$@"

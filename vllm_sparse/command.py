@@ -7,12 +7,16 @@ import sys
 
 # Verb to the module whose `main` takes the rest of the arguments; imported when it is asked for.
 VERBS = {
-    "bench prefill": "loadtest.benchmarks.kernels.prefill",
-    "bench decode": "loadtest.benchmarks.kernels.decode",
     "calibrate sale": "vllm_sparse.calibration.sale_command",
     "calibrate tidal": "vllm_sparse.calibration.tidal_command",
     "inspect": "vllm_sparse.inspect.command",
-    "loadtest": "loadtest.load.command",
+}
+
+# Verbs of version 0.1, for one release: what they ran is not installed, it stands in the repository.
+MOVED = {
+    "bench prefill": "loadtest.benchmarks.kernels.prefill",
+    "bench decode": "loadtest.benchmarks.kernels.decode",
+    "loadtest": "loadtest.load",
 }
 
 USAGE = f"usage: vllm-sparse VERB ...\n\nverbs: {', '.join(VERBS)}; 'vllm-sparse VERB --help' says what one takes"
@@ -25,25 +29,28 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: of the command line, the command's name left out; default: this process's.
 
     Returns:
-        The exit status: 2 if there is no such verb, or if it stands in the repository and the command runs elsewhere.
+        The exit status: 2 if there is no such verb, or if a module of the repository has taken its place.
     """
     given = sys.argv[1:] if arguments is None else arguments
     if given in (["-h"], ["--help"]):
         print(USAGE)
         return 0
-    verb = next((verb for verb in VERBS if given[: len(verb.split())] == verb.split()), None)
-    if verb is None:
-        print(f"vllm-sparse: {' '.join(given[:2])!r} is no verb\n{USAGE}", file=sys.stderr)
+    verb = _verb_of(given, VERBS)
+    if verb is not None:
+        importlib.import_module(VERBS[verb]).main(given[len(verb.split()) :])
+        return 0
+    moved = _verb_of(given, MOVED)
+    if moved is not None:
+        print(
+            f"vllm-sparse: {moved!r} is no verb any more; "
+            f"in the root of the vllm_sparse repository, run: python -m {MOVED[moved]} ...",
+            file=sys.stderr,
+        )
         return 2
-    # Benchmarks and load tests are not installed with the package: they stand in the repository, in whose root the
-    # command runs.
-    sys.path.insert(0, "")
-    try:
-        module = importlib.import_module(VERBS[verb])
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "loadtest":
-            raise
-        print(f"vllm-sparse {verb}: run it in the root of the vllm_sparse repository, which holds it", file=sys.stderr)
-        return 2
-    module.main(given[len(verb.split()) :])
-    return 0
+    print(f"vllm-sparse: {' '.join(given[:2])!r} is no verb\n{USAGE}", file=sys.stderr)
+    return 2
+
+
+def _verb_of(given: list[str], verbs: dict[str, str]) -> str | None:
+    """The first of the verbs that a command line begins with."""
+    return next((verb for verb in verbs if given[: len(verb.split())] == verb.split()), None)

@@ -7,7 +7,7 @@
 // as bits.
 //
 // On an H200, 131072 keys, 32 heads, 8192 rows: SALE's whole selection takes 6.8 ms with it, where the scores of the
-// Triton twin alone take 13.6 ms (command: vllm-sparse bench prefill; tables: loadtest/RESULTS.md).
+// Triton twin alone take 13.6 ms (command: python -m loadtest.benchmarks.kernels.prefill; tables: loadtest/RESULTS.md).
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -3,7 +3,8 @@
 The packages are those of `make setup` on a machine without a GPU. Run it by the Python version and on the kind of
 machine that the image is built for: hashes of other files are not recorded.
 
-Usage: python deploy/docker/lock.py [TORCH_LINKS]    (a page or a folder with the files of torch's CPU build)
+Usage, in the repository's root: python -m deploy.docker.lock [TORCH_LINKS]    (a page or a folder with the files of
+torch's CPU build)
 """
 
 import json
@@ -12,9 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-from set_up import BROKEN_WITH_CPU_TORCH, TORCH_CPU_INDEX, TORCH_VERSION, VLLM_VERSION
+from tools.set_up import BROKEN_WITH_CPU_TORCH, TORCH_CPU_INDEX, TORCH_VERSION, VLLM_VERSION
 
 LOCK = Path(__file__).parent / "requirements-cpu.txt"
 LOCK_SBOM = Path(__file__).parent / "requirements-sbom.txt"

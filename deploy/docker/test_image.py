@@ -295,7 +295,7 @@ def check_serving(server: Server) -> None:
     server.healthcheck()
     check(True, "the image's health check passes")
     # As the chart's Job runs it.
-    load_test = f"vllm-sparse loadtest smoke --url {server.url} --out /tmp/load --set load.requests=4"
+    load_test = f"python3 -m loadtest.load smoke --url {server.url} --out /tmp/load --set load.requests=4"
     report = server.inside("sh", "-c", f"cd /opt/vllm-sparse && {load_test} --set warm_up_rounds=0")
     check("/tmp/load/report.html" in report, "the image's load test runs")
     components = json.loads(server.inside("cat", "/usr/share/sbom/vllm-sparse.cdx.json"))["components"]

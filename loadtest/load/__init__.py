@@ -1,1 +1,1 @@
-"""Load on a server: scenarios, arrivals, the client, the run and its journal."""
+"""Load test of an OpenAI-compatible server: scenarios, workloads, the client, the run with its journal, the report."""

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from loadtest.load.measures import latency_seconds
 from loadtest.load.plan import Session, Stage
-from loadtest.load.report.summary import latency_seconds
-from loadtest.load.scenario import ScenarioError
+from loadtest.load.settings import ScenarioError
 
 Kind = tuple[str, str, int]
 """Workload, method, and the doubling of the prompt's length."""

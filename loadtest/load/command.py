@@ -1,10 +1,10 @@
 """Load test of an OpenAI-compatible server: speed and right answers of several methods in one run.
 
-    vllm-sparse loadtest smoke --serve 'vllm serve loadtest/model/weights --attention-backend sparse'
-    vllm-sparse loadtest long-context --url http://127.0.0.1:8000 --set load.rates='[0.5, 1]'
-    vllm-sparse loadtest mine.yaml --url http://127.0.0.1:8000
-    vllm-sparse loadtest report RUN
-    vllm-sparse loadtest compare RUN_A RUN_B
+    python -m loadtest.load smoke --serve 'vllm serve loadtest/model/weights --attention-backend sparse'
+    python -m loadtest.load long-context --url http://127.0.0.1:8000 --set load.rates='[0.5, 1]'
+    python -m loadtest.load mine.yaml --url http://127.0.0.1:8000
+    python -m loadtest.load report RUN
+    python -m loadtest.load compare RUN_A RUN_B
 
 A run writes a folder: journal.jsonl as it goes, and at the end, also after Ctrl-C, report.json and report.html.
 `report` makes these two again from the journal, such as after a crash.
@@ -30,8 +30,9 @@ from loadtest.load.journal import FORMAT, NAME, Journal
 from loadtest.load.plan import Planner, Stage
 from loadtest.load.report.command import compare_runs, write_report
 from loadtest.load.run import run
-from loadtest.load.scenario import Scenario, ScenarioError, load_scenario, scenario_names
+from loadtest.load.scenario import Scenario, load_scenario, scenario_names
 from loadtest.load.server import ServerError, served, wait_until_healthy
+from loadtest.load.settings import ScenarioError
 from loadtest.load.workloads.build import PromptMaker
 from loadtest.load.workloads.tokens import local_counter, model_counter
 
@@ -56,13 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             _load_test(_parser().parse_args(given))
     except (UsageError, ScenarioError, ServerError) as error:
-        sys.exit(f"vllm-sparse loadtest: {error}")
+        sys.exit(f"loadtest.load: {error}")
     except KeyboardInterrupt:
-        sys.exit("vllm-sparse loadtest: interrupted; `vllm-sparse loadtest report FOLDER` reports what had run")
+        sys.exit("loadtest.load: interrupted; `python -m loadtest.load report FOLDER` reports what had run")
 
 
 def _report_folder(given: Sequence[str]) -> Path:
-    parser = argparse.ArgumentParser(prog="vllm-sparse loadtest report", description="Make a run's report again.")
+    parser = argparse.ArgumentParser(prog="python -m loadtest.load report", description="Make a run's report again.")
     parser.add_argument("run", type=Path, help="folder of the run")
     folder: Path = parser.parse_args(given).run
     return folder
@@ -70,7 +71,7 @@ def _report_folder(given: Sequence[str]) -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="vllm-sparse loadtest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m loadtest.load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("scenario", help=f"a .yaml file, or one of {', '.join(scenario_names())}")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server, without a path")
@@ -95,7 +96,7 @@ def _load_test(arguments: argparse.Namespace) -> None:
         server = None
         if arguments.serve:
             folder.mkdir(parents=True, exist_ok=True)
-            _say(f"starting the server; its log is {folder / SERVER_LOG}")
+            _show(f"starting the server; its log is {folder / SERVER_LOG}")
             server = stack.enter_context(served(arguments.serve, url, folder / SERVER_LOG))
         elif arguments.wait:
             wait_until_healthy(url, arguments.wait)
@@ -105,7 +106,7 @@ def _load_test(arguments: argparse.Namespace) -> None:
     if died is not None:
         raise ServerError(f"the server ended with {died} while it was tested; its log is {folder / SERVER_LOG}")
     if failed:
-        sys.exit(f"vllm-sparse loadtest: {failed} requests failed; the report names each kind")
+        sys.exit(f"loadtest.load: {failed} requests failed; the report names each kind")
     if not finished:
         sys.exit(1)
 
@@ -115,14 +116,17 @@ def _run(scenario: Scenario, arguments: argparse.Namespace, url: str, folder: Pa
     if arguments.api_key_file:
         headers["Authorization"] = f"Bearer {arguments.api_key_file.read_text().strip()}"
     model, root = _served_model(url, arguments.model, headers)
-    _say("making the prompts")
+    _show("making the prompts")
     try:
         counter = (
             local_counter(arguments.tokenizer) if arguments.tokenizer else model_counter(url, model, root, headers)
         )
     except FileNotFoundError as error:
         raise UsageError(f"--tokenizer: {error}") from None
-    makers = {workload.name: PromptMaker(scenario, workload, counter) for workload in scenario.workloads}
+    makers = {
+        workload.name: PromptMaker(workload, counter, scenario.seed, scenario.endpoint)
+        for workload in scenario.workloads
+    }
     salt = secrets.token_hex(4)
     planner = Planner(scenario, makers, salt)
     sweeps = planner.stages()
@@ -130,8 +134,8 @@ def _run(scenario: Scenario, arguments: argparse.Namespace, url: str, folder: Pa
     folder.mkdir(parents=True, exist_ok=True)
     with Journal(folder) as journal:
         journal.write("run", _about(scenario, arguments.scenario, url, model, headers, salt))
-        _say(_announcement(warm_up, sweeps))
-        return asyncio.run(run(scenario, warm_up, sweeps, url, model, headers, journal, _say))
+        _show(_announcement(warm_up, sweeps))
+        return asyncio.run(run(scenario, warm_up, sweeps, url, model, headers, journal, _show))
 
 
 def _announcement(warm_up: Stage, sweeps: Sequence[Sequence[Stage]]) -> str:
@@ -178,9 +182,5 @@ def _about(scenario: Scenario, name: str, url: str, model: str, headers: dict[st
     }
 
 
-def _say(text: str) -> None:
+def _show(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from loadtest.load.arrivals import arrivals, count_in, replay
-from loadtest.load.scenario import ClosedLoad, OpenLoad, Scenario, ScenarioError, Workload
+from loadtest.load.scenario import ClosedLoad, OpenLoad, Scenario
+from loadtest.load.settings import ScenarioError
 from loadtest.load.workloads.build import PromptMaker, read_json_lines
+from loadtest.load.workloads.kinds import Workload
 from loadtest.load.workloads.prompt import Prompt
 
 WARM_UP = "warm-up"

@@ -11,9 +11,9 @@ from typing import Any
 from loadtest.load.capacity import Capacity, paced
 from loadtest.load.client import Client, Clock, connections
 from loadtest.load.journal import Journal, Record
+from loadtest.load.measures import good_share
 from loadtest.load.overhead import Overhead
 from loadtest.load.plan import WARM_UP, Session, Stage
-from loadtest.load.report.summary import good_share
 from loadtest.load.scenario import ClosedLoad, OpenLoad, Scenario
 from loadtest.load.scrape import Scraper
 from loadtest.load.workloads.prompt import Message, Turn
@@ -31,7 +31,7 @@ class Runner:
         client: sends.
         journal: takes every request.
         clock: of all times.
-        say: tells the user how far it is.
+        show: prints a line on the progress for the user.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class Runner:
         client: Client,
         journal: Journal,
         clock: Clock,
-        say: Callable[[str], None],
+        show: Callable[[str], None],
     ) -> None:
         self._scenario = scenario
         self._model = model
         self._client = client
         self._journal = journal
         self._clock = clock
-        self._say = say
+        self._show = show
         self._overhead = Overhead()
         self._tasks: set[asyncio.Task[None]] = set()
         self._errors: list[BaseException] = []
@@ -79,13 +79,13 @@ class Runner:
         for task in watching:
             task.cancel()
         self._journal.write("client", self._overhead.report())
-        self._say(self._progress(stage))
+        self._show(self._progress(stage))
         return self._records
 
     async def _tell(self, stage: Stage) -> None:
         while True:
             await asyncio.sleep(PROGRESS_SECONDS)
-            self._say(self._progress(stage))
+            self._show(self._progress(stage))
 
     def _progress(self, stage: Stage) -> str:
         failed = sum(request["status"] != "ok" for request in self._records)
@@ -131,7 +131,7 @@ class Runner:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        # An error of the harness itself must not pass for a quiet server.
+        # An error of the load test itself must not pass for a quiet server.
         if not task.cancelled() and (error := task.exception()) is not None:
             self._errors.append(error)
             self.interrupt()
@@ -225,7 +225,7 @@ async def run(
     model: str,
     headers: Mapping[str, str],
     journal: Journal,
-    say: Callable[[str], None],
+    show: Callable[[str], None],
 ) -> bool:
     """Run everything; a sweep ends with the stage at which the SLO breaks, and nothing follows a warm-up that failed.
 
@@ -237,7 +237,7 @@ async def run(
         model: served name.
         headers: of every request.
         journal: takes everything.
-        say: tells the user how far it is.
+        show: prints a line on the progress for the user.
 
     Returns:
         Whether it ran to its end: nobody interrupted it, and not the whole warm-up failed.
@@ -246,14 +246,14 @@ async def run(
     async with connections(headers) as http:
         client = Client(http, url, scenario.request_timeout_seconds, clock)
         scraper = Scraper(http, url, scenario.scrape_seconds, clock, lambda reading: journal.write("metrics", reading))
-        runner = Runner(scenario, model, client, journal, clock, say)
+        runner = Runner(scenario, model, client, journal, clock, show)
         async with _interruptible(runner):
             scraping = asyncio.create_task(scraper.run())
             try:
                 warming_up = await runner.run(warm_up) if warm_up.sessions else []
                 useless = bool(warming_up) and all(request["status"] != "ok" for request in warming_up)
                 if not useless and not runner.interrupted:
-                    sweeps = _paced(sweeps, scenario, warming_up, say)
+                    sweeps = _paced(sweeps, scenario, warming_up, show)
                 for sweep in [] if useless else sweeps:
                     await _sweep(runner, sweep, scraper, scenario)
             finally:
@@ -269,7 +269,7 @@ def _paced(
     sweeps: Sequence[Sequence[Stage]],
     scenario: Scenario,
     warming_up: Sequence[Mapping[str, Any]],
-    say: Callable[[str], None],
+    show: Callable[[str], None],
 ) -> Sequence[Sequence[Stage]]:
     """The stages at the pace that the warm-up allows, where the scenario leaves it open."""
     load = scenario.load
@@ -279,7 +279,7 @@ def _paced(
     capacity = Capacity(warming_up)
     found = [[paced(stage, capacity, load.duration_seconds) for stage in sweep] for sweep in sweeps]
     for stage in (stage for sweep in found for stage in sweep):
-        say(f"by the warm-up: {stage.name}, {len(stage.sessions)} sessions")
+        show(f"by the warm-up: {stage.name}, {len(stage.sessions)} sessions")
     return found
 
 

@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from loadtest.load.workloads.lengths import Lengths, Strict
-from loadtest.quality.tasks.ruler import TASKS
+from loadtest.load.settings import NotNegative, ScenarioError, Strict
+from loadtest.load.workloads.kinds import Workload
+from loadtest.load.workloads.prompt import Endpoint
 
 BUNDLED = Path(__file__).parent / "scenarios"
 
 Share = Annotated[float, Field(gt=0, le=1)]
-NotNegative = Annotated[float, Field(ge=0)]
 
 
 def _rising(levels: tuple[float, ...]) -> tuple[float, ...]:
@@ -27,100 +27,6 @@ def _rising(levels: tuple[float, ...]) -> tuple[float, ...]:
 
 Rates = Annotated[tuple[PositiveFloat, ...], Field(min_length=1), AfterValidator(_rising)]
 Concurrencies = Annotated[tuple[PositiveInt, ...], Field(min_length=1), AfterValidator(_rising)]
-
-
-class ScenarioError(Exception):
-    """A scenario that cannot run, worded for its author."""
-
-
-class _Workload(Strict):
-    """What all kinds have.
-
-    Attributes:
-        name: shown in the report.
-        weight: its share of the sessions, relative to the others' weights; a group of paired requests counts as one.
-        methods: weight of each method; none: all of the scenario's methods alike.
-        paired: every prompt goes to each of `methods` (their weights do not count then).
-        distinct_prompts: prompts that are made; they repeat, under fresh cache salts, when more are sent.
-    """
-
-    name: str
-    weight: PositiveFloat = 1.0
-    methods: Mapping[str, PositiveFloat] | None = None
-    paired: bool
-    distinct_prompts: PositiveInt = 100
-
-
-class NeedleWorkload(_Workload):
-    """The bundled model's own task (`loadtest.quality.text`), counted in its tokens."""
-
-    kind: Literal["needle"]
-    paired: bool = True
-    input_tokens: Lengths
-    needles: PositiveInt = 3
-    asked: Annotated[int, Field(ge=1, le=4)] = 1
-
-
-class RulerWorkload(_Workload):
-    """RULER-style tasks (`loadtest.quality.tasks`) in turn."""
-
-    kind: Literal["ruler"]
-    paired: bool = True
-    input_tokens: Lengths
-    tasks: Annotated[tuple[str, ...], Field(min_length=1)] = tuple(TASKS)
-
-    @model_validator(mode="after")
-    def _known(self) -> RulerWorkload:
-        unknown = sorted(set(self.tasks) - set(TASKS))
-        if unknown:
-            raise ValueError(f"tasks: {unknown} are not known; allowed: {list(TASKS)}")
-        return self
-
-
-class DocumentWorkload(_Workload):
-    """Conversations about long documents: `turns` questions each, every one with a known answer in the document.
-
-    Sessions of one method share the document's blocks in the prefix cache with those of the same method.
-    """
-
-    kind: Literal["documents"]
-    paired: bool = True
-    input_tokens: Lengths
-    turns: Annotated[int, Field(ge=1, le=40)] = 4
-    sessions_per_document: PositiveInt = 2
-    think_seconds: NotNegative = 0.0
-
-
-class TextWorkload(_Workload):
-    """Text without a question: background chats, long generations. Generates exactly `output_tokens`."""
-
-    kind: Literal["text"]
-    paired: bool = False
-    input_tokens: Lengths
-    output_tokens: Lengths
-
-
-class TraceWorkload(_Workload):
-    """Text with the lengths of a trace: JSON lines with `input_tokens` and `output_tokens`."""
-
-    kind: Literal["trace"]
-    paired: bool = False
-    file: Path
-
-
-class JsonlWorkload(_Workload):
-    """Your own prompts: JSON lines with `prompt` or `messages`, and optionally `output_tokens` and `answers`."""
-
-    kind: Literal["jsonl"]
-    paired: bool = True
-    file: Path
-    output_tokens: PositiveInt = 128
-
-
-Workload = Annotated[
-    NeedleWorkload | RulerWorkload | DocumentWorkload | TextWorkload | TraceWorkload | JsonlWorkload,
-    Field(discriminator="kind"),
-]
 
 
 class _Load(Strict):
@@ -226,7 +132,7 @@ class Scenario(Strict):
 
     description: str
     seed: int = 0
-    endpoint: Literal["chat", "completions"] = "chat"
+    endpoint: Endpoint = "chat"
     methods: Annotated[Mapping[str, Mapping[str, Any]], Field(min_length=1)]
     workloads: Annotated[tuple[Workload, ...], Field(min_length=1)]
     load: Annotated[OpenLoad | ClosedLoad, Field(discriminator="loop")]
@@ -258,12 +164,12 @@ class Scenario(Strict):
 
 
 def scenario_names() -> list[str]:
-    """The scenarios that come with the harness."""
+    """The scenarios that come with the load test."""
     return sorted(path.stem for path in BUNDLED.glob("*.yaml"))
 
 
 def load_scenario(name: str, settings: Sequence[str] = ()) -> Scenario:
-    """A scenario of the harness by name, or of a file, with some settings replaced.
+    """A bundled scenario by name, or of a file, with some settings replaced.
 
     Args:
         name: such as ``smoke``, or a path that ends in ``.yaml``.

@@ -1,1 +1,1 @@
-"""The small retrieval model: its tokenizer and its training."""
+"""The bundled model, which retrieves: its batches, its network, its training, and its widening."""

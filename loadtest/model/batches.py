@@ -2,7 +2,7 @@
 
 Every sample is a row of pieces (a stretch of filler, a needle, part of a question, an answer), and every piece is a
 stretch of one long tensor, the bank. A batch is then one ragged gather: no Python loop runs over samples or tokens.
-The joints are those of `loadtest.quality.text` and the chat template, token for token.
+The joints are those of `loadtest.text.needles` and the chat template, token for token.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from loadtest.model.tokenizer import BEGIN, END, PAD
-from loadtest.quality.text import (
+from loadtest.text.needles import (
     ANSWER_FORM,
     MULTI_QUESTION_FORMS,
     NEEDLE_FORMS,
@@ -22,7 +21,8 @@ from loadtest.quality.text import (
     QUESTION_SEPARATOR,
     SYSTEM_PROMPT,
 )
-from loadtest.quality.words import KEY_NOUNS
+from loadtest.text.tokenizer import BEGIN, END, PAD
+from loadtest.text.words import KEY_NOUNS
 
 # Placeholders in the bank, replaced by a piece's key and by the two tokens of its value.
 KEY, HIGH, LOW = -1, -2, -3
@@ -90,8 +90,8 @@ class BatchMaker:
     """Makes batches from a pool of filler.
 
     Args:
-        tokenizer: of `loadtest.model.tokenizer`.
-        pool: [T] tokens of `loadtest.quality.text.filler`, several texts after each other.
+        tokenizer: of `loadtest.text.tokenizer`.
+        pool: [T] tokens of `loadtest.text.needles.filler`, several texts after each other.
         device: where the batches are made.
         seed: of everything random here.
     """

@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from loadtest.model.tokenizer import BEGIN, END, PAD, SPECIALS
+from loadtest.text.tokenizer import BEGIN, END, PAD, SPECIALS
 
 NORM_EPSILON = 1e-5
 # The weights must stay small enough to live in the repository.

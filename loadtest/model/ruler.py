@@ -26,11 +26,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from loadtest.model.network import Architecture, Network, export, load_weights, rounded_copy
-from loadtest.model.tokenizer import END, PAD, SPECIALS, build_tokenizer, chat_text, count_tokens, save_tokenizer
 from loadtest.model.train import Log, learning_rate, right_tokens, stage_seconds
 from loadtest.model.widen import BUNDLED
 from loadtest.quality.tasks.ruler import TASKS
 from loadtest.quality.tasks.task import Task
+from loadtest.text.tokenizer import END, PAD, SPECIALS, build_tokenizer, chat_text, count_tokens, save_tokenizer
 
 # Of the text around the answers: what the model knows of it already helps it to read.
 FILLER_WEIGHT = 0.1

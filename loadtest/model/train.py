@@ -20,8 +20,8 @@ from torch import Tensor
 
 from loadtest.model.batches import Batch, BatchMaker, Mixture
 from loadtest.model.network import Architecture, Network, export, load_weights, rounded_copy
-from loadtest.model.tokenizer import END, build_tokenizer, chat_text, count_tokens, save_tokenizer
-from loadtest.quality.text import NEEDLE_FORMS, filler, needle_prompt
+from loadtest.text.needles import NEEDLE_FORMS, filler, needle_prompt
+from loadtest.text.tokenizer import END, build_tokenizer, chat_text, count_tokens, save_tokenizer
 
 # Below this value accuracy a stage has not taught retrieval at all.
 NOT_LEARNT = 0.3

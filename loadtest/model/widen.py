@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loadtest.model.network import NORM_EPSILON, Architecture, write_configuration
-from loadtest.model.tokenizer import build_tokenizer, save_tokenizer
+from loadtest.text.tokenizer import build_tokenizer, save_tokenizer
 from vllm_sparse.methods.tidal import Tidal
 
 BUNDLED = Path(__file__).parent / "weights"

@@ -1,1 +1,1 @@
-"""Quality of the answers under sparse attention: generated documents, needle questions and their scores."""
+"""Quality of answers under sparse attention: tasks with known answers, and how many of them sparse settings keep."""

@@ -20,8 +20,8 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from loadtest.model.tokenizer import build_tokenizer, count_tokens
-from loadtest.quality.text import NeedlePrompt, needle_prompt, score
+from loadtest.text.needles import NeedlePrompt, needle_prompt, score
+from loadtest.text.tokenizer import build_tokenizer, count_tokens
 
 # The chat template's own tokens, with room to spare.
 TEMPLATE_TOKENS = 32

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from loadtest.model.tokenizer import END, build_tokenizer, chat_text, count_tokens
-from loadtest.quality.text import ANSWER_FORM, QUESTION_SEPARATOR, ask, needle_prompt
+from loadtest.text.needles import ANSWER_FORM, QUESTION_SEPARATOR, ask, needle_prompt
+from loadtest.text.tokenizer import END, build_tokenizer, chat_text, count_tokens
 
 # Tokens of a turn at least: nine of the answer, and a short question with the chat's marks around it.
 LEAST_TURN_TOKENS = 24

@@ -29,10 +29,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from loadtest.benchmarks.engine.engine import DensityReader, engine
-from loadtest.model.tokenizer import build_tokenizer
+from loadtest.offline import DensityReader, engine
 from loadtest.quality.conversation import FREE, Conversation, conversation, is_right
 from loadtest.quality.script import SCRIPT_KEY, ScriptProcessor
+from loadtest.text.tokenizer import build_tokenizer
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import json
 import random
 import sys
 
-from loadtest.model.tokenizer import build_tokenizer, count_tokens
-from loadtest.quality.text import needle_prompt
+from loadtest.text.needles import needle_prompt
+from loadtest.text.tokenizer import build_tokenizer, count_tokens
 
 
 def main() -> None:

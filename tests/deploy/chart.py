@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-import sys
 from pathlib import Path
 from typing import Any
 
 import helm_python
 import yaml
 
+from deploy.helm import generate
+
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 CHART = DEPLOY / "helm" / "vllm-sparse"
-sys.path.insert(0, str(DEPLOY / "helm"))
-
-import generate  # noqa: E402
 
 EXAMPLES = sorted(path.stem for path in generate.EXAMPLES.glob("*.yaml"))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,10 @@ import yaml
 
 from tests.deploy.chart import DEPLOY, EXAMPLES, ROOT, Manifest, example, find, manifest_text, one_model, render
 from tests.tools import tool
+from tools import set_up
 
 DOCKER = DEPLOY / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
-sys.path.insert(0, str(DEPLOY.parent / "tools"))
-
-import set_up  # noqa: E402
 
 
 def run(*command: str | Path) -> tuple[int, str]:

@@ -13,12 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tools import set_up, vllm_cpu_metadata
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "tools"
-sys.path.insert(0, str(SCRIPTS))
-
-import set_up  # noqa: E402
-import vllm_cpu_metadata  # noqa: E402
 
 
 def call(command: Sequence[str], folder: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -152,9 +150,9 @@ class TestMake:
 
     def test_loadtest_runs_a_scenario_on_a_server_of_its_own(self) -> None:
         command = call(["make", "-n", "loadtest", "PORT=8123", "ARGS=--out here"]).stdout.strip().splitlines()[-1]
-        assert 'vllm-sparse loadtest smoke --url http://127.0.0.1:8123 --serve "vllm serve loadtest/model' in command
+        assert 'python -m loadtest.load smoke --url http://127.0.0.1:8123 --serve "vllm serve loadtest/model' in command
         assert re.search(r"--port 8123 \$\(cat .venv/serve-flags\)\" --out here$", command)
-        assert "loadtest soak " in call(["make", "-n", "loadtest", "SCENARIO=soak"]).stdout
+        assert "loadtest.load soak " in call(["make", "-n", "loadtest", "SCENARIO=soak"]).stdout
 
     def test_test_passes_arguments_to_pytest(self) -> None:
         assert call(["make", "-n", "test", "ARGS=-k some"]).stdout.strip().endswith("python -m pytest -k some")
@@ -183,7 +181,7 @@ class TestFindingPython:
             },
         )
         done = call([str(SCRIPTS / "setup.sh"), "serve"], PATH=bin_folder)
-        assert done.stdout == f"chosen {SCRIPTS / 'set_up.py'} serve\n"
+        assert done.stdout == "chosen -m tools.set_up serve\n"
 
     def test_says_which_were_found_when_none_will_do(self, tmp_path: Path) -> None:
         bin_folder = self.only_these(tmp_path, {"python3": "echo 3.9"})

@@ -1,17 +1,10 @@
 """The configuration page says what the code says."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
+from tools import knob_tables
 from vllm_sparse.config.names import METHODS, PHASES, REQUEST_KEYS, knob_schema
 from vllm_sparse.config.settings import ServerConfig
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import knob_tables  # noqa: E402
 
 
 def test_the_tables_are_current() -> None:

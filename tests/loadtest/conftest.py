@@ -121,7 +121,7 @@ def simulated() -> Iterator[Simulated]:
 def command_of(scenario: Path, url: str, folder: Path, arguments: Sequence[str] = ()) -> list[str]:
     """The load test's command line."""
     given = [str(scenario), "--url", url, "--out", str(folder), *arguments]
-    return [sys.executable, "-m", "loadtest.load.command", *given]
+    return [sys.executable, "-m", "loadtest.load", *given]
 
 
 LoadTest = Callable[..., Finished]

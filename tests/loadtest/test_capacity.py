@@ -8,7 +8,7 @@ import pytest
 
 from loadtest.load.capacity import Capacity, paced
 from loadtest.load.plan import Session, Stage
-from loadtest.load.scenario import ScenarioError
+from loadtest.load.settings import ScenarioError
 from loadtest.load.workloads.prompt import Prompt, Turn
 
 

@@ -11,12 +11,12 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
-from loadtest.model.tokenizer import BEGIN, END, build_tokenizer
 from loadtest.quality import conversation as conversation_module
 from loadtest.quality.conversation import FREE, Answer, Conversation, conversation, is_right
 from loadtest.quality.generation import HEADER, Generation, compare, line
 from loadtest.quality.script import SCRIPT_KEY, ScriptProcessor
-from loadtest.quality.text import ANSWER_FORM
+from loadtest.text.needles import ANSWER_FORM
+from loadtest.text.tokenizer import BEGIN, END, build_tokenizer
 
 TOKENIZER = build_tokenizer()
 # Where the value's first three digits stand in an answer.

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from loadtest.load.scenario import Scenario, ScenarioError, load_scenario, scenario_names
+from loadtest.load.scenario import Scenario, load_scenario, scenario_names
+from loadtest.load.settings import ScenarioError
 
 VALID: dict[str, Any] = {
     "description": "test",

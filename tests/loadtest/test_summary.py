@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from loadtest.load.journal import KILLED
+from loadtest.load.measures import counted, good_share
 from loadtest.load.report.chart import ticks
 from loadtest.load.report.summary import (
     by_length,
     compare_methods,
-    counted,
     describe,
-    good_share,
     length_label,
     summarise,
 )

@@ -9,11 +9,12 @@ from collections import Counter
 import pytest
 import torch
 
-from loadtest.load.scenario import Scenario, ScenarioError
+from loadtest.load.scenario import Scenario
+from loadtest.load.settings import ScenarioError
 from loadtest.load.workloads.build import PromptMaker
-from loadtest.model.tokenizer import build_tokenizer, count_tokens
 from loadtest.quality.tasks.ruler import TASKS
 from loadtest.quality.tasks.task import Task, fit, share_found
+from loadtest.text.tokenizer import build_tokenizer, count_tokens
 
 TOKENIZER = build_tokenizer()
 
@@ -123,7 +124,7 @@ def scenario_of(workload: dict[str, object], endpoint: str = "chat") -> Scenario
 )
 def test_prompts_have_their_length_and_come_again(workload: dict[str, object]) -> None:
     scenario = scenario_of(workload)
-    makers = [PromptMaker(scenario, scenario.workloads[0], count) for _ in range(2)]
+    makers = [PromptMaker(scenario.workloads[0], count, scenario.seed, scenario.endpoint) for _ in range(2)]
     prompts = [makers[0](number) for number in range(12)]
     assert [one.digest for one in prompts] == [makers[1](number).digest for number in range(12)]
     assert makers[0](100) is makers[0](0), "100 distinct ones, then they repeat"
@@ -140,4 +141,4 @@ def test_prompts_have_their_length_and_come_again(workload: dict[str, object]) -
 def test_a_prompt_that_does_not_fit_is_refused() -> None:
     scenario = scenario_of({"name": "tiny", "kind": "documents", "input_tokens": 60})
     with pytest.raises(ScenarioError, match="workload 'tiny', prompt 0: 8 needles and the question do not fit into 28"):
-        PromptMaker(scenario, scenario.workloads[0], count)(0)
+        PromptMaker(scenario.workloads[0], count, scenario.seed, scenario.endpoint)(0)

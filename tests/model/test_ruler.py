@@ -12,10 +12,10 @@ torch = pytest.importorskip("torch")
 
 from loadtest.model.network import Architecture, Network  # noqa: E402
 from loadtest.model.ruler import MULTI_KEY, Samples, Stage, collate, exam, make_sample, train  # noqa: E402
-from loadtest.model.tokenizer import END, build_tokenizer, chat_text, count_tokens  # noqa: E402
 from loadtest.model.train import Log  # noqa: E402
 from loadtest.quality.tasks.ruler import TASKS  # noqa: E402
 from loadtest.quality.tasks.task import share_found  # noqa: E402
+from loadtest.text.tokenizer import END, build_tokenizer, chat_text, count_tokens  # noqa: E402
 
 TOKENIZER = build_tokenizer()
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadtest.model.tokenizer import build_tokenizer, count_tokens
-from loadtest.quality import words
-from loadtest.quality.text import Style, filler, needle_prompt, score, sentence
+from loadtest.text import words
+from loadtest.text.needles import Style, filler, needle_prompt, score, sentence
+from loadtest.text.tokenizer import build_tokenizer, count_tokens
 
 TOKENIZER = build_tokenizer()
 STYLES: tuple[Style, ...] = ("prose", "stock", "rare")

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.model.tokenizer import BEGIN, END, SPECIALS, build_tokenizer, chat_text, count_tokens, save_tokenizer
-from loadtest.quality.text import filler, needle_prompt
-from loadtest.quality.words import KEY_NOUNS
+from loadtest.text.needles import filler, needle_prompt
+from loadtest.text.tokenizer import BEGIN, END, SPECIALS, build_tokenizer, chat_text, count_tokens, save_tokenizer
+from loadtest.text.words import KEY_NOUNS
 
 TOKENIZER = build_tokenizer()
 

@@ -13,9 +13,9 @@ from torch import Tensor  # noqa: E402
 
 from loadtest.model.batches import BatchMaker, Mixture  # noqa: E402
 from loadtest.model.network import Architecture, Network, export, load_weights  # noqa: E402
-from loadtest.model.tokenizer import build_tokenizer  # noqa: E402
 from loadtest.model.train import Settings, Stage, Trial, train  # noqa: E402
-from loadtest.quality.text import filler  # noqa: E402
+from loadtest.text.needles import filler  # noqa: E402
+from loadtest.text.tokenizer import build_tokenizer  # noqa: E402
 
 TOKENIZER = build_tokenizer()
 

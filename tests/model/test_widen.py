@@ -17,9 +17,9 @@ from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from loadtest.model.network import Architecture  # noqa: E402
-from loadtest.model.tokenizer import build_tokenizer, chat_text, count_tokens  # noqa: E402
 from loadtest.model.widen import BUNDLED, GeometryError, bundled_sizes, check_geometry, widened, write_widened  # noqa: E402
-from loadtest.quality.text import needle_prompt, score  # noqa: E402
+from loadtest.text.needles import needle_prompt, score  # noqa: E402
+from loadtest.text.tokenizer import build_tokenizer, chat_text, count_tokens  # noqa: E402
 from vllm_sparse.methods.tidal import Tidal  # noqa: E402
 
 SMALL = bundled_sizes()

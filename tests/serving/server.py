@@ -20,8 +20,8 @@ import httpx
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from loadtest.model.tokenizer import build_tokenizer, count_tokens
-from loadtest.quality.text import NeedlePrompt, needle_prompt
+from loadtest.text.needles import NeedlePrompt, needle_prompt
+from loadtest.text.tokenizer import build_tokenizer, count_tokens
 
 MODEL_NAME = "needle"
 # Sent with every request; servers that were started without a key do not look at it.

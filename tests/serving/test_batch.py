@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.quality.text import score
+from loadtest.text.needles import score
 from tests.serving.server import BOTH, FLEXPREFILL, TIDAL, MetricsChange, Reply, Server, prompt_of
 
 EXTRAS: tuple[dict[str, Any], ...] = ({}, FLEXPREFILL, TIDAL, BOTH)

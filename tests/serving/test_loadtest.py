@@ -20,7 +20,7 @@ SHORTER = (
 
 
 def test_dense_and_two_sparse_methods_side_by_side(server: Server, answers_known: None, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "loadtest.load.command", "smoke", "--url", server.url]
+    command = [sys.executable, "-m", "loadtest.load", "smoke", "--url", server.url]
     settings = [part for setting in SHORTER for part in ("--set", setting)]
     ended = subprocess.run(
         [*command, "--out", str(tmp_path / "run"), *settings],

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.quality.text import score
+from loadtest.text.needles import score
 from tests.serving.server import BOTH, prompt_of
 
 PROMPTS = [prompt_of(seed, 3000) for seed in (60, 61)]

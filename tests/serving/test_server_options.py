@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from loadtest.model.tokenizer import chat_text
-from loadtest.quality.text import score
+from loadtest.text.needles import score
+from loadtest.text.tokenizer import chat_text
 from tests.serving.server import BOTH, FLEXPREFILL, MetricsChange, Reply, Server, prompt_of
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from loadtest.model.tokenizer import chat_text
+from loadtest.text.tokenizer import chat_text
 from tests.serving.server import Server, prompt_of
 from tests.serving.span_receiver import SpanReceiver
 

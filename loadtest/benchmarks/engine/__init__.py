@@ -1,1 +1,1 @@
-"""Latency of a whole engine, dense beside sparse."""
+"""Benchmarks of a whole engine: its latency, dense beside sparse."""

@@ -23,9 +23,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from loadtest.benchmarks.engine.engine import DensityReader, engine
-from loadtest.model.tokenizer import build_tokenizer, chat_text, count_tokens
-from loadtest.quality.text import needle_prompt
+from loadtest.offline import DensityReader, engine
+from loadtest.text.needles import needle_prompt
+from loadtest.text.tokenizer import build_tokenizer, chat_text, count_tokens
 
 
 @dataclass(frozen=True)

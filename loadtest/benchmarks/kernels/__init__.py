@@ -1,1 +1,1 @@
-"""Selection and attention of single layers, dense beside sparse in the same process."""
+"""Benchmarks of one layer: selection and attention, dense beside sparse in the same process."""

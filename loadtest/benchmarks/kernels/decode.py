@@ -1,7 +1,7 @@
 """Decoding in one layer: selection, attention, recall and error of every method beside the dense kernel.
 
-    vllm-sparse bench decode --batches 1 8 --lengths 32768 131072 --budgets 2048 4096
-    vllm-sparse bench decode --heads recorded --batches 4 --lengths 32768 --budgets 1024
+    python -m loadtest.benchmarks.kernels.decode --batches 1 8 --lengths 32768 131072 --budgets 2048 4096
+    python -m loadtest.benchmarks.kernels.decode --heads recorded --batches 4 --lengths 32768 --budgets 1024
 
 * selection: the choice of all rows' lists; attention: the executor over them, with its floor, the bytes of the lists
   over the memory's speed (and a launch on a GPU), and how many floors it took.
@@ -367,7 +367,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> Any:
-    """Command line of `vllm-sparse bench decode`."""
+    """Command line of `python -m loadtest.benchmarks.kernels.decode`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     arguments = parser.parse_args(argv)

@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 
-from loadtest.benchmarks.engine.engine import engine
 from loadtest.benchmarks.kernels.timing import graph_seconds, mean_seconds
 from loadtest.load.report.statistics import interval_of_median
 from loadtest.load.report.words import interval_in_words
+from loadtest.offline import engine
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
 from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.keys import PlainKeys

@@ -1,6 +1,6 @@
-"""Draw the table of `vllm-sparse bench prefill`: recall over density, one line a method.
+"""Draw the table of `python -m loadtest.benchmarks.kernels.prefill`: recall over density, one line a method.
 
-    vllm-sparse bench prefill --heads recorded > table.md
+    python -m loadtest.benchmarks.kernels.prefill --heads recorded > table.md
     python -m loadtest.benchmarks.kernels.plot table.md --output loadtest/recall.svg
 
 Points are told apart by their method alone, so the table is of one length and kind of heads.
@@ -87,7 +87,7 @@ def draw(lines: dict[str, list[tuple[float, float]]]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", type=Path, help="output of vllm-sparse bench prefill")
+    parser.add_argument("table", type=Path, help="output of python -m loadtest.benchmarks.kernels.prefill")
     parser.add_argument("--output", type=Path, default=Path("recall.svg"))
     arguments = parser.parse_args()
     try:

@@ -1,7 +1,8 @@
 """Prefill of one layer: selection, attention, recall and error of every method beside the dense kernel.
 
-    vllm-sparse bench prefill --lengths 32768 131072 --densities 0.05 0.1
-    vllm-sparse bench prefill --heads recorded --lengths 32768 --query-heads 4 --kv-heads 2 --head-size 64
+    python -m loadtest.benchmarks.kernels.prefill --lengths 32768 131072 --densities 0.05 0.1
+    python -m loadtest.benchmarks.kernels.prefill --heads recorded --lengths 32768 \
+        --query-heads 4 --kv-heads 2 --head-size 64
 
 Every method is set to every density by its own main knob, so that methods are compared at equal cost; "true mass" is
 the selection that knows the true attention. Times are medians; the dense kernel is timed anew beside each line. Kernel
@@ -234,7 +235,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> Any:
-    """Command line of `vllm-sparse bench prefill`."""
+    """Command line of `python -m loadtest.benchmarks.kernels.prefill`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     run(parser.parse_args(argv))

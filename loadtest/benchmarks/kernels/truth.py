@@ -91,12 +91,12 @@ def kept_tokens_of(batch: DecodeBatch, launch: Launch, row: int) -> torch.Tensor
     logical = torch.full((blocks,), -1, device=device)
     logical[batch.block_table[row, :used].long()] = torch.arange(used, device=device)
     pages_per_block = block_size // page_size
-    places = torch.arange(pages.shape[1], device=device) * page_size
+    page_starts = torch.arange(pages.shape[1], device=device) * page_size
     offsets = torch.arange(page_size, device=device)
     head = pages // pages_per_block % kv_heads
     block = logical[pages // (pages_per_block * kv_heads)]
     token = (block * block_size + pages % pages_per_block * page_size).unsqueeze(2) + offsets
-    live = places.unsqueeze(1) + offsets < kept_tokens.view(-1, 1, 1)
+    live = page_starts.unsqueeze(1) + offsets < kept_tokens.view(-1, 1, 1)
     owner = torch.arange(lists, device=device) // (lists // kv_heads)
     wrong = (head != owner.unsqueeze(1)) | (block < 0)
     if bool((live & (wrong.unsqueeze(2) | (token >= context))).any()):

@@ -23,9 +23,9 @@ def _report(folder: Path) -> dict[str, Any]:
     try:
         run = read_journal(path)
     except OSError as error:
-        sys.exit(f"vllm-sparse loadtest: {path} cannot be read: {error.strerror}")
+        sys.exit(f"loadtest.load: {path} cannot be read: {error.strerror}")
     except ValueError as error:
-        sys.exit(f"vllm-sparse loadtest: {error}")
+        sys.exit(f"loadtest.load: {error}")
     return {**run, "summary": summarise(run)}
 
 
@@ -50,7 +50,7 @@ def write_report(folder: Path) -> int:
 def compare_runs(arguments: Sequence[str]) -> None:
     """Print how a second run differs from a first one."""
     parser = argparse.ArgumentParser(
-        prog="vllm-sparse loadtest compare",
+        prog="python -m loadtest.load compare",
         description="How run B differs from run A, method by method, with 95 % intervals.",
     )
     parser.add_argument("first", type=Path, metavar="A", help="folder of a run")

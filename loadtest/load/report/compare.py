@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from loadtest.load.measures import Request, counted, tpot_seconds, ttft_seconds
 from loadtest.load.plan import WARM_UP
 from loadtest.load.report.statistics import independent_difference, independent_ratio
-from loadtest.load.report.summary import (
-    Report,
-    Request,
-    by_prompt,
-    compare_methods,
-    counted,
-    tpot_seconds,
-    ttft_seconds,
-)
+from loadtest.load.report.summary import Report, by_prompt, compare_methods
 
 
 def compare(first: Report, second: Report) -> dict[str, Any]:

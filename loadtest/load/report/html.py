@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 
 from loadtest.load.client import FAILURES
+from loadtest.load.measures import Request, counted, tpot_seconds, ttft_seconds
 from loadtest.load.plan import WARM_UP
 from loadtest.load.report.chart import Series, chart, distribution
 from loadtest.load.report.server_metrics import density_series, fallbacks, series_of, time_series
 from loadtest.load.report.statistics import LEAST_CLUSTERS, PERCENTILES, samples_needed
-from loadtest.load.report.summary import Report, Request, compared, counted, tpot_seconds, ttft_seconds
+from loadtest.load.report.summary import Report, compared
 from loadtest.load.report.words import (
     count_or_dash,
     density_of,

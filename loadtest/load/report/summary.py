@@ -7,13 +7,21 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from loadtest.load.measures import (
+    Request,
+    counted,
+    good_share,
+    input_tokens,
+    is_good,
+    latency_seconds,
+    sent_ttft_seconds,
+    tpot_seconds,
+    ttft_seconds,
+)
 from loadtest.load.plan import WARM_UP
 from loadtest.load.report.server_metrics import density, fallback_share, series_of
 from loadtest.load.report.statistics import difference, interval_of_mean, mcnemar, percentiles, ratio
 from loadtest.load.scenario import Scenario, Slo
-
-Request = Mapping[str, Any]
-"""A request, as the journal has it."""
 
 Report = Mapping[str, Any]
 """A run, as `loadtest.load.journal.read_journal` returns it, with its `summary`."""
@@ -25,60 +33,6 @@ LEAST_SENT_SHARE = 0.95
 MOST_FALLBACK_SHARE = 0.2
 MOST_DRIFT = 1.5
 LEAST_DRIFT_REQUESTS = 10
-
-
-def ttft_seconds(request: Request) -> float | None:
-    """Time to the first token, from the intended time."""
-    first = request["first_token_seconds"]
-    return None if first is None else float(first - request["intended_seconds"])
-
-
-def sent_ttft_seconds(request: Request) -> float | None:
-    """Time to the first token, from the send: `vllm bench serve`'s definition."""
-    first = request["first_token_seconds"]
-    return None if first is None else float(first - request["sent_seconds"])
-
-
-def tpot_seconds(request: Request) -> float | None:
-    """Mean time per token after the first; none with one token or where the server does not count them.
-
-    As in `vllm bench serve`: 0 if all tokens came at once.
-    """
-    tokens = request["output_tokens"]
-    if not tokens or tokens < 2 or request["first_token_seconds"] is None:
-        return None
-    time: float = request["last_token_seconds"] - request["first_token_seconds"]
-    return time / (int(tokens) - 1)
-
-
-def latency_seconds(request: Request) -> float | None:
-    """From the intended time to the last token."""
-    last = request["last_token_seconds"]
-    return None if last is None else last - request["intended_seconds"]
-
-
-def input_tokens(request: Request) -> int:
-    """As the server counts, else as planned."""
-    return int(request["input_tokens"] or request["planned_input_tokens"])
-
-
-def is_good(request: Request, slo: Slo) -> bool:
-    """Whether a request succeeded within the limits; without a second token there is no TPOT to exceed."""
-    ttft = ttft_seconds(request)
-    if request["status"] != "ok" or ttft is None or ttft > slo.ttft_limit_seconds(input_tokens(request)):
-        return False
-    return (tpot_seconds(request) or 0.0) <= slo.tpot_seconds
-
-
-def counted(requests: Iterable[Request]) -> list[Request]:
-    """Those that count: neither sent while the load grew nor ended by whoever ran the test."""
-    return [request for request in requests if not request["ramp"] and request["status"] != "interrupted"]
-
-
-def good_share(requests: Iterable[Request], slo: Slo) -> float:
-    """Share of the counted requests that are good; 1 if there are none."""
-    chosen = counted(requests)
-    return sum(is_good(request, slo) for request in chosen) / len(chosen) if chosen else 1.0
 
 
 def _known(requests: Iterable[Request], measure: Callable[[Request], float | None]) -> list[float]:

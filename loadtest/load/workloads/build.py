@@ -9,26 +9,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from loadtest.load.scenario import (
+from loadtest.load.settings import ScenarioError
+from loadtest.load.workloads.kinds import (
     DocumentWorkload,
     JsonlWorkload,
     NeedleWorkload,
     RulerWorkload,
-    Scenario,
-    ScenarioError,
     TextWorkload,
     TraceWorkload,
     Workload,
 )
 from loadtest.load.workloads.lengths import draw
-from loadtest.load.workloads.prompt import Prompt, Turn
+from loadtest.load.workloads.prompt import Endpoint, Prompt, Turn
 from loadtest.load.workloads.tokens import estimated_counter
-from loadtest.model.tokenizer import build_tokenizer
-from loadtest.model.tokenizer import count_tokens as count_bundled_tokens
 from loadtest.quality.tasks.haystack import prose
 from loadtest.quality.tasks.ruler import TASKS
 from loadtest.quality.tasks.task import CountTokens, Task, fit, share_found
-from loadtest.quality.text import QUESTION_SEPARATOR, ask, filler, needle_prompt, score
+from loadtest.text.needles import QUESTION_SEPARATOR, ask, filler, needle_prompt, score
+from loadtest.text.tokenizer import build_tokenizer
+from loadtest.text.tokenizer import count_tokens as count_bundled_tokens
 
 # The chat template's own tokens, with room to spare, and what an answer of the bundled model's task takes.
 TEMPLATE_TOKENS = 32
@@ -39,18 +38,20 @@ class PromptMaker:
     """Makes the prompts of one workload; number `n` is the same whenever it is asked for.
 
     Args:
-        scenario: that the workload belongs to.
         workload: what to make.
         count_tokens: as the served model counts.
+        seed: of the scenario; equal seeds make equal prompts.
+        endpoint: that the prompts are sent to.
 
     Raises (when asked for a prompt):
         ScenarioError: a file of the workload cannot be read, or a task does not fit into its length.
     """
 
-    def __init__(self, scenario: Scenario, workload: Workload, count_tokens: CountTokens) -> None:
-        self._scenario = scenario
+    def __init__(self, workload: Workload, count_tokens: CountTokens, seed: int, endpoint: Endpoint) -> None:
         self._workload = workload
         self._count_tokens = count_tokens
+        self._seed = seed
+        self._endpoint = endpoint
         self._made: dict[int, Prompt] = {}
 
     @functools.cached_property
@@ -78,7 +79,7 @@ class PromptMaker:
         return self._made[number]
 
     def _rng(self, number: int) -> random.Random:
-        return random.Random(f"{self._scenario.seed}/{self._workload.name}/{number}")
+        return random.Random(f"{self._seed}/{self._workload.name}/{number}")
 
     def _make(self, number: int) -> Prompt:
         rng = self._rng(number)
@@ -103,7 +104,7 @@ class PromptMaker:
         tokens = draw(workload.input_tokens, rng)
         needle = needle_prompt(rng, tokens - TEMPLATE_TOKENS, _bundled_counter(), workload.needles, workload.asked)
         score_text = functools.partial(score, needle)
-        if self._scenario.endpoint == "completions":
+        if self._endpoint == "completions":
             turn = Turn(needle.completion_prompt, NEEDLE_ANSWER_TOKENS * workload.asked, score=score_text)
         else:
             turn = Turn(needle.content, NEEDLE_ANSWER_TOKENS * workload.asked + 8, score=score_text)
@@ -146,7 +147,7 @@ class PromptMaker:
         history: list[dict[str, Any]] = []
         content = line.get("prompt", "")
         if "messages" in line:
-            if self._scenario.endpoint == "completions":
+            if self._endpoint == "completions":
                 raise ValueError("messages need endpoint: chat")
             *history, last = line["messages"]
             content = last["content"]

@@ -6,13 +6,9 @@ import math
 import random
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-
-class Strict(BaseModel):
-    """Settings of a scenario: unknown ones are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from loadtest.load.settings import Strict
 
 
 class Choice(Strict):

@@ -7,9 +7,12 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 Message = Mapping[str, Any]
+
+Endpoint = Literal["chat", "completions"]
+"""Which of the OpenAI API's endpoints a scenario's requests go to."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from loadtest.quality.text import sentence
+from loadtest.text.needles import sentence
 
 # Says nothing, like RULER's stock line, in words of our own.
 NOISE = "Rain fell on the roof. The road went on. Nobody was there. A bird flew over the field. It was quiet again."

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from loadtest.quality.tasks import haystack
 from loadtest.quality.tasks.task import CountTokens, Task, fit
-from loadtest.quality.words import ADJECTIVES, KEY_NOUNS
+from loadtest.text.words import ADJECTIVES, KEY_NOUNS
 
 ANSWER_TOKENS = 128
 _NEEDLE = "One of the special {kind}s for {key} is: {value}."

@@ -14,7 +14,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.processors import TemplateProcessing
 
-from loadtest.quality import words
+from loadtest.text import words
 
 BEGIN = "<|begin|>"
 END = "<|end|>"

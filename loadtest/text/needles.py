@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from loadtest.quality.words import (
+from loadtest.text.words import (
     ACTION_VERBS,
     ADJECTIVES,
     ADVERBS,

@@ -1,0 +1,103 @@
+"""The kinds of workload that a scenario may name, with their settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from loadtest.load.settings import NotNegative, Strict
+from loadtest.load.workloads.lengths import Lengths
+from loadtest.quality.tasks.ruler import TASKS
+
+
+class _Workload(Strict):
+    """What all kinds have.
+
+    Attributes:
+        name: shown in the report.
+        weight: its share of the sessions, relative to the others' weights; a group of paired requests counts as one.
+        methods: weight of each method; none: all of the scenario's methods alike.
+        paired: every prompt goes to each of `methods` (their weights do not count then).
+        distinct_prompts: prompts that are made; they repeat, under fresh cache salts, when more are sent.
+    """
+
+    name: str
+    weight: PositiveFloat = 1.0
+    methods: Mapping[str, PositiveFloat] | None = None
+    paired: bool
+    distinct_prompts: PositiveInt = 100
+
+
+class NeedleWorkload(_Workload):
+    """The bundled model's own task (`loadtest.text.needles`), counted in its tokens."""
+
+    kind: Literal["needle"]
+    paired: bool = True
+    input_tokens: Lengths
+    needles: PositiveInt = 3
+    asked: Annotated[int, Field(ge=1, le=4)] = 1
+
+
+class RulerWorkload(_Workload):
+    """RULER-style tasks (`loadtest.quality.tasks`) in turn."""
+
+    kind: Literal["ruler"]
+    paired: bool = True
+    input_tokens: Lengths
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)] = tuple(TASKS)
+
+    @model_validator(mode="after")
+    def _known(self) -> RulerWorkload:
+        unknown = sorted(set(self.tasks) - set(TASKS))
+        if unknown:
+            raise ValueError(f"tasks: {unknown} are not known; allowed: {list(TASKS)}")
+        return self
+
+
+class DocumentWorkload(_Workload):
+    """Conversations about long documents: `turns` questions each, every one with a known answer in the document.
+
+    Sessions of one method share the document's blocks in the prefix cache with those of the same method.
+    """
+
+    kind: Literal["documents"]
+    paired: bool = True
+    input_tokens: Lengths
+    turns: Annotated[int, Field(ge=1, le=40)] = 4
+    sessions_per_document: PositiveInt = 2
+    think_seconds: NotNegative = 0.0
+
+
+class TextWorkload(_Workload):
+    """Text without a question: background chats, long generations. Generates exactly `output_tokens`."""
+
+    kind: Literal["text"]
+    paired: bool = False
+    input_tokens: Lengths
+    output_tokens: Lengths
+
+
+class TraceWorkload(_Workload):
+    """Text with the lengths of a trace: JSON lines with `input_tokens` and `output_tokens`."""
+
+    kind: Literal["trace"]
+    paired: bool = False
+    file: Path
+
+
+class JsonlWorkload(_Workload):
+    """Your own prompts: JSON lines with `prompt` or `messages`, and optionally `output_tokens` and `answers`."""
+
+    kind: Literal["jsonl"]
+    paired: bool = True
+    file: Path
+    output_tokens: PositiveInt = 128
+
+
+Workload = Annotated[
+    NeedleWorkload | RulerWorkload | DocumentWorkload | TextWorkload | TraceWorkload | JsonlWorkload,
+    Field(discriminator="kind"),
+]

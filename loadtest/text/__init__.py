@@ -1,0 +1,1 @@
+"""Synthetic text: words, documents with needles in them, and the bundled model's tokenizer."""

@@ -1,0 +1,1 @@
+"""Setting up a checkout: the environment behind `make serve` and `make test`."""
