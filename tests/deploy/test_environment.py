@@ -155,7 +155,18 @@ class TestMake:
         assert "loadtest.load soak " in call(["make", "-n", "loadtest", "SCENARIO=soak"]).stdout
 
     def test_test_passes_arguments_to_pytest(self) -> None:
-        assert call(["make", "-n", "test", "ARGS=-k some"]).stdout.strip().endswith("python -m pytest -k some")
+        assert (
+            call(["make", "-n", "test", "ARGS=-k some"])
+            .stdout.strip()
+            .endswith("pytest $(cat .venv/test-flags) -k some")
+        )
+
+    def test_fast_tests_need_neither_a_server_nor_the_interpreter_nor_a_gpu(self) -> None:
+        command = call(["make", "-n", "test-fast", "ARGS=-k some"]).stdout.strip()
+        assert command.endswith('-m "not served and not interpreted and not gpu" -k some')
+
+    def test_one_gpu_test_runs_by_its_name(self) -> None:
+        assert call(["make", "-n", "test-gpu", "ARGS=-k some"]).stdout.strip().endswith("pytest -m gpu -k some")
 
 
 class TestFindingPython:
