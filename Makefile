@@ -12,7 +12,7 @@ set_up  = @PYTHON='$(PYTHON)' VENV='$(VENV)' DEVICE='$(DEVICE)' tools/setup.sh
 # vLLM and torch start tools of the environment (ninja) by name.
 in_venv = PATH="$(abspath $(VENV))/bin:$$PATH"
 
-.PHONY: help serve loadtest test test-fast test-gpu lint format setup chart image-test clean
+.PHONY: help serve loadtest test test-fast test-gpu lint format setup chart docs image-test clean
 
 help:
 	@echo 'make serve     set up what is missing and serve the bundled model with sparse attention'
@@ -24,6 +24,7 @@ help:
 	@echo 'make format    let ruff fix and format the code'
 	@echo 'make setup     only set up'
 	@echo 'make chart     write the generated files of the Helm chart'
+	@echo 'make docs      write the tables of knobs in docs/configuration.md'
 	@echo 'make image-test ARGS="--store folder"   build the CPU image, run it and restart it under load (needs root)'
 	@echo 'make clean     remove the environment and the caches'
 	@echo
@@ -77,6 +78,10 @@ setup:
 chart:
 	$(set_up) test
 	$(in_venv) exec python deploy/helm/generate.py
+
+docs:
+	$(set_up) test
+	$(in_venv) exec python tools/knob_tables.py
 
 # Needs nothing of the environment, but buildah, podman, runc and mmdebstrap.
 image-test:

@@ -1,0 +1,1 @@
+"""Programs that use the plugin; README.md says how to run them."""

@@ -1,0 +1,109 @@
+"""Write the tables of knobs in docs/configuration.md from the methods' own types.
+
+Usage: python tools/knob_tables.py    (in the environment of `make setup`; `make docs` runs it)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm_sparse.config.names import METHODS, is_request_knob, knob_schema, phases_of
+
+PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+BEGIN, END = "<!-- knob tables: begin, written by tools/knob_tables.py -->", "<!-- knob tables: end -->"
+UNLIMITED_TOKENS = 1 << 24
+TYPES = {"integer": "integer", "number": "number", "boolean": "`true` or `false`", "string": "text"}
+
+
+def tables() -> str:
+    """A section a method, with a table of its knobs."""
+    return "\n\n".join(_section(method) for method in METHODS)
+
+
+def with_tables(page: str) -> str:
+    """A page with its tables replaced by today's.
+
+    Raises:
+        ValueError: the page has not exactly one place for them.
+    """
+    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    new, places = pattern.subn(lambda _: f"{BEGIN}\n\n{tables()}\n\n{END}", page)
+    if places != 1:
+        raise ValueError(f"{PAGE.name} has {places} places for the tables; one {BEGIN!r} and one {END!r} are needed")
+    return new
+
+
+def _section(method: str) -> str:
+    """Heading and table of a method; a knob whose type differs between the phases has a line for each."""
+    phases = phases_of(method)
+    holders: dict[tuple[str, str], list[str]] = {}
+    for phase in phases:
+        for knob, schema in knob_schema(phase, method).items():
+            holders.setdefault((knob, json.dumps(schema, sort_keys=True)), []).append(phase)
+    two_phases = len(phases) > 1
+    titles = ["key", *(["phase"] if two_phases else []), "allowed", "default", "meaning"]
+    lines = [f"### `{method}` ({', '.join(phases)})", "", _line(titles), "|---" * len(titles) + "|"]
+    for (knob, text), having in holders.items():
+        schema = json.loads(text)
+        meaning = schema.get("description", "")
+        if not any(is_request_knob(phase, method, knob) for phase in having):
+            meaning = f"{meaning} (server only: object `sparse.{method}`)"
+        phase_cell = [", ".join(having)] if two_phases else []
+        lines.append(_line([f"`{method}_{knob}`", *phase_cell, _allowed(schema), _default(schema), meaning]))
+    return "\n".join(lines)
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    """What a knob's schema admits, in words."""
+    # A knob that may be left to the method is a union with null.
+    schema = {**schema, **next(iter(schema.get("anyOf", ())), {})}
+    if "enum" in schema:
+        return ", ".join(f"`{_text(value)}`" for value in schema["enum"])
+    if "const" in schema:
+        return f"`{_text(schema['const'])}`"
+    if schema.get("type") == "array":
+        return f"list of {TYPES.get(schema.get('items', {}).get('type', ''), 'value')}s"
+    words = TYPES.get(schema.get("type", ""), "value")
+    bounds = [
+        f"{word} {_text(schema[key])}"
+        for key, word in (("exclusiveMinimum", "above"), ("minimum", "from"), ("maximum", "to"))
+        if key in schema and not (key == "maximum" and schema[key] == UNLIMITED_TOKENS)
+    ]
+    if "multipleOf" in schema:
+        bounds.append(f"a multiple of {_text(schema['multipleOf'])}")
+    return ", ".join([f"{words} {' '.join(bounds[:2])}".strip(), *bounds[2:]])
+
+
+def _default(schema: dict[str, Any]) -> str:
+    value = schema.get("default")
+    if value is None or value == "":
+        return "none"
+    return "no limit" if value == UNLIMITED_TOKENS else f"`{_text(value)}`"
+
+
+def _text(value: object) -> str:
+    """As a client writes it in JSON, names without quotes, whole numbers without a fraction."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def main() -> None:
+    """Command line."""
+    page = PAGE.read_text()
+    new = with_tables(page)
+    if new != page:
+        PAGE.write_text(new)
+        print(f"wrote {PAGE}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
