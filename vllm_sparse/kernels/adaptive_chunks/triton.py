@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.adaptive_chunks.reference import SHORTEST_TOKENS, WINDOW_TOKENS
-from vllm_sparse.kernels.common.triton import load_keys
+from vllm_sparse.kernels.common.triton import load_keys, product_tile
 from vllm_sparse.keys import PlainKeys
 
 SCORE_TILE, MEAN_TILE = 128, 32
@@ -87,7 +87,7 @@ def boundary_scores(keys: PlainKeys) -> torch.Tensor:
         CACHE_BLOCK=keys.block_size_tokens,
         KV_HEADS=keys.num_kv_heads,
         HEAD_SIZE=keys.head_size,
-        DIM_TILE=min(max(triton.next_power_of_2(keys.head_size), 16), 64),
+        DIM_TILE=min(product_tile(keys.head_size), 64),
         WINDOW=WINDOW_TOKENS,
         SHORTEST=SHORTEST_TOKENS,
         TILE=SCORE_TILE,
@@ -156,7 +156,7 @@ def representations(keys: PlainKeys, start: torch.Tensor) -> torch.Tensor:
         cache.stride(2),
         CACHE_BLOCK=keys.block_size_tokens,
         HEAD_SIZE=keys.head_size,
-        HEAD_TILE=max(triton.next_power_of_2(keys.head_size), 16),
+        HEAD_TILE=product_tile(keys.head_size),
         TILE=MEAN_TILE,
         num_warps=4,
     )

@@ -10,7 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.common.triton import ordered_scores, row_threshold, threshold_tile
+from vllm_sparse.kernels.common.triton import (
+    chosen_entries,
+    ordered_scores,
+    product_tile,
+    row_threshold,
+    threshold_tile,
+)
 
 BLOCK_TILE, PAGE_TILE = 64, 64
 # Small, for registers: the split into TF32 parts holds its operands in them.
@@ -57,7 +63,7 @@ def pooled_queries(query: torch.Tensor, query_block: int) -> torch.Tensor:
         query.stride(0),
         query.stride(1),
         HEAD_SIZE=head_size,
-        HEAD_TILE=max(triton.next_power_of_2(head_size), 16),
+        HEAD_TILE=product_tile(head_size),
         BLOCK=query_block,
         num_warps=8,
     )
@@ -165,8 +171,7 @@ def select_pages_kernel(
         competes = (o_page >= first) & (o_page < stop)
         b_key = ordered_scores(p_score, o_page, competes)
         b_equal = ((b_key == least) & competes).to(tl.int32)
-        b_chosen = (b_key > least) | ((b_equal > 0) & (tl.cumsum(b_equal, axis=0) <= equal_left))
-        equal_left -= tl.sum(b_equal)
+        b_chosen, equal_left = chosen_entries(b_key, b_equal, least, equal_left)
         b_forced = ((o_page < sink_pages) | (o_page >= band)) & (o_page <= last)
         tl.store(p_kept + o_page, ((b_chosen & competes) | b_forced).to(tl.uint8), mask=o_page < pages)
 

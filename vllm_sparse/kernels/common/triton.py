@@ -10,6 +10,12 @@ LEAST_KEY = tl.constexpr(-(1 << 31))
 LEAST_ROW_TILE, LARGEST_ROW_TILE = 1024, 32768
 
 
+def product_tile(count: int) -> int:
+    """Rows, columns or channels of a tile that holds `count` of them: a power of two, as matrix products need 16."""
+    tile: int = max(triton.next_power_of_2(count), 16)
+    return tile
+
+
 @triton.jit
 def load_keys(
     cache_pointer,
@@ -79,6 +85,23 @@ def ordered_scores(p_score, o_entry, competes):
     # Adding zero makes a negative zero positive: the two are equal and must tie.
     b_bits = (b_score + 0.0).to(tl.int32, bitcast=True)
     return tl.where(competes, b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF), LEAST_KEY)
+
+
+@triton.jit
+def chosen_entries(b_key, b_equal, threshold, equal_left):
+    """Which of a tile's entries a row keeps: those above its threshold, and the first of those that equal it.
+
+    Args:
+        b_key: keys as of `ordered_scores`.
+        b_equal: int32, 1 for entries that equal the threshold and may be kept, else 0.
+        threshold: the row's, of `row_threshold`.
+        equal_left: how many entries that equal the threshold the row still keeps.
+
+    Returns:
+        Whether each entry is kept, and `equal_left` for the next tile.
+    """
+    b_chosen = (b_key > threshold) | ((b_equal > 0) & (tl.cumsum(b_equal, axis=0) <= equal_left))
+    return b_chosen, equal_left - tl.sum(b_equal)
 
 
 def threshold_tile(width: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.common.triton import ordered_scores, row_threshold, threshold_tile
+from vllm_sparse.kernels.common.triton import chosen_entries, ordered_scores, row_threshold, threshold_tile
 
 TILE = 4096
 
@@ -54,8 +54,7 @@ def coverage_mask_kernel(
         o_entry = start + tl.arange(0, TILE)
         b_key = ordered_scores(p_mass, o_entry, o_entry < n)
         b_equal = (b_key == threshold).to(tl.int32)
-        b_keep = (b_key > threshold) | ((b_equal > 0) & (tl.cumsum(b_equal, axis=0) <= equal_left))
-        equal_left -= tl.sum(b_equal)
+        b_keep, equal_left = chosen_entries(b_key, b_equal, threshold, equal_left)
         tl.store(keep_pointer + i_row * n + o_entry, b_keep.to(tl.uint8), mask=o_entry < n)
 
 

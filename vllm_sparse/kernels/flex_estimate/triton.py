@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.common.triton import load_key_block
+from vllm_sparse.kernels.common.triton import load_key_block, product_tile
 from vllm_sparse.kernels.flex_estimate.reference import BlockMasses, FlexEstimate
 from vllm_sparse.kernels.page_summaries import SummaryKind
 from vllm_sparse.kernels.page_summaries.triton import page_summaries
@@ -110,8 +110,8 @@ def block_masses(sample: torch.Tensor, keys: PlainKeys, scale: float, block_size
         CACHE_BLOCK=keys.block_size_tokens,
         GROUP=heads // keys.num_kv_heads,
         HEAD_SIZE=head_size,
-        HEAD_TILE=max(triton.next_power_of_2(head_size), 16),
-        ROW_TILE=max(triton.next_power_of_2(rows), 16),
+        HEAD_TILE=product_tile(head_size),
+        ROW_TILE=product_tile(rows),
         BLOCK=block_size_tokens,
         SEGMENT=SEGMENT_BLOCKS,
         # Two programs on a multiprocessor: one multiplies while the other sums.

@@ -13,7 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.common.triton import ordered_scores, row_threshold, threshold_tile
+from vllm_sparse.kernels.common.triton import (
+    chosen_entries,
+    ordered_scores,
+    product_tile,
+    row_threshold,
+    threshold_tile,
+)
 from vllm_sparse.kernels.hierarchical_descent.reference import (
     LEAF_TOKENS,
     Stage,
@@ -102,21 +108,60 @@ def chunk_start(p_parent, o_chunk, live, begin, parent_tokens, chunk_tokens, fir
 
 
 @triton.jit
-def midpoints(low, high, is_left):
-    """Where the halves of chunks meet, and the midpoints of both halves; all ``[2, chunks]``."""
-    middle = (low + high + 1) // 2
-    # A half without keys stands for the one key that is left.
-    right = tl.minimum((middle + high) // 2, high - 1)
-    return middle, tl.where(is_left, (low + middle) // 2, right)
+def descent_bounds(start, end, exists, chunk_tokens, TILE: tl.constexpr):
+    """Bounds ``low`` and ``high`` of descents into whole chunks, and their best scores so far: ``[2, TILE]`` each.
+
+    Row 0 is for the left half of a chunk and row 1 for the right one, so that the keys of both are fetched together.
+    Chunks that do not exist descend into the first key of the cache, and their scores are not stored.
+    """
+    low = tl.broadcast_to(tl.where(exists, start, 0)[None, :], [2, TILE])
+    high = tl.broadcast_to(tl.where(exists, tl.minimum(start + chunk_tokens, end), 1)[None, :], [2, TILE])
+    return low, high, tl.full([2, TILE], float("-inf"), tl.float32)
 
 
 @triton.jit
-def better_half(b_half, low, middle, high, is_left):
-    """Bounds of the half whose midpoint scores more, the left one if they are equal; all ``[2, chunks]``."""
+def midpoint_keys(
+    p_head,
+    p_table,
+    low,
+    high,
+    is_left,
+    cache_block_stride,
+    cache_token_stride,
+    CACHE_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Where the halves of chunks meet, ``[2, TILE]``, and pointers to the midpoint keys of both halves, ``[2 * TILE]``.
+
+    `p_head` points to a KV head in the cache, `p_table` to the request's blocks; `is_left` is true in row 0.
+    """
+    middle = (low + high + 1) // 2
+    # A half without keys stands for the one key that is left.
+    right = tl.minimum((middle + high) // 2, high - 1)
+    position = tl.reshape(tl.where(is_left, (low + middle) // 2, right), [2 * TILE])
+    physical = tl.load(p_table + position // CACHE_BLOCK).to(tl.int64)
+    return middle, p_head + physical * cache_block_stride + position % CACHE_BLOCK * cache_token_stride
+
+
+@triton.jit
+def enter_better_half(b_score, b_best, low, middle, high, is_left, TILE: tl.constexpr):
+    """Go into the half whose midpoint key scores more, into the left one if they are equal.
+
+    Args:
+        b_score: float32 ``[2 * TILE]`` scores of the keys that `midpoint_keys` points to.
+        b_best: float32 ``[2, TILE]`` largest score so far.
+        low, middle, high: int32 ``[2, TILE]`` bounds of the two halves.
+        is_left: bool ``[2, 1]``, true in row 0.
+
+    Returns:
+        `low`, `high` and `b_best` of the next step.
+    """
+    b_half = tl.reshape(b_score, [2, TILE])
+    b_best = tl.maximum(b_best, b_half)
     b_left = tl.max(tl.where(is_left, b_half, float("-inf")), axis=0)
     b_right = tl.max(tl.where(is_left, float("-inf"), b_half), axis=0)
     goes_left = (b_left >= b_right)[None, :]
-    return tl.where(goes_left, low, middle), tl.where(goes_left, middle, high)
+    return tl.where(goes_left, low, middle), tl.where(goes_left, middle, high), b_best
 
 
 @triton.jit
@@ -150,8 +195,7 @@ def store_best_chunks(
         o_chunk = first + tl.arange(0, TILE)
         b_key = ordered_scores(p_score, o_chunk, o_chunk < competing)
         b_equal = ((b_key == least) & (o_chunk < live)).to(tl.int32)
-        b_chosen = (b_key > least) | ((b_equal > 0) & (tl.cumsum(b_equal, axis=0) <= equal_left))
-        equal_left -= tl.sum(b_equal)
+        b_chosen, equal_left = chosen_entries(b_key, b_equal, least, equal_left)
         start = chunk_start(p_parent, o_chunk, live, begin, parent_tokens, chunk_tokens, first_stage)
         if LAST:
             for offset in range(0, chunk_tokens, LEAF):
@@ -270,15 +314,19 @@ def chunk_scores_kernel(
         o_chunk = first + tl.arange(0, TILE)
         exists = o_chunk < live
         start = chunk_start(p_parent, o_chunk, live, begin, parent_tokens, chunk_tokens, FIRST)
-        # Both halves of a chunk in one tile, [2, TILE]: their keys are fetched together.
-        low = tl.broadcast_to(tl.where(exists, start, 0)[None, :], [2, TILE])
-        high = tl.broadcast_to(tl.where(exists, tl.minimum(start + chunk_tokens, end), 1)[None, :], [2, TILE])
-        b_best = tl.full([2, TILE], float("-inf"), tl.float32)
+        low, high, b_best = descent_bounds(start, end, exists, chunk_tokens, TILE)
         for _ in range(steps):
-            middle, midpoint = midpoints(low, high, is_left)
-            position = tl.reshape(midpoint, [2 * TILE])
-            physical = tl.load(block_table_pointer + position // CACHE_BLOCK).to(tl.int64)
-            p_key = cache_pointer + physical * cache_block_stride + position % CACHE_BLOCK * cache_token_stride
+            middle, p_key = midpoint_keys(
+                cache_pointer,
+                block_table_pointer,
+                low,
+                high,
+                is_left,
+                cache_block_stride,
+                cache_token_stride,
+                CACHE_BLOCK,
+                TILE,
+            )
             b_score = tl.full([2 * TILE], float("-inf"), tl.float32)
             for i_member in range(PARTS):
                 i_part = i_head * PARTS + i_member
@@ -303,9 +351,7 @@ def chunk_scores_kernel(
                     # float32 inputs are not to be rounded to TF32.
                     b_product = tl.dot(b_key, b_query, input_precision="ieee")
                     b_score = tl.maximum(b_score, tl.max(b_product, axis=1))
-            b_half = tl.reshape(b_score, [2, TILE])
-            b_best = tl.maximum(b_best, b_half)
-            low, high = better_half(b_half, low, middle, high, is_left)
+            low, high, b_best = enter_better_half(b_score, b_best, low, middle, high, is_left, TILE)
         tl.store(score_pointer + i_row * score_width + o_chunk, tl.max(b_best, axis=0), mask=exists)
 
 
@@ -419,13 +465,13 @@ def hierarchical_descent(
     # Heads that share a list but read different KV heads are searched in parts.
     parts = max(keys.num_kv_heads // heads, 1)
     members = query_heads // (heads * parts)
-    head_tile = max(triton.next_power_of_2(head_size), 16)
+    head_tile = product_tile(head_size)
     ranges = chunk, context, begin, window_tokens, context - dense_tail_tokens
     parent_tokens = 0
     for index, (stage, width) in enumerate(zip(pruning, widths, strict=True)):
         stage_query = queries[stage.query_stride]
         block_rows = query_block // stage.query_stride
-        row_tile = max(triton.next_power_of_2(block_rows * members), 16)
+        row_tile = product_tile(block_rows * members)
         if parts > 1 or row_tile * head_tile > RESIDENT_NUMBERS:
             row_tile = min(row_tile, PASSING_NUMBERS // head_tile)
         parent = kept[max(index - 1, 0)]

@@ -13,12 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.common.triton import product_tile
 from vllm_sparse.kernels.hierarchical_descent.reference import LEAF_TOKENS
 from vllm_sparse.kernels.hierarchical_descent.triton import (
-    better_half,
     chunk_start,
+    descent_bounds,
+    enter_better_half,
     live_chunks,
-    midpoints,
+    midpoint_keys,
     store_best_chunks,
 )
 from vllm_sparse.kernels.hip_decode.memory import STAGE_KNOBS, StageMemory, StageScratch
@@ -132,21 +134,15 @@ def stage_kernel(
             o_chunk = first + tl.arange(0, TILE)
             exists = o_chunk < live
             start = chunk_start(p_parent, o_chunk, live, begin, parent_tokens, chunk_tokens, first_stage)
-            # Both halves of a chunk in one tile, [2, TILE]: their keys are fetched together.
-            low = tl.broadcast_to(tl.where(exists, start, 0)[None, :], [2, TILE])
-            high = tl.broadcast_to(tl.where(exists, tl.minimum(start + chunk_tokens, end), 1)[None, :], [2, TILE])
-            b_best = tl.full([2, TILE], float("-inf"), tl.float32)
+            low, high, b_best = descent_bounds(start, end, exists, chunk_tokens, TILE)
             for _ in range(steps):
-                middle, midpoint = midpoints(low, high, is_left)
-                position = tl.reshape(midpoint, [2 * TILE])
-                physical = tl.load(p_table + position // CACHE_BLOCK).to(tl.int64)
-                p_key = p_head + physical * cache_block_stride + position % CACHE_BLOCK * cache_token_stride
+                middle, p_key = midpoint_keys(
+                    p_head, p_table, low, high, is_left, cache_block_stride, cache_token_stride, CACHE_BLOCK, TILE
+                )
                 b_key = tl.load(p_key[:, None] + o_dim[None, :], mask=in_head[None, :], other=0.0)
                 # float32 inputs are not to be rounded to TF32.
                 b_score = tl.max(tl.dot(b_key, b_query, input_precision="ieee"), axis=1)
-                b_half = tl.reshape(b_score, [2, TILE])
-                b_best = tl.maximum(b_best, b_half)
-                low, high = better_half(b_half, low, middle, high, is_left)
+                low, high, b_best = enter_better_half(b_score, b_best, low, middle, high, is_left, TILE)
             tl.store(p_score + o_chunk, tl.max(b_best, axis=0), mask=exists)
 
         # All threads' scores are written before one of them says so, and read after it has heard of all programs.
@@ -289,8 +285,8 @@ def token_lists(
             MEMBERS=members,
             CACHE_BLOCK=block_size,
             HEAD_SIZE=head_size,
-            HEAD_TILE=max(triton.next_power_of_2(head_size), 16),
-            QUERY_TILE=max(triton.next_power_of_2(members), 16),
+            HEAD_TILE=product_tile(head_size),
+            QUERY_TILE=product_tile(members),
             TILE=CHUNK_TILE,
             ROW_TILE=min(triton.next_power_of_2(score_width), LARGEST_ROW_TILE),
             SELECT_TILE=SELECT_TILE,

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.common.triton import product_tile
 from vllm_sparse.kernels.page_summaries import SummaryKind
 from vllm_sparse.step.rows import DecodeRows, RowScores, padded_rows
 
@@ -168,7 +169,7 @@ def page_scores(
     kv_heads, pages_per_block = summaries.shape[1:3]
     group = query_heads // kv_heads
     group_tile = triton.next_power_of_2(group)
-    head_tile = max(triton.next_power_of_2(head_size), 16)
+    head_tile = product_tile(head_size)
     tile = page_tile(kind, head_tile)
     # A row's last page may be short, so each row has room for one more than its tokens fill.
     capacity = capacity_tokens // kind.page_tokens + count

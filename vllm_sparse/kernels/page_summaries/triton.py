@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.common.triton import load_key_block
+from vllm_sparse.kernels.common.triton import load_key_block, product_tile
 from vllm_sparse.kernels.page_summaries.reference import SummaryKind
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.step.rows import DecodeRows
@@ -164,7 +164,7 @@ def warps(page_tokens: int, head_tile: int) -> int:
 def _constants(kv_cache: torch.Tensor, kind: SummaryKind) -> dict[str, Any]:
     """What both kernels are compiled for, and their warps."""
     head_size = kv_cache.shape[3] // 2
-    head_tile = max(triton.next_power_of_2(head_size), 16)
+    head_tile = product_tile(head_size)
     return {
         "CACHE_BLOCK": kv_cache.shape[2],
         "HEAD_SIZE": head_size,

@@ -11,15 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.common.triton import load_key_block
+from vllm_sparse.kernels.common.triton import load_key_block, product_tile
 from vllm_sparse.step.rows import DecodeRows, RowScores, padded_rows
 
 KEY_TILE = 64
 SCORE_TILE = 2048
 # Four programs for each multiprocessor of an H200 keep enough loads in flight.
 PROGRAMS = 4 * 132
-# Matrix products have at least 16 rows.
-LEAST_GROUP_TILE = 16
 
 
 # Steps outside of graphs have room for just their rows, which begin anywhere in vLLM's tables; specialising on that
@@ -173,9 +171,9 @@ def token_scores_of_rows(rows: DecodeRows, starts: torch.Tensor, capacity_tokens
         kv_heads,
         SPLITS=splits,
         GROUP=group,
-        GROUP_TILE=max(triton.next_power_of_2(group), LEAST_GROUP_TILE),
+        GROUP_TILE=product_tile(group),
         HEAD_SIZE=head_size,
-        HEAD_TILE=max(triton.next_power_of_2(head_size), 16),
+        HEAD_TILE=product_tile(head_size),
         CACHE_BLOCK=block_size,
         TILE=KEY_TILE,
         num_warps=4,
