@@ -13,8 +13,8 @@ __all__ = ["BlockGrid", "line_map"]
 def line_map(columns: torch.Tensor, bands: torch.Tensor, pooled: torch.Tensor | None, grid: BlockGrid) -> torch.Tensor:
     """Key blocks that a query block reads because of a column, a band or the pooled map.
 
-    The pattern is FlexPrefill's vertical-slash one (arXiv 2502.20766, section 3.3). The first key block and those of
-    the query block's own tokens are always set, later ones never. Runs in Triton on CUDA, else in PyTorch.
+    FlexPrefill, arXiv 2502.20766. The first key block and those of the query block's own tokens are always set, later
+    ones never. Runs in Triton on CUDA, else in PyTorch.
 
     Args:
         columns: bool ``[heads, key_blocks]`` selected key blocks.

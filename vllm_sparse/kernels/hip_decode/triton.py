@@ -225,9 +225,9 @@ def lists_kernel(
         live = o_token < kept_tokens
         p_table = block_table_pointer + i_row.to(tl.int64) * table_row_stride
         physical = tl.load(p_table + position // CACHE_BLOCK, mask=live, other=0)
-        place = (physical * kv_heads + i_head) * CACHE_BLOCK + position % CACHE_BLOCK
+        token_slot = (physical * kv_heads + i_head) * CACHE_BLOCK + position % CACHE_BLOCK
         i_list = i_row * kv_heads + i_head
-        tl.store(token_pointer + i_list.to(tl.int64) * width + o_token, place, mask=live)
+        tl.store(token_pointer + i_list.to(tl.int64) * width + o_token, token_slot, mask=live)
         if i_tile == 0:
             tl.store(kept_tokens_pointer + i_list, kept_tokens)
             if i_head == 0:
