@@ -1,10 +1,10 @@
 // The best units of decode rows as token lists: a radix select over a list's scores by the blocks of one cluster.
 //
-// The specification is `top_tokens` in vllm_sparse/kernels/top_tokens/reference.py. Each warp of a cluster owns adjacent
-// units. The least score kept is found in four digits of eight bits, the highest first. Each digit comes from a
-// histogram over the units that agree with the digits before. Then each warp counts what it keeps, and writes it after
-// what the warps before it keep. Scores are read from the L2 cache each time. One block of the cluster processes a short list
-// alone, because the blocks would wait for one another longer than they work.
+// The specification is `top_tokens` in vllm_sparse/kernels/top_tokens/reference.py. Each warp of a cluster owns
+// adjacent units. The least score kept is found in four digits of eight bits, the highest first. Each digit comes
+// from a histogram over the units that agree with the digits before. Then each warp counts what it keeps, and writes
+// it after what the warps before it keep. Scores are read from the L2 cache each time. One block of the cluster
+// processes a short list alone, because the blocks would wait for one another longer than they work.
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
