@@ -16,7 +16,7 @@ def coverage_mask(mass: torch.Tensor, gamma: torch.Tensor, min_count: int, max_c
 
     Args:
         mass: float32 ``[rows, n]``, none negative.
-        gamma: float32 ``[rows]``; 0 or less keeps `min_count` entries, 1 or more keeps `max_count`.
+        gamma: float32 ``[rows]``; 0 or less keeps `min_count` entries, 1 or more keeps as many as `max_count` allows.
         min_count: fewest entries to keep in a row; at least 0.
         max_count: most entries to keep in a row; at least `min_count`.
 

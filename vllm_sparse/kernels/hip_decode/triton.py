@@ -29,7 +29,7 @@ from vllm_sparse.step.rows import DecodeRows, TokenLists
 KEY_BLOCK_TILE, SELECT_TILE, LIST_TILE = 32, 1024, 1024
 # Scores that the last program to finish holds in registers, beside what its own descents need.
 LARGEST_ROW_TILE = 4096
-# Programs of a launch. Few rows are shared among many programs each; many rows get few, of which none is without work.
+# Programs of a launch. With few rows, many programs share each; with many rows, few do, so that few are without work.
 PROGRAMS = 4096
 
 
