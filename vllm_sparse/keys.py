@@ -1,6 +1,6 @@
-"""How selectors read keys: one adapter for each way a platform packs them into the paged KV cache.
+"""How methods read keys: one class for each way in which a platform packs keys into the paged KV cache.
 
-Selection methods see keys in logical order, ``[kv_heads, tokens, head_size]``, and never a physical block number.
+Methods see keys in logical order, ``[kv_heads, tokens, head_size]``, and never a physical block number.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ class PagedKeys(ABC):
 
     Args:
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]``, head-major (LBHNC).
-        block_table: int32 ``[>= ceil(context / block_size)]`` physical blocks of the request.
-        context_tokens: tokens in the cache, the new ones included.
+        block_table: int32 ``[>= ceil(context_tokens / block_size)]`` physical blocks of the request.
+        context_tokens: tokens in the cache, those of this step included.
 
     Attributes:
-        summaries: those of the layer, stored by physical block beside the cache
-            (`vllm_sparse.kernels.page_summaries`): ``[blocks, kv_heads, block_size / page, width]`` in its dtype;
-            None where none are kept.
+        summaries: page summaries of the layer (`vllm_sparse.kernels.page_summaries`), stored by physical block:
+            ``[blocks, kv_heads, block_size / page_tokens, width]`` in the cache's dtype; None if none are stored.
     """
 
     summaries: torch.Tensor | None = None
@@ -37,10 +36,10 @@ class PagedKeys(ABC):
         self.head_size = kv_cache.shape[3] // 2
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Keys of positions ``start`` to ``stop - 1``: ``[kv_heads, stop - start, head_size]``, the cache's dtype.
+        """Keys at positions ``start`` to ``stop - 1``: ``[kv_heads, stop - start, head_size]``, in the cache's dtype.
 
         Raises:
-            ValueError: the range is empty or leaves the context.
+            ValueError: the range is empty or reaches outside of the context.
         """
         if not 0 <= start < stop <= self.context_tokens:
             raise ValueError(f"keys {start} to {stop} asked for, the context holds 0 to {self.context_tokens}")
@@ -52,13 +51,13 @@ class PagedKeys(ABC):
         return keys[:, start - offset : stop - offset]
 
     def gather(self, position: torch.Tensor) -> torch.Tensor:
-        """Single keys, without a copy of those between them and without a device-to-host sync.
+        """Keys at single positions, without a copy of the keys between them and without a device-to-host sync.
 
         Args:
-            position: int64 ``[kv_heads, n]`` positions in each head, which must lie in the context.
+            position: int64 ``[kv_heads, n]`` positions for each KV head, which must lie in the context.
 
         Returns:
-            ``[kv_heads, n, head_size]``, the cache's dtype.
+            ``[kv_heads, n, head_size]`` in the cache's dtype.
         """
         block = self.block_table[position // self.block_size_tokens].long()
         head = torch.arange(self.num_kv_heads, device=position.device).unsqueeze(1)
@@ -70,11 +69,11 @@ class PagedKeys(ABC):
 
     @abstractmethod
     def _pick(self, block: torch.Tensor, head: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        """Single keys by physical block, head and place in the block, int64 of one shape: ``[..., head_size]``."""
+        """Keys by physical block, KV head and offset in the block, int64 of one shape: ``[..., head_size]``."""
 
 
 class PlainKeys(PagedKeys):
-    """Keys as FlashAttention stores them: a token's key and value side by side."""
+    """Keys as FlashAttention stores them: each token's value follows its key."""
 
     def _unpack(self, blocks: torch.Tensor) -> torch.Tensor:
         keys = self.kv_cache[..., : self.head_size][blocks]
@@ -85,7 +84,7 @@ class PlainKeys(PagedKeys):
 
 
 def plain_keys(key: torch.Tensor) -> PlainKeys:
-    """Keys in a cache of their own, in blocks of `PLAIN_BLOCK_TOKENS` in order: where there is no server.
+    """Copy keys into a paged cache with blocks of `PLAIN_BLOCK_TOKENS` in order, for tools that run without a server.
 
     Args:
         key: ``[kv_heads, tokens, head_size]``.

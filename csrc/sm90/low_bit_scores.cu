@@ -1,10 +1,10 @@
 // SALE's scores on Hopper: which pages hold a key that scores enough in some row of a query block.
 //
 // The specification is vllm_sparse/kernels/low_bit_scores/reference.py (SALE, arXiv 2505.24179, sections 3.1 and 3.2).
-// A thread block has four warpgroups of 64 rows each, which share a stream of keys that a warp of its own fetches. A
-// warpgroup compares half a tile of keys while it multiplies the next half. Of an integer product's 8 columns, a thread
-// holds the two of one scale group: the largest integer of a page's group never leaves its registers, and rows meet only
-// as bits.
+// A thread block has four warpgroups of 64 rows each, which share a stream of keys that one more warp fetches. A
+// warpgroup compares half a tile of keys while it multiplies the next half. Of the 8 columns of an integer product, a
+// thread holds the two of one scale group. So the largest integer of a page's group never leaves the registers of the
+// thread, and only bits, one per page, are exchanged between rows.
 //
 // On an H200, 131072 keys, 32 heads, 8192 rows: SALE's whole selection takes 6.8 ms with it, where the scores of the
 // Triton twin alone take 13.6 ms (command: python -m loadtest.benchmarks.kernels.prefill; tables: loadtest/RESULTS.md).
@@ -23,16 +23,16 @@ namespace {
 using namespace vllm_sparse;
 
 constexpr int kWarpgroups = 4;
-constexpr int kRows = 64;  // Of a warpgroup.
+constexpr int kRows = 64;  // Rows of a warpgroup.
 constexpr int kScoringThreads = kWarpgroups * 128;
-constexpr int kThreads = kScoringThreads + 128;  // One warpgroup more, of which one thread fetches.
+constexpr int kThreads = kScoringThreads + 128;  // One more warpgroup, of which one thread fetches.
 constexpr int kTilePages = 4;
 constexpr int kTileBytes = kTilePages * kPageBytes;
 constexpr int kTilesPerBatch = kBatchPages / kTilePages;
 constexpr int kStages = 6;
 constexpr int kBatchStages = 2;
 constexpr int kHalfPages = kTilePages / 2;
-constexpr uint32_t kFirstPages = 0x11111111;  // Of a batch's tiles.
+constexpr uint32_t kFirstPages = 0x11111111;  // The first page of each tile of a batch.
 static_assert(kTilePages == 4 && kBatchPages == 32);
 constexpr int kSegmentPages = 1024;
 
@@ -114,7 +114,7 @@ __device__ __forceinline__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Numbers that products in flight wrote may be read from here on.
+// Wait until the results of products in flight may be read.
 template <typename Number, int kCount>
 __device__ __forceinline__ void settle(Number (&sum)[kCount]) {
 #pragma unroll
@@ -176,7 +176,7 @@ __device__ __forceinline__ void multiply_means<__half>(float (&sum)[16], uint64_
   VLLM_SPARSE_MULTIPLY_MEANS("f16");
 }
 
-// Bits that any thread of a warpgroup has. A slot may be used again after another slot's use.
+// Bits that are set in any thread of a warpgroup. A slot may be used again after another slot has been used.
 __device__ __forceinline__ uint32_t any_thread(Shared& shared, int warpgroup, int slot, uint32_t bits) {
   bits = __reduce_or_sync(0xFFFFFFFFu, bits);
   const int warp = threadIdx.x / 32 % 4;
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_bit_scores(const __grid_const
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
 
-  // Pages from `end` on are near ones for all rows here. The last rows have the last local window.
+  // Pages from `end` on are in the local window of all rows here: the last rows have the last local window.
   const int last_row = min(first_row + kWarpgroups * kRows, a.chunk) - 1;
   const int end = min(min(segment + kSegmentPages, a.key_pages), local_start(a, last_row));
   const int batches = max(end - segment + kBatchPages - 1, 0) / kBatchPages;
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_bit_scores(const __grid_const
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 
-  // Queries for the products with the means, swizzled; rows past the chunk are zeros that reach nothing.
+  // Queries for the products with the means, swizzled; rows past the prompt chunk are zeros, for which no page is kept.
   const Number* query = static_cast<const Number*>(a.query) + head * a.query_head_stride;
   for (int piece = threadIdx.x; piece < kWarpgroups * kRows * 16; piece += kThreads) {
     const int row = piece / 16, part = piece % 16;
@@ -345,12 +345,12 @@ __global__ void __launch_bounds__(kThreads, 1) low_bit_scores(const __grid_const
       float needed[2];
 #pragma unroll
       for (int of_pair = 0; of_pair < 2; ++of_pair) {
-        // The mean's score, less what a row's keys must reach.
+        // The mean's score less the row's threshold.
         const float above =
             mean_score[column / 2 * 4 + of_pair * 2 + column % 2] * a.scale - least[of_pair];
         passing_mean |= static_cast<uint32_t>(above > 0.0f) << page;
         open |= static_cast<uint32_t>(above + norm[of_pair] * radius > 0.0f) << page;
-        // What rounding to levels may hide is granted; the rest must come from the best integer.
+        // Add the most that rounding may have lowered the score; the rest must come from the best integer.
         needed[of_pair] =
             -(above + norm[of_pair] * page_error + error[of_pair] * (radius + page_error)) * worth[of_pair];
       }
@@ -446,7 +446,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_bit_scores(const __grid_const
     if (warp % 4 == 0 && !idle && first_page + lane < a.key_pages) kept[first_page + lane] = keep >> lane & 1u;
   }
 
-  // What no row here has to score.
+  // Pages that no row here has to score.
   if (!idle) {
     const int stop = min(segment + kSegmentPages, a.key_pages);
     for (int page = segment + batches * kBatchPages + threadIdx.x % 128; page < stop; page += 128) kept[page] = 1;

@@ -1,4 +1,4 @@
-// Keys of whole pages as 8-bit integers, less their page's mean: one warp a page, which holds it in registers.
+// Quantises the keys of whole pages, less the page's mean, to 8-bit integers: one warp per page, in its registers.
 //
 // The specification is `quantise_keys` in vllm_sparse/kernels/low_bit_scores/reference.py.
 
@@ -15,7 +15,7 @@ namespace {
 using namespace vllm_sparse;
 
 constexpr int kWarps = 4;
-constexpr int kHalfPage = 16;  // Lies in one block of the cache, whose length is a multiple of it.
+constexpr int kHalfPage = 16;  // Always in one block of the cache, whose length is a multiple of it.
 
 struct Arguments {
   const void* cache;          // [blocks, kv_heads, block_size, 2 * 128]
@@ -59,7 +59,7 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// Floats that are not negative order like their bits.
+// Floats that are not negative have the order of their bits.
 __device__ __forceinline__ float warp_max(float value) {
   return __uint_as_float(__reduce_max_sync(0xFFFFFFFFu, __float_as_uint(value)));
 }
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kWarps * 32, 3) quantise_keys(const __grid_con
   uint8_t* means = static_cast<uint8_t*>(a.means) + batch * kMeanBytes + lane / 16 * (kMeanBytes / 2);
   *reinterpret_cast<uint2*>(means + swizzled(page % kBatchPages, lane % 16 * 8)) = rounded;
 
-  // Read anew in each pass: as float32 the keys do not fit the registers.
+  // Converted again in each pass, because as float32 the keys do not fit the registers.
   auto rest = [&](int token) {
     asm volatile("" : "+r"(raw[token].x), "+r"(raw[token].y));
     const float2 low = Pair<Number>::read(raw[token].x), high = Pair<Number>::read(raw[token].y);
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kWarps * 32, 3) quantise_keys(const __grid_con
   const float mean_norm = sqrtf(warp_sum(mean_low.x * mean_low.x + mean_low.y * mean_low.y +
                                          mean_high.x * mean_high.x + mean_high.y * mean_high.y));
   const float rounding = (mean_norm + radius) * a.rounding;
-  // With fewer bits scores are the paper's, which promise nothing.
+  // With fewer bits the scores are the paper's, which have no margin for rounding.
   const float error = rounding + (a.top_level == 127 ? sqrtf(largest_sum(parts, lane)) : 0.0f);
   const float numbers[kPageNumbers] = {scale[0], scale[1], scale[2], scale[3], radius + rounding, error, 0, 0};
   if (lane < 2) {

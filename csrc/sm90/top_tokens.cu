@@ -1,10 +1,10 @@
 // The best units of decode rows as token lists: a radix select over a list's scores by the blocks of one cluster.
 //
-// The specification is `top_tokens` in vllm_sparse/kernels/top_tokens/reference.py. Each warp of a cluster owns adjacent
-// units. The least score kept is found in four digits of eight bits, the highest first, each from a histogram over the
-// units that agree with the digits before. Then warps count what they keep, and write where those before them end.
-// Scores are read from the L2 cache each time. Short lists are the work of one block of the cluster: its blocks would
-// wait for one another longer than they work.
+// The specification is `top_tokens` in vllm_sparse/kernels/top_tokens/reference.py. Each warp of a cluster owns
+// adjacent units. The least score kept is found in four digits of eight bits, the highest first. Each digit comes
+// from a histogram over the units that agree with the digits before. Then each warp counts what it keeps, and writes
+// it after what the warps before it keep. Scores are read from the L2 cache each time. One block of the cluster
+// processes a short list alone, because the blocks would wait for one another longer than they work.
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
@@ -21,7 +21,7 @@ constexpr int kBins = 1 << kDigitBits;
 constexpr int kDigits = 32 / kDigitBits;
 constexpr int kMostBlocks = 8;  // Clusters of more are not promised to be launched.
 constexpr int kBlocksAtOnce = 2 * 132;  // Two on each multiprocessor.
-// Of a list that one block chooses from, where there are few lists and where other lists' blocks fill the device.
+// Most units of a list that one block selects from: if there are few lists, and if other lists' blocks fill the device.
 constexpr int kUnitsOfOneBlock = 2048, kUnitsAmongLists = 8192;
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
@@ -37,7 +37,7 @@ struct Arguments {
   int kv_heads, unit, block_size;
 };
 
-// As an unsigned integer of the same order. Adding zero makes a negative zero positive: the two are equal and must tie.
+// A score as an unsigned integer of the same order. Adding zero turns -0 into +0: the two are equal and must tie.
 __device__ __forceinline__ unsigned ordered(float score) {
   const unsigned bits = __float_as_uint(score + 0.0f);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -54,11 +54,11 @@ __device__ __forceinline__ int warp_inclusive_sum(int value, int lane) {
 __global__ void __launch_bounds__(kWarps * 32) top_tokens(const __grid_constant__ Arguments a) {
   // A copy of the histogram for each lane, so that lanes of a warp never add to one number or in one bank.
   __shared__ int lane_counts[kBins][32];
-  // Two, so that a block may write the next while others read the last.
+  // Two, so that a block may write the next one while others still read the last one.
   __shared__ int block_counts[2][kBins];
   __shared__ int warp_sums[kBins / 32];
   __shared__ int chosen_bin, chosen_above;
-  __shared__ int2 warp_kept[kWarps];  // Above the threshold or forced, and equal to it.
+  __shared__ int2 warp_kept[kWarps];  // Number of units above the threshold or forced, and of units equal to it.
   __shared__ int2 block_kept;
 
   const int list = blockIdx.y, row = list / a.kv_heads, head = list % a.kv_heads;
@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(kWarps * 32) top_tokens(const __grid_constant_
   const int first = min((rank * kWarps + warp) * warp_units, units), last = min(first + warp_units, units);
   const int first_competing = max(first, sink_units), last_competing = min(last, first_recent);
 
-  // The threshold's digits so far, and how many of the units that agree with them are kept. Where none is wanted, all
-  // digits come out as their largest, and no score lies above them.
+  // The threshold's digits so far, and how many of the units that agree with them are kept. Where no unit is wanted,
+  // each digit is the largest possible, and no score is above the threshold.
   unsigned threshold = 0;
   int remaining = kept_units - forced;
   for (int digit = 0; digit < kDigits; ++digit) {
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kWarps * 32) top_tokens(const __grid_constant_
       counts[thread] = count;
     }
     wait_for_all();
-    // From the largest bin down, how many units reach each.
+    // How many units reach each bin, from the largest bin down.
     int count = 0, reaching = 0;
     const int bin = kBins - 1 - thread;
     if (thread < kBins) {
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kWarps * 32) top_tokens(const __grid_constant_
     above_before += kept.x;
     equal_before += kept.y;
   }
-  // No block may end while others read what it keeps.
+  // No block may end while others read its shared memory.
   wait_for_all();
 
   int written = above_before + min(equal_before, remaining);

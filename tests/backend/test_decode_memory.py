@@ -140,7 +140,7 @@ class Server:
         assert isinstance(memory, HipMemory)
         self.memory = memory
         for layer in memory.layers:
-            layer.chunks.fill_(-7)
+            layer.key_blocks.fill_(-7)
         self.table = RequestTable()
         self.table.attach(slots_in_metadata=True)
         self.graphs = DecodeGraphs(self.buffers, [TIDAL, HIP], LAYERS, speculative=False)
@@ -393,19 +393,19 @@ def test_lists_that_need_buffers_of_their_own_share_the_memory(generator: torch.
 def test_captures_and_idle_rows_leave_no_trace(generator: torch.Generator) -> None:
     """A graph that is captured late, rows that pad a batch with settings of former steps."""
     server = Server(generator, 2)
-    assert all(bool((layer.chunks == -7).all()) for layer in server.memory.layers)
+    assert all(bool((layer.key_blocks == -7).all()) for layer in server.memory.layers)
     running = {0: hip(401, 1), 1: hip(333, 0, FLAT)}
     for request in running.values():
         server.enter(request)
     server.step(running, True)
     server.step({0: running[0]}, True)
-    kept = [(layer.chunks.clone(), layer.context_tokens.clone()) for layer in server.memory.layers]
+    kept = [(layer.key_blocks.clone(), layer.context_tokens.clone()) for layer in server.memory.layers]
     server.replay = server.capture()
     server.contexts.zero_()
     server.buffers.say([RowSetting(HIP, 0, ("choose",) * LAYERS, slot, True) for slot in range(ROWS)])
     server.replay()
-    for layer, (chunks, contexts) in zip(server.memory.layers, kept, strict=True):
-        assert torch.equal(layer.chunks, chunks)
+    for layer, (key_blocks, contexts) in zip(server.memory.layers, kept, strict=True):
+        assert torch.equal(layer.key_blocks, key_blocks)
         assert torch.equal(layer.context_tokens, contexts)
     assert not bool(server.memory.scratch.arrived.any())
     server.step(running, True)

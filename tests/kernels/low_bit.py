@@ -15,7 +15,7 @@ SLACK = 0.02
 
 
 def request(
-    chunk: int, context: int, heads: int, kv_heads: int, head_size: int, block_size: int, dtype: torch.dtype
+    query_tokens: int, context: int, heads: int, kv_heads: int, head_size: int, block_size: int, dtype: torch.dtype
 ) -> tuple[int, torch.Tensor, PlainKeys]:
     """A seed, queries in a wider row as a fused projection leaves them, and keys of many sizes on scattered blocks."""
     seed = random.randrange(1 << 30)
@@ -28,5 +28,5 @@ def request(
     stale = blocks * block_size - context
     if stale:
         cache[int(block_table[-1]), :, block_size - stale :] = float("nan")
-    query = torch.randn(chunk, heads + 1, head_size, generator=generator).mul_(2).to(dtype).to(DEVICE)[:, 1:]
+    query = torch.randn(query_tokens, heads + 1, head_size, generator=generator).mul_(2).to(dtype).to(DEVICE)[:, 1:]
     return seed, query, PlainKeys(cache.to(dtype).to(DEVICE), block_table.to(DEVICE), context)

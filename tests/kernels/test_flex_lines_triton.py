@@ -9,6 +9,7 @@ import torch
 
 from tests.kernels.hopper import compile_for_hopper
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
+from vllm_sparse.kernels.flex_lines import BlockGrid
 from vllm_sparse.kernels.flex_lines import reference as lines_reference
 from vllm_sparse.kernels.flex_pattern import reference as pattern_reference
 
@@ -25,10 +26,12 @@ def test_under_the_interpreter() -> None:
 @needs_triton
 @pytest.mark.parametrize("pooled", [False, True], ids=["lines", "with-pooled"])
 @pytest.mark.parametrize(
-    ("heads", "chunk", "context", "query_block"),
+    ("heads", "query_tokens", "context", "query_block_tokens"),
     [(3, 700, 1500, 128), (2, 129, 129, 64), (1, 1, 1153, 64), (2, 300, 1161, 128), (1, 257, 140_000, 128)],
 )
-def test_lines_equal_the_reference(heads: int, chunk: int, context: int, query_block: int, pooled: bool) -> None:
+def test_lines_equal_the_reference(
+    heads: int, query_tokens: int, context: int, query_block_tokens: int, pooled: bool
+) -> None:
     from vllm_sparse.kernels.flex_lines import triton as lines_triton
 
     seed = random.randrange(1 << 30)
@@ -38,8 +41,13 @@ def test_lines_equal_the_reference(heads: int, chunk: int, context: int, query_b
     def chosen(*shape: int) -> torch.Tensor:
         return (torch.rand(*shape, generator=generator) < 0.2).to(DEVICE)
 
-    pairs = chosen(heads, -(-chunk // query_block), blocks) if pooled else None
-    arguments = (chosen(heads, blocks), chosen(heads, blocks), pairs, chunk, context, query_block, BLOCK)
+    pairs = chosen(heads, -(-query_tokens // query_block_tokens), blocks) if pooled else None
+    arguments = (
+        chosen(heads, blocks),
+        chosen(heads, blocks),
+        pairs,
+        BlockGrid(query_tokens, context, query_block_tokens, BLOCK),
+    )
     expected = lines_reference.line_map(*arguments)
     assert torch.equal(lines_triton.line_map(*arguments), expected), f"seed {seed}"
 
@@ -67,7 +75,7 @@ def test_kernels_compile_for_hopper() -> None:
     from vllm_sparse.kernels.flex_lines import triton as lines_triton
     from vllm_sparse.kernels.flex_pattern import triton as pattern_triton
 
-    lengths = dict.fromkeys(("chunk", "context", "query_block_count", "key_blocks"), "i32")
+    lengths = dict.fromkeys(("query_tokens", "context", "query_block_count", "key_blocks"), "i32")
     maps = dict.fromkeys(("column_pointer", "band_pointer", "pooled_pointer", "map_pointer"), "*u8")
     constants = {"QUERY_BLOCK": 128, "BLOCK": BLOCK, "HAS_POOLED": True, "TILE": lines_triton.BLOCK_TILE}
     compile_for_hopper(lines_triton.line_map_kernel, {**lengths, **maps}, constants)

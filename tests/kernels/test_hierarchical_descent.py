@@ -8,23 +8,23 @@ import torch
 from tests import oracle
 from tests.kernels.test_flex_estimate import Largest, long_keys
 from tests.oracle import PACKED, PLAIN, Platform
-from vllm_sparse.kernels.hierarchical_descent import LEAF_TOKENS, Stage, hierarchical_descent
+from vllm_sparse.kernels.hierarchical_descent import LEAF_TOKENS, DescentArguments, Stage, hierarchical_descent
 from vllm_sparse.kernels.hierarchical_descent.reference import averaged_queries
 from vllm_sparse.keys import PagedKeys
 
 STAGES = [Stage(64, 256, 1), Stage(16, 64, 1)]
 
 
-def descent(query: torch.Tensor, keys: PagedKeys, query_block: int = 64, heads: int = 1) -> torch.Tensor:
-    return hierarchical_descent(query, keys, STAGES, query_block, heads, 16, 40, 0).cpu()
+def descent(query: torch.Tensor, keys: PagedKeys, query_block_tokens: int = 64, heads: int = 1) -> torch.Tensor:
+    return hierarchical_descent(query, keys, DescentArguments(STAGES, query_block_tokens, heads, 16, 40, 0)).cpu()
 
 
 @pytest.mark.parametrize("platform", PACKED)
 def test_every_layout_of_the_cache_gives_the_same_leaves(platform: Platform, generator: torch.Generator) -> None:
     """Small whole numbers are exact in every dtype."""
-    chunk, context = 130, 1001
+    query_tokens, context = 130, 1001
     keys = torch.randint(-2, 3, (2, context, 32), generator=generator).float()
-    query = torch.randint(-2, 3, (chunk, 4, 32), generator=generator).float()
+    query = torch.randint(-2, 3, (query_tokens, 4, 32), generator=generator).float()
     expected = descent(query, oracle.paged(PLAIN, [keys], [keys], 16, generator).reader(0), heads=2)
     packed = keys.to(platform.dtype).to(platform.device)
     data = oracle.paged(platform, [packed], [packed], 32, generator)
@@ -39,19 +39,19 @@ def test_query_blocks_of_one_choose_as_one_query_at_a_time(heads: int, lists: in
     keys = torch.randint(-2, 3, (kv_heads, context, 32), generator=generator).float()
     query = torch.randint(-2, 3, (context, heads, 32), generator=generator).float()
     data = oracle.paged(PLAIN, [keys], [keys], 64, generator)
-    rows = descent(query, data.reader(0), query_block=1, heads=lists)
+    rows = descent(query, data.reader(0), query_block_tokens=1, heads=lists)
     for position in (0, 15, 16, 17, 55, 56, 57, 311, 312, 313, 499):
         reader = PLAIN.keys_of(data.kv_cache, data.block_table[0], position + 1)
-        alone = descent(query[position : position + 1], reader, query_block=1, heads=lists)
+        alone = descent(query[position : position + 1], reader, query_block_tokens=1, heads=lists)
         assert alone.shape == (lists, 1, position // LEAF_TOKENS + 1)
         assert torch.equal(rows[:, position : position + 1, : alone.shape[2]], alone), f"position {position}"
         assert not bool(rows[:, position, alone.shape[2] :].any())
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4, 64])
-@pytest.mark.parametrize("chunk", [1, 63, 64, 130])
-def test_means_of_adjacent_queries_equal_float64(stride: int, chunk: int, generator: torch.Generator) -> None:
-    query = torch.randn(chunk, 3, 32, generator=generator)
+@pytest.mark.parametrize("query_tokens", [1, 63, 64, 130])
+def test_means_of_adjacent_queries_equal_float64(stride: int, query_tokens: int, generator: torch.Generator) -> None:
+    query = torch.randn(query_tokens, 3, 32, generator=generator)
     expected = torch.stack([part.double().mean(0) for part in torch.split(query, stride)])
     assert oracle.relative_error(averaged_queries(query, stride), expected) < 1e-6
     rounded = averaged_queries(query.bfloat16(), stride)
@@ -78,9 +78,9 @@ def test_tokens_behind_the_context_are_ignored(generator: torch.Generator) -> No
 
 @pytest.mark.parametrize("stages", [STAGES, [Stage(16, 2048, 1)], [Stage(256, 32768, 4), Stage(16, 2048, 1)]], ids=str)
 def test_no_score_matrix_is_held(stages: list[Stage]) -> None:
-    """At 128K, no tensor near ``[heads, chunk, context]``, not of the gathered keys either."""
-    chunk, context, head_size = 512, 131072, 16
-    query = torch.randn(chunk, 1, head_size).bfloat16()
+    """At 128K, no tensor near ``[heads, query_tokens, context]``, not of the gathered keys either."""
+    query_tokens, context, head_size = 512, 131072, 16
+    query = torch.randn(query_tokens, 1, head_size).bfloat16()
     with Largest() as largest:
-        hierarchical_descent(query, long_keys(context, head_size), stages, 64, 1, 256, 1024, 0)
-    assert 0 < largest.bytes <= 4 * chunk * context // 16
+        hierarchical_descent(query, long_keys(context, head_size), DescentArguments(stages, 64, 1, 256, 1024, 0))
+    assert 0 < largest.bytes <= 4 * query_tokens * context // 16

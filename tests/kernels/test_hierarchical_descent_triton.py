@@ -10,7 +10,7 @@ import torch
 from tests.kernels.hopper import compile_for_hopper, spilled_bytes
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from vllm_sparse.kernels.hierarchical_descent import reference
-from vllm_sparse.kernels.hierarchical_descent.reference import Stage
+from vllm_sparse.kernels.hierarchical_descent.reference import DescentArguments, Stage
 from vllm_sparse.keys import PlainKeys
 
 pytest.importorskip("triton")
@@ -22,9 +22,14 @@ def test_under_the_interpreter() -> None:
 
 
 def assert_equals_reference(
-    query: torch.Tensor, keys: torch.Tensor, lists: int, query_block: int, forced: tuple[int, int, int], *stages: Stage
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    lists: int,
+    query_block_tokens: int,
+    forced: tuple[int, int, int],
+    *stages: Stage,
 ) -> None:
-    """Both choose alike for queries ``[chunk, heads, head_size]`` and keys ``[kv_heads, context, head_size]``.
+    """Both choose alike for queries ``[query_tokens, heads, head_size]`` and keys ``[kv_heads, context, head_size]``.
 
     The keys lie in a paged cache, which holds NaN wherever no key does.
     """
@@ -38,23 +43,23 @@ def assert_equals_reference(
     block_table = torch.randperm(blocks + 3)[:blocks].int()
     cache[block_table.long()] = padded.view(kv_heads, blocks, block_size, -1).transpose(0, 1)
     paged = PlainKeys(cache.to(DEVICE), block_table.to(DEVICE), context)
-    arguments = query.to(DEVICE), paged, stages, query_block, lists, *forced
+    arguments = query.to(DEVICE), paged, DescentArguments(stages, query_block_tokens, lists, *forced)
     expected = reference.hierarchical_descent(*arguments)
     actual = hierarchical_triton.hierarchical_descent(*arguments)
     assert torch.equal(actual, expected), f"{int((actual != expected).sum())} leaves differ"
 
 
 def whole_numbers(
-    generator: torch.Generator, chunk: int, context: int, heads: int, kv_heads: int, head_size: int
+    generator: torch.Generator, query_tokens: int, context: int, heads: int, kv_heads: int, head_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys with exact scores of which many are equal, also where means are of fewer queries."""
-    query = 12.0 * torch.randint(-2, 3, (chunk, heads, head_size), generator=generator)
+    query = 12.0 * torch.randint(-2, 3, (query_tokens, heads, head_size), generator=generator)
     return query, torch.randint(-2, 3, (kv_heads, context, head_size), generator=generator).float()
 
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "lists", "head_size", "chunk", "context", "query_block", "forced", "stages"),
+    ("heads", "kv_heads", "lists", "head_size", "query_tokens", "context", "query_block_tokens", "forced", "stages"),
     [
         pytest.param(
             4, 2, 2, 64, 70, 700, 64, (20, 50, 0), [Stage(64, 256, 4), Stage(16, 96, 1)], id="kv-head-two-stages"
@@ -74,15 +79,15 @@ def test_equals_reference(
     kv_heads: int,
     lists: int,
     head_size: int,
-    chunk: int,
+    query_tokens: int,
     context: int,
-    query_block: int,
+    query_block_tokens: int,
     forced: tuple[int, int, int],
     stages: list[Stage],
     generator: torch.Generator,
 ) -> None:
-    query, keys = whole_numbers(generator, chunk, context, heads, kv_heads, head_size)
-    assert_equals_reference(query, keys, lists, query_block, forced, *stages)
+    query, keys = whole_numbers(generator, query_tokens, context, heads, kv_heads, head_size)
+    assert_equals_reference(query, keys, lists, query_block_tokens, forced, *stages)
 
 
 @needs_triton
@@ -112,18 +117,18 @@ def test_selection_in_several_tiles(monkeypatch: pytest.MonkeyPatch, generator: 
 
     monkeypatch.setattr(common_triton, "LARGEST_ROW_TILE", 16)
     monkeypatch.setattr(hierarchical_triton, "SELECT_TILE", 8)
-    monkeypatch.setattr(hierarchical_triton, "CHUNK_TILE", 16)
+    monkeypatch.setattr(hierarchical_triton, "KEY_BLOCK_TILE", 16)
     monkeypatch.setattr(hierarchical_triton, "LEAST_PROGRAMS", 2)
     query, keys = whole_numbers(generator, 65, 900, 2, 1, 16)
     assert_equals_reference(query, keys, 1, 64, (30, 40, 0), Stage(32, 640, 4), Stage(16, 160, 1))
 
 
 @needs_triton
-@pytest.mark.parametrize(("chunk", "stride"), [(1, 4), (66, 64)])
-def test_means_equal_reference(chunk: int, stride: int, generator: torch.Generator) -> None:
+@pytest.mark.parametrize(("query_tokens", "stride"), [(1, 4), (66, 64)])
+def test_means_equal_reference(query_tokens: int, stride: int, generator: torch.Generator) -> None:
     from vllm_sparse.kernels.hierarchical_descent import triton as hierarchical_triton
 
-    query = torch.randn(chunk, 3, 80, generator=generator).to(DEVICE)
+    query = torch.randn(query_tokens, 3, 80, generator=generator).to(DEVICE)
     difference = hierarchical_triton.averaged_queries(query, stride) - reference.averaged_queries(query, stride)
     assert float(difference.abs().max()) < 1e-6
 
@@ -133,7 +138,16 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     from vllm_sparse.kernels.common.triton import threshold_tile
     from vllm_sparse.kernels.hierarchical_descent import triton as hierarchical_triton
 
-    integers = ("chunk", "context", "begin", "window", "dense_from", "parent_tokens", "chunk_tokens", "kept_chunks")
+    integers = (
+        "query_tokens",
+        "context",
+        "begin",
+        "window",
+        "dense_from",
+        "parent_tokens",
+        "key_block_tokens",
+        "kept_key_blocks",
+    )
     types = {
         **dict.fromkeys((*integers, "list_width", "score_width"), "i32"),
         "score_pointer": "*fp32",
@@ -141,11 +155,11 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     }
     strides = ("query_row_stride", "cache_block_stride", "cache_head_stride", "cache_token_stride")
     heads = {"QUERY_BLOCK": 64, "MEMBERS": 4, "PARTS": 1, "LISTS_PER_KV_HEAD": 1, "CACHE_BLOCK": 128}
-    sizes = {"HEAD_SIZE": 128, "HEAD_TILE": 128, "TILE": hierarchical_triton.CHUNK_TILE}
+    sizes = {"HEAD_SIZE": 128, "HEAD_TILE": 128, "TILE": hierarchical_triton.KEY_BLOCK_TILE}
     # The first and the last of the default stages.
     for first, block_rows in ((True, 16), (False, 64)):
         compile_for_hopper(
-            hierarchical_triton.chunk_scores_kernel,
+            hierarchical_triton.key_block_scores_kernel,
             {
                 **types,
                 **dict.fromkeys(("steps", "query_rows", *strides), "i32"),
@@ -159,7 +173,7 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     for last, width in ((False, 512), (True, 512), (False, 40000), (True, 8192)):
         entries, num_warps = threshold_tile(width)
         compiled = compile_for_hopper(
-            hierarchical_triton.best_chunks_kernel,
+            hierarchical_triton.best_key_blocks_kernel,
             {**types, "kept_pointer": "*i32", "mask_pointer": "*u8", "leaves": "i32"},
             {"FIRST": not last, "LAST": last, "ROW_TILE": entries, **sizes},
             num_warps=num_warps,
@@ -169,7 +183,7 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
         hierarchical_triton.averaged_queries_kernel,
         {
             **dict.fromkeys(("query_pointer", "averaged_pointer"), "*bf16"),
-            **dict.fromkeys(("chunk", "width", "query_row_stride"), "i32"),
+            **dict.fromkeys(("query_tokens", "width", "query_row_stride"), "i32"),
         },
         {"STRIDE": 4, "TILE": hierarchical_triton.AVERAGE_TILE},
     )

@@ -13,7 +13,7 @@ from tests import oracle
 from tests.kernels.hopper import compile_for_hopper, spilled_bytes
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from tests.oracle import Paged, Platform
-from vllm_sparse.kernels.hip_decode import ROW_KNOBS, STAGE_KNOBS, StageMemory, StageScratch, token_lists
+from vllm_sparse.kernels.hip_decode import ROW_KNOBS, STAGE_KNOBS, RowMemory, StageMemory, StageScratch, token_lists
 from vllm_sparse.methods.base import LayerMemory
 from vllm_sparse.methods.hip_decode import HipDecode
 from vllm_sparse.step.rows import DecodeRows, TokenLists
@@ -88,7 +88,7 @@ class Decoding:
         self.data: Paged = oracle.paged(PLATFORM, self.keys, self.keys, 48, generator)
         self.heads, self.kv_heads, self.head_size = heads, kv_heads, head_size
         self.memory = StageMemory.allocate(stages, requests + 1, kv_heads, 40, DEVICE)
-        self.memory.chunks.fill_(UNTOUCHED)
+        self.memory.key_blocks.fill_(UNTOUCHED)
         self.scratch = StageScratch.allocate(requests + 2, kv_heads, 64, DEVICE)
         self.scratch.scores.fill_(oracle.NAN)
         self.lists = TokenLists(
@@ -101,7 +101,7 @@ class Decoding:
         rows = self.lists.kept_tokens.shape[0] // self.kv_heads
         places = torch.randperm(rows, generator=self.generator).tolist()
         row_of = dict(zip(running, places, strict=False))
-        stages = self.memory.chunks.shape[0]
+        stages = self.memory.key_blocks.shape[0]
         queries = torch.randint(-2, 3, (rows, self.heads, self.head_size), generator=self.generator).float()
         contexts = torch.zeros(rows, dtype=torch.int32)
         # What rows that do not take part hold must not matter. All lies side by side, as a server's settings do.
@@ -119,22 +119,24 @@ class Decoding:
             knobs[row, : len(own)] = torch.tensor(own)
             table[row] = self.data.block_table[number].cpu()
         queries, contexts, settings, table = (tensor.to(DEVICE) for tensor in (queries, contexts, settings, table))
-        before = self.lists.slots.clone(), self.lists.kept_tokens.clone(), self.memory.chunks.clone()
+        before = self.lists.slots.clone(), self.lists.kept_tokens.clone(), self.memory.key_blocks.clone()
         token_lists(
             DecodeRows(queries, self.data.kv_cache, table, contexts, SCALE),
-            settings[:, 2:], settings[:, 0], settings[:, 1], self.memory, self.scratch, self.lists,
+            settings[:, 2:], RowMemory(settings[:, 0], settings[:, 1], self.memory, self.scratch), self.lists,
         )  # fmt: skip
 
         assert not bool(self.scratch.arrived.any()), "the next launch counts from 0"
         idle = torch.ones(rows, self.kv_heads, dtype=torch.bool)
-        unused = torch.ones(self.memory.chunks.shape[1], dtype=torch.bool)
+        unused = torch.ones(self.memory.key_blocks.shape[1], dtype=torch.bool)
         for number, row in row_of.items():
             idle[row], unused[running[number].slot] = False, False
         for now, then in zip((self.lists.slots, self.lists.kept_tokens), before, strict=False):
             assert torch.equal(now.cpu()[idle.flatten()], then.cpu()[idle.flatten()]), (
                 "the list of a row without a step"
             )
-        assert torch.equal(self.memory.chunks.cpu()[:, unused], before[2].cpu()[:, unused]), "the memory of other slots"
+        assert torch.equal(self.memory.key_blocks.cpu()[:, unused], before[2].cpu()[:, unused]), (
+            "the memory of other slots"
+        )
         for number, row in row_of.items():
             self.check(running[number], number, row, queries[row], before[0])
 
@@ -207,7 +209,7 @@ def test_several_programs_and_tiles(monkeypatch: pytest.MonkeyPatch, generator: 
     """Chunks of one search in programs with several tiles, in programs with none; ties across the edges of tiles."""
     from vllm_sparse.kernels.hip_decode import triton as hip_triton
 
-    monkeypatch.setattr(hip_triton, "CHUNK_TILE", 16)
+    monkeypatch.setattr(hip_triton, "KEY_BLOCK_TILE", 16)
     monkeypatch.setattr(hip_triton, "SELECT_TILE", 8)
     monkeypatch.setattr(hip_triton, "LARGEST_ROW_TILE", 16)
     monkeypatch.setattr(hip_triton, "LIST_TILE", 32)
@@ -259,7 +261,7 @@ def test_h9_a_replayed_graph_equals_eager_steps(rows: int, generator: torch.Gene
         fresh = torch.zeros(rows, dtype=torch.int32, device=DEVICE)
         memory = StageMemory.allocate(3, rows, kv_heads, method.device_sizes(longest)[0], DEVICE)
         scratch = StageScratch.allocate(rows, kv_heads, method.device_sizes(longest)[1], DEVICE)
-        return rows_of_step, knobs, slot, fresh, memory, scratch, lists
+        return rows_of_step, knobs, RowMemory(slot, fresh, memory, scratch), lists
 
     eager, captured = make(), make()
     token_lists(*captured)
@@ -267,10 +269,10 @@ def test_h9_a_replayed_graph_equals_eager_steps(rows: int, generator: torch.Gene
     with torch.cuda.graph(graph):
         token_lists(*captured)
     for step in range(steps):
-        for rows_of_step, _, _, fresh, *_ in (eager, captured):
+        for rows_of_step, _, row_memory, _ in (eager, captured):
             rows_of_step.query.copy_(queries[step])
             rows_of_step.context_tokens.copy_(torch.where(live, starts + step, 0))
-            fresh.fill_(int(step in (0, 21)))
+            row_memory.fresh.fill_(int(step in (0, 21)))
         token_lists(*eager)
         graph.replay()
         assert torch.equal(eager[-1].slots, captured[-1].slots)
@@ -285,7 +287,7 @@ def test_kernels_compile_for_hopper(members: int, head_size: int, tmp_path: Path
 
     shapes = {"STAGES": 3, "STAGE_KNOBS": STAGE_KNOBS, "LEAF": 16, "CACHE_BLOCK": 128}
     integers = ("slots", "list_width", "knobs_row_stride", "slot_stride", "table_row_stride")
-    pointers = ("block_table", "context", "knobs", "slot", "seen", "chunks")
+    pointers = ("block_table", "context", "knobs", "slot", "seen", "key_blocks")
     types = {**dict.fromkeys(integers, "i32"), **{f"{name}_pointer": "*i32" for name in pointers}}
     strides = ("query_row_stride", "cache_block_stride", "cache_head_stride", "cache_token_stride")
     for stage in range(3):
@@ -306,7 +308,7 @@ def test_kernels_compile_for_hopper(members: int, head_size: int, tmp_path: Path
                 "HEAD_SIZE": head_size,
                 "HEAD_TILE": head_size,
                 "QUERY_TILE": 16,
-                "TILE": hip_triton.CHUNK_TILE,
+                "TILE": hip_triton.KEY_BLOCK_TILE,
                 "ROW_TILE": hip_triton.LARGEST_ROW_TILE,
                 "SELECT_TILE": hip_triton.SELECT_TILE,
             },

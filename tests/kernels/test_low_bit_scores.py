@@ -8,7 +8,7 @@ import torch
 from tests import oracle
 from tests.kernels.test_flex_estimate import CONTEXT, Largest, long_keys
 from tests.oracle import PACKED, PLAIN, Paged, Platform
-from vllm_sparse.kernels.low_bit_scores import kept_map, reference
+from vllm_sparse.kernels.low_bit_scores import LowBitScoring, kept_map, reference
 
 SCALE = 0.13
 PAGE = 32
@@ -98,7 +98,7 @@ def test_s4_products_are_those_of_the_integers(
 
 @pytest.mark.parametrize("platform", PACKED)
 @pytest.mark.parametrize(
-    ("chunk", "context", "sink", "local", "query_block"),
+    ("query_tokens", "context", "sink", "local", "query_block_tokens"),
     [
         (1, 1, 32, 128, 64),
         (130, 130, 32, 128, 64),
@@ -108,22 +108,29 @@ def test_s4_products_are_those_of_the_integers(
     ],
 )
 def test_thresholds_are_relative_to_sink_and_local_window(
-    platform: Platform, chunk: int, context: int, sink: int, local: int, query_block: int, generator: torch.Generator
+    platform: Platform,
+    query_tokens: int,
+    context: int,
+    sink: int,
+    local: int,
+    query_block_tokens: int,
+    generator: torch.Generator,
 ) -> None:
     """And a little lower, never higher."""
     heads, kv_heads = 4, 2
     data = request(generator, context, kv_heads, 32, platform)
-    query = oracle.random_tensor(platform, generator, chunk, heads, 32, spread=2)
+    query = oracle.random_tensor(platform, generator, query_tokens, heads, 32, spread=2)
     log_tau = torch.tensor([-3.0, 0.0, 1.5, -0.5], device=platform.device)
     rows = query.transpose(0, 1).float()
-    least = reference.thresholds(rows, data.reader(0), SCALE, log_tau, sink, local, query_block).double().cpu()
+    scoring = LowBitScoring(8, True, sink, local, query_block_tokens)
+    least = reference.thresholds(rows, data.reader(0), SCALE, log_tau, scoring).double().cpu()
     scores = torch.einsum("qhd,hkd->hqk", query.double().cpu(), oracle.expand(data.keys[0], heads)) * SCALE
     largest_key = data.keys[0].double().cpu().norm(dim=2).max()
     key = torch.arange(context)
-    for row in torch.randperm(chunk, generator=generator)[:100].tolist():
-        position = context - chunk + row
-        first = position - row % query_block
-        last = min(first + query_block, context) - 1
+    for row in torch.randperm(query_tokens, generator=generator)[:100].tolist():
+        position = context - query_tokens + row
+        first = position - row % query_block_tokens
+        last = min(first + query_block_tokens, context) - 1
         window = min(max(last + 1 - local, 0), first) // PAGE * PAGE
         near = ((key < sink) | (key >= window)) & (key <= position)
         expected = scores[:, row, near].logsumexp(1) + log_tau.double().cpu()
@@ -132,21 +139,21 @@ def test_thresholds_are_relative_to_sink_and_local_window(
         assert bool((least[:, row] >= expected - allowance).all()), f"row {row}"
 
 
-def transcription(query: torch.Tensor, data: Paged, sink: int, local: int, query_block: int) -> torch.Tensor:
+def transcription(query: torch.Tensor, data: Paged, sink: int, local: int, query_block_tokens: int) -> torch.Tensor:
     """The paper's 4-bit map in float64, key by key: logarithm of the largest tau that keeps each page of a block.
 
     ``[heads, blocks, pages]``, infinite for the sink and the local window.
     """
-    chunk, heads, _ = query.shape
+    query_tokens, heads, _ = query.shape
     kv_heads, context, _ = data.keys[0].shape
-    blocks, pages = -(-chunk // query_block), -(-context // PAGE)
+    blocks, pages = -(-query_tokens // query_block_tokens), -(-context // PAGE)
     passing = torch.full((heads, blocks, pages), float("inf"), dtype=torch.float64)
     exact = torch.einsum("qhd,hkd->hqk", query.double(), oracle.expand(data.keys[0], heads)) * SCALE
     for head in range(heads):
         keys = data.keys[0][head * kv_heads // heads].double()
         for block in range(blocks):
-            rows = list(range(block * query_block, min((block + 1) * query_block, chunk)))
-            first, last = context - chunk + rows[0], context - chunk + rows[-1]
+            rows = list(range(block * query_block_tokens, min((block + 1) * query_block_tokens, query_tokens)))
+            first, last = context - query_tokens + rows[0], context - query_tokens + rows[-1]
             window = min(max(last + 1 - local, 0), first) // PAGE
             for page in range(sink // PAGE, window):
                 best = -float("inf")
@@ -156,7 +163,7 @@ def transcription(query: torch.Tensor, data: Paged, sink: int, local: int, query
                     partner = [other for other in rows if (other - rows[0]) // 16 == (row - rows[0]) // 16]
                     partner = [other for other in partner if (other - row) % 8 == 0]
                     query_scale = query[partner, head].double().abs().max() / 7
-                    position = context - chunk + row
+                    position = context - query_tokens + row
                     near = torch.arange(context) <= position
                     near[sink : window * PAGE] = False
                     near_mass = exact[head, row, near].logsumexp(0)
@@ -173,9 +180,9 @@ def transcription(query: torch.Tensor, data: Paged, sink: int, local: int, query
 
 def test_s4_the_4_bit_map_is_the_papers(generator: torch.Generator) -> None:
     """The map by integers, with one value of a level a group, equals the one by dequantised keys."""
-    heads, kv_heads, chunk, context = 2, 1, 70, 300
+    heads, kv_heads, query_tokens, context = 2, 1, 70, 300
     data = oracle.random_paged(PLAIN, generator, [context], kv_heads, 16, 32)
-    query = oracle.random_tensor(PLAIN, generator, chunk, heads, 16, spread=3)
+    query = oracle.random_tensor(PLAIN, generator, query_tokens, heads, 16, spread=3)
     passing = transcription(query, data, 32, 64, 64)
     middle = passing.isfinite()
     # About half of each head's pages pass.
@@ -183,7 +190,7 @@ def test_s4_the_4_bit_map_is_the_papers(generator: torch.Generator) -> None:
     passing -= log_tau.double()[:, None, None]
     kept = kept_map(
         query, data.reader(0), SCALE, log_tau,
-        bits=4, page_bounds=False, sink_tokens=32, local_tokens=64, query_block=64,
+        LowBitScoring(bits=4, page_bounds=False, sink_tokens=32, local_tokens=64, query_block_tokens=64),
     )  # fmt: skip
     # The method lowers the bar a little for float32, and an integer flips where a quotient is near a half.
     sure = middle & (passing.abs() > 0.01)
@@ -192,12 +199,12 @@ def test_s4_the_4_bit_map_is_the_papers(generator: torch.Generator) -> None:
 
 
 def test_no_matrix_of_scores_is_held() -> None:
-    """At 128K, neither ``[chunk, context]`` scores nor a float copy of the keys."""
+    """At 128K, neither ``[query_tokens, context]`` scores nor a float copy of the keys."""
     head_size = 16
     query = torch.randn(256, 1, head_size).bfloat16()
     with Largest() as largest:
         kept_map(
             query, long_keys(CONTEXT, head_size), SCALE, torch.tensor([3.0]),
-            bits=8, page_bounds=True, sink_tokens=32, local_tokens=128, query_block=64,
+            LowBitScoring(bits=8, page_bounds=True, sink_tokens=32, local_tokens=128, query_block_tokens=64),
         )  # fmt: skip
     assert 0 < largest.bytes <= 256 * CONTEXT * 4 // 16

@@ -12,7 +12,7 @@ import torch
 from setup import ROOT, find_nvcc, nvcc_command
 from tests.kernels.low_bit import PAGE, SLACK, request
 from tests.oracle import has_hopper, relative_error
-from vllm_sparse.kernels.low_bit_scores import cuda, reference
+from vllm_sparse.kernels.low_bit_scores import LowBitScoring, cuda, reference
 
 needs_hopper = pytest.mark.skipif(not has_hopper(), reason="no Hopper GPU")
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc, or no g++ for it")
@@ -58,7 +58,7 @@ def test_keys_equal_the_reference(bits: int, kv_heads: int, block_size: int, pag
 
 @needs_hopper
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "chunk", "context", "bits", "bounds", "query_block", "dtype"),
+    ("heads", "kv_heads", "query_tokens", "context", "bits", "bounds", "query_block_tokens", "dtype"),
     [
         pytest.param(4, 1, 200, 900, 8, True, 64, torch.bfloat16, id="group-4"),
         pytest.param(2, 2, 100, 500, 8, False, 128, torch.bfloat16, id="128-rows-no-bounds"),
@@ -70,26 +70,35 @@ def test_keys_equal_the_reference(bits: int, kv_heads: int, block_size: int, pag
     ],
 )
 def test_the_map_equals_the_reference(
-    heads: int, kv_heads: int, chunk: int, context: int, bits: int, bounds: bool, query_block: int, dtype: torch.dtype
+    heads: int,
+    kv_heads: int,
+    query_tokens: int,
+    context: int,
+    bits: int,
+    bounds: bool,
+    query_block_tokens: int,
+    dtype: torch.dtype,
 ) -> None:
     """It lies between the reference's maps for thresholds a little higher and a little lower."""
-    seed, query, keys = request(chunk, context, heads, kv_heads, 128, 48, dtype)
+    seed, query, keys = request(query_tokens, context, heads, kv_heads, 128, 48, dtype)
     assert cuda.can_run(query, keys)
     # Of more keys the best is better: thresholds that split the pages rise with the length.
     log_tau = torch.linspace(-0.5, 3.0, heads, device="cuda")
 
-    def expected(shift: float) -> torch.Tensor:
-        return reference.kept_map(query, keys, 128**-0.5, log_tau + shift, bits, bounds, 32, 128, query_block)
+    scoring = LowBitScoring(bits, bounds, 32, 128, query_block_tokens)
 
-    kept = cuda.kept_map(query, keys, 128**-0.5, log_tau, bits, bounds, 32, 128, query_block)
+    def expected(shift: float) -> torch.Tensor:
+        return reference.kept_map(query, keys, 128**-0.5, log_tau + shift, scoring)
+
+    kept = cuda.kept_map(query, keys, 128**-0.5, log_tau, scoring)
     few, many = expected(SLACK), expected(-SLACK)
     assert kept.shape == few.shape
     assert kept.dtype == torch.bool
     assert int(kept.view(torch.uint8).max()) == 1
-    middle = slice(1, reference.middle_end(chunk, context, 128, query_block))
+    middle = slice(1, reference.middle_end(query_tokens, context, 128, query_block_tokens))
     lacking, extra = (few & ~kept).float().mean(), (kept & ~many)[..., middle].float().mean()
     # Bounds decide each half of a block of 128 rows for itself, on which hangs whether the margin is granted.
-    allowed = 1e-3 if bounds and query_block == 128 else 0
+    allowed = 1e-3 if bounds and query_block_tokens == 128 else 0
     assert float(lacking) <= allowed, f"pages are missing: {float(lacking)}, seed {seed}"
     assert float(extra) == 0, f"pages too many: {float(extra)}, seed {seed}"
     share = float(few[..., middle].float().mean())

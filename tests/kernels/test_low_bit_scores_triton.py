@@ -8,7 +8,7 @@ import torch
 from tests.kernels.hopper import compile_for_hopper
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from tests.kernels.low_bit import PAGE, SLACK, request
-from vllm_sparse.kernels.low_bit_scores import reference
+from vllm_sparse.kernels.low_bit_scores import LowBitScoring, reference
 
 pytest.importorskip("triton")
 
@@ -44,19 +44,22 @@ def test_keys_equal_the_reference(bits: int, kv_heads: int, head_size: int, bloc
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("chunk", "context", "bits", "sink", "local", "query_block"),
+    ("query_tokens", "context", "bits", "sink", "local", "query_block_tokens"),
     [(1, 1, 8, 32, 128, 64), (200, 500, 8, 64, 100, 64), (150, 400, 4, 32, 0, 128)],
 )
-def test_rows_equal_the_reference(chunk: int, context: int, bits: int, sink: int, local: int, query_block: int) -> None:
+def test_rows_equal_the_reference(
+    query_tokens: int, context: int, bits: int, sink: int, local: int, query_block_tokens: int
+) -> None:
     from vllm_sparse.kernels.low_bit_scores import triton as sale_triton
 
     heads, head_size = 4, 80
-    seed, query, keys = request(chunk, context, heads, 2, head_size, 48, torch.float32)
+    seed, query, keys = request(query_tokens, context, heads, 2, head_size, 48, torch.float32)
     log_tau = torch.tensor([-1.0, 0.0, 2.0, float("-inf")], device=DEVICE)
-    levels, numbers = sale_triton.quantise_rows(query, keys, 0.1, log_tau, bits, sink, local, query_block)
+    scoring = LowBitScoring(bits, True, sink, local, query_block_tokens)
+    levels, numbers = sale_triton.quantise_rows(query, keys, 0.1, log_tau, scoring)
     rows = query.transpose(0, 1).contiguous()
     expected = reference.quantise_queries(rows, bits)
-    least = reference.thresholds(rows, keys, 0.1, log_tau, sink, local, query_block)
+    least = reference.thresholds(rows, keys, 0.1, log_tau, scoring)
     assert torch.allclose(numbers[0], least, atol=2e-3), f"seed {seed}"
     assert bool((levels[..., head_size:] == 0).all())
     assert int((levels[..., :head_size].int() - expected.levels.int()).abs().max()) <= 1, f"seed {seed}"
@@ -66,7 +69,7 @@ def test_rows_equal_the_reference(chunk: int, context: int, bits: int, sink: int
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_size", "chunk", "context", "bits", "bounds", "query_block"),
+    ("heads", "kv_heads", "head_size", "query_tokens", "context", "bits", "bounds", "query_block_tokens"),
     [
         pytest.param(4, 1, 64, 200, 900, 8, True, 64, id="group-4"),
         pytest.param(2, 2, 80, 100, 500, 8, False, 128, id="128-rows-no-bounds"),
@@ -75,31 +78,40 @@ def test_rows_equal_the_reference(chunk: int, context: int, bits: int, sink: int
     ],
 )
 def test_the_map_equals_the_reference(
-    heads: int, kv_heads: int, head_size: int, chunk: int, context: int, bits: int, bounds: bool, query_block: int
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    query_tokens: int,
+    context: int,
+    bits: int,
+    bounds: bool,
+    query_block_tokens: int,
 ) -> None:
     """It lies between the reference's maps for thresholds a little higher and a little lower."""
     from vllm_sparse.kernels.low_bit_scores import triton as sale_triton
 
-    seed, query, keys = request(chunk, context, heads, kv_heads, head_size, 16, torch.float32)
+    seed, query, keys = request(query_tokens, context, heads, kv_heads, head_size, 16, torch.float32)
     scale, log_tau = head_size**-0.5, torch.linspace(-0.5, 3.0, heads, device=DEVICE)
 
-    def expected(shift: float) -> torch.Tensor:
-        return reference.kept_map(query, keys, scale, log_tau + shift, bits, bounds, 32, 128, query_block)
+    scoring = LowBitScoring(bits, bounds, 32, 128, query_block_tokens)
 
-    kept = sale_triton.kept_map(query, keys, scale, log_tau, bits, bounds, 32, 128, query_block)
+    def expected(shift: float) -> torch.Tensor:
+        return reference.kept_map(query, keys, scale, log_tau + shift, scoring)
+
+    kept = sale_triton.kept_map(query, keys, scale, log_tau, scoring)
     few, many = expected(SLACK), expected(-SLACK)
     assert kept.shape == few.shape
     assert kept.dtype == torch.bool
     assert bool((kept | ~few).all()), f"pages are missing, seed {seed}"
     assert bool((many | ~kept).all()), f"pages too many, seed {seed}"
-    middle = few[..., 1 : reference.middle_end(chunk, context, 128, query_block)]
+    middle = few[..., 1 : reference.middle_end(query_tokens, context, 128, query_block_tokens)]
     share = float(middle.float().mean())
     assert 0 < share < 1, f"a test of nothing: {share}, seed {seed}"
 
 
 @pytest.mark.skipif(CAN_RUN and DEVICE == "cpu", reason="Triton only interprets in this process")
-@pytest.mark.parametrize(("head_size", "query_block"), [(80, 64), (128, 64), (128, 128), (256, 64)])
-def test_kernels_compile_for_hopper(head_size: int, query_block: int) -> None:
+@pytest.mark.parametrize(("head_size", "query_block_tokens"), [(80, 64), (128, 64), (128, 128), (256, 64)])
+def test_kernels_compile_for_hopper(head_size: int, query_block_tokens: int) -> None:
     from vllm_sparse.kernels.low_bit_scores import triton as sale_triton
 
     constants = {
@@ -114,9 +126,9 @@ def test_kernels_compile_for_hopper(head_size: int, query_block: int) -> None:
         "ROUNDING": reference.ROUNDING,
         "ROUNDING_NATS": reference.ROUNDING_NATS,
         "GROUP": 4,
-        "QUERY_BLOCK": query_block,
+        "QUERY_BLOCK": query_block_tokens,
         "ROW_TILE": 16,
-        "BLOCKS": sale_triton.SCORED_ROWS // query_block,
+        "BLOCKS": sale_triton.SCORED_ROWS // query_block_tokens,
         "PAGE_TILE": sale_triton.PAGE_TILE,
         "SEGMENT": sale_triton.SEGMENT_PAGES,
         "PAGE_BOUNDS": True,
@@ -131,7 +143,7 @@ def test_kernels_compile_for_hopper(head_size: int, query_block: int) -> None:
     }
     for kernel, num_warps in (
         (sale_triton.quantise_keys_kernel, 4),
-        (sale_triton.rows_kernel, query_block // 16),
+        (sale_triton.rows_kernel, query_block_tokens // 16),
         (sale_triton.scores_kernel, 8),
     ):
         names = kernel.arg_names

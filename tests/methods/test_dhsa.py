@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests import oracle
 from tests.methods.lists import FIRST_LAYER, attend_chunk, chunk_allowed, same_lists
 from tests.oracle import EXECUTING, PLAIN, SELECTING, Paged, Platform
-from vllm_sparse.kernels.chunk_scores import KeyChunks
+from vllm_sparse.kernels.block_scores import KeyBlocks
 from vllm_sparse.kernels.page_list import query_blocks
 from vllm_sparse.methods.dhsa import PAGE_TOKENS, UNBOUNDED_TOKENS, Dhsa
 
@@ -65,7 +65,7 @@ def page_scores(scores: torch.Tensor, start: torch.Tensor, context: int) -> torc
     return torch.stack([page.amax(2) for page in torch.split(scores[..., chunk], PAGE_TOKENS, dim=2)], dim=2)
 
 
-def forced(method: Dhsa, chunks: KeyChunks, chunk: int, context: int) -> torch.Tensor:
+def forced(method: Dhsa, chunks: KeyBlocks, chunk: int, context: int) -> torch.Tensor:
     """Bool ``[query_blocks, context]``: tokens that the method promises, and may not count against the best."""
     first, last = query_blocks(chunk, context, method.query_block, torch.device("cpu"))
     position = torch.arange(context)
@@ -278,7 +278,7 @@ def test_d6_length_normalisation_changes_nothing_for_chunks_of_one_length(
     method = nothing_forced(chunk=chunk_tokens, density=0.4, query_block=64)
 
     class PlainMeans(Dhsa):
-        def key_chunks(self, keys: object) -> KeyChunks:
+        def key_chunks(self, keys: object) -> KeyBlocks:
             chunks = method.key_chunks(data.reader(0))
             return dataclasses.replace(chunks, representation=chunks.representation / chunk_tokens**0.5)
 

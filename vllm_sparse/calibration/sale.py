@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from vllm_sparse.calibration.file import read
-from vllm_sparse.kernels.low_bit_scores import PAGE_TOKENS, kept_map
+from vllm_sparse.kernels.low_bit_scores import PAGE_TOKENS, LowBitScoring, kept_map
 from vllm_sparse.keys import plain_keys
 
 # Thresholds are halved until the error is within the bound; below the least one a head stays dense.
@@ -149,11 +149,13 @@ def prompt_map(query: torch.Tensor, key: torch.Tensor, scale: float, taus: list[
         plain_keys(key),
         scale,
         log_thresholds(taus, query.device),
-        bits=8,
-        page_bounds=True,
-        sink_tokens=SINK_TOKENS,
-        local_tokens=LOCAL_TOKENS,
-        query_block=QUERY_BLOCK_TOKENS,
+        LowBitScoring(
+            bits=8,
+            page_bounds=True,
+            sink_tokens=SINK_TOKENS,
+            local_tokens=LOCAL_TOKENS,
+            query_block_tokens=QUERY_BLOCK_TOKENS,
+        ),
     )
 
 

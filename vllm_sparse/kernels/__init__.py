@@ -1,1 +1,1 @@
-"""Selection operations: one folder each, `reference.py` is the specification."""
+"""Selection operations, one folder each, in which `reference.py` is the specification of the other files."""

@@ -1,4 +1,4 @@
-"""The CUDA kernels of csrc/: one library for each architecture, built with the package where nvcc was found."""
+"""The CUDA kernels of csrc/: one library per architecture, built with the package if nvcc is found."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ import torch
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent / "libraries"
-# Architecture of a library by the compute capability that runs it.
+# Name of the library for each compute capability that has one.
 ARCHITECTURES = {(9, 0): "sm90"}
 
 
 class CudaError(RuntimeError):
-    """A kernel of csrc/ could not be launched."""
+    """A kernel of csrc/ was not launched."""
 
 
 @functools.cache
 def cuda_library(device: torch.device) -> ctypes.CDLL | None:
-    """The library for a device, or None where there is none for it, which the log says once.
+    """The library for a device, or None if there is none.
 
-    Args:
-        device: any.
+    A missing library for an architecture that csrc/ supports is logged once.
     """
     if device.type != "cuda":
         return None
@@ -46,12 +45,15 @@ def cuda_library(device: torch.device) -> ctypes.CDLL | None:
 
 
 def launch(name: str, device: torch.device, *arguments: object) -> None:
-    """Launch a kernel by its function's name on the device's current stream, which becomes the last argument.
+    """Launch a kernel on the device's current stream.
 
-    There must be a library for the device.
+    Args:
+        name: name of a function of the library, which must exist for the device.
+        device: a CUDA device.
+        arguments: the function's arguments but the last one, which is the stream.
 
     Raises:
-        CudaError: CUDA refused.
+        CudaError: CUDA refused the launch.
     """
     library = cuda_library(device)
     assert library is not None

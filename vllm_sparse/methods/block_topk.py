@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from vllm_sparse.kernels.page_scores import page_scores
 from vllm_sparse.kernels.page_summaries import SummaryKind, read_summaries
-from vllm_sparse.kernels.top_tokens import top_pages, top_tokens
+from vllm_sparse.kernels.top_tokens import TokenBudget, top_pages, top_tokens
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import KNOBS, DenseLayers, KnobError, LayerMemory, TopTokensMethod
 from vllm_sparse.pages import PageList
@@ -71,7 +71,8 @@ class BlockTopk(TopTokensMethod):
         if unit % page_size_tokens:
             scores = _best_overlapped(scores, unit, page_size_tokens, context)
             unit = page_size_tokens
-        return top_pages(scores, context, unit, page_size_tokens, self.budget, self.sink_tokens, self.recent_tokens)
+        budget = TokenBudget(self.budget, self.sink_tokens, self.recent_tokens)
+        return top_pages(scores, context, unit, page_size_tokens, budget)
 
     @property
     def unit_tokens(self) -> int:

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vllm_sparse.kernels.adaptive_chunks import adaptive_chunks
-from vllm_sparse.kernels.chunk_scores import KeyChunks, kept_pages
+from vllm_sparse.kernels.adaptive_blocks import adaptive_blocks
+from vllm_sparse.kernels.block_scores import KeyBlocks, PageSelection, kept_pages
 from vllm_sparse.kernels.page_list import query_blocks
 from vllm_sparse.kernels.page_summaries import SummaryKind, page_summaries
 from vllm_sparse.keys import PagedKeys
@@ -89,23 +89,21 @@ class Dhsa(PrefillMethod):
         decided = (last_query + 1 - key_chunks.look_ahead_tokens).clamp(min=0)
         open_chunk = torch.searchsorted(key_chunks.start, decided, right=True) - 1
         band_start = torch.minimum((first_query - self.local).clamp(min=0), key_chunks.start[open_chunk])
-        return kept_pages(
-            query,
-            key_chunks,
-            context,
+        selection = PageSelection(
             self.query_block,
             PAGE_TOKENS,
             heads_with_scores(self.heads, query.shape[1], keys.num_kv_heads),
             self.sink,
-            band_start.masked_fill(last_query >= context - self.dense_tail, 0),
             self.budget or math.ceil(self.density * context),
         )
+        band_start = band_start.masked_fill(last_query >= context - self.dense_tail, 0)
+        return kept_pages(query, key_chunks, context, band_start, selection)
 
-    def key_chunks(self, keys: PagedKeys) -> KeyChunks:
+    def key_chunks(self, keys: PagedKeys) -> KeyBlocks:
         """The context's keys in chunks, as the knobs say."""
         if self.chunks == "adaptive":
-            return adaptive_chunks(keys, self.boundary_threshold)
+            return adaptive_blocks(keys, self.boundary_threshold)
         mean = page_summaries(keys, SummaryKind(self.chunk, bounds=False))
         start = torch.arange(0, (mean.shape[1] + 1) * self.chunk, self.chunk, device=mean.device)
         length = (keys.context_tokens - start[:-1]).clamp(max=self.chunk)
-        return KeyChunks(mean * length.sqrt().unsqueeze(1), start, 0)
+        return KeyBlocks(mean * length.sqrt().unsqueeze(1), start, 0)

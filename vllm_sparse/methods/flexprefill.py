@@ -8,11 +8,11 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vllm_sparse.kernels.chunk_scores import pooled_queries
+from vllm_sparse.kernels.block_scores import pooled_queries
 from vllm_sparse.kernels.coverage import coverage_mask
 from vllm_sparse.kernels.coverage.reference import top_mask
 from vllm_sparse.kernels.flex_estimate import FlexEstimate, flex_estimate, token_profiles
-from vllm_sparse.kernels.flex_lines import line_map
+from vllm_sparse.kernels.flex_lines import BlockGrid, line_map
 from vllm_sparse.kernels.flex_lines.reference import with_forced
 from vllm_sparse.kernels.flex_pattern import pooled_distance
 from vllm_sparse.kernels.page_list import query_blocks
@@ -88,7 +88,7 @@ class FlexPrefill(PrefillMethod):
         low, high = self._budget_blocks
         lines = coverage_mask(estimate.line_mass.flatten(0, 1), gamma.repeat(2), low, high)
         columns, bands = lines.view(2, heads, -1)
-        return line_map(columns, bands, pooled, chunk, context, self.query_block, BLOCK_TOKENS)
+        return line_map(columns, bands, pooled, BlockGrid(chunk, context, self.query_block, BLOCK_TOKENS))
 
     def _causal(self, chunk: int, context: int, device: torch.device) -> torch.Tensor:
         """Key blocks in reach of each query block: bool ``[query_blocks, key_blocks]``."""

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vllm_sparse.kernels.hierarchical_descent import LEAF_TOKENS, Stage, hierarchical_descent
+from vllm_sparse.kernels.hierarchical_descent import LEAF_TOKENS, DescentArguments, Stage, hierarchical_descent
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import (
     KNOBS,
@@ -137,9 +137,7 @@ class Hip(PrefillMethod):
 
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         stages = zip(self.stage_chunks, self.stage_tokens, self.query_stride, strict=True)
-        return hierarchical_descent(
-            query,
-            keys,
+        arguments = DescentArguments(
             [Stage(length, tokens, stride) for length, tokens, stride in stages],
             self.query_block,
             heads_with_scores(self.heads, query.shape[1], keys.num_kv_heads),
@@ -147,3 +145,4 @@ class Hip(PrefillMethod):
             self.window,
             self.dense_tail,
         )
+        return hierarchical_descent(query, keys, arguments)

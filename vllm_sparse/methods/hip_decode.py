@@ -11,7 +11,15 @@ from pydantic.dataclasses import dataclass
 
 from vllm_sparse.kernels.hierarchical_descent import LEAF_TOKENS, Stage
 from vllm_sparse.kernels.hierarchical_descent.reference import search_start
-from vllm_sparse.kernels.hip_decode import HipMemory, StageMemory, StageScratch, decode_leaves, token_lists
+from vllm_sparse.kernels.hip_decode import (
+    DecodeSearch,
+    HipMemory,
+    RowMemory,
+    StageMemory,
+    StageScratch,
+    decode_leaves,
+    token_lists,
+)
 from vllm_sparse.kernels.page_list import chunk_lists
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import (
@@ -134,7 +142,8 @@ class HipDecode(BatchDecodeMethod):
     def choose_rows(self, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
         memory = place.memory
         assert isinstance(memory, HipMemory)
-        token_lists(rows, knobs, place.slots, place.fresh, memory.layers[place.layer], memory.scratch, lists)
+        row_memory = RowMemory(place.slots, place.fresh, memory.layers[place.layer], memory.scratch)
+        token_lists(rows, knobs, row_memory, lists)
 
     def device_sizes(self, most_context_tokens: int) -> tuple[int, int]:
         """Most chunks that a stage keeps and that one chooses from, for contexts of up to so many tokens."""
@@ -152,14 +161,12 @@ class HipDecode(BatchDecodeMethod):
     ) -> PageList:
         context = keys.context_tokens
         standing = self.first_due(context) if memory.context_tokens == context - 1 else 0
-        memory.stages, leaves = decode_leaves(
-            query,
-            keys,
+        search = DecodeSearch(
             [Stage(length, tokens) for length, tokens in zip(self.stage_chunks, self.stage_tokens, strict=True)],
-            memory.stages[:standing],
             self.sink,
             self.window,
             self.refresh[0],
         )
+        memory.stages, leaves = decode_leaves(query, keys, memory.stages[:standing], search)
         memory.context_tokens = context
         return chunk_lists(leaves.unsqueeze(1), LEAF_TOKENS, 1, context, 1, page_size_tokens, keys.num_kv_heads)

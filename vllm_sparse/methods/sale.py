@@ -10,7 +10,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vllm_sparse.calibration.sale import load, log_thresholds
-from vllm_sparse.kernels.low_bit_scores import PAGE_TOKENS, kept_map
+from vllm_sparse.kernels.low_bit_scores import PAGE_TOKENS, LowBitScoring, kept_map
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import KNOBS, DenseLayers, KnobError, Layer, PrefillMethod, QueryBlock, Rows
 
@@ -101,11 +101,7 @@ class Sale(PrefillMethod):
             keys,
             scale,
             _log_thresholds(self.thresholds(layer, query.shape[1]), query.device),
-            bits=self.bits,
-            page_bounds=self.page_bounds,
-            sink_tokens=self.sink,
-            local_tokens=self.local,
-            query_block=self.query_block,
+            LowBitScoring(self.bits, self.page_bounds, self.sink, self.local, self.query_block),
         )
 
     def thresholds(self, layer: Layer, query_heads: int) -> tuple[float, ...]:

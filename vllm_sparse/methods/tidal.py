@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from vllm_sparse.calibration.policy import load
 from vllm_sparse.kernels.token_scores import token_scores
-from vllm_sparse.kernels.top_tokens import top_pages, top_tokens
+from vllm_sparse.kernels.top_tokens import TokenBudget, top_pages, top_tokens
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import KNOBS, DecodeMethod, KnobError, LayerMemory, TopTokensMethod
 from vllm_sparse.pages import PageList
@@ -132,7 +132,8 @@ class Tidal(TopTokensMethod):
             scores = torch.nn.functional.pad(scores, (0, padding), value=float("-inf"))
             scores = scores.view(scores.shape[0], -1, page_size_tokens).amax(2)
         page = page_size_tokens
-        return top_pages(scores, context, page, page, self.budget, self.sink_tokens, self.recent_tokens)
+        budget = TokenBudget(self.budget, self.sink_tokens, self.recent_tokens)
+        return top_pages(scores, context, page, page, budget)
 
     def serves(self, method: DecodeMethod, most_context_tokens: int) -> bool:
         return isinstance(method, Tidal) and method.lists == "kv_head"

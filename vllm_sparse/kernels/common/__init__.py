@@ -1,1 +1,1 @@
-"""What kernels of several operations share."""
+"""Functions that kernels of several operations share."""

@@ -1,4 +1,4 @@
-"""Pieces of Triton kernels: keys of the paged cache, and the threshold of the best scores of a row."""
+"""Parts of Triton kernels: reading keys of the paged cache, and finding the best scores of a row."""
 
 from __future__ import annotations
 
@@ -6,8 +6,15 @@ import triton
 import triton.language as tl
 
 LEAST_KEY = tl.constexpr(-(1 << 31))
-# A program has at most 16 warps for a row; below four there is nothing to gain.
+# Entries of a row that a program holds in registers. More would need more than 16 warps; fewer than 4 warps gain
+# nothing.
 LEAST_ROW_TILE, LARGEST_ROW_TILE = 1024, 32768
+
+
+def product_tile(count: int) -> int:
+    """Rows, columns or channels of a tile that holds `count` of them: a power of two, as matrix products need 16."""
+    tile: int = max(triton.next_power_of_2(count), 16)
+    return tile
 
 
 @triton.jit
@@ -24,7 +31,7 @@ def load_keys(
     cache_token_stride,
     CACHE_BLOCK: tl.constexpr,
 ):
-    """Keys of one head at live positions; 0 for others: ``[positions, dimensions]``."""
+    """Keys of one KV head at positions `o_key`, 0 where not `live`: ``[positions, channels]``."""
     physical = tl.load(block_table_pointer + o_key // CACHE_BLOCK, mask=live, other=0).to(tl.int64)
     p_key = cache_pointer + physical * cache_block_stride + i_kv_head * cache_head_stride
     p_key += (o_key % CACHE_BLOCK) * cache_token_stride
@@ -46,7 +53,10 @@ def load_key_block(
     CACHE_BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """As `load_keys` for a run of keys that begins at a multiple of its length; one look-up where a block holds it."""
+    """Keys of `TOKENS` adjacent positions from `first_key` on, a multiple of `TOKENS`, as `load_keys` returns them.
+
+    Reads the block table once if a cache block holds all of them.
+    """
     o_offset = tl.arange(0, TOKENS)
     live = first_key + o_offset < context
     if CACHE_BLOCK % TOKENS == 0:
@@ -74,38 +84,56 @@ def load_key_block(
 
 @triton.jit
 def ordered_scores(p_score, o_entry, competes):
-    """Scores as integers of the same order; the least integer for entries that do not compete."""
+    """Scores as int32 keys in the same order; the least integer for entries that do not compete."""
     b_score = tl.load(p_score + o_entry, mask=competes, other=0.0)
-    # Adding zero makes a negative zero positive: the two are equal and must tie.
+    # Adding zero turns a negative zero into a positive one: the two are equal and must tie.
     b_bits = (b_score + 0.0).to(tl.int32, bitcast=True)
     return tl.where(competes, b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF), LEAST_KEY)
 
 
+@triton.jit
+def chosen_entries(b_key, b_equal, threshold, equal_left):
+    """Which of a tile's entries a row keeps: those above its threshold, and the first of those that equal it.
+
+    Args:
+        b_key: keys of `ordered_scores`.
+        b_equal: int32, 1 for entries that equal the threshold and may be kept, else 0.
+        threshold: the row's threshold of `row_threshold`.
+        equal_left: how many entries that equal the threshold the row still keeps.
+
+    Returns:
+        Whether each entry is kept, and `equal_left` for the next tile.
+    """
+    b_chosen = (b_key > threshold) | ((b_equal > 0) & (tl.cumsum(b_equal, axis=0) <= equal_left))
+    return b_chosen, equal_left - tl.sum(b_equal)
+
+
 def threshold_tile(width: int) -> tuple[int, int]:
-    """Entries of a row that `row_threshold` holds in registers, at most 64 a thread, and the warps for them."""
+    """Entries of a row that `row_threshold` holds in registers, at most 64 per thread, and the number of warps."""
     entries = min(max(triton.next_power_of_2(width), LEAST_ROW_TILE), LARGEST_ROW_TILE)
     return entries, max(entries // (32 * 64), 4)
 
 
 @triton.jit
 def _counted(b_key, least, MASS: tl.constexpr):
-    """1 for each key that reaches the least one, or if `MASS` the score that it is; 0 for the others."""
+    """1 for each key that is `least` or more, or if `MASS` the key's score; 0 for the others."""
     b_weight = b_key.to(tl.float32, bitcast=True) if MASS else tl.full(b_key.shape, 1, tl.int32)
     return tl.where(b_key >= least, b_weight, 0)
 
 
 @triton.jit
 def row_threshold(p_score, first, stop, target, MASS: tl.constexpr, ROW_TILE: tl.constexpr, TILE: tl.constexpr):
-    """The largest key that at least `target` of a row's entries from `first` on to `stop` reach.
+    """Largest threshold that at least `target` of the entries `first` to `stop - 1` of a row reach.
 
-    Two bits at a time from the highest. The row's first `ROW_TILE` entries stay in registers; what a longer row has
-    beyond them is read again each time, from the cache.
+    If `MASS`, the sum of the scores that reach the threshold is at least `target` instead of their number; no score may
+    be negative.
 
-    If `MASS`, scores count instead of entries, none of them negative: the entries from the key on sum up to `target`.
+    The threshold is found from its highest bits to its lowest, two at a time. The row's first `ROW_TILE` entries stay
+    in registers; the other entries of a longer row are read again for each two bits, from the GPU's caches.
 
     Returns:
-        int32 key as of `ordered_scores`, the least integer if all entries together do not reach the target; and how
-        many entries are above it, or their sum.
+        The threshold as an int32 key of `ordered_scores`, the least integer if all entries together do not reach
+        `target`; and the number of entries above the threshold, or if `MASS` their sum.
     """
     o_row = tl.arange(0, ROW_TILE)
     b_row = ordered_scores(p_score, o_row, (o_row >= first) & (o_row < stop))
@@ -135,7 +163,8 @@ def row_threshold(p_score, first, stop, target, MASS: tl.constexpr, ROW_TILE: tl
             reach_three += tl.sum(b_three)
         steps = (reach_one >= target).to(tl.int32) + (reach_two >= target) + (reach_three >= target)
         threshold += steps * bit
-        # Only ones follow the last step that was too far, so what reached it is what lies above the threshold.
+        # The bits after the last step that was too far are all ones. So the entries that reached that step are the
+        # entries above the threshold.
         above = tl.where(
             steps == 0, reach_one, tl.where(steps == 1, reach_two, tl.where(steps == 2, reach_three, above))
         )

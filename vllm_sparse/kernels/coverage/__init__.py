@@ -10,15 +10,15 @@ __all__ = ["coverage_mask"]
 
 
 def coverage_mask(mass: torch.Tensor, gamma: torch.Tensor, min_count: int, max_count: int) -> torch.Tensor:
-    """Keep the fewest entries of each row that reach a sum of `gamma`, the crossing one included.
+    """Keep the fewest entries of each row whose sum reaches `gamma`, the entry that crosses it included.
 
-    Equal entries go to the lower index first. Runs in Triton on CUDA, else in PyTorch.
+    Of equal entries the lower index is kept first. Runs in Triton on CUDA, else in PyTorch.
 
     Args:
         mass: float32 ``[rows, n]``, none negative.
-        gamma: float32 ``[rows]``; 0 or less keeps the least count, 1 or more keeps everything.
-        min_count: fewest entries of a row; 0 or more.
-        max_count: most entries of a row; at least `min_count`.
+        gamma: float32 ``[rows]``; 0 or less keeps `min_count` entries, 1 or more keeps as many as `max_count` allows.
+        min_count: fewest entries to keep in a row; at least 0.
+        max_count: most entries to keep in a row; at least `min_count`.
 
     Returns:
         bool ``[rows, n]``.

@@ -6,9 +6,9 @@ import torch
 
 
 def coverage_count(mass: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-    """How many of the largest entries of each row reach a sum of `gamma`, the crossing one included: int64 ``[rows]``.
+    """Least number of each row's largest entries whose sum reaches `gamma`: int64 ``[rows]``.
 
-    All of them where they never do, and for ``gamma >= 1``; none for ``gamma <= 0``.
+    All entries where the whole row does not reach `gamma`, and for ``gamma >= 1``; none for ``gamma <= 0``.
     """
     ordered = mass.double().sort(dim=1, descending=True).values
     counts = ((ordered.cumsum(1) < gamma.double().unsqueeze(1)).sum(1) + 1).clamp(max=mass.shape[1])
@@ -17,7 +17,7 @@ def coverage_count(mass: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
 
 
 def top_mask(mass: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """The `counts` largest entries of each row, ties to the lower index: bool, the shape of `mass`."""
+    """The `counts` largest entries of each row, of equal ones those of lower index: bool, the shape of `mass`."""
     order = mass.sort(dim=1, descending=True, stable=True).indices
     keep = torch.arange(mass.shape[1], device=mass.device) < counts.unsqueeze(1)
     return torch.zeros_like(keep).scatter_(1, order, keep)

@@ -1,6 +1,7 @@
-"""The largest entries of each row that cover a share of it, in Triton: one program a row.
+"""The largest entries of each row that cover a share of it, in Triton: one program per row.
 
-A threshold is searched for by the sum, which gives a count, and again where the count has to be another one.
+A first search finds the threshold whose entries sum to gamma, and so their number. If the least or the most number of
+entries demands another number, a second search finds the threshold for that one.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.common.triton import ordered_scores, row_threshold, threshold_tile
+from vllm_sparse.kernels.common.triton import chosen_entries, ordered_scores, row_threshold, threshold_tile
 
 TILE = 4096
 
 
-# Lengths change with every chunk; specialising on them would compile in the middle of serving.
+# Lengths change with every prompt chunk; specialising on them would compile in the middle of serving.
 @triton.jit(do_not_specialize=["n", "min_count", "max_count"])
 def coverage_mask_kernel(
     mass_pointer,
@@ -29,7 +30,7 @@ def coverage_mask_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     p_mass = mass_pointer + i_row * n
     gamma = tl.load(gamma_pointer + i_row)
-    # Nothing is above the largest integer. Many rows want no entry, and need no search.
+    # No key is above the largest integer. Many rows want no entry, and need no search.
     threshold, above, count = 0x7FFFFFFF, 0, 0
     if gamma >= 1:
         count = n
@@ -42,20 +43,20 @@ def coverage_mask_kernel(
             above += tl.sum((b_key > threshold).to(tl.int32))
             reaching += tl.sum(((b_key >= threshold) & (o_entry < n)).to(tl.int32))
         value = tl.cast(threshold, tl.float32, bitcast=True)
-        # Of the entries equal to the threshold, as many as the rest of gamma needs; all if the row does not reach it.
+        # Keep as many of the entries equal to the threshold as the rest of gamma needs; all if the row does not reach
+        # it.
         equal = tl.where(value > 0, tl.ceil((gamma - total) / tl.maximum(value, 1e-38)), n)
         count = above + tl.maximum(tl.minimum(equal, reaching - above), 1).to(tl.int32)
     wanted = tl.minimum(tl.minimum(tl.maximum(count, min_count), max_count), n)
     if (wanted != count) | (gamma >= 1):
         threshold, above = row_threshold(p_mass, 0, n, wanted, False, ROW_TILE, TILE)
-    # Of the entries equal to the threshold, the lower ones win.
+    # Of the entries equal to the threshold, those of lower index win.
     equal_left = wanted - above
     for start in range(0, n, TILE):
         o_entry = start + tl.arange(0, TILE)
         b_key = ordered_scores(p_mass, o_entry, o_entry < n)
         b_equal = (b_key == threshold).to(tl.int32)
-        b_keep = (b_key > threshold) | ((b_equal > 0) & (tl.cumsum(b_equal, axis=0) <= equal_left))
-        equal_left -= tl.sum(b_equal)
+        b_keep, equal_left = chosen_entries(b_key, b_equal, threshold, equal_left)
         tl.store(keep_pointer + i_row * n + o_entry, b_keep.to(tl.uint8), mask=o_entry < n)
 
 

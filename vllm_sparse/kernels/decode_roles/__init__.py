@@ -1,4 +1,4 @@
-"""What each decode row does in each layer, worked out on the device, and the two attentions' outputs made one."""
+"""Role of each decode row in each layer, computed on the device, and the merge of dense and sparse outputs."""
 
 from __future__ import annotations
 

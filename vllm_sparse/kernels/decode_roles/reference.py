@@ -1,4 +1,4 @@
-"""What each decode row does in each layer, in PyTorch: the specification."""
+"""Role of each decode row in each layer, in PyTorch: the specification."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from dataclasses import dataclass
 
 import torch
 
-# Roles as `DecodeMethod.layer_roles` names them, by their number on the device.
+# Names of `DecodeMethod.layer_roles`; a role's index is its number on the device.
 ROLES = ("dense", "select", "reuse", "choose")
 SELECT, REUSE, CHOOSE = 1, 2, 3
 
 
 @dataclass(frozen=True)
 class RowSettings:
-    """What the host says of decode rows; it changes when the batch does, not from step to step.
+    """Settings of decode rows that the host writes. They change with the batch, not from step to step.
 
     Attributes:
         method: int32 ``[rows]`` number of the row's method, -1 for none.
-        least_context: int32 ``[rows]`` the row is dense unless its context is longer.
-        scored: int32 ``[rows]`` 1 if its method scores all cached tokens, which takes room, else 0.
-        roles: int8 ``[rows, layers]`` places in `ROLES`.
+        least_context: int32 ``[rows]`` tokens; the row is sparse only if its context is longer.
+        scored: int32 ``[rows]`` 1 if the row's method scores all cached tokens, which needs room for scores, else 0.
+        roles: int8 ``[rows, layers]`` role of each layer for this row, an index into `ROLES`.
     """
 
     method: torch.Tensor
@@ -30,14 +30,15 @@ class RowSettings:
 
 @dataclass(frozen=True)
 class LayerContexts:
-    """What kernels read of decode rows, by layer.
+    """Context lengths by layer, in tokens, from which kernels know what to do for each decode row.
 
     Attributes:
-        starts: int64 ``[rows]`` where a row's scores begin (`vllm_sparse.step.rows.RowScores`).
-        dense: int32 ``[layers, rows]`` context of the rows that read everything, else 0.
-        members: int32 ``[methods, rows]`` context of the rows that have a method, sparse or not, else 0.
-        choosing: int32 ``[methods, layers, rows]`` context of the rows that choose by a method, else 0.
-        kept_tokens: int32 ``[layers, rows * kv_heads]`` of the lists that are read; 0 until they are chosen.
+        starts: int64 ``[rows]`` index of a row's first score (`vllm_sparse.step.rows.RowScores`).
+        dense: int32 ``[layers, rows]`` context of the rows that read all tokens, else 0.
+        members: int32 ``[methods, rows]`` context of the rows with this method, sparse or not, else 0.
+        choosing: int32 ``[methods, layers, rows]`` context of the rows that select by this method, else 0.
+        kept_tokens: int32 ``[layers, rows * kv_heads]`` tokens of the lists that are read; 0 until they are
+            selected.
     """
 
     starts: torch.Tensor
@@ -50,20 +51,20 @@ class LayerContexts:
 def layer_contexts(
     settings: RowSettings, context_tokens: torch.Tensor, capacity_tokens: int, contexts: LayerContexts
 ) -> None:
-    """Work out a step's contexts.
+    """Compute a step's contexts.
 
-    Rows get room for their scores in order; one that finds none left is dense, and takes none.
+    Rows get room for their scores in order. A row for which too little is left is dense and takes none.
 
     Args:
-        settings: of the rows.
+        settings: settings of the rows.
         context_tokens: int32 ``[rows]``; 0 for rows that pad the batch.
-        capacity_tokens: tokens that there is room to score.
-        contexts: written; `starts` of rows that take no room are anything.
+        capacity_tokens: tokens for whose scores there is room.
+        contexts: written; `starts` is undefined for rows that take no room.
     """
     sparse = (settings.method >= 0) & (context_tokens > settings.least_context)
     needed = torch.where(sparse & (settings.scored > 0), context_tokens, 0)
     starts = needed.cumsum(0) - needed
-    # Rows behind one that found no room would fit only by chance; they are dense too.
+    # All rows after one that found no room are dense too: whether one fitted would depend on its neighbours.
     sparse &= starts + needed <= capacity_tokens
     contexts.starts.copy_(starts)
     roles = settings.roles.T
@@ -79,14 +80,14 @@ def layer_contexts(
 def pass_on(
     settings: RowSettings, layer: int, choosing: torch.Tensor, kept_tokens: torch.Tensor, contexts: LayerContexts
 ) -> None:
-    """Tell the layers that reuse lists chosen in a layer how long these are.
+    """Give the lengths of the lists that a layer selected to the later layers that reuse these lists.
 
     Args:
-        settings: of the rows.
-        layer: that chose.
-        choosing: int32 ``[rows]`` not 0 for the rows that did.
-        kept_tokens: int32 ``[rows * kv_heads]`` of the lists.
-        contexts: `kept_tokens` of the layers up to the row's next choice are written.
+        settings: settings of the rows.
+        layer: index of the layer that selected.
+        choosing: int32 ``[rows]`` not 0 for the rows that selected in this layer.
+        kept_tokens: int32 ``[rows * kv_heads]`` tokens of the lists.
+        contexts: `kept_tokens` of the layers up to the row's next selection is written.
     """
     rows = choosing.shape[0]
     kv_heads = kept_tokens.shape[0] // rows
@@ -98,11 +99,11 @@ def pass_on(
 
 
 def take_sparse(dense_context: torch.Tensor, sparse: torch.Tensor, output: torch.Tensor) -> None:
-    """Put the rows that read a list into the output, which holds the dense rows.
+    """Copy the rows that read a list into the output, which already holds the dense rows.
 
     Args:
-        dense_context: int32 ``[rows]`` 0 for the rows to put.
-        sparse: ``[rows, query_heads, head_size]``.
-        output: likewise, written.
+        dense_context: int32 ``[rows]`` 0 for the rows to copy.
+        sparse: ``[rows, query_heads, head_size]`` output of attention over the lists.
+        output: ``[rows, query_heads, head_size]``, written.
     """
     output.copy_(torch.where((dense_context == 0).view(-1, 1, 1), sparse, output))

@@ -1,4 +1,4 @@
-"""What each decode row does in each layer, in Triton: one program a layer, all rows at once."""
+"""Role of each decode row in each layer, in Triton: one program per layer, for all rows."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def take_sparse_kernel(
 
 
 def take_sparse(dense_context: torch.Tensor, sparse: torch.Tensor, output: torch.Tensor) -> None:
-    """Equal to `reference.take_sparse`; arguments as there, each row's values side by side."""
+    """Equal to `reference.take_sparse`; arguments as there, each row's values adjacent in memory."""
     rows, heads, head_size = output.shape
     width = heads * head_size
     assert sparse.stride()[1:] == output.stride()[1:] == (head_size, 1)

@@ -1,1 +1,1 @@
-"""The device's clock, read in stream order, also inside of CUDA graphs."""
+"""The device's clock, read in stream order, also inside CUDA graphs."""

@@ -1,4 +1,4 @@
-"""The device's clock in Triton; a clock has no reference."""
+"""The device's clock in Triton. There is no reference, because PyTorch cannot read it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from triton.language.extra.cuda import globaltimer
 
 
 @triton.jit
-def stamp_kernel(place_pointer):
-    tl.store(place_pointer, globaltimer())
+def stamp_kernel(time_pointer):
+    tl.store(time_pointer, globaltimer())
 
 
-def stamp(place: torch.Tensor) -> None:
-    """Write the time at which what is queued before has ended.
+def stamp(time_ns: torch.Tensor) -> None:
+    """Write the time at which all work queued before on the stream has ended.
 
     Args:
-        place: int64 ``[]``, in nanoseconds from any start.
+        time_ns: int64 ``[]``, written: nanoseconds since an arbitrary moment.
     """
-    stamp_kernel[(1,)](place, num_warps=1)
+    stamp_kernel[(1,)](time_ns, num_warps=1)

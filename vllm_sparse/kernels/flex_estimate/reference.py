@@ -1,8 +1,8 @@
 """FlexPrefill's sample in PyTorch: the specification, on any device.
 
-The attention of the last `rows` queries of a chunk is summed per key block while the keys stream by in tiles, then per
-distance band, so no ``[heads, rows, context]`` buffer exists (FlexPrefill, arXiv 2502.20766, section 3.2; the
-streaming form is this project's).
+The attention of the last `rows` queries of a prompt chunk is summed per key block while the keys are read in tiles,
+then per distance band, so that no ``[heads, rows, context]`` buffer exists (FlexPrefill, arXiv 2502.20766, section 3.2;
+the sums by tiles are this project's).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from vllm_sparse.keys import PagedKeys
 
-# A multiple of every block size. Small, so that on a CPU the passes over a tile's scores stay in its cache.
+# A multiple of every block size. So small that on a CPU the scores of a tile stay in its cache.
 TILE_TOKENS = 1024
 
 
@@ -83,9 +83,9 @@ class BlockMasses:
 
     Attributes:
         maximum: float32 ``[heads, rows, blocks]`` largest score; 0 where all of a block is in the row's future.
-        total: likewise, sum of ``exp(score - maximum)`` over the block's keys in reach.
-        nearer: likewise, over those keys whose offset in the block is at most the query's, which lie in the nearer of
-            the two distance bands that the block touches.
+        total: float32, the shape of `maximum`: sum of ``exp(score - maximum)`` over the block's keys in reach.
+        nearer: float32, the shape of `maximum`: the same sum over those keys whose offset in the block is at most the
+            query's, which lie in the nearer of the two distance bands that the block touches.
         key_mean: float32 ``[kv_heads, blocks, head_size]``.
     """
 
@@ -99,8 +99,8 @@ def block_masses(sample: torch.Tensor, keys: PagedKeys, scale: float, block_size
     """Sums of the sampled rows' attention over each key block.
 
     Args:
-        sample: ``[rows, query_heads, head_size]`` the last queries of the chunk, at the last `rows` positions.
-        keys: the request's keys, the chunk's included.
+        sample: ``[rows, query_heads, head_size]`` last queries of the prompt chunk, at the last `rows` positions.
+        keys: the request's keys, those of the prompt chunk included.
         scale: softmax scale.
         block_size_tokens: tokens of a selection block; divides `TILE_TOKENS`.
     """

@@ -1,8 +1,9 @@
 """FlexPrefill's sample in Triton.
 
-Block masses: one program a query head and run of key blocks; a block's sums are relative to its own maximum, so
-programs need nothing from one another. Heads of a group run side by side and share keys in the L2 cache. Then one
-program a tile of sampled rows finds what makes each row sum to 1, and one a tile of blocks sums over the rows.
+The first kernel has one program per query head and run of key blocks. The sums of a block are relative to its own
+maximum, so programs need nothing from one another. The query heads of a KV head run at the same time and share its keys
+in the L2 cache. The second kernel has one program per tile of sampled rows and finds the normaliser of each row. The
+third has one program per tile of key blocks and sums over the rows.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.common.triton import load_key_block
+from vllm_sparse.kernels.common.triton import load_key_block, product_tile
 from vllm_sparse.kernels.flex_estimate.reference import BlockMasses, FlexEstimate
 from vllm_sparse.kernels.page_summaries import SummaryKind
 from vllm_sparse.kernels.page_summaries.triton import page_summaries
 from vllm_sparse.keys import PlainKeys
 
-# Key blocks that one program walks through with its rows.
+# Key blocks that one program compares with its rows.
 SEGMENT_BLOCKS = 16
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-# Lengths change with every chunk; specialising on them would compile in the middle of serving.
+# Lengths change with every prompt chunk; specialising on them would compile in the middle of serving.
 @triton.jit(do_not_specialize=["context", "rows", "blocks"])
 def block_masses_kernel(
     sample_pointer,
@@ -72,7 +73,7 @@ def block_masses_kernel(
             CACHE_BLOCK,
             BLOCK,
         )
-        # [ROW_TILE, BLOCK]; float32 inputs are not to be rounded to TF32.
+        # [ROW_TILE, BLOCK]; "ieee", because Triton would round float32 inputs to TF32.
         b_score = tl.dot(b_sample, tl.trans(b_key), input_precision="ieee")
         b_score = tl.where(o_key[None, :] <= position[:, None], b_score, float("-inf"))
         b_maximum = tl.max(b_score, axis=1)
@@ -91,7 +92,7 @@ def block_masses(sample: torch.Tensor, keys: PlainKeys, scale: float, block_size
     blocks = -(-keys.context_tokens // block_size_tokens)
     sample = sample if sample.stride(2) == 1 else sample.contiguous()
     cache = keys.kv_cache
-    # A block's rows lie side by side, so that a program writes whole lines.
+    # The rows of a block are adjacent in memory, so that a program writes whole cache lines.
     masses = torch.empty(3, heads, blocks, rows, dtype=torch.float32, device=sample.device)
     block_masses_kernel[(heads, triton.cdiv(blocks, SEGMENT_BLOCKS))](
         sample,
@@ -110,11 +111,11 @@ def block_masses(sample: torch.Tensor, keys: PlainKeys, scale: float, block_size
         CACHE_BLOCK=keys.block_size_tokens,
         GROUP=heads // keys.num_kv_heads,
         HEAD_SIZE=head_size,
-        HEAD_TILE=max(triton.next_power_of_2(head_size), 16),
-        ROW_TILE=max(triton.next_power_of_2(rows), 16),
+        HEAD_TILE=product_tile(head_size),
+        ROW_TILE=product_tile(rows),
         BLOCK=block_size_tokens,
         SEGMENT=SEGMENT_BLOCKS,
-        # Two programs on a multiprocessor: one multiplies while the other sums.
+        # Registers for two programs on a multiprocessor, so that one multiplies while the other sums.
         num_warps=8,
         num_stages=2,
         maxnreg=128,
@@ -137,7 +138,7 @@ def normaliser_kernel(
     BLOCK_TILE: tl.constexpr,
     ROW_TILE: tl.constexpr,
 ):
-    """Per sampled row, the logarithm of what its masses are to be divided by, the number of rows included."""
+    """For each sampled row, the logarithm of the sum of its masses times the number of rows."""
     i_head = tl.program_id(1).to(tl.int64)
     o_row = tl.program_id(0) * ROW_TILE + tl.arange(0, ROW_TILE)
     b_maximum = tl.full([ROW_TILE], float("-inf"), tl.float32)
@@ -149,8 +150,8 @@ def normaliser_kernel(
         b_part = tl.load(total_pointer + o_entry, mask=live, other=0.0)
         b_part_maximum = tl.load(maximum_pointer + o_entry, mask=live, other=0.0)
         b_part_maximum = tl.where(b_part > 0, b_part_maximum, float("-inf"))
-        # The first tile holds the first key, which every row reaches: the maximum is finite from then on, but for
-        # rows that there are not.
+        # The first tile holds the first key, which every row reads, so the maximum is finite from then on, except in
+        # rows that do not exist.
         b_larger = tl.maximum(b_maximum, tl.max(b_part_maximum, axis=0))
         b_larger = tl.where(o_row < rows, b_larger, 0.0)
         b_total = b_total * tl.exp(b_maximum - b_larger)
@@ -161,14 +162,14 @@ def normaliser_kernel(
 
 @triton.jit
 def _mass(mass_pointer, maximum_pointer, total_pointer, b_normaliser, o_entry, mask):
-    """Entries of a mass ``[blocks, rows]`` relative to their block's maximum, normalised."""
+    """Normalised entries of a mass ``[blocks, rows]`` that is stored relative to the maximum of each block."""
     b_total = tl.load(total_pointer + o_entry, mask=mask, other=0.0)
     b_maximum = tl.load(maximum_pointer + o_entry, mask=mask, other=0.0)
     b_mass = tl.load(mass_pointer + o_entry, mask=mask, other=0.0)
     return tl.where(b_total > 0, b_mass * tl.exp(b_maximum - b_normaliser), 0.0)
 
 
-# Bands lie behind columns in one tensor, and begin anywhere.
+# Bands follow columns in one tensor, so their first address has any alignment.
 @triton.jit(do_not_specialize=["context", "rows", "blocks"], do_not_specialize_on_alignment=["band_pointer"])
 def combine_kernel(
     maximum_pointer,

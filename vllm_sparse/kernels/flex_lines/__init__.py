@@ -1,36 +1,26 @@
-"""FlexPrefill's columns and distance bands, drawn into a map over query blocks and key blocks."""
+"""FlexPrefill's columns and distance bands as a map of query blocks by key blocks."""
 
 from __future__ import annotations
 
 import torch
 
 from vllm_sparse.kernels.flex_lines import reference
+from vllm_sparse.kernels.flex_lines.reference import BlockGrid
 
-__all__ = ["line_map"]
+__all__ = ["BlockGrid", "line_map"]
 
 
-def line_map(
-    columns: torch.Tensor,
-    bands: torch.Tensor,
-    pooled: torch.Tensor | None,
-    chunk: int,
-    context: int,
-    query_block: int,
-    block_size_tokens: int,
-) -> torch.Tensor:
-    """Key blocks that a query block touches through a column, a band or the pooled map.
+def line_map(columns: torch.Tensor, bands: torch.Tensor, pooled: torch.Tensor | None, grid: BlockGrid) -> torch.Tensor:
+    """Key blocks that a query block reads because of a column, a band or the pooled map.
 
-    The first block and the query block's own are always set, blocks in its future never. Runs in Triton on CUDA, else
-    in PyTorch.
+    FlexPrefill, arXiv 2502.20766. The first key block and those of the query block's own tokens are always set, later
+    ones never. Runs in Triton on CUDA, else in PyTorch.
 
     Args:
-        columns: bool ``[heads, key_blocks]`` chosen key blocks.
-        bands: bool ``[heads, key_blocks]`` chosen bands of distances, from 0 on.
-        pooled: bool ``[heads, query_blocks, key_blocks]`` chosen pairs, or None.
-        chunk: tokens of the chunk, which ends the context.
-        context: tokens in the request's cache.
-        query_block: tokens of a query block; at most those of a key block.
-        block_size_tokens: tokens of a key block and of a band.
+        columns: bool ``[heads, key_blocks]`` selected key blocks.
+        bands: bool ``[heads, key_blocks]`` selected bands of distances ``query - key``, ascending from distance 0.
+        pooled: bool ``[heads, query_blocks, key_blocks]`` selected pairs, or None.
+        grid: the prompt chunk and the sizes of its blocks.
 
     Returns:
         bool ``[heads, query_blocks, key_blocks]``.
@@ -38,5 +28,5 @@ def line_map(
     if columns.is_cuda:
         from vllm_sparse.kernels.flex_lines import triton
 
-        return triton.line_map(columns, bands, pooled, chunk, context, query_block, block_size_tokens)
-    return reference.line_map(columns, bands, pooled, chunk, context, query_block, block_size_tokens)
+        return triton.line_map(columns, bands, pooled, grid)
+    return reference.line_map(columns, bands, pooled, grid)

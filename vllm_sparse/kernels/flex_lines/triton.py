@@ -1,4 +1,4 @@
-"""FlexPrefill's lines in Triton: one program a query block and head, in tiles of key blocks."""
+"""FlexPrefill's lines in Triton: one program per query block and head, over tiles of key blocks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.flex_lines.reference import BlockGrid
+
 BLOCK_TILE = 1024
 
 
-# Lengths change with every chunk; specialising on them would compile in the middle of serving.
-# Bands lie behind columns in one tensor, and begin anywhere.
+# Lengths change with every prompt chunk; specialising on them would compile in the middle of serving.
+# Bands follow columns in one tensor, so their first address has any alignment.
 @triton.jit(
-    do_not_specialize=["chunk", "context", "query_block_count", "key_blocks"],
+    do_not_specialize=["query_tokens", "context", "query_block_count", "key_blocks"],
     do_not_specialize_on_alignment=["band_pointer"],
 )
 def line_map_kernel(
@@ -20,7 +22,7 @@ def line_map_kernel(
     band_pointer,
     pooled_pointer,
     map_pointer,
-    chunk,
+    query_tokens,
     context,
     query_block_count,
     key_blocks,
@@ -31,7 +33,7 @@ def line_map_kernel(
 ):
     i_query_block = tl.program_id(0)
     i_head = tl.program_id(1).to(tl.int64)
-    first = context - chunk + i_query_block * QUERY_BLOCK
+    first = context - query_tokens + i_query_block * QUERY_BLOCK
     last_block = (tl.minimum(first + QUERY_BLOCK, context) - 1) // BLOCK
     o_row = (i_head * query_block_count + i_query_block) * key_blocks
     for start in range(0, key_blocks, TILE):
@@ -42,7 +44,7 @@ def line_map_kernel(
         b_touched = b_touched | (tl.load(column_pointer + i_head * key_blocks + o_block, mask=in_reach, other=0) != 0)
         if HAS_POOLED:
             b_touched = b_touched | (tl.load(pooled_pointer + o_row + o_block, mask=in_reach, other=0) != 0)
-        # The bands that meet a key block are at most three (reference.band_blocks).
+        # At most three bands lead to a key block (reference.band_blocks).
         lowest = (first + 1 + BLOCK) // BLOCK - o_block - 2
         for step in tl.static_range(3):
             band = lowest + step
@@ -51,30 +53,22 @@ def line_map_kernel(
         tl.store(map_pointer + o_row + o_block, (b_touched & in_reach).to(tl.uint8), mask=in_map)
 
 
-def line_map(
-    columns: torch.Tensor,
-    bands: torch.Tensor,
-    pooled: torch.Tensor | None,
-    chunk: int,
-    context: int,
-    query_block: int,
-    block_size_tokens: int,
-) -> torch.Tensor:
+def line_map(columns: torch.Tensor, bands: torch.Tensor, pooled: torch.Tensor | None, grid: BlockGrid) -> torch.Tensor:
     """Equal to `reference.line_map`; arguments as there."""
     heads, key_blocks = columns.shape
-    query_block_count = -(-chunk // query_block)
+    query_block_count = -(-grid.query_tokens // grid.query_block_tokens)
     touched = torch.empty(heads, query_block_count, key_blocks, dtype=torch.bool, device=columns.device)
     line_map_kernel[(query_block_count, heads)](
         columns.contiguous().view(torch.uint8),
         bands.contiguous().view(torch.uint8),
         touched if pooled is None else pooled.contiguous().view(torch.uint8),
         touched.view(torch.uint8),
-        chunk,
-        context,
+        grid.query_tokens,
+        grid.context_tokens,
         query_block_count,
         key_blocks,
-        QUERY_BLOCK=query_block,
-        BLOCK=block_size_tokens,
+        QUERY_BLOCK=grid.query_block_tokens,
+        BLOCK=grid.key_block_tokens,
         HAS_POOLED=pooled is not None,
         TILE=BLOCK_TILE,
         num_warps=4,

@@ -1,4 +1,4 @@
-"""FlexPrefill's pattern switch: how far a guess from pooled queries and keys lies from the sampled attention."""
+"""FlexPrefill's pattern switch: the distance of pooled attention, a cheap guess, from sampled attention."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["pooled_distance"]
 def pooled_distance(
     sample: torch.Tensor, key_block_mean: torch.Tensor, column_mass: torch.Tensor, scale: float, guard_zeros: bool
 ) -> torch.Tensor:
-    """Jensen-Shannon distance between pooled and sampled attention over key blocks (section 3.2).
+    """Jensen-Shannon distance between pooled and sampled attention over key blocks.
 
-    The distance is taken in Triton on CUDA, else in PyTorch.
+    FlexPrefill, arXiv 2502.20766, section 3.2. The distance is computed in Triton on CUDA, else in PyTorch.
 
     Args:
-        sample: ``[rows, query_heads, head_size]`` the last queries of the chunk.
-        key_block_mean: float32 ``[kv_heads, blocks, head_size]``.
+        sample: ``[rows, query_heads, head_size]`` last queries of the prompt chunk.
+        key_block_mean: float32 ``[kv_heads, blocks, head_size]`` mean key of each key block.
         column_mass: float32 ``[query_heads, blocks]`` sampled mass per key block; rows sum to 1.
-        scale: softmax scale.
+        scale: softmax scale of the model.
         guard_zeros: take ``0 * log 0`` as 0; else such a head's distance is infinite, as in the official code.
 
     Returns:

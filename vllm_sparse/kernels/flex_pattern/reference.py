@@ -8,7 +8,7 @@ import torch
 
 
 def distance(logits: torch.Tensor, mass: torch.Tensor, guard_zeros: bool) -> torch.Tensor:
-    """Distance of a guess, whose softmax gives its probabilities, from masses: float32 ``[rows]``.
+    """Distance of the softmax of `logits` from `mass`: float32 ``[rows]``.
 
     Args:
         logits: float32 ``[rows, n]``.
@@ -23,7 +23,7 @@ def jensen_shannon_distance(first: torch.Tensor, second: torch.Tensor, guard_zer
 
     Args:
         first: ``[rows, n]`` probabilities.
-        second: likewise.
+        second: ``[rows, n]`` probabilities.
         guard_zeros: take ``0 * log 0`` as 0; else the row is infinite, as in the official code.
     """
     middle = (first + second) / 2

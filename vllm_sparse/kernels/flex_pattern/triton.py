@@ -1,4 +1,4 @@
-"""FlexPrefill's pattern switch in Triton: one program a query head, over the logits of its guess."""
+"""FlexPrefill's pattern switch in Triton: one program per query head."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton.language as tl
 BLOCK_TILE = 1024
 
 
-# Lengths change with every chunk; specialising on them would compile in the middle of serving.
+# Lengths change with every prompt chunk; specialising on them would compile in the middle of serving.
 @triton.jit(do_not_specialize=["blocks"])
 def distance_kernel(
     logit_pointer,

@@ -1,7 +1,7 @@
-"""Hierarchical pruning of keys in PyTorch: the specification, on any device, without a device-to-host sync.
+"""HiP's selection in PyTorch: the specification, on any device, without a device-to-host sync.
 
-InfiniteHiP (arXiv 2502.08910, algorithms 1 and 2), with the midpoint representatives and the running maximum of its
-implementation. Written from the formulas.
+It follows the formulas of InfiniteHiP (arXiv 2502.08910, algorithms 1 and 2). That a key block is represented by the
+keys at midpoints, and scored by the largest product on the way, is taken from the paper's implementation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vllm_sparse.kernels.page_list import query_blocks
 from vllm_sparse.keys import PagedKeys
 
 LEAF_TOKENS = 16
-# Keys that a step gathers at once for some query blocks. Small, so that on a CPU the product finds them in its cache.
+# Keys that one step of the descents gathers at once. So few that on a CPU the product finds them in its cache.
 TILE_KEYS = 16384
 
 
@@ -25,32 +25,55 @@ class Stage:
     """One pruning of the keys that the stage before it kept.
 
     Attributes:
-        chunk_tokens: length of its chunks, a power of two of at least `LEAF_TOKENS`, below the stage before it.
-        kept_tokens: most tokens that it keeps, a multiple of `chunk_tokens`.
-        query_stride: adjacent queries that are averaged; divides the query block.
+        key_block_tokens: tokens of a key block: a power of two, at least `LEAF_TOKENS`, less than in the stage before.
+        kept_tokens: most tokens that the stage keeps, a multiple of `key_block_tokens`.
+        query_stride: number of adjacent queries that are averaged; divides the query block.
     """
 
-    chunk_tokens: int
+    key_block_tokens: int
     kept_tokens: int
     query_stride: int = 1
 
     @property
-    def kept_chunks(self) -> int:
-        return self.kept_tokens // self.chunk_tokens
+    def kept_key_blocks(self) -> int:
+        """Most key blocks that the stage keeps."""
+        return self.kept_tokens // self.key_block_tokens
+
+
+@dataclass(frozen=True)
+class DescentArguments:
+    """What `hierarchical_descent` searches and what it always keeps, for all query blocks alike.
+
+    Attributes:
+        stages: from the first to the last; `Stage.key_block_tokens` fall strictly, `Stage.kept_tokens` do not rise.
+        query_block_tokens: query tokens that share a list; 1 for a decode step.
+        heads: number of lists per query block. It divides the number of query heads, and divides the number of KV heads
+            or is a multiple of it. A key's score is the largest of those of the query heads that share the list.
+        sink_tokens: first tokens of the context, always kept, rounded up to whole leaves.
+        window_tokens: tokens before a query block that are always kept.
+        dense_tail_tokens: last queries of the prompt chunk whose query blocks keep everything.
+    """
+
+    stages: Sequence[Stage]
+    query_block_tokens: int
+    heads: int
+    sink_tokens: int
+    window_tokens: int
+    dense_tail_tokens: int
 
 
 def search_start(sink_tokens: int) -> int:
-    """First token after the sink, whose last leaf is whole."""
+    """First token of all search ranges: the one after the sink, which ends with a whole leaf."""
     return -(-sink_tokens // LEAF_TOKENS) * LEAF_TOKENS
 
 
-def search_stop(chunk: int, context: int, query_block: int, window_tokens: int) -> int:
-    """End of the search range of the last query block; no other reaches further."""
-    return context - 1 - (chunk - 1) % query_block - window_tokens
+def search_stop(query_tokens: int, context: int, query_block_tokens: int, window_tokens: int) -> int:
+    """Token after the search range of the last query block, whose range is the longest."""
+    return context - 1 - (query_tokens - 1) % query_block_tokens - window_tokens
 
 
 def pruning_stages(stages: Sequence[Stage], range_tokens: int) -> list[Stage]:
-    """The stages that prune something of a search range; the others keep what they get, whatever its scores are."""
+    """The stages that prune something of a search range of `range_tokens`; the others keep all that they get."""
     pruning = []
     for stage in stages:
         if stage.kept_tokens < range_tokens:
@@ -59,53 +82,54 @@ def pruning_stages(stages: Sequence[Stage], range_tokens: int) -> list[Stage]:
     return pruning
 
 
-def reachable_leaves(chunk: int, context: int, query_block: int, device: torch.device) -> torch.Tensor:
-    """Leaves that begin no later than each query block ends: bool ``[query_blocks, leaves]``."""
-    _, last = query_blocks(chunk, context, query_block, device)
+def reachable_leaves(query_tokens: int, context: int, query_block_tokens: int, device: torch.device) -> torch.Tensor:
+    """Leaves that begin no later than the last query of each query block: bool ``[query_blocks, leaves]``."""
+    _, last = query_blocks(query_tokens, context, query_block_tokens, device)
     return torch.arange(0, context, LEAF_TOKENS, device=device) <= last.unsqueeze(1)
 
 
 def forced_leaves(context: int, begin: int, end: torch.Tensor) -> torch.Tensor:
-    """Leaves that are kept whatever a search says, those of the future included: bool ``[..., leaves]``.
+    """Leaves outside of the search ranges, which are always kept; future ones are among them: bool ``[..., leaves]``.
 
     Args:
         context: tokens in the request's cache.
-        begin: first token of the search range, after the sink.
-        end: integer ``[..., 1]`` token after the range, where the window starts.
+        begin: first token of the search range, which follows the sink.
+        end: integer ``[..., 1]`` token after the search range, where the window starts.
     """
     leaf_start = torch.arange(0, context, LEAF_TOKENS, device=end.device)
     return (leaf_start < begin) | (leaf_start + LEAF_TOKENS > end)
 
 
 def candidates(stages: Sequence[Stage], range_tokens: int) -> list[int]:
-    """Most chunks that each stage chooses from; the first one has a range of `range_tokens`."""
+    """Most key blocks that each stage chooses from, where the search range has `range_tokens`."""
     lengths = [range_tokens, *(stage.kept_tokens for stage in stages)]
-    return [-(-length // stage.chunk_tokens) for length, stage in zip(lengths, stages, strict=False)]
+    return [-(-length // stage.key_block_tokens) for length, stage in zip(lengths, stages, strict=False)]
 
 
 def averaged_queries(query: torch.Tensor, stride: int) -> torch.Tensor:
-    """Means of `stride` adjacent queries, the last one of what is left: ``[ceil(chunk / stride), heads, head_size]``.
+    """Means of `stride` adjacent queries, the last mean perhaps of fewer, summed in float32.
 
-    Summed in float32 and rounded to the queries' dtype.
+    Returns:
+        ``[ceil(query_tokens / stride), query_heads, head_size]`` in the queries' dtype.
     """
     if stride == 1:
         return query
-    chunk, heads, head_size = query.shape
-    rows = -(-chunk // stride)
-    padded = torch.nn.functional.pad(query.float(), (0, 0, 0, 0, 0, rows * stride - chunk))
+    query_tokens, heads, head_size = query.shape
+    rows = -(-query_tokens // stride)
+    padded = torch.nn.functional.pad(query.float(), (0, 0, 0, 0, 0, rows * stride - query_tokens))
     counts = torch.full((rows, 1, 1), float(stride), device=query.device)
-    counts[-1] = chunk - (rows - 1) * stride
+    counts[-1] = query_tokens - (rows - 1) * stride
     return (padded.view(rows, stride, heads, head_size).sum(1) / counts).to(query.dtype)
 
 
 def search_queries(queries: torch.Tensor, block_rows: int, heads: int, parts: int) -> torch.Tensor:
-    """Rows of each search, float32 ``[parts, heads * query_blocks, block_rows * members, head_size]``.
+    """Queries of each search, float32 ``[parts, heads * query_blocks, block_rows * members, head_size]``.
 
     Args:
         queries: ``[rows, query_heads, head_size]``.
-        block_rows: rows of a query block. A shorter last block repeats its last row, which changes no maximum.
-        heads: lists of heads.
-        parts: KV heads of a list.
+        block_rows: rows of a query block. A shorter last query block repeats its last row, which changes no maximum.
+        heads: number of lists per query block.
+        parts: number of KV heads that a list reads.
     """
     rows, query_heads, head_size = queries.shape
     blocks = -(-rows // block_rows)
@@ -116,14 +140,14 @@ def search_queries(queries: torch.Tensor, block_rows: int, heads: int, parts: in
 
 @dataclass(frozen=True)
 class Searches:
-    """Searches that run at once, each for a list of heads and a query block.
+    """Searches that run at once, one for each list and query block.
 
     Attributes:
-        single_keys: reads keys at positions int64 ``[searches, n]``, once for each part of a list that reads several KV
-            heads: ``[searches, n, head_size]``.
+        single_keys: reads the keys at positions int64 ``[searches, n]``: yields ``[searches, n, head_size]`` for each
+            of the KV heads that a list reads.
         begin: first token of all search ranges.
-        end: int64 ``[searches, 1]`` token after each.
-        range_tokens: length of the longest range.
+        end: int64 ``[searches, 1]`` token after each search range.
+        range_tokens: tokens of the longest search range.
     """
 
     single_keys: Callable[[torch.Tensor], Iterable[torch.Tensor]]
@@ -132,11 +156,11 @@ class Searches:
     range_tokens: int
 
     def scores(self, queries: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Largest product of queries with single keys, float32 ``[searches, n]`` like the positions.
+        """Largest product of a search's queries with each single key: float32 ``[searches, n]``.
 
         Args:
-            queries: of a stage, as `search_queries` returns them.
-            position: int64 ``[searches, n]``.
+            queries: a stage's queries, as `search_queries` returns them.
+            position: int64 ``[searches, n]`` positions of the keys.
         """
         best: torch.Tensor | None = None
         for part_queries, keys in zip(queries, self.single_keys(position), strict=True):
@@ -145,26 +169,26 @@ class Searches:
         assert best is not None
         return best
 
-    def chunk_scores(
-        self, queries: torch.Tensor, start: torch.Tensor, stop: torch.Tensor, chunk_tokens: int
+    def key_block_scores(
+        self, queries: torch.Tensor, start: torch.Tensor, stop: torch.Tensor, key_block_tokens: int
     ) -> torch.Tensor:
-        """Largest score that a descent into each chunk meets, float32 ``[searches, n]``.
+        """Largest score that a descent into each key block meets: float32 ``[searches, n]``.
 
-        A step compares the midpoint keys of the chunk's two halves and goes to the better half, to the left one if
-        they are equal, until one key is left.
+        A step compares the midpoint keys of the two halves and enters the half of the higher score, the left one if
+        both are equal, until one key is left.
 
         Args:
-            queries: of a stage, as `search_queries` returns them.
-            start: int64 ``[searches, n]``.
-            stop: likewise, above `start` by at most `chunk_tokens`.
-            chunk_tokens: a power of two.
+            queries: a stage's queries, as `search_queries` returns them.
+            start: int64 ``[searches, n]`` first token of each key block.
+            stop: int64 ``[searches, n]`` token after each key block, at most `key_block_tokens` above `start`.
+            key_block_tokens: tokens of a whole key block, a power of two.
         """
         low, high = start, stop
         best = torch.full(start.shape, float("-inf"), device=start.device)
-        # A shorter chunk has one key left before the last step.
-        for _ in range(chunk_tokens.bit_length() - 1):
+        # A shorter key block is down to one key before the last step.
+        for _ in range(key_block_tokens.bit_length() - 1):
             middle = (low + high + 1) // 2
-            # A half without keys stands for the one key that is left.
+            # Where one key is left the right half is empty, and that key stands for it.
             right = torch.minimum((middle + high) // 2, high - 1)
             halves = self.scores(queries, torch.cat([(low + middle) // 2, right], dim=1))
             left_score, right_score = halves.chunk(2, dim=1)
@@ -176,75 +200,68 @@ class Searches:
     def prune(
         self, stage: Stage, queries: torch.Tensor, parents: torch.Tensor | None, parent_tokens: int
     ) -> torch.Tensor:
-        """Chunks that a stage keeps.
+        """Key blocks that a stage keeps.
 
         Args:
             stage: the stage.
             queries: its queries, as `search_queries` returns them.
-            parents: what the stage before it kept, as this function returns it; None if it is the first.
-            parent_tokens: length of the parents; not read without them.
+            parents: key blocks that the stage before kept, as this function returns them; None for the first stage.
+            parent_tokens: tokens of a parent; ignored for the first stage.
 
         Returns:
-            int64 ``[searches, n]`` first tokens in ascending order. Chunks at or past a range's end, which are the
-            last ones, are empty.
+            int64 ``[searches, n]`` first tokens of the key blocks, ascending. Those at or after the end of a search
+            range are the last ones and stand for no keys.
         """
-        length = stage.chunk_tokens
+        length = stage.key_block_tokens
         longest = -(-self.range_tokens // length)
         if parents is None:
             parents, parent_tokens = torch.full_like(self.end, self.begin), longest * length
         start = _split(parents, parent_tokens, length)[:, :longest]
-        if start.shape[1] <= stage.kept_chunks:
+        if start.shape[1] <= stage.kept_key_blocks:
             return start
         stop = torch.minimum(start + length, self.end)
         exists = start < stop
-        score = self.chunk_scores(queries, torch.where(exists, start, 0), torch.where(exists, stop, 1), length)
+        score = self.key_block_scores(queries, torch.where(exists, start, 0), torch.where(exists, stop, 1), length)
         score = score.masked_fill(~exists, float("-inf"))
-        best = score.sort(dim=1, descending=True, stable=True).indices[:, : stage.kept_chunks]
+        best = score.sort(dim=1, descending=True, stable=True).indices[:, : stage.kept_key_blocks]
         return start.gather(1, best.sort(dim=1).values)
 
-    def leaf_mask(self, kept: torch.Tensor, chunk_tokens: int, leaves: int) -> torch.Tensor:
-        """Leaves of kept chunks as far as they lie in the search ranges: bool ``[searches, leaves]``."""
-        start = _split(kept, chunk_tokens, LEAF_TOKENS)
-        # Empty ones go to one spare column, which is cut off.
+    def leaf_mask(self, kept: torch.Tensor, key_block_tokens: int, leaves: int) -> torch.Tensor:
+        """Leaves of kept key blocks as far as they lie in the search ranges: bool ``[searches, leaves]``."""
+        start = _split(kept, key_block_tokens, LEAF_TOKENS)
+        # Leaves outside of the range are written to one spare column, which is cut off.
         column = torch.where(start < self.end, start // LEAF_TOKENS, leaves)
         mask = torch.zeros(kept.shape[0], leaves + 1, dtype=torch.bool, device=kept.device)
         return mask.scatter_(1, column, True)[:, :leaves]
 
 
 def _split(start: torch.Tensor, length: int, part_length: int) -> torch.Tensor:
-    """Starts of the parts of each chunk: ``[searches, n]`` to ``[searches, n * length / part_length]``."""
+    """First tokens of the parts of each key block: ``[searches, n]`` to ``[searches, n * length / part_length]``."""
     offset = torch.arange(0, length, part_length, device=start.device)
     return (start.unsqueeze(2) + offset).flatten(1)
 
 
-def hierarchical_descent(
-    query: torch.Tensor,
-    keys: PagedKeys,
-    stages: Sequence[Stage],
-    query_block: int,
-    heads: int,
-    sink_tokens: int,
-    window_tokens: int,
-    dense_tail_tokens: int,
-) -> torch.Tensor:
-    """The kept leaves; arguments as in the public function."""
-    chunk, query_heads, _ = query.shape
+def hierarchical_descent(query: torch.Tensor, keys: PagedKeys, arguments: DescentArguments) -> torch.Tensor:
+    """Select leaves; arguments and result as in the public function."""
+    query_tokens, query_heads, _ = query.shape
     context, device = keys.context_tokens, query.device
-    begin = search_start(sink_tokens)
-    range_tokens = search_stop(chunk, context, query_block, window_tokens) - begin
-    pruning = pruning_stages(stages, range_tokens)
-    reachable = reachable_leaves(chunk, context, query_block, device)
+    query_block_tokens, heads = arguments.query_block_tokens, arguments.heads
+    begin = search_start(arguments.sink_tokens)
+    range_tokens = search_stop(query_tokens, context, query_block_tokens, arguments.window_tokens) - begin
+    pruning = pruning_stages(arguments.stages, range_tokens)
+    reachable = reachable_leaves(query_tokens, context, query_block_tokens, device)
     if not pruning:
         return reachable.expand(heads, -1, -1)
-    first, last = query_blocks(chunk, context, query_block, device)
-    # Where the window starts; at token 0 it is everything.
-    end = (first - window_tokens).clamp(min=0).masked_fill(last >= context - dense_tail_tokens, 0)
+    first, last = query_blocks(query_tokens, context, query_block_tokens, device)
+    # Where the window starts: at token 0 for query blocks that keep everything.
+    end = (first - arguments.window_tokens).clamp(min=0)
+    end = end.masked_fill(last >= context - arguments.dense_tail_tokens, 0)
     blocks, leaves = reachable.shape
     kept = (forced_leaves(context, begin, end.unsqueeze(1)) & reachable).repeat(heads, 1, 1)
 
     averaged = [averaged_queries(query, stage.query_stride) for stage in pruning]
     all_keys = keys.read(0, context).flatten(0, 1)
-    # A list of heads that read several KV heads is searched in parts.
+    # A list that reads several KV heads is searched one KV head at a time.
     parts = max(keys.num_kv_heads // heads, 1)
     first_kv_head = torch.arange(heads, device=device) * keys.num_kv_heads // heads
     first_key = (first_kv_head + torch.arange(parts, device=device).unsqueeze(1)) * context
@@ -253,7 +270,7 @@ def hierarchical_descent(
     tile_blocks = max(searches // tile_heads, 1)
     for block in range(0, blocks, tile_blocks):
         stop_block = min(block + tile_blocks, blocks)
-        tile_range_tokens = range_tokens - (blocks - stop_block) * query_block
+        tile_range_tokens = range_tokens - (blocks - stop_block) * query_block_tokens
         if tile_range_tokens <= 0:
             continue
         for head in range(0, heads, tile_heads):
@@ -266,27 +283,27 @@ def hierarchical_descent(
                 end[block:stop_block].repeat(stop_head - head).unsqueeze(1),
                 tile_range_tokens,
             )
-            chunks: torch.Tensor | None = None
-            chunk_tokens = 0
+            key_blocks: torch.Tensor | None = None
+            key_block_tokens = 0
             for queries, stage in zip(averaged, pruning, strict=True):
-                block_rows = query_block // stage.query_stride
+                block_rows = query_block_tokens // stage.query_stride
                 rows = queries[block * block_rows : stop_block * block_rows, members]
                 rows = search_queries(rows, block_rows, stop_head - head, parts)
-                chunks = tile.prune(stage, rows, chunks, chunk_tokens)
-                chunk_tokens = stage.chunk_tokens
-            assert chunks is not None
-            mask = tile.leaf_mask(chunks, chunk_tokens, leaves)
+                key_blocks = tile.prune(stage, rows, key_blocks, key_block_tokens)
+                key_block_tokens = stage.key_block_tokens
+            assert key_blocks is not None
+            mask = tile.leaf_mask(key_blocks, key_block_tokens, leaves)
             kept[head:stop_head, block:stop_block] |= mask.view(stop_head - head, stop_block - block, leaves)
     return kept
 
 
 def _keys_of_parts(keys: torch.Tensor, first_key: torch.Tensor, position: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Keys ``[kv_heads * context, head_size]`` at positions, once for each part, as `Searches` wants them.
+    """Keys at positions, once for each KV head that a list reads, as `Searches.single_keys` gives them.
 
     Args:
-        keys: of all heads, one after the other.
-        first_key: int64 ``[parts, searches, 1]`` row of a KV head's first key.
-        position: int64 ``[searches, n]``.
+        keys: ``[kv_heads * context, head_size]``, those of one KV head after those of another.
+        first_key: int64 ``[parts, searches, 1]`` index of a KV head's first key.
+        position: int64 ``[searches, n]`` positions of the keys.
     """
     for first in first_key:
         yield keys.index_select(0, (position + first).flatten()).view(*position.shape, -1)

@@ -1,22 +1,27 @@
-"""Hierarchical pruning of keys in Triton: for each stage one launch for all descents and one for the best chunks.
+"""HiP's selection in Triton: each stage launches one kernel that scores key blocks and one that keeps the best.
 
-At 128K tokens, a chunk of 8192, 8 KV heads of 128 numbers in bfloat16 and the default knobs, a (KV head, query block)
-reads about 8 000, 6 100 and 4 100 single keys: 2.4 GB, which many query blocks share and which come from the L2 cache,
-and 0.3 TFLOP. Chunks of a tile are the rows of the product, so that the maximum over queries stays in a warp.
+At 128K tokens, with a prompt chunk of 8192 tokens, 8 KV heads of 128 channels in bfloat16 and the default knobs, the
+three stages of a (KV head, query block) read about 8 000, 6 100 and 4 100 single keys. Together these are 2.4 GB, which
+come from the L2 cache because many query blocks read the same keys, and 0.3 TFLOP. The key blocks of a tile are the
+rows of the matrix product, so that the maximum over queries stays in a warp.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.common.triton import ordered_scores, row_threshold, threshold_tile
+from vllm_sparse.kernels.common.triton import (
+    chosen_entries,
+    ordered_scores,
+    product_tile,
+    row_threshold,
+    threshold_tile,
+)
 from vllm_sparse.kernels.hierarchical_descent.reference import (
     LEAF_TOKENS,
-    Stage,
+    DescentArguments,
     candidates,
     pruning_stages,
     reachable_leaves,
@@ -25,20 +30,21 @@ from vllm_sparse.kernels.hierarchical_descent.reference import (
 )
 from vllm_sparse.keys import PlainKeys
 
-AVERAGE_TILE, CHUNK_TILE, SELECT_TILE = 1024, 32, 1024
-# Numbers (rows times dimensions) of queries that can stay in shared memory through the descents of a program, and of a
-# tile of those that cannot.
+AVERAGE_TILE, KEY_BLOCK_TILE, SELECT_TILE = 1024, 32, 1024
+# Numbers (rows times channels) of queries that stay in shared memory through all descents of a program, and of a tile
+# of queries that are too many to stay.
 RESIDENT_NUMBERS, PASSING_NUMBERS = 512 * 128, 64 * 128
-# Several for each place on the GPU. With fewer query blocks, more programs share the chunks of one.
+# Programs of a launch: several for each that the GPU runs at once. With fewer query blocks, more programs share the key
+# blocks of one query block.
 LEAST_PROGRAMS = 4096
 
 
-# Lengths change with every chunk; specialising on them would compile in the middle of serving.
-@triton.jit(do_not_specialize=["chunk", "width"])
+# Lengths change with every prompt chunk; specialising on them would compile in the middle of serving.
+@triton.jit(do_not_specialize=["query_tokens", "width"])
 def averaged_queries_kernel(
     query_pointer,
     averaged_pointer,
-    chunk,
+    query_tokens,
     width,
     query_row_stride,
     STRIDE: tl.constexpr,
@@ -47,7 +53,7 @@ def averaged_queries_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     o_number = tl.program_id(1) * TILE + tl.arange(0, TILE)
     in_row = o_number < width
-    count = tl.minimum(chunk - i_row * STRIDE, STRIDE).to(tl.int32)
+    count = tl.minimum(query_tokens - i_row * STRIDE, STRIDE).to(tl.int32)
     b_sum = tl.zeros([TILE], tl.float32)
     for step in range(count):
         p_query = query_pointer + (i_row * STRIDE + step) * query_row_stride
@@ -56,71 +62,110 @@ def averaged_queries_kernel(
 
 
 def averaged_queries(query: torch.Tensor, stride: int) -> torch.Tensor:
-    """Equal to `reference.averaged_queries`; arguments as there, a token's queries side by side."""
+    """Equal to `reference.averaged_queries`; arguments as there, the query heads of a token adjacent in memory."""
     if stride == 1:
         return query
-    chunk, heads, head_size = query.shape
-    rows, width = triton.cdiv(chunk, stride), heads * head_size
+    query_tokens, heads, head_size = query.shape
+    rows, width = triton.cdiv(query_tokens, stride), heads * head_size
     averaged = torch.empty(rows, heads, head_size, dtype=query.dtype, device=query.device)
     averaged_queries_kernel[(rows, triton.cdiv(width, AVERAGE_TILE))](
-        query, averaged, chunk, width, query.stride(0), STRIDE=stride, TILE=AVERAGE_TILE, num_warps=4
+        query, averaged, query_tokens, width, query.stride(0), STRIDE=stride, TILE=AVERAGE_TILE, num_warps=4
     )
     return averaged
 
 
 @triton.jit
-def _last_and_end(i_block, chunk, context, window, dense_from, QUERY_BLOCK: tl.constexpr):
-    """Last position of a query block and the end of its search range; 0 if it keeps everything."""
-    first = context - chunk + i_block * QUERY_BLOCK
+def _last_and_end(i_block, query_tokens, context, window, dense_from, QUERY_BLOCK: tl.constexpr):
+    """Position of a query block's last query, and the token after its search range: 0 if it keeps everything."""
+    first = context - query_tokens + i_block * QUERY_BLOCK
     last = tl.minimum(first + QUERY_BLOCK, context) - 1
     return last, tl.where(last >= dense_from, 0, tl.maximum(first - window, 0))
 
 
 @triton.jit
-def live_chunks(p_parent, begin, end, parent_tokens, chunk_tokens, first_stage):
-    """Chunks that a stage chooses from in one search. Only the one at the end of the range may be short."""
+def live_key_blocks(p_parent, begin, end, parent_tokens, key_block_tokens, first_stage):
+    """How many key blocks a stage chooses from in one search. Only the last one may be shorter than the others."""
     if first_stage:
-        live = tl.cdiv(tl.maximum(end - begin, 0), chunk_tokens)
+        live = tl.cdiv(tl.maximum(end - begin, 0), key_block_tokens)
     else:
         parents = tl.load(p_parent)
         last_parent = tl.load(p_parent + parents, mask=parents > 0, other=0)
-        in_last = tl.cdiv(tl.minimum(end - last_parent, parent_tokens), chunk_tokens)
-        live = tl.where(parents > 0, (parents - 1) * (parent_tokens // chunk_tokens) + in_last, 0)
+        in_last = tl.cdiv(tl.minimum(end - last_parent, parent_tokens), key_block_tokens)
+        live = tl.where(parents > 0, (parents - 1) * (parent_tokens // key_block_tokens) + in_last, 0)
     return live
 
 
 @triton.jit
-def chunk_start(p_parent, o_chunk, live, begin, parent_tokens, chunk_tokens, first_stage):
-    """First tokens of the chunks that a stage chooses from, in ascending order."""
+def key_block_start(p_parent, o_key_block, live, begin, parent_tokens, key_block_tokens, first_stage):
+    """First tokens of the key blocks that a stage chooses from, ascending."""
     if first_stage:
-        start = begin + o_chunk * chunk_tokens
+        start = begin + o_key_block * key_block_tokens
     else:
-        parts = parent_tokens // chunk_tokens
-        start = tl.load(p_parent + 1 + o_chunk // parts, mask=o_chunk < live, other=0)
-        start += o_chunk % parts * chunk_tokens
+        parts = parent_tokens // key_block_tokens
+        start = tl.load(p_parent + 1 + o_key_block // parts, mask=o_key_block < live, other=0)
+        start += o_key_block % parts * key_block_tokens
     return start
 
 
 @triton.jit
-def midpoints(low, high, is_left):
-    """Where the halves of chunks meet, and the midpoints of both halves; all ``[2, chunks]``."""
-    middle = (low + high + 1) // 2
-    # A half without keys stands for the one key that is left.
-    right = tl.minimum((middle + high) // 2, high - 1)
-    return middle, tl.where(is_left, (low + middle) // 2, right)
+def descent_bounds(start, end, exists, key_block_tokens, TILE: tl.constexpr):
+    """Where descents begin: first token, token after the last, and best score so far, ``[2, TILE]`` each.
+
+    Row 0 is for the left half of a key block and row 1 for its right half, so that the keys of both are fetched
+    together. Key blocks that do not exist descend to the request's first key, and their scores are not stored.
+    """
+    low = tl.broadcast_to(tl.where(exists, start, 0)[None, :], [2, TILE])
+    high = tl.broadcast_to(tl.where(exists, tl.minimum(start + key_block_tokens, end), 1)[None, :], [2, TILE])
+    return low, high, tl.full([2, TILE], float("-inf"), tl.float32)
 
 
 @triton.jit
-def better_half(b_half, low, middle, high, is_left):
-    """Bounds of the half whose midpoint scores more, the left one if they are equal; all ``[2, chunks]``."""
+def midpoint_keys(
+    p_head,
+    p_table,
+    low,
+    high,
+    is_left,
+    cache_block_stride,
+    cache_token_stride,
+    CACHE_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Where the two halves meet, ``[2, TILE]``, and pointers to the midpoint keys of both halves, ``[2 * TILE]``.
+
+    `p_head` points to a KV head in the cache and `p_table` to the request's block table; `is_left` is true in row 0.
+    """
+    middle = (low + high + 1) // 2
+    # Where one key is left the right half is empty, and that key stands for it.
+    right = tl.minimum((middle + high) // 2, high - 1)
+    position = tl.reshape(tl.where(is_left, (low + middle) // 2, right), [2 * TILE])
+    physical = tl.load(p_table + position // CACHE_BLOCK).to(tl.int64)
+    return middle, p_head + physical * cache_block_stride + position % CACHE_BLOCK * cache_token_stride
+
+
+@triton.jit
+def enter_better_half(b_score, b_best, low, middle, high, is_left, TILE: tl.constexpr):
+    """Go into the half whose midpoint key scores more, into the left one if they are equal.
+
+    Args:
+        b_score: float32 ``[2 * TILE]`` scores of the keys that `midpoint_keys` points to.
+        b_best: float32 ``[2, TILE]`` largest score so far.
+        low, middle, high: int32 ``[2, TILE]`` bounds of the two halves.
+        is_left: bool ``[2, 1]``, true in row 0.
+
+    Returns:
+        `low`, `high` and `b_best` of the next step.
+    """
+    b_half = tl.reshape(b_score, [2, TILE])
+    b_best = tl.maximum(b_best, b_half)
     b_left = tl.max(tl.where(is_left, b_half, float("-inf")), axis=0)
     b_right = tl.max(tl.where(is_left, float("-inf"), b_half), axis=0)
     goes_left = (b_left >= b_right)[None, :]
-    return tl.where(goes_left, low, middle), tl.where(goes_left, middle, high)
+    return tl.where(goes_left, low, middle), tl.where(goes_left, middle, high), b_best
 
 
 @triton.jit
-def store_best_chunks(
+def store_best_key_blocks(
     p_score,
     p_parent,
     p_kept,
@@ -129,32 +174,31 @@ def store_best_chunks(
     end,
     live,
     parent_tokens,
-    chunk_tokens,
-    kept_chunks,
+    key_block_tokens,
+    kept_key_blocks,
     first_stage,
     LAST: tl.constexpr,
     LEAF: tl.constexpr,
     ROW_TILE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Store what a stage keeps in one search: how many chunks, then their first tokens; if `LAST`, a mask of leaves."""
-    # Where all chunks are kept there are no scores: none competes, and all are equal.
-    competing = tl.where(live > kept_chunks, live, 0)
-    count = tl.minimum(live, kept_chunks)
+    """Store what a stage keeps in one search: the number of key blocks and their first tokens, or if `LAST` leaves."""
+    # Where all key blocks are kept there are no scores: no key block competes, and all are equal.
+    competing = tl.where(live > kept_key_blocks, live, 0)
+    count = tl.minimum(live, kept_key_blocks)
 
     least, above = row_threshold(p_score, 0, competing, count, False, ROW_TILE, TILE)
-    # Of the keys equal to the threshold, the lower chunks win.
+    # Of the key blocks whose score equals the threshold, the lower ones win.
     equal_left = count - above
     written = 0
     for first in range(0, live, TILE):
-        o_chunk = first + tl.arange(0, TILE)
-        b_key = ordered_scores(p_score, o_chunk, o_chunk < competing)
-        b_equal = ((b_key == least) & (o_chunk < live)).to(tl.int32)
-        b_chosen = (b_key > least) | ((b_equal > 0) & (tl.cumsum(b_equal, axis=0) <= equal_left))
-        equal_left -= tl.sum(b_equal)
-        start = chunk_start(p_parent, o_chunk, live, begin, parent_tokens, chunk_tokens, first_stage)
+        o_key_block = first + tl.arange(0, TILE)
+        b_key = ordered_scores(p_score, o_key_block, o_key_block < competing)
+        b_equal = ((b_key == least) & (o_key_block < live)).to(tl.int32)
+        b_chosen, equal_left = chosen_entries(b_key, b_equal, least, equal_left)
+        start = key_block_start(p_parent, o_key_block, live, begin, parent_tokens, key_block_tokens, first_stage)
         if LAST:
-            for offset in range(0, chunk_tokens, LEAF):
+            for offset in range(0, key_block_tokens, LEAF):
                 tl.store(p_mask + (start + offset) // LEAF, 1, mask=b_chosen & (start + offset < end))
         else:
             b_slot = written + tl.cumsum(b_chosen.to(tl.int32), axis=0)
@@ -179,9 +223,9 @@ def _queries(
     HEAD_SIZE: tl.constexpr,
     ROW_TILE: tl.constexpr,
 ):
-    """Queries of a block and of the heads of a part: ``[dimensions, ROW_TILE]``."""
+    """Queries of a query block and of the query heads of one KV head (`i_part`): ``[channels, ROW_TILE]``."""
     o_row = row_start + tl.arange(0, ROW_TILE)
-    # What would lie past the block or the chunk repeats the last query, which changes no maximum.
+    # Rows past the query block or the prompt chunk repeat the last query, which changes no maximum.
     row = tl.minimum(i_block * BLOCK_ROWS + tl.minimum(o_row // MEMBERS, BLOCK_ROWS - 1), query_rows - 1)
     head = i_part * MEMBERS + o_row % MEMBERS
     p_query = query_pointer + row.to(tl.int64) * query_row_stride + head * HEAD_SIZE
@@ -190,36 +234,36 @@ def _queries(
 
 @triton.jit(
     do_not_specialize=[
-        "chunk",
+        "query_tokens",
         "context",
         "begin",
         "window",
         "dense_from",
         "query_rows",
         "parent_tokens",
-        "chunk_tokens",
-        "kept_chunks",
+        "key_block_tokens",
+        "kept_key_blocks",
         "steps",
         "list_width",
         "score_width",
     ],
     do_not_specialize_on_alignment=["parent_pointer"],
 )
-def chunk_scores_kernel(
+def key_block_scores_kernel(
     query_pointer,
     cache_pointer,
     block_table_pointer,
     parent_pointer,
     score_pointer,
-    chunk,
+    query_tokens,
     context,
     begin,
     window,
     dense_from,
     query_rows,
     parent_tokens,
-    chunk_tokens,
-    kept_chunks,
+    key_block_tokens,
+    kept_key_blocks,
     steps,
     list_width,
     score_width,
@@ -244,10 +288,10 @@ def chunk_scores_kernel(
     i_head = tl.program_id(2)
     i_row = (i_head * tl.num_programs(0) + i_block).to(tl.int64)
     p_parent = parent_pointer + i_row * list_width
-    _, end = _last_and_end(i_block, chunk, context, window, dense_from, QUERY_BLOCK)
-    live = live_chunks(p_parent, begin, end, parent_tokens, chunk_tokens, FIRST)
-    # Where all chunks are kept nobody asks for scores.
-    live = tl.where(live > kept_chunks, live, 0)
+    _, end = _last_and_end(i_block, query_tokens, context, window, dense_from, QUERY_BLOCK)
+    live = live_key_blocks(p_parent, begin, end, parent_tokens, key_block_tokens, FIRST)
+    # Where all key blocks are kept, no score is read.
+    live = tl.where(live > kept_key_blocks, live, 0)
     o_dim = tl.arange(0, HEAD_TILE)
     in_head = o_dim < HEAD_SIZE
     is_left = tl.arange(0, 2)[:, None] == 0
@@ -267,18 +311,22 @@ def chunk_scores_kernel(
             ROW_TILE,
         )
     for first in range(tl.program_id(1) * TILE, live, tl.num_programs(1) * TILE):
-        o_chunk = first + tl.arange(0, TILE)
-        exists = o_chunk < live
-        start = chunk_start(p_parent, o_chunk, live, begin, parent_tokens, chunk_tokens, FIRST)
-        # Both halves of a chunk in one tile, [2, TILE]: their keys are fetched together.
-        low = tl.broadcast_to(tl.where(exists, start, 0)[None, :], [2, TILE])
-        high = tl.broadcast_to(tl.where(exists, tl.minimum(start + chunk_tokens, end), 1)[None, :], [2, TILE])
-        b_best = tl.full([2, TILE], float("-inf"), tl.float32)
+        o_key_block = first + tl.arange(0, TILE)
+        exists = o_key_block < live
+        start = key_block_start(p_parent, o_key_block, live, begin, parent_tokens, key_block_tokens, FIRST)
+        low, high, b_best = descent_bounds(start, end, exists, key_block_tokens, TILE)
         for _ in range(steps):
-            middle, midpoint = midpoints(low, high, is_left)
-            position = tl.reshape(midpoint, [2 * TILE])
-            physical = tl.load(block_table_pointer + position // CACHE_BLOCK).to(tl.int64)
-            p_key = cache_pointer + physical * cache_block_stride + position % CACHE_BLOCK * cache_token_stride
+            middle, p_key = midpoint_keys(
+                cache_pointer,
+                block_table_pointer,
+                low,
+                high,
+                is_left,
+                cache_block_stride,
+                cache_token_stride,
+                CACHE_BLOCK,
+                TILE,
+            )
             b_score = tl.full([2 * TILE], float("-inf"), tl.float32)
             for i_member in range(PARTS):
                 i_part = i_head * PARTS + i_member
@@ -300,44 +348,42 @@ def chunk_scores_kernel(
                             HEAD_SIZE,
                             ROW_TILE,
                         )
-                    # float32 inputs are not to be rounded to TF32.
+                    # "ieee", because Triton would round float32 inputs to TF32.
                     b_product = tl.dot(b_key, b_query, input_precision="ieee")
                     b_score = tl.maximum(b_score, tl.max(b_product, axis=1))
-            b_half = tl.reshape(b_score, [2, TILE])
-            b_best = tl.maximum(b_best, b_half)
-            low, high = better_half(b_half, low, middle, high, is_left)
-        tl.store(score_pointer + i_row * score_width + o_chunk, tl.max(b_best, axis=0), mask=exists)
+            low, high, b_best = enter_better_half(b_score, b_best, low, middle, high, is_left, TILE)
+        tl.store(score_pointer + i_row * score_width + o_key_block, tl.max(b_best, axis=0), mask=exists)
 
 
 @triton.jit(
     do_not_specialize=[
-        "chunk",
+        "query_tokens",
         "context",
         "begin",
         "window",
         "dense_from",
         "parent_tokens",
-        "chunk_tokens",
-        "kept_chunks",
+        "key_block_tokens",
+        "kept_key_blocks",
         "list_width",
         "score_width",
         "leaves",
     ],
     do_not_specialize_on_alignment=["parent_pointer", "kept_pointer"],
 )
-def best_chunks_kernel(
+def best_key_blocks_kernel(
     score_pointer,
     parent_pointer,
     kept_pointer,
     mask_pointer,
-    chunk,
+    query_tokens,
     context,
     begin,
     window,
     dense_from,
     parent_tokens,
-    chunk_tokens,
-    kept_chunks,
+    key_block_tokens,
+    kept_key_blocks,
     list_width,
     score_width,
     leaves,
@@ -354,9 +400,9 @@ def best_chunks_kernel(
     p_kept = kept_pointer + i_row * list_width
     p_mask = mask_pointer + i_row * leaves
     p_score = score_pointer + i_row * score_width
-    last, end = _last_and_end(i_block, chunk, context, window, dense_from, QUERY_BLOCK)
-    live = live_chunks(p_parent, begin, end, parent_tokens, chunk_tokens, FIRST)
-    store_best_chunks(
+    last, end = _last_and_end(i_block, query_tokens, context, window, dense_from, QUERY_BLOCK)
+    live = live_key_blocks(p_parent, begin, end, parent_tokens, key_block_tokens, FIRST)
+    store_best_key_blocks(
         p_score,
         p_parent,
         p_kept,
@@ -365,8 +411,8 @@ def best_chunks_kernel(
         end,
         live,
         parent_tokens,
-        chunk_tokens,
-        kept_chunks,
+        key_block_tokens,
+        kept_key_blocks,
         FIRST,
         LAST,
         LEAF,
@@ -374,7 +420,7 @@ def best_chunks_kernel(
         TILE,
     )
     if LAST:
-        # The sink, and the window to the block's last query.
+        # Mark the sink, and all from the window's start to the query block's last query.
         for first in range(0, tl.minimum(begin, last + 1), TILE * LEAF):
             o_leaf = first // LEAF + tl.arange(0, TILE)
             tl.store(p_mask + o_leaf, 1, mask=o_leaf * LEAF < tl.minimum(begin, last + 1))
@@ -383,54 +429,46 @@ def best_chunks_kernel(
             tl.store(p_mask + o_leaf, 1, mask=o_leaf <= last // LEAF)
 
 
-def hierarchical_descent(
-    query: torch.Tensor,
-    keys: PlainKeys,
-    stages: Sequence[Stage],
-    query_block: int,
-    heads: int,
-    sink_tokens: int,
-    window_tokens: int,
-    dense_tail_tokens: int,
-) -> torch.Tensor:
+def hierarchical_descent(query: torch.Tensor, keys: PlainKeys, arguments: DescentArguments) -> torch.Tensor:
     """Equal to `reference.hierarchical_descent` up to float32 rounding of scores; arguments as there."""
-    chunk, query_heads, head_size = query.shape
+    query_tokens, query_heads, head_size = query.shape
     context, cache = keys.context_tokens, keys.kv_cache
-    begin = search_start(sink_tokens)
-    range_tokens = search_stop(chunk, context, query_block, window_tokens) - begin
-    pruning = pruning_stages(stages, range_tokens)
+    query_block_tokens, heads = arguments.query_block_tokens, arguments.heads
+    begin = search_start(arguments.sink_tokens)
+    range_tokens = search_stop(query_tokens, context, query_block_tokens, arguments.window_tokens) - begin
+    pruning = pruning_stages(arguments.stages, range_tokens)
     if not pruning:
-        return reachable_leaves(chunk, context, query_block, query.device).expand(heads, -1, -1)
+        return reachable_leaves(query_tokens, context, query_block_tokens, query.device).expand(heads, -1, -1)
 
     if query.stride(2) != 1 or query.stride(1) != head_size:
         query = query.contiguous()
     queries = {stride: averaged_queries(query, stride) for stride in {stage.query_stride for stage in pruning}}
-    blocks = triton.cdiv(chunk, query_block)
+    blocks = triton.cdiv(query_tokens, query_block_tokens)
     widths = candidates(pruning, range_tokens)
-    list_width = 1 + max(stage.kept_chunks for stage in pruning)
+    list_width = 1 + max(stage.kept_key_blocks for stage in pruning)
     score_width = max(widths)
     scores = torch.empty(heads * blocks, score_width, dtype=torch.float32, device=query.device)
-    # Of each stage and query block: how many chunks are kept, then their starts. A stage's begin anywhere: kernels that
-    # were compiled for a multiple of 16 bytes would be compiled again while serving.
+    # For each stage and search: the number of kept key blocks, then their first tokens. The part of a stage may begin
+    # at any address, so the kernels do not specialise on its alignment: they would be compiled again while serving.
     kept = torch.empty(len(pruning), heads * blocks, list_width, dtype=torch.int32, device=query.device)
     leaves = triton.cdiv(context, LEAF_TOKENS)
     mask = torch.zeros(heads, blocks, leaves, dtype=torch.bool, device=query.device)
 
-    # Heads that share a list but read different KV heads are searched in parts.
+    # A list that reads several KV heads is searched one KV head at a time.
     parts = max(keys.num_kv_heads // heads, 1)
     members = query_heads // (heads * parts)
-    head_tile = max(triton.next_power_of_2(head_size), 16)
-    ranges = chunk, context, begin, window_tokens, context - dense_tail_tokens
+    head_tile = product_tile(head_size)
+    ranges = query_tokens, context, begin, arguments.window_tokens, context - arguments.dense_tail_tokens
     parent_tokens = 0
     for index, (stage, width) in enumerate(zip(pruning, widths, strict=True)):
         stage_query = queries[stage.query_stride]
-        block_rows = query_block // stage.query_stride
-        row_tile = max(triton.next_power_of_2(block_rows * members), 16)
+        block_rows = query_block_tokens // stage.query_stride
+        row_tile = product_tile(block_rows * members)
         if parts > 1 or row_tile * head_tile > RESIDENT_NUMBERS:
             row_tile = min(row_tile, PASSING_NUMBERS // head_tile)
         parent = kept[max(index - 1, 0)]
-        programs = min(triton.cdiv(LEAST_PROGRAMS, heads * blocks), triton.cdiv(width, CHUNK_TILE))
-        chunk_scores_kernel[(blocks, programs, heads)](
+        programs = min(triton.cdiv(LEAST_PROGRAMS, heads * blocks), triton.cdiv(width, KEY_BLOCK_TILE))
+        key_block_scores_kernel[(blocks, programs, heads)](
             stage_query,
             cache,
             keys.block_table,
@@ -439,9 +477,9 @@ def hierarchical_descent(
             *ranges,
             stage_query.shape[0],
             parent_tokens,
-            stage.chunk_tokens,
-            stage.kept_chunks,
-            stage.chunk_tokens.bit_length() - 1,
+            stage.key_block_tokens,
+            stage.kept_key_blocks,
+            stage.key_block_tokens.bit_length() - 1,
             list_width,
             score_width,
             stage_query.stride(0),
@@ -449,7 +487,7 @@ def hierarchical_descent(
             cache.stride(1),
             cache.stride(2),
             FIRST=index == 0,
-            QUERY_BLOCK=query_block,
+            QUERY_BLOCK=query_block_tokens,
             BLOCK_ROWS=block_rows,
             MEMBERS=members,
             PARTS=parts,
@@ -458,30 +496,30 @@ def hierarchical_descent(
             HEAD_SIZE=head_size,
             HEAD_TILE=head_tile,
             ROW_TILE=row_tile,
-            TILE=CHUNK_TILE,
+            TILE=KEY_BLOCK_TILE,
             num_warps=4 if row_tile <= 256 and head_tile <= 128 else 8,  # as registers allow
             num_stages=1,
         )
         entries, num_warps = threshold_tile(width)
-        best_chunks_kernel[(blocks, heads)](
+        best_key_blocks_kernel[(blocks, heads)](
             scores,
             parent,
             kept[index],
             mask.view(torch.uint8),
             *ranges,
             parent_tokens,
-            stage.chunk_tokens,
-            stage.kept_chunks,
+            stage.key_block_tokens,
+            stage.kept_key_blocks,
             list_width,
             score_width,
             leaves,
             FIRST=index == 0,
             LAST=index == len(pruning) - 1,
-            QUERY_BLOCK=query_block,
+            QUERY_BLOCK=query_block_tokens,
             LEAF=LEAF_TOKENS,
             ROW_TILE=entries,
             TILE=SELECT_TILE,
             num_warps=num_warps,
         )
-        parent_tokens = stage.chunk_tokens
+        parent_tokens = stage.key_block_tokens
     return mask

@@ -1,4 +1,4 @@
-"""Device memory of HiP's decoding: what stages keep from step to step, and what a step needs in between."""
+"""Device memory of HiP's decoding: what stages keep from step to step, and what a step needs while it runs."""
 
 from __future__ import annotations
 
@@ -6,42 +6,47 @@ from dataclasses import dataclass
 
 import torch
 
-# Knobs of a row: sink, window, and of each stage, the last one first, the chunk, the kept tokens and the refresh
-# interval. Rows of fewer stages than the memory has use its last ones and hold zeros for the others.
+# A row's knobs are its sink and window, then three for each stage, from the last stage to the first: tokens of a key
+# block, tokens kept, steps between two searches. A row with fewer stages than the memory uses the memory's last stages,
+# and holds zeros for the others.
 ROW_KNOBS, STAGE_KNOBS = 2, 3
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """What stages kept of the request in each slot, in one layer.
+    """What the stages kept of the request in each slot, in one layer.
 
     Attributes:
-        chunks: int32 ``[stages, slots, kv_heads, 1 + most_chunks]``: how many chunks, then their first tokens in
-            ascending order.
-        context_tokens: int32 ``[slots]`` context at the step that used the slot last; anything where none did.
+        key_blocks: int32 ``[stages, slots, kv_heads, 1 + most_key_blocks]``: the number of key blocks, then their first
+            tokens, ascending.
+        context_tokens: int32 ``[slots]`` the request's context at the last step that used the slot; undefined if no
+            step did.
     """
 
-    chunks: torch.Tensor
+    key_blocks: torch.Tensor
     context_tokens: torch.Tensor
 
     @classmethod
     def allocate(
-        cls, stages: int, slots: int, kv_heads: int, most_chunks: int, device: torch.device | str
+        cls, stages: int, slots: int, kv_heads: int, most_key_blocks: int, device: torch.device | str
     ) -> StageMemory:
-        """Memory of no request. Its size in bytes is 4 * slots * (stages * kv_heads * (1 + most_chunks) + 1)."""
+        """Memory in which no slot holds a request.
+
+        It takes ``4 * slots * (stages * kv_heads * (1 + most_key_blocks) + 1)`` bytes.
+        """
         return cls(
-            torch.zeros(stages, slots, kv_heads, 1 + most_chunks, dtype=torch.int32, device=device),
+            torch.zeros(stages, slots, kv_heads, 1 + most_key_blocks, dtype=torch.int32, device=device),
             torch.zeros(slots, dtype=torch.int32, device=device),
         )
 
 
 @dataclass(frozen=True)
 class StageScratch:
-    """What all layers of a step use one after the other.
+    """Buffers that all layers of a step use one after the other.
 
     Attributes:
-        scores: float32 ``[rows, kv_heads, most_candidates]``.
-        arrived: int32 ``[rows, kv_heads]`` programs that are done with a stage; 0 between launches.
+        scores: float32 ``[rows, kv_heads, most_candidates]`` scores of the key blocks of one stage.
+        arrived: int32 ``[rows, kv_heads]`` number of programs that have finished a stage; 0 between launches.
     """
 
     scores: torch.Tensor
@@ -49,7 +54,7 @@ class StageScratch:
 
     @classmethod
     def allocate(cls, rows: int, kv_heads: int, most_candidates: int, device: torch.device | str) -> StageScratch:
-        """Scratch for so many rows. Its size in bytes is 4 * rows * kv_heads * (most_candidates + 1)."""
+        """Buffers for up to `rows` rows. Their size in bytes is 4 * rows * kv_heads * (most_candidates + 1)."""
         return cls(
             torch.empty(rows, kv_heads, most_candidates, dtype=torch.float32, device=device),
             torch.zeros(rows, kv_heads, dtype=torch.int32, device=device),
@@ -57,12 +62,31 @@ class StageScratch:
 
 
 @dataclass(frozen=True)
-class HipMemory:
-    """All that a server's HiP decoding keeps on a device.
+class RowMemory:
+    """Where `token_lists` finds what the stages kept for each row.
 
     Attributes:
-        layers: of each attention layer.
-        scratch: of all of them.
+        slots: int32 ``[rows]`` slot of each row's request in `stages`, none twice; undefined for rows that do not take
+            part.
+        fresh: int32 ``[rows]``, with the stride of `slots`: not 0 if the slot has got a new request since its last
+            step.
+        stages: memory of the layer.
+        scratch: for at least as many rows; overwritten.
+    """
+
+    slots: torch.Tensor
+    fresh: torch.Tensor
+    stages: StageMemory
+    scratch: StageScratch
+
+
+@dataclass(frozen=True)
+class HipMemory:
+    """All that HiP's decoding keeps on a device.
+
+    Attributes:
+        layers: memory of each attention layer.
+        scratch: buffers that the layers share.
     """
 
     layers: tuple[StageMemory, ...]
@@ -70,8 +94,8 @@ class HipMemory:
 
     @property
     def bytes(self) -> int:
-        """Of device memory."""
+        """Bytes of device memory."""
         tensors = [self.scratch.scores, self.scratch.arrived]
         for layer in self.layers:
-            tensors += [layer.chunks, layer.context_tokens]
+            tensors += [layer.key_blocks, layer.context_tokens]
         return sum(tensor.nbytes for tensor in tensors)

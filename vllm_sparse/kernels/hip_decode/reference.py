@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -17,24 +18,36 @@ from vllm_sparse.kernels.hierarchical_descent.reference import (
 from vllm_sparse.keys import PagedKeys
 
 
-def search_end(context: int, window_tokens: int, first_refresh: int) -> int:
+@dataclass(frozen=True)
+class DecodeSearch:
+    """What `decode_leaves` searches and what it always keeps.
+
+    Attributes:
+        stages: as in `hierarchical_descent`, with query stride 1.
+        sink_tokens: first tokens of the context, always kept, rounded up to whole leaves.
+        window_tokens: tokens before the newest one that are always kept.
+        first_refresh_steps: decode steps between two searches of the first stage.
+    """
+
+    stages: Sequence[Stage]
+    sink_tokens: int
+    window_tokens: int
+    first_refresh_steps: int
+
+
+def search_end(context: int, window_tokens: int, first_refresh_steps: int) -> int:
     """Token after the search range of a decode step, where the window starts."""
-    last_search = context - context % first_refresh
+    last_search = context - context % first_refresh_steps
     return max(last_search - 1 - window_tokens, 0)
 
 
 def decode_leaves(
-    query: torch.Tensor,
-    keys: PagedKeys,
-    stages: Sequence[Stage],
-    kept: Sequence[torch.Tensor],
-    sink_tokens: int,
-    window_tokens: int,
-    first_refresh: int,
+    query: torch.Tensor, keys: PagedKeys, kept: Sequence[torch.Tensor], search: DecodeSearch
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The results of all stages and the leaves to read; arguments as in the public function."""
-    context, kv_heads = keys.context_tokens, keys.num_kv_heads
-    begin, end = search_start(sink_tokens), search_end(context, window_tokens, first_refresh)
+    """Select leaves; arguments and results as in the public function."""
+    context, kv_heads, stages = keys.context_tokens, keys.num_kv_heads, search.stages
+    begin = search_start(search.sink_tokens)
+    end = search_end(context, search.window_tokens, search.first_refresh_steps)
     stop = torch.full((kv_heads, 1), end, device=query.device)
     mask = forced_leaves(context, begin, stop)
     if end <= begin:
@@ -43,6 +56,6 @@ def decode_leaves(
     queries = search_queries(query.unsqueeze(0), 1, kv_heads, 1)
     results = list(kept)
     for number in range(len(kept), len(stages)):
-        parents, parent_tokens = (results[-1], stages[number - 1].chunk_tokens) if results else (None, 0)
+        parents, parent_tokens = (results[-1], stages[number - 1].key_block_tokens) if results else (None, 0)
         results.append(searches.prune(stages[number], queries, parents, parent_tokens))
-    return results, mask | searches.leaf_mask(results[-1], stages[-1].chunk_tokens, -(-context // LEAF_TOKENS))
+    return results, mask | searches.leaf_mask(results[-1], stages[-1].key_block_tokens, -(-context // LEAF_TOKENS))

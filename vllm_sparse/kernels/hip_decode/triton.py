@@ -1,10 +1,10 @@
-"""HiP's selection for all decode rows of a layer in Triton: one launch a stage and one for the lists.
+"""HiP's selection for all decode rows of a layer in Triton: one launch per stage and one that writes the lists.
 
-The launches are the same at every step, so that a CUDA graph holds them; where a row's stage is not due, its programs
-end after a few loads. At 128K tokens and default knobs a KV head of a row reads about 8 200, 6 100 and 4 100 single
-keys in the three stages, 4.7 MB of 128 bfloat16 numbers. A descent is a chain of dependent loads, so what counts at
-small batches is how many chunks descend at once. The last program of a (row, KV head) to finish keeps the best chunks,
-which saves a launch a stage.
+The launches are the same at every step, so that a CUDA graph can hold them. Where a row's stage is not due, its
+programs end after a few loads. At 128K tokens and with the default knobs, the three stages of a (row, KV head) read
+about 8 200, 6 100 and 4 100 single keys: 4.7 MB at 128 channels in bfloat16. A descent is a chain of loads that wait
+for one another, so the time of small batches depends on how many key blocks descend at once. Of the programs of a (row,
+KV head), the last one to finish keeps the best key blocks, which saves a launch per stage.
 """
 
 from __future__ import annotations
@@ -13,33 +13,36 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.common.triton import product_tile
 from vllm_sparse.kernels.hierarchical_descent.reference import LEAF_TOKENS
 from vllm_sparse.kernels.hierarchical_descent.triton import (
-    better_half,
-    chunk_start,
-    live_chunks,
-    midpoints,
-    store_best_chunks,
+    descent_bounds,
+    enter_better_half,
+    key_block_start,
+    live_key_blocks,
+    midpoint_keys,
+    store_best_key_blocks,
 )
-from vllm_sparse.kernels.hip_decode.memory import STAGE_KNOBS, StageMemory, StageScratch
+from vllm_sparse.kernels.hip_decode.memory import STAGE_KNOBS, RowMemory
 from vllm_sparse.step.rows import DecodeRows, TokenLists
 
-CHUNK_TILE, SELECT_TILE, LIST_TILE = 32, 1024, 1024
-# Scores that the last program holds in registers beside its part of the descents.
+KEY_BLOCK_TILE, SELECT_TILE, LIST_TILE = 32, 1024, 1024
+# Scores that the last program to finish holds in registers, beside what its own descents need.
 LARGEST_ROW_TILE = 4096
-# More programs at small batches, fewer empty ones at large.
+# Programs of a launch. With few rows, many programs share each; with many rows, few do, so that few are without work.
 PROGRAMS = 4096
 
 
 @triton.jit
 def _stage_knobs(p_knob, stage, STAGES: tl.constexpr, STAGE_KNOBS: tl.constexpr):
-    """Where a stage's knobs begin."""
+    """Pointer to the first knob of a stage (`memory.STAGE_KNOBS`)."""
     return p_knob + 2 + (STAGES - 1 - stage) * STAGE_KNOBS
 
 
 @triton.jit
 def _search_range(p_knob, context, STAGES: tl.constexpr, STAGE_KNOBS: tl.constexpr, LEAF: tl.constexpr):
-    """The search range of a row, as `reference.search_end` has it. Rows of fewer stages have their last ones."""
+    """First token of a row's search range and the token after it, as `search_start` and `search_end` in PyTorch."""
+    # The first stage that the row has: a row with fewer stages holds zeros for those before.
     first_refresh = 0
     for stage in tl.static_range(STAGES):
         refresh = tl.load(_stage_knobs(p_knob, stage, STAGES, STAGE_KNOBS) + 2)
@@ -62,7 +65,7 @@ def stage_kernel(
     slot_pointer,
     fresh_pointer,
     seen_pointer,
-    chunks_pointer,
+    key_blocks_pointer,
     score_pointer,
     arrived_pointer,
     slots,
@@ -94,9 +97,9 @@ def stage_kernel(
     p_knob = knobs_pointer + i_row * knobs_row_stride
     p_stage = _stage_knobs(p_knob, STAGE, STAGES, STAGE_KNOBS)
     context = tl.load(context_pointer + i_row)
-    chunk_tokens = tl.load(p_stage)
-    # The slot of a row that does not take part may be none.
-    takes_part = (context > 0) & (chunk_tokens > 0)
+    key_block_tokens = tl.load(p_stage)
+    # A row that does not take part may hold a slot that does not exist.
+    takes_part = (context > 0) & (key_block_tokens > 0)
     slot = tl.load(slot_pointer + i_row * slot_stride, mask=takes_part, other=0).to(tl.int64)
     seen = tl.load(seen_pointer + slot, mask=takes_part, other=0)
     due = (tl.load(fresh_pointer + i_row * slot_stride) != 0) | (seen != context - 1)
@@ -105,20 +108,20 @@ def stage_kernel(
         due |= (refresh > 0) & (context % tl.maximum(refresh, 1) == 0)
     if takes_part & due:
         begin, end = _search_range(p_knob, context, STAGES, STAGE_KNOBS, LEAF)
-        kept_chunks = tl.load(p_stage + 1) // chunk_tokens
+        kept_key_blocks = tl.load(p_stage + 1) // key_block_tokens
         parent_tokens = 0
         if STAGE > 0:
             parent_tokens = tl.load(p_stage + STAGE_KNOBS)
         first_stage = parent_tokens == 0
-        p_kept = chunks_pointer + ((STAGE * slots + slot) * kv_heads + i_head) * list_width
+        p_kept = key_blocks_pointer + ((STAGE * slots + slot) * kv_heads + i_head) * list_width
         p_parent = p_kept - tl.cast(slots, tl.int64) * kv_heads * list_width
-        live = live_chunks(p_parent, begin, end, parent_tokens, chunk_tokens, first_stage)
-        # Where all chunks are kept nobody asks for scores.
-        scored = tl.where(live > kept_chunks, live, 0)
+        live = live_key_blocks(p_parent, begin, end, parent_tokens, key_block_tokens, first_stage)
+        # Where all key blocks are kept, no score is read.
+        scored = tl.where(live > kept_key_blocks, live, 0)
 
         o_dim = tl.arange(0, HEAD_TILE)
         in_head = o_dim < HEAD_SIZE
-        # What would lie past the group repeats its last query head, which changes no maximum.
+        # Rows past the query heads of the KV head repeat the last one, which changes no maximum.
         o_query = i_head * MEMBERS + tl.minimum(tl.arange(0, QUERY_TILE), MEMBERS - 1)
         p_query = query_pointer + i_row.to(tl.int64) * query_row_stride + o_query * HEAD_SIZE
         b_query = tl.trans(tl.load(p_query[:, None] + o_dim[None, :], mask=in_head[None, :], other=0.0))
@@ -126,35 +129,30 @@ def stage_kernel(
         p_head = cache_pointer + i_head.to(tl.int64) * cache_head_stride
         p_score = score_pointer + (i_row.to(tl.int64) * kv_heads + i_head) * score_width
         is_left = tl.arange(0, 2)[:, None] == 0
-        # The exponent of a power of two.
-        steps = (chunk_tokens.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+        # The binary logarithm of a power of two, from the exponent of its float32.
+        steps = (key_block_tokens.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
         for first in range(tl.program_id(0) * TILE, scored, tl.num_programs(0) * TILE):
-            o_chunk = first + tl.arange(0, TILE)
-            exists = o_chunk < live
-            start = chunk_start(p_parent, o_chunk, live, begin, parent_tokens, chunk_tokens, first_stage)
-            # Both halves of a chunk in one tile, [2, TILE]: their keys are fetched together.
-            low = tl.broadcast_to(tl.where(exists, start, 0)[None, :], [2, TILE])
-            high = tl.broadcast_to(tl.where(exists, tl.minimum(start + chunk_tokens, end), 1)[None, :], [2, TILE])
-            b_best = tl.full([2, TILE], float("-inf"), tl.float32)
+            o_key_block = first + tl.arange(0, TILE)
+            exists = o_key_block < live
+            start = key_block_start(p_parent, o_key_block, live, begin, parent_tokens, key_block_tokens, first_stage)
+            low, high, b_best = descent_bounds(start, end, exists, key_block_tokens, TILE)
             for _ in range(steps):
-                middle, midpoint = midpoints(low, high, is_left)
-                position = tl.reshape(midpoint, [2 * TILE])
-                physical = tl.load(p_table + position // CACHE_BLOCK).to(tl.int64)
-                p_key = p_head + physical * cache_block_stride + position % CACHE_BLOCK * cache_token_stride
+                middle, p_key = midpoint_keys(
+                    p_head, p_table, low, high, is_left, cache_block_stride, cache_token_stride, CACHE_BLOCK, TILE
+                )
                 b_key = tl.load(p_key[:, None] + o_dim[None, :], mask=in_head[None, :], other=0.0)
-                # float32 inputs are not to be rounded to TF32.
+                # "ieee", because Triton would round float32 inputs to TF32.
                 b_score = tl.max(tl.dot(b_key, b_query, input_precision="ieee"), axis=1)
-                b_half = tl.reshape(b_score, [2, TILE])
-                b_best = tl.maximum(b_best, b_half)
-                low, high = better_half(b_half, low, middle, high, is_left)
-            tl.store(p_score + o_chunk, tl.max(b_best, axis=0), mask=exists)
+                low, high, b_best = enter_better_half(b_score, b_best, low, middle, high, is_left, TILE)
+            tl.store(p_score + o_key_block, tl.max(b_best, axis=0), mask=exists)
 
-        # All threads' scores are written before one of them says so, and read after it has heard of all programs.
+        # The barrier and the atomic order the writes: the last program reads scores that all threads of all programs
+        # have written.
         tl.debug_barrier()
         p_arrived = arrived_pointer + i_row * kv_heads + i_head
         if tl.atomic_add(p_arrived, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
             tl.store(p_arrived, 0)
-            store_best_chunks(
+            store_best_key_blocks(
                 p_score,
                 p_parent,
                 p_kept,
@@ -163,8 +161,8 @@ def stage_kernel(
                 end,
                 live,
                 parent_tokens,
-                chunk_tokens,
-                kept_chunks,
+                key_block_tokens,
+                kept_key_blocks,
                 first_stage,
                 False,
                 LEAF,
@@ -183,7 +181,7 @@ def lists_kernel(
     knobs_pointer,
     slot_pointer,
     seen_pointer,
-    chunks_pointer,
+    key_blocks_pointer,
     token_pointer,
     kept_tokens_pointer,
     slots,
@@ -206,58 +204,51 @@ def lists_kernel(
     if context > 0:
         p_knob = knobs_pointer + i_row * knobs_row_stride
         begin, end = _search_range(p_knob, context, STAGES, STAGE_KNOBS, LEAF)
-        chunk_tokens = tl.load(_stage_knobs(p_knob, STAGES - 1, STAGES, STAGE_KNOBS))
+        key_block_tokens = tl.load(_stage_knobs(p_knob, STAGES - 1, STAGES, STAGE_KNOBS))
         slot = tl.load(slot_pointer + i_row * slot_stride).to(tl.int64)
-        p_kept = chunks_pointer + (((STAGES - 1) * slots + slot) * kv_heads + i_head) * list_width
+        p_kept = key_blocks_pointer + (((STAGES - 1) * slots + slot) * kv_heads + i_head) * list_width
         count = tl.load(p_kept)
-        # Sink, kept chunks, window. Of the chunks only the last may reach into the window's first leaf.
+        # A list holds the sink, the kept key blocks and the window. Only the last key block may reach into the window.
         sink_tokens = tl.minimum(begin, context)
         window_start = tl.maximum(end // LEAF * LEAF, sink_tokens)
         last = tl.load(p_kept + count, mask=count > 0, other=0)
-        beyond = tl.where(count > 0, tl.maximum(last + chunk_tokens - window_start, 0), 0)
-        chosen_tokens = count * chunk_tokens - beyond
+        beyond = tl.where(count > 0, tl.maximum(last + key_block_tokens - window_start, 0), 0)
+        chosen_tokens = count * key_block_tokens - beyond
         kept_tokens = sink_tokens + chosen_tokens + context - window_start
 
         o_token = i_tile * TILE + tl.arange(0, TILE)
         o_chosen = o_token - sink_tokens
         is_chosen = (o_chosen >= 0) & (o_chosen < chosen_tokens)
-        first = tl.load(p_kept + 1 + o_chosen // chunk_tokens, mask=is_chosen, other=0)
-        position = tl.where(is_chosen, first + o_chosen % chunk_tokens, window_start + o_chosen - chosen_tokens)
+        first = tl.load(p_kept + 1 + o_chosen // key_block_tokens, mask=is_chosen, other=0)
+        position = tl.where(is_chosen, first + o_chosen % key_block_tokens, window_start + o_chosen - chosen_tokens)
         position = tl.where(o_chosen < 0, o_token, position)
         live = o_token < kept_tokens
         p_table = block_table_pointer + i_row.to(tl.int64) * table_row_stride
         physical = tl.load(p_table + position // CACHE_BLOCK, mask=live, other=0)
-        place = (physical * kv_heads + i_head) * CACHE_BLOCK + position % CACHE_BLOCK
+        token_slot = (physical * kv_heads + i_head) * CACHE_BLOCK + position % CACHE_BLOCK
         i_list = i_row * kv_heads + i_head
-        tl.store(token_pointer + i_list.to(tl.int64) * width + o_token, place, mask=live)
+        tl.store(token_pointer + i_list.to(tl.int64) * width + o_token, token_slot, mask=live)
         if i_tile == 0:
             tl.store(kept_tokens_pointer + i_list, kept_tokens)
             if i_head == 0:
                 tl.store(seen_pointer + slot, context)
 
 
-def token_lists(
-    rows: DecodeRows,
-    knobs: torch.Tensor,
-    slot: torch.Tensor,
-    fresh: torch.Tensor,
-    memory: StageMemory,
-    scratch: StageScratch,
-    lists: TokenLists,
-) -> None:
-    """Choose for all rows; arguments as in the public function."""
+def token_lists(rows: DecodeRows, knobs: torch.Tensor, memory: RowMemory, lists: TokenLists) -> None:
+    """Select tokens for all rows; arguments as in the public function."""
+    slots, stage_memory, scratch = memory.slots, memory.stages, memory.scratch
     query, cache, table = rows.query, rows.kv_cache, rows.block_table
     count, query_heads, head_size = query.shape
     kv_heads, block_size = cache.shape[1:3]
     if query.stride(2) != 1 or query.stride(1) != head_size:
         query = query.contiguous()
-    stages, slots, _, list_width = memory.chunks.shape
+    stages, slot_count, _, list_width = stage_memory.key_blocks.shape
     assert count <= scratch.scores.shape[0], "kernels would write past the scratch"
     assert knobs.stride(1) == 1
-    assert slot.stride() == fresh.stride()
+    assert slots.stride() == memory.fresh.stride()
     score_width, width = scratch.scores.shape[2], lists.slots.shape[1]
     members = query_heads // kv_heads
-    tiles = triton.cdiv(score_width, CHUNK_TILE)
+    tiles = triton.cdiv(score_width, KEY_BLOCK_TILE)
     programs = min(tiles, triton.cdiv(PROGRAMS, count * kv_heads))
     for stage in range(stages):
         stage_kernel[(programs, kv_heads, count)](
@@ -266,17 +257,17 @@ def token_lists(
             table,
             rows.context_tokens,
             knobs,
-            slot,
-            fresh,
-            memory.context_tokens,
-            memory.chunks,
+            slots,
+            memory.fresh,
+            stage_memory.context_tokens,
+            stage_memory.key_blocks,
             scratch.scores,
             scratch.arrived,
-            slots,
+            slot_count,
             list_width,
             score_width,
             knobs.stride(0),
-            slot.stride(0),
+            slots.stride(0),
             table.stride(0),
             query.stride(0),
             cache.stride(0),
@@ -289,9 +280,9 @@ def token_lists(
             MEMBERS=members,
             CACHE_BLOCK=block_size,
             HEAD_SIZE=head_size,
-            HEAD_TILE=max(triton.next_power_of_2(head_size), 16),
-            QUERY_TILE=max(triton.next_power_of_2(members), 16),
-            TILE=CHUNK_TILE,
+            HEAD_TILE=product_tile(head_size),
+            QUERY_TILE=product_tile(members),
+            TILE=KEY_BLOCK_TILE,
             ROW_TILE=min(triton.next_power_of_2(score_width), LARGEST_ROW_TILE),
             SELECT_TILE=SELECT_TILE,
             num_warps=4,
@@ -301,16 +292,16 @@ def token_lists(
         table,
         rows.context_tokens,
         knobs,
-        slot,
-        memory.context_tokens,
-        memory.chunks,
+        slots,
+        stage_memory.context_tokens,
+        stage_memory.key_blocks,
         lists.slots,
         lists.kept_tokens,
-        slots,
+        slot_count,
         list_width,
         width,
         knobs.stride(0),
-        slot.stride(0),
+        slots.stride(0),
         table.stride(0),
         STAGES=stages,
         STAGE_KNOBS=STAGE_KNOBS,

@@ -1,4 +1,4 @@
-"""SALE's selection with the CUDA kernels of csrc/sm90: keys to integers, and scores by the tensor cores' own layout."""
+"""SALE's selection with the CUDA kernels of csrc/sm90, which quantise keys and score them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from vllm_sparse.kernels.low_bit_scores.reference import (
     PAGE_TOKENS,
     ROUNDING,
     TINY,
+    LowBitScoring,
     middle_end,
     top_level,
 )
 from vllm_sparse.kernels.low_bit_scores.triton import quantise_rows
 from vllm_sparse.keys import PlainKeys
 
-# As in csrc/sm90/quantised_pages.cuh and low_bit_scores.cu.
+# These equal the constants in csrc/sm90/quantised_pages.cuh and low_bit_scores.cu.
 HEAD_SIZE = 128
 BATCH_PAGES = 32
 PAGE_NUMBERS = 8
@@ -26,7 +27,7 @@ SCORED_ROWS = 64
 
 
 def can_run(query: torch.Tensor, keys: PlainKeys) -> bool:
-    """Whether the kernels are there and made for these inputs; others take Triton."""
+    """Whether the kernels are installed and support these inputs; otherwise Triton runs."""
     return (
         query.shape[2] == HEAD_SIZE
         and query.dtype in (torch.bfloat16, torch.float16)
@@ -44,10 +45,11 @@ def quantise_keys(keys: PlainKeys, pages: int, bits: int) -> tuple[torch.Tensor,
     """As `reference.quantise_keys`, in the layout of csrc/sm90/quantised_pages.cuh.
 
     Returns:
-        `levels`, int8 ``[kv_heads, padded_pages, 32, 128]``; `mean`, ``[kv_heads, padded_pages / 32, 2, 32, 64]`` in
-        the cache's dtype; both with the 16-byte pieces of a row of 128 bytes swizzled. Float32
-        ``[kv_heads, padded_pages, 8]``, the four groups' `scale`, `radius`, `error` and two spare numbers. Pages are
-        padded to a multiple of 32 and may hold anything from `pages` on.
+        `levels`: int8 ``[kv_heads, padded_pages, 32, 128]``.
+        `mean`: ``[kv_heads, padded_pages / 32, 2, 32, 64]`` in the cache's dtype.
+        `numbers`: float32 ``[kv_heads, padded_pages, 8]``: the four groups' `scale`, `radius`, `error`, two unused.
+        Each row of 128 bytes of `levels` and `mean` has its 16-byte pieces swizzled. Pages are padded to a multiple of
+        32; those from `pages` on are undefined.
     """
     cache = keys.kv_cache
     padded_pages = -(-pages // BATCH_PAGES) * BATCH_PAGES
@@ -77,31 +79,24 @@ def quantise_keys(keys: PlainKeys, pages: int, bits: int) -> tuple[torch.Tensor,
 
 
 def kept_map(
-    query: torch.Tensor,
-    keys: PlainKeys,
-    scale: float,
-    log_tau: torch.Tensor,
-    bits: int,
-    page_bounds: bool,
-    sink_tokens: int,
-    local_tokens: int,
-    query_block: int,
+    query: torch.Tensor, keys: PlainKeys, scale: float, log_tau: torch.Tensor, scoring: LowBitScoring
 ) -> torch.Tensor:
-    """Equal to `reference.kept_map` up to rounding; arguments as there, and such that `can_run`.
+    """Equal to `reference.kept_map` up to rounding; arguments as there, for which `can_run` is true.
 
-    With query blocks of 128 the page bounds look at each half on its own, which may score fewer keys.
+    In query blocks of 128, the page bounds decide each half of 64 rows alone, which may score fewer keys.
     """
     assert KEY_GROUPS * 2 == 8, "a group is the two columns of eight that a thread of a warp holds"
-    chunk, heads, _ = query.shape
+    local_tokens, query_block_tokens = scoring.local_tokens, scoring.query_block_tokens
+    query_tokens, heads, _ = query.shape
     context = keys.context_tokens
-    query_block_count, key_pages = -(-chunk // query_block), -(-context // PAGE_TOKENS)
-    pages = middle_end(chunk, context, local_tokens, query_block)
-    if pages <= sink_tokens // PAGE_TOKENS:
+    query_block_count, key_pages = -(-query_tokens // query_block_tokens), -(-context // PAGE_TOKENS)
+    pages = middle_end(query_tokens, context, local_tokens, query_block_tokens)
+    if pages <= scoring.sink_tokens // PAGE_TOKENS:
         return torch.ones(heads, query_block_count, key_pages, dtype=torch.bool, device=query.device)
-    key_levels, mean, page_numbers = quantise_keys(keys, pages, bits)
-    query_levels, row_numbers = quantise_rows(query, keys, scale, log_tau, bits, sink_tokens, local_tokens, query_block)
-    parts = query_block // SCORED_ROWS
-    kept = torch.empty(heads, -(-chunk // SCORED_ROWS), key_pages, dtype=torch.bool, device=query.device)
+    key_levels, mean, page_numbers = quantise_keys(keys, pages, scoring.bits)
+    query_levels, row_numbers = quantise_rows(query, keys, scale, log_tau, scoring)
+    parts = query_block_tokens // SCORED_ROWS
+    kept = torch.empty(heads, -(-query_tokens // SCORED_ROWS), key_pages, dtype=torch.bool, device=query.device)
     launch(
         "vllm_sparse_low_bit_scores",
         query.device,
@@ -114,16 +109,16 @@ def kept_map(
         ctypes.c_void_p(kept.data_ptr()),
         ctypes.c_longlong(query.stride(0)),
         ctypes.c_longlong(query.stride(1)),
-        chunk,
+        query_tokens,
         context,
         key_levels.shape[1],
         key_pages,
-        sink_tokens // PAGE_TOKENS,
+        scoring.sink_tokens // PAGE_TOKENS,
         local_tokens,
-        query_block,
+        query_block_tokens,
         heads,
         heads // keys.num_kv_heads,
-        int(page_bounds),
+        int(scoring.page_bounds),
         ctypes.c_float(scale),
         int(query.dtype == torch.float16),
     )

@@ -1,11 +1,13 @@
 """SALE's selection in PyTorch: the specification, on any device.
 
-SALE (arXiv 2505.24179, sections 3.1 and 3.2) scores every key with few-bit integers and compares each score with the
-attention that the same row gives the sink and its local window. What decides a page before its keys are scored, the
-margin for rounding and the removal of a mean per page are this project's.
+SALE (arXiv 2505.24179, sections 3.1 and 3.2) scores every key by few-bit integers and compares each score with the
+attention that the same row gives to the sink and its local window. Three things are this project's: a page's mean is
+removed from its keys, a page may be decided before its keys are scored, and scores have a margin for rounding.
 
-Scores are laid out ``[keys, rows]``: a page's keys are then whole rows of a matrix, so that few pages are gathered as
-cheaply as many, and a maximum over keys never crosses a vector register.
+Here a row is one query of one head, as in the paper.
+
+Scores are laid out ``[keys, rows]``. So the keys of a page are whole rows of a matrix, which are cheap to gather
+however few they are, and a maximum over keys never crosses a vector register.
 """
 
 from __future__ import annotations
@@ -19,16 +21,16 @@ from vllm_sparse.kernels.page_list.reference import query_blocks
 from vllm_sparse.keys import PagedKeys
 
 PAGE_TOKENS = 32
-# Tokens j of a page with equal (j mod 8) // 2 share a scale, queries r and r + 8 of 16 rows do.
+# The keys j of a page with equal (j mod 8) // 2 share a scale; so do the queries r and r + 8 of 16 rows.
 KEY_GROUPS = 4
 ROW_TILE = 16
-# Least scale: a group of zeros is divided by it and stays zero.
+# Least scale, so that a group of zeros is not divided by zero.
 TINY = 1e-30
-# Allowances for float32: relative to the norms of a dot product of up to 256 channels, and absolute, in nats.
+# Allowances for float32 rounding: relative to the norms of a dot product of up to 256 channels, and absolute, in nats.
 ROUNDING = 2.0**-14
 ROUNDING_NATS = 1e-4
 
-# Work of one pass, so that on a CPU its numbers stay in the cache.
+# Work of one pass over each loop. So little that on a CPU its numbers stay in the cache.
 READ_TOKENS = 8192
 NEAR_BLOCKS = 16
 SCORED_ROWS = 512
@@ -36,16 +38,37 @@ SCORED_PAGES = 64
 
 
 @dataclass(frozen=True)
-class QuantisedKeys:
-    """Whole pages of keys as integers, what was removed before and how far off they are.
+class LowBitScoring:
+    """How `kept_map` scores keys, and what it keeps unscored.
 
     Attributes:
-        levels: int8 ``[kv_heads, pages, 4, 8, head_size]``, the keys of each group of a page side by side.
-        scale: float32 ``[kv_heads, pages, 4]`` what one level of a group is worth.
-        mean: ``[kv_heads, pages, head_size]`` what was removed, in the cache's dtype: the page's mean key, rounded.
+        bits: of the integers, 8 or 4.
+        page_bounds: decide a page without scoring its keys where the mean key alone does: keep it if the mean scores
+            enough, drop it if even the key farthest from the mean cannot.
+        sink_tokens: first tokens of the context, always kept; a multiple of 32, at least 32.
+        local_tokens: least number of tokens in the local window, which ends with the query block and is always kept;
+            rounded up to whole pages.
+        query_block_tokens: query tokens that share a selection, 64 or 128.
+    """
+
+    bits: int
+    page_bounds: bool
+    sink_tokens: int
+    local_tokens: int
+    query_block_tokens: int
+
+
+@dataclass(frozen=True)
+class QuantisedKeys:
+    """Whole pages of keys as integers, the mean that was removed from them, and their largest errors.
+
+    Attributes:
+        levels: int8 ``[kv_heads, pages, 4, 8, head_size]``, the keys of each group of a page adjacent in memory.
+        scale: float32 ``[kv_heads, pages, 4]`` value of one level in each group.
+        mean: ``[kv_heads, pages, head_size]`` the page's mean key, rounded to the cache's dtype and then removed.
         radius: float32 ``[kv_heads, pages]`` largest norm of a key less `mean`.
-        error: float32 ``[kv_heads, pages]`` largest norm of what rounding to levels changed, or 0 for 4 bits. Both
-            norms include the allowance for float32.
+        error: float32 ``[kv_heads, pages]`` largest norm of a key's error from rounding to levels, taken as 0 for 4
+            bits. Both norms include the allowance for float32.
     """
 
     levels: torch.Tensor
@@ -61,9 +84,9 @@ class QuantisedQueries:
 
     Attributes:
         levels: int8 ``[heads, rows, head_size]``.
-        scale: float32 ``[heads, rows]`` what one level is worth.
-        norm: float32 ``[heads, rows]`` of the queries.
-        error: float32 ``[heads, rows]`` norm of what rounding to levels changed, or 0 for 4 bits.
+        scale: float32 ``[heads, rows]`` value of one level.
+        norm: float32 ``[heads, rows]`` norm of each query.
+        error: float32 ``[heads, rows]`` norm of the error of rounding to levels; 0 for 4 bits.
     """
 
     levels: torch.Tensor
@@ -73,21 +96,21 @@ class QuantisedQueries:
 
 
 def top_level(bits: int) -> int:
-    """Levels are the integers from minus this to this."""
+    """Largest level; levels are the integers from its negative to it."""
     return (1 << (bits - 1)) - 1
 
 
 def _to_levels(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Nearest integers, halves upwards, in float32."""
+    """Nearest integers, halves rounded up, in float32."""
     return values.div(scale).add_(0.5).floor_()
 
 
 def quantise_keys(keys: PagedKeys, pages: int, bits: int) -> QuantisedKeys:
-    """Quantise the first `pages` pages of a request's keys, all of them full.
+    """Quantise the first pages of a request's keys, all of which must be full.
 
     Args:
         keys: the request's keys.
-        pages: how many; 1 or more.
+        pages: number of pages; at least 1.
         bits: 4 or 8.
     """
     parts = []
@@ -96,7 +119,7 @@ def quantise_keys(keys: PagedKeys, pages: int, bits: int) -> QuantisedKeys:
         tile = tile.unflatten(1, (-1, PAGE_TOKENS))  # type: ignore[no-untyped-call]
         mean = tile.float().mean(2).to(tile.dtype)
         rest = tile.float() - mean.float().unsqueeze(2)
-        # Token 8a + 2g + b of a page is member 2a + b of group g.
+        # Key 8a + 2g + b of a page is member 2a + b of group g.
         grouped = rest.view(*rest.shape[:2], 4, KEY_GROUPS, 2, -1).transpose(2, 3).flatten(3, 4)
         scale = grouped.abs().amax((3, 4)).div_(top_level(bits)).clamp_(min=TINY)
         levels = _to_levels(grouped, scale[..., None, None])
@@ -110,9 +133,9 @@ def quantise_keys(keys: PagedKeys, pages: int, bits: int) -> QuantisedKeys:
 
 
 def quantise_queries(query: torch.Tensor, bits: int) -> QuantisedQueries:
-    """Quantise float32 queries ``[heads, rows, head_size]`` whose first row begins a query block.
+    """Quantise float32 queries ``[heads, rows, head_size]``, the first of which begins a query block.
 
-    Rows past the end of a 16-row tile count as zero.
+    A shorter last tile of 16 rows is filled up with zeros, which change no scale.
     """
     heads, rows, head_size = query.shape
     padded = torch.nn.functional.pad(query, (0, 0, 0, -rows % ROW_TILE))
@@ -124,58 +147,56 @@ def quantise_queries(query: torch.Tensor, bits: int) -> QuantisedQueries:
     return QuantisedQueries(levels.to(torch.int8), scale, query.norm(dim=2), error)
 
 
-def local_starts(chunk: int, context: int, local_tokens: int, query_block: int, device: torch.device) -> torch.Tensor:
+def local_starts(
+    query_tokens: int, context: int, local_tokens: int, query_block_tokens: int, device: torch.device
+) -> torch.Tensor:
     """First page of each query block's local window, which ends with the block's own positions: int64 ``[blocks]``."""
-    first, last = query_blocks(chunk, context, query_block, device)
+    first, last = query_blocks(query_tokens, context, query_block_tokens, device)
     return torch.minimum((last + 1 - local_tokens).clamp(min=0), first) // PAGE_TOKENS
 
 
-def middle_end(chunk: int, context: int, local_tokens: int, query_block: int) -> int:
-    """The last of the `local_starts`, which is the largest: pages before it may have to be scored."""
-    first = context - chunk + (chunk - 1) // query_block * query_block
+def middle_end(query_tokens: int, context: int, local_tokens: int, query_block_tokens: int) -> int:
+    """The largest of `local_starts`, that of the last query block: only pages before it may be scored."""
+    first = context - query_tokens + (query_tokens - 1) // query_block_tokens * query_block_tokens
     return min(max(context - local_tokens, 0), first) // PAGE_TOKENS
 
 
 def thresholds(
-    query: torch.Tensor,
-    keys: PagedKeys,
-    scale: float,
-    log_tau: torch.Tensor,
-    sink_tokens: int,
-    local_tokens: int,
-    query_block: int,
+    query: torch.Tensor, keys: PagedKeys, scale: float, log_tau: torch.Tensor, scoring: LowBitScoring
 ) -> torch.Tensor:
-    """Score from which on a key holds `tau` of a row's attention to the sink and the local window.
+    """Least score with which a key holds tau of a row's attention to the sink and the local window.
 
-    Arguments as in the public function, `query` float32 and head-major.
+    Arguments as in the public function, but `query` is float32 ``[query_heads, query_tokens, head_size]``.
 
     Returns:
-        float32 ``[query_heads, chunk]``: ``m + log(tau * l)``, lowered by what float32 may be off.
+        float32 ``[query_heads, query_tokens]``: ``m + log(tau * l)``, less the allowance for float32 rounding.
     """
-    heads, chunk, head_size = query.shape
+    local_tokens, query_block_tokens = scoring.local_tokens, scoring.query_block_tokens
+    heads, query_tokens, head_size = query.shape
     kv_heads, context = keys.num_kv_heads, keys.context_tokens
     device = query.device
-    sink = keys.read(0, min(sink_tokens, context)).float()
+    sink = keys.read(0, min(scoring.sink_tokens, context)).float()
     sink_key = torch.arange(sink.shape[1], device=device)
-    window_key = torch.arange(max(local_tokens, query_block) + PAGE_TOKENS, device=device)
+    window_key = torch.arange(max(local_tokens, query_block_tokens) + PAGE_TOKENS, device=device)
     parts = []
-    for begin in range(0, chunk, NEAR_BLOCKS * query_block):
-        rows = query[:, begin : begin + NEAR_BLOCKS * query_block]
-        # The last position of these rows is that of a shorter chunk's last row.
-        seen = context - chunk + begin + rows.shape[1]
-        starts = local_starts(rows.shape[1], seen, local_tokens, query_block, device).unsqueeze(1) * PAGE_TOKENS
+    for begin in range(0, query_tokens, NEAR_BLOCKS * query_block_tokens):
+        rows = query[:, begin : begin + NEAR_BLOCKS * query_block_tokens]
+        # These rows see as many tokens as if the prompt chunk ended with them.
+        seen = context - query_tokens + begin + rows.shape[1]
+        starts = local_starts(rows.shape[1], seen, local_tokens, query_block_tokens, device).unsqueeze(1) * PAGE_TOKENS
         blocks, low = starts.shape[0], int(starts[0])
         near = torch.cat([sink, keys.read(low, seen).float()], dim=1)
         local_key = starts + window_key
         index = (local_key - low).clamp(max=seen - low - 1) + sink.shape[1]
         near = near[:, torch.cat([sink_key.expand(blocks, -1), index], dim=1)]
-        padded = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[1] % query_block))
+        padded = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[1] % query_block_tokens))
         # [kv_heads, blocks, group, query_block, head_size]
-        grouped = padded.view(kv_heads, -1, blocks, query_block, head_size).transpose(1, 2)
+        grouped = padded.view(kv_heads, -1, blocks, query_block_tokens, head_size).transpose(1, 2)
         scores = torch.matmul(grouped.flatten(2, 3), near.transpose(2, 3)).mul_(scale).view(*grouped.shape[:4], -1)
-        position = seen - rows.shape[1] + torch.arange(blocks * query_block, device=device).view(blocks, -1, 1)
+        position = seen - rows.shape[1] + torch.arange(blocks * query_block_tokens, device=device).view(blocks, -1, 1)
         hidden = torch.cat(
-            [(sink_key >= starts).unsqueeze(1).expand(-1, query_block, -1), local_key.unsqueeze(1) > position], dim=2
+            [(sink_key >= starts).unsqueeze(1).expand(-1, query_block_tokens, -1), local_key.unsqueeze(1) > position],
+            dim=2,
         )
         scores.masked_fill_(hidden.unsqueeze(1), float("-inf"))
         slack = grouped.norm(dim=4) * near.norm(dim=3).amax(2)[:, :, None, None] * (scale * ROUNDING)
@@ -185,7 +206,7 @@ def thresholds(
 
 @functools.cache
 def _multiplies_integers() -> bool:
-    """Whether this CPU's int8 products are exact; without dot-product instructions they may saturate at 16 bits."""
+    """Whether this CPU's int8 products are exact. Without dot-product instructions they may saturate at 16 bits."""
     # Every pair of signs: libraries make one side unsigned by an offset, so that only some of the pairs saturate.
     signs = torch.tensor([127, -127], dtype=torch.int8).repeat(16)
     left, right = signs.unsqueeze(1).repeat(1, 64), signs.repeat(64, 1)
@@ -193,56 +214,51 @@ def _multiplies_integers() -> bool:
 
 
 def integer_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Exact product of int8 matrices, int32 or float32, which holds the integers that can occur."""
+    """Exact product of int8 matrices, in int32 or in float32, which represents all integers that can occur."""
     if left.is_cuda or not _multiplies_integers():
         return torch.mm(left.float(), right.float())
     return torch._int_mm(left, right)
 
 
 def kept_map(
-    query: torch.Tensor,
-    keys: PagedKeys,
-    scale: float,
-    log_tau: torch.Tensor,
-    bits: int,
-    page_bounds: bool,
-    sink_tokens: int,
-    local_tokens: int,
-    query_block: int,
+    query: torch.Tensor, keys: PagedKeys, scale: float, log_tau: torch.Tensor, scoring: LowBitScoring
 ) -> torch.Tensor:
-    """Pages that each query block keeps; arguments as in the public function."""
-    chunk, heads, _ = query.shape
+    """Select pages; arguments and result as in the public function."""
+    query_block_tokens = scoring.query_block_tokens
+    query_tokens, heads, _ = query.shape
     device = query.device
     rows = query.transpose(0, 1).float()
-    starts = local_starts(chunk, keys.context_tokens, local_tokens, query_block, device)
-    sink_pages = sink_tokens // PAGE_TOKENS
+    starts = local_starts(query_tokens, keys.context_tokens, scoring.local_tokens, query_block_tokens, device)
+    sink_pages = scoring.sink_tokens // PAGE_TOKENS
     page = torch.arange(-(-keys.context_tokens // PAGE_TOKENS), device=device)
     near = (page < sink_pages) | (page >= starts.unsqueeze(1))
     kept = near.repeat(heads, 1, 1)
-    pages = middle_end(chunk, keys.context_tokens, local_tokens, query_block)
+    pages = middle_end(query_tokens, keys.context_tokens, scoring.local_tokens, query_block_tokens)
     if pages <= sink_pages:
         return kept
-    least = thresholds(rows, keys, scale, log_tau, sink_tokens, local_tokens, query_block)
-    quantised = quantise_keys(keys, pages, bits)
-    tile_blocks = SCORED_ROWS // query_block
+    least = thresholds(rows, keys, scale, log_tau, scoring)
+    quantised = quantise_keys(keys, pages, scoring.bits)
+    tile_blocks = SCORED_ROWS // query_block_tokens
     for begin in range(0, starts.shape[0], tile_blocks):
         blocks = slice(begin, begin + tile_blocks)
         middle = slice(sink_pages, int(starts[blocks][-1]))
         candidates = ~near[blocks, middle].t()
         if not candidates.numel():
             continue
-        tile = slice(begin * query_block, (begin + tile_blocks) * query_block)
-        past_end = -rows[:, tile].shape[1] % query_block
+        tile = slice(begin * query_block_tokens, (begin + tile_blocks) * query_block_tokens)
+        past_end = -rows[:, tile].shape[1] % query_block_tokens
         tile_rows = torch.nn.functional.pad(rows[:, tile], (0, 0, 0, past_end))
         tile_least = torch.nn.functional.pad(least[:, tile], (0, past_end), value=float("inf"))
-        queries = quantise_queries(tile_rows, bits)
+        queries = quantise_queries(tile_rows, scoring.bits)
         for head in range(heads):
             kv_head = head * keys.num_kv_heads // heads
             head_keys = QuantisedKeys(*(part[kv_head, middle] for part in vars(quantised).values()))
             head_queries = QuantisedQueries(*(part[head] for part in vars(queries).values()))
-            # Scores of the means, less what a row's keys must reach.
+            # Scores of the means, less the threshold of each row.
             above = torch.addmm(-tile_least[head], head_keys.mean.float(), tile_rows[head].t(), alpha=scale)
-            kept[head, blocks, middle] |= _passing(above, head_keys, head_queries, scale, candidates, page_bounds).t()
+            kept[head, blocks, middle] |= _passing(
+                above, head_keys, head_queries, scale, candidates, scoring.page_bounds
+            ).t()
     return kept
 
 
@@ -254,15 +270,15 @@ def _passing(
     candidates: torch.Tensor,
     page_bounds: bool,
 ) -> torch.Tensor:
-    """Pages in which a key scores more than a row's least: bool ``[pages, blocks]``, none but candidates.
+    """Candidates in which a key scores more than the threshold of some row: bool ``[pages, blocks]``.
 
     Args:
-        above: float32 ``[pages, rows]`` score of each page's mean less the row's least.
-        keys: the pages, of one head.
-        queries: the rows, of one head.
-        scale: softmax scale.
-        candidates: bool ``[pages, blocks]``.
-        page_bounds: decide what the means decide.
+        above: float32 ``[pages, rows]`` score of each page's mean less the row's threshold.
+        keys: the pages of one KV head.
+        queries: the rows of one query head.
+        scale: softmax scale of the model.
+        candidates: bool ``[pages, blocks]`` pages that a query block may still have to keep.
+        page_bounds: as in `LowBitScoring`.
     """
 
     def in_some_row(difference: torch.Tensor) -> torch.Tensor:
@@ -271,11 +287,12 @@ def _passing(
     kept = torch.zeros_like(candidates)
     undecided = candidates
     if page_bounds:
-        # The best key scores at least what the mean does, and at most as much more as the farthest key may.
+        # The best key scores at least as much as the mean. At most it scores higher by the norm of the query times the
+        # distance of the farthest key from the mean.
         kept = candidates & in_some_row(above)
         highest = torch.addcmul(above, keys.radius.unsqueeze(1), queries.norm, value=scale)
         undecided = candidates & ~kept & in_some_row(highest)
-    # What rounding to levels may hide.
+    # The most that rounding to levels may have lowered a score.
     page_margin = torch.stack([keys.error, keys.radius + keys.error], dim=1)
     row_margin = torch.stack([queries.norm, queries.error]) * scale
     levels = keys.levels.flatten(1)
@@ -284,7 +301,7 @@ def _passing(
     for start in range(0, pages.shape[0], SCORED_PAGES):
         part = pages[start : start + SCORED_PAGES]
         products = integer_products(levels.index_select(0, part).view(-1, columns.shape[0]), columns)
-        # The best integer of each group, and only then what a level is worth.
+        # First the best integer of each group, then its value.
         best = products.view(part.shape[0], KEY_GROUPS, -1, columns.shape[1]).amax(2)
         best = (best * keys.scale[part].unsqueeze(2)).amax(1)
         difference = above.index_select(0, part).addmm_(page_margin[part], row_margin)

@@ -1,8 +1,8 @@
-"""SALE's selection in Triton: keys to integers, rows to integers and thresholds, and then the scores.
+"""SALE's selection in Triton: one kernel quantises keys, one quantises rows and finds thresholds, one scores.
 
-The score kernel never reduces over keys inside a tile: a tile holds one key of each of `PAGE_TILE` pages, and the tiles
-of a page's 32 keys are combined element by element, so that the largest integer of a scale group costs one instruction
-a score and what a level is worth one in eight.
+The score kernel never takes a maximum over the keys inside a tile. A tile holds one key from each of `PAGE_TILE` pages,
+and the tiles of a page's 32 keys are combined element by element. So the largest integer of a scale group costs one
+instruction per score, and its multiplication by the value of a level one instruction per eight scores.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ from vllm_sparse.kernels.low_bit_scores.reference import (
     ROUNDING_NATS,
     ROW_TILE,
     TINY,
+    LowBitScoring,
     middle_end,
     top_level,
 )
 from vllm_sparse.keys import PlainKeys
 
-# Rows and pages of one tile of scores; more rows read a key less often.
+# Rows and pages of one tile of scores. With more rows each key is read less often.
 SCORED_ROWS, PAGE_TILE = 128, 64
-# Pages that one program of the score kernel walks through with its rows.
+# Pages that one program of the score kernel compares with its rows.
 SEGMENT_PAGES = 512
 
 
 @triton.jit
 def _levels(b_value, b_scale):
-    """Nearest integers, halves upwards."""
+    """Nearest integers, halves rounded up."""
     return tl.floor(tl.div_rn(b_value, b_scale) + 0.5)
 
 
-# Lengths change with every chunk; specialising on them would compile in the middle of serving.
+# Lengths change with every prompt chunk; specialising on them would compile in the middle of serving.
 @triton.jit(do_not_specialize=["pages"])
 def quantise_keys_kernel(
     cache_pointer,
@@ -83,7 +84,7 @@ def quantise_keys_kernel(
     b_mean = b_mean.to(tl.float32)
     b_rest = b_key - b_mean[None, :]
 
-    # Token 8a + 2g + b is member 2a + b of group g.
+    # Key 8a + 2g + b is member 2a + b of group g.
     o_group = o_slot % (2 * GROUPS) // 2
     o_member = o_slot // (2 * GROUPS) * 2 + o_slot % 2
     b_largest = tl.max(tl.abs(b_rest), axis=1)
@@ -112,8 +113,8 @@ def quantise_keys(keys: PlainKeys, pages: int, bits: int) -> tuple[torch.Tensor,
     """As `reference.quantise_keys`.
 
     Returns:
-        `levels` and `mean` as there, but for channels padded with zeros to a power of two; and float32
-        ``[kv_heads, 6, pages]``, the four groups' `scale`, `radius` and `error`.
+        `levels` and `mean` as there, with channels padded with zeros to a power of two; and float32
+        ``[kv_heads, 6, pages]``: the four groups' `scale`, then `radius` and `error`.
     """
     cache = keys.kv_cache
     head_tile = _head_tile(keys.head_size)
@@ -148,14 +149,14 @@ def quantise_keys(keys: PlainKeys, pages: int, bits: int) -> tuple[torch.Tensor,
 
 
 @triton.jit
-def _local_start(i_block, chunk, context, local_tokens, QUERY_BLOCK: tl.constexpr, PAGE: tl.constexpr):
+def _local_start(i_block, query_tokens, context, local_tokens, QUERY_BLOCK: tl.constexpr, PAGE: tl.constexpr):
     """First page of a query block's local window."""
-    first = context - chunk + i_block * QUERY_BLOCK
+    first = context - query_tokens + i_block * QUERY_BLOCK
     end = tl.minimum(first + QUERY_BLOCK, context)
     return tl.minimum(tl.maximum(end - local_tokens, 0), first) // PAGE
 
 
-@triton.jit(do_not_specialize=["chunk", "context", "sink_pages", "local_tokens"])
+@triton.jit(do_not_specialize=["query_tokens", "context", "sink_pages", "local_tokens"])
 def rows_kernel(
     query_pointer,
     cache_pointer,
@@ -163,7 +164,7 @@ def rows_kernel(
     log_tau_pointer,
     levels_pointer,
     number_pointer,
-    chunk,
+    query_tokens,
     context,
     sink_pages,
     local_tokens,
@@ -192,17 +193,17 @@ def rows_kernel(
     o_row = i_block * QUERY_BLOCK + tl.arange(0, QUERY_BLOCK)
     o_dim = tl.arange(0, HEAD_TILE)
     in_head = o_dim < HEAD_SIZE
-    live_row = o_row < chunk
+    live_row = o_row < query_tokens
     p_query = query_pointer + o_row.to(tl.int64)[:, None] * query_row_stride + i_head * query_head_stride
     b_query = tl.load(p_query + o_dim[None, :], mask=live_row[:, None] & in_head[None, :], other=0.0)
     b_value = b_query.to(tl.float32)
     b_norm = tl.sqrt(tl.sum(b_value * b_value, axis=1))
 
-    # Scores of the sink and the local window, one page at a time, each key once.
-    position = context - chunk + o_row
-    last_page = tl.minimum(context - chunk + (i_block + 1) * QUERY_BLOCK, context) - 1
+    # Scores of the sink and the local window, one page at a time. Where the two overlap, a key is scored once.
+    position = context - query_tokens + o_row
+    last_page = tl.minimum(context - query_tokens + (i_block + 1) * QUERY_BLOCK, context) - 1
     last_page = last_page // PAGE
-    local_start = _local_start(i_block, chunk, context, local_tokens, QUERY_BLOCK, PAGE)
+    local_start = _local_start(i_block, query_tokens, context, local_tokens, QUERY_BLOCK, PAGE)
     sinks = tl.minimum(sink_pages, local_start)
     b_maximum = tl.full([QUERY_BLOCK], float("-inf"), tl.float32)
     b_sum = tl.zeros([QUERY_BLOCK], tl.float32)
@@ -224,7 +225,7 @@ def rows_kernel(
             cache_token_stride,
             CACHE_BLOCK,
         )
-        # float32 inputs are not to be rounded to TF32.
+        # "ieee", because Triton would round float32 inputs to TF32.
         b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale
         b_score = tl.where(o_key[None, :] <= position[:, None], b_score, float("-inf"))
         # The first page holds key 0, which every row may read, so the maximum is finite from there on.
@@ -236,7 +237,7 @@ def rows_kernel(
     slack = b_norm * tl.sqrt(largest_key) * (scale * ROUNDING) + ROUNDING_NATS
     b_least = b_maximum + tl.log(b_sum) + tl.load(log_tau_pointer + i_head) - slack
 
-    # Rows r and r + 8 of 16 share a scale.
+    # The rows r and r + 8 of 16 share a scale.
     b_largest = tl.reshape(tl.max(tl.abs(b_value), axis=1), [QUERY_BLOCK // ROW_TILE, 2, ROW_TILE // 2])
     b_largest = tl.max(b_largest, axis=1, keep_dims=True)
     b_largest = tl.broadcast_to(b_largest, [QUERY_BLOCK // ROW_TILE, 2, ROW_TILE // 2])
@@ -246,9 +247,9 @@ def rows_kernel(
     if MARGIN:
         b_rest = b_value - b_level * b_scale[:, None]
         b_error = tl.sqrt(tl.sum(b_rest * b_rest, axis=1))
-    o_out = i_head.to(tl.int64) * chunk + o_row
+    o_out = i_head.to(tl.int64) * query_tokens + o_row
     tl.store(levels_pointer + o_out[:, None] * HEAD_TILE + o_dim[None, :], b_level.to(tl.int8), mask=live_row[:, None])
-    numbers = heads.to(tl.int64) * chunk
+    numbers = heads.to(tl.int64) * query_tokens
     tl.store(number_pointer + o_out, b_least, mask=live_row)
     tl.store(number_pointer + numbers + o_out, b_scale, mask=live_row)
     tl.store(number_pointer + 2 * numbers + o_out, b_norm, mask=live_row)
@@ -256,37 +257,31 @@ def rows_kernel(
 
 
 def quantise_rows(
-    query: torch.Tensor,
-    keys: PlainKeys,
-    scale: float,
-    log_tau: torch.Tensor,
-    bits: int,
-    sink_tokens: int,
-    local_tokens: int,
-    query_block: int,
+    query: torch.Tensor, keys: PlainKeys, scale: float, log_tau: torch.Tensor, scoring: LowBitScoring
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference.thresholds` and `reference.quantise_queries`.
 
     Returns:
-        `levels`, channels padded with zeros to a power of two; and float32 ``[4, heads, chunk]``, what
-        `reference.thresholds` gives, `scale`, `norm` and `error`.
+        `levels` with channels padded with zeros to a power of two; and float32 ``[4, heads, query_tokens]``: the
+        results of `reference.thresholds`, then `scale`, `norm` and `error`.
     """
-    chunk, heads, head_size = query.shape
+    query_block_tokens = scoring.query_block_tokens
+    query_tokens, heads, head_size = query.shape
     cache = keys.kv_cache
     head_tile = _head_tile(head_size)
-    levels = torch.empty(heads, chunk, head_tile, dtype=torch.int8, device=query.device)
-    numbers = torch.empty(4, heads, chunk, dtype=torch.float32, device=query.device)
-    rows_kernel[(triton.cdiv(chunk, query_block), heads)](
+    levels = torch.empty(heads, query_tokens, head_tile, dtype=torch.int8, device=query.device)
+    numbers = torch.empty(4, heads, query_tokens, dtype=torch.float32, device=query.device)
+    rows_kernel[(triton.cdiv(query_tokens, query_block_tokens), heads)](
         query,
         cache,
         keys.block_table,
         log_tau,
         levels,
         numbers,
-        chunk,
+        query_tokens,
         keys.context_tokens,
-        sink_tokens // PAGE_TOKENS,
-        local_tokens,
+        scoring.sink_tokens // PAGE_TOKENS,
+        scoring.local_tokens,
         scale,
         query.stride(0),
         query.stride(1),
@@ -297,21 +292,29 @@ def quantise_rows(
         GROUP=heads // keys.num_kv_heads,
         HEAD_SIZE=head_size,
         HEAD_TILE=head_tile,
-        QUERY_BLOCK=query_block,
+        QUERY_BLOCK=query_block_tokens,
         ROW_TILE=ROW_TILE,
         PAGE=PAGE_TOKENS,
-        TOP_LEVEL=top_level(bits),
-        MARGIN=bits == 8,
+        TOP_LEVEL=top_level(scoring.bits),
+        MARGIN=scoring.bits == 8,
         TINY=TINY,
         ROUNDING=ROUNDING,
         ROUNDING_NATS=ROUNDING_NATS,
-        num_warps=query_block // 16,
+        num_warps=query_block_tokens // 16,
     )
     return levels, numbers
 
 
 @triton.jit(
-    do_not_specialize=["chunk", "context", "pages", "query_block_count", "key_blocks", "sink_pages", "local_tokens"]
+    do_not_specialize=[
+        "query_tokens",
+        "context",
+        "pages",
+        "query_block_count",
+        "key_blocks",
+        "sink_pages",
+        "local_tokens",
+    ]
 )
 def scores_kernel(
     query_pointer,
@@ -321,7 +324,7 @@ def scores_kernel(
     mean_pointer,
     page_number_pointer,
     kept_pointer,
-    chunk,
+    query_tokens,
     context,
     pages,
     query_block_count,
@@ -350,17 +353,17 @@ def scores_kernel(
     o_block = i_first_block + tl.arange(0, BLOCKS)
     o_row = i_first_block * QUERY_BLOCK + tl.arange(0, ROWS)
     o_dim = tl.arange(0, HEAD_TILE)
-    live_row = o_row < chunk
-    b_local_start = _local_start(o_block, chunk, context, local_tokens, QUERY_BLOCK, PAGE)
+    live_row = o_row < query_tokens
+    b_local_start = _local_start(o_block, query_tokens, context, local_tokens, QUERY_BLOCK, PAGE)
     middle_end = tl.max(tl.where(o_block < query_block_count, b_local_start, 0), axis=0)
 
     p_query = query_pointer + o_row.to(tl.int64)[:, None] * query_row_stride + i_head * query_head_stride
     b_query = tl.load(p_query + o_dim[None, :], mask=live_row[:, None] & (o_dim < HEAD_SIZE)[None, :], other=0.0)
-    o_number = i_head.to(tl.int64) * chunk + o_row
+    o_number = i_head.to(tl.int64) * query_tokens + o_row
     b_level = tl.load(
         query_levels_pointer + o_number[:, None] * HEAD_TILE + o_dim[None, :], mask=live_row[:, None], other=0
     )
-    numbers = tl.num_programs(2).to(tl.int64) * chunk
+    numbers = tl.num_programs(2).to(tl.int64) * query_tokens
     b_least = tl.load(row_number_pointer + o_number, mask=live_row, other=float("inf"))
     b_query_scale = tl.load(row_number_pointer + numbers + o_number, mask=live_row, other=0.0) * scale
     b_norm = tl.load(row_number_pointer + 2 * numbers + o_number, mask=live_row, other=0.0) * scale
@@ -371,10 +374,10 @@ def scores_kernel(
         near = (o_page < sink_pages)[None, :] | (o_page[None, :] >= b_local_start[:, None])
         b_kept = near
         if start < middle_end:
-            # Pages past the quantised ones are near ones, whatever is read in their place.
+            # Pages past the quantised ones are kept anyway, so what is read instead of them does not matter.
             o_read = i_kv_head * pages + tl.minimum(o_page, pages - 1)
             b_mean = tl.load(mean_pointer + o_read[:, None] * HEAD_TILE + o_dim[None, :])
-            # Scores of the means, less what a row's keys must reach.
+            # Scores of the means, less the threshold of each row.
             b_above = tl.dot(b_query, tl.trans(b_mean), input_precision="ieee") * scale - b_least[:, None]
             p_number = page_number_pointer + i_kv_head * (GROUPS + 2) * pages + tl.minimum(o_page, pages - 1)
             b_radius = tl.load(p_number + GROUPS * pages)
@@ -387,7 +390,7 @@ def scores_kernel(
                 undecided = ~b_kept & (b_highest > 0)
             if tl.max(tl.max(undecided.to(tl.int32), axis=1), axis=0) > 0:
                 b_error = tl.load(p_number + (GROUPS + 1) * pages)
-                # What rounding to levels may hide.
+                # The most that rounding to levels may have lowered a score.
                 b_above += b_norm[:, None] * b_error[None, :]
                 b_above += b_query_error[:, None] * (b_radius + b_error)[None, :]
                 b_best = tl.full([ROWS, PAGE_TILE], float("-inf"), tl.float32)
@@ -397,7 +400,7 @@ def scores_kernel(
                     for member in range(PAGE // GROUPS):
                         b_key = tl.load(p_level + (group * (PAGE // GROUPS) + member) * HEAD_TILE)
                         b_integer = tl.maximum(b_integer, tl.dot(b_level, tl.trans(b_key), out_dtype=tl.int32))
-                    # The best integer of each group, and only then what a level is worth.
+                    # First the best integer of the group, then its value.
                     b_key_scale = tl.load(p_number + group * pages)
                     b_best = tl.maximum(b_best, b_integer.to(tl.float32) * b_key_scale[None, :])
                 b_above += b_best * b_query_scale[:, None]
@@ -412,28 +415,21 @@ def scores_kernel(
 
 
 def kept_map(
-    query: torch.Tensor,
-    keys: PlainKeys,
-    scale: float,
-    log_tau: torch.Tensor,
-    bits: int,
-    page_bounds: bool,
-    sink_tokens: int,
-    local_tokens: int,
-    query_block: int,
+    query: torch.Tensor, keys: PlainKeys, scale: float, log_tau: torch.Tensor, scoring: LowBitScoring
 ) -> torch.Tensor:
-    """Equal to `reference.kept_map` up to rounding; arguments as there, at least as many tokens as a sink."""
-    chunk, heads, head_size = query.shape
+    """Equal to `reference.kept_map` up to rounding; arguments as there, the context at least as long as the sink."""
+    local_tokens, query_block_tokens = scoring.local_tokens, scoring.query_block_tokens
+    query_tokens, heads, head_size = query.shape
     context = keys.context_tokens
-    query_block_count, key_blocks = triton.cdiv(chunk, query_block), triton.cdiv(context, PAGE_TOKENS)
+    query_block_count, key_blocks = triton.cdiv(query_tokens, query_block_tokens), triton.cdiv(context, PAGE_TOKENS)
     shape = heads, query_block_count, key_blocks
-    pages = middle_end(chunk, context, local_tokens, query_block)
-    if pages <= sink_tokens // PAGE_TOKENS:
+    pages = middle_end(query_tokens, context, local_tokens, query_block_tokens)
+    if pages <= scoring.sink_tokens // PAGE_TOKENS:
         return torch.ones(shape, dtype=torch.bool, device=query.device)
-    key_levels, mean, page_numbers = quantise_keys(keys, pages, bits)
-    query_levels, row_numbers = quantise_rows(query, keys, scale, log_tau, bits, sink_tokens, local_tokens, query_block)
+    key_levels, mean, page_numbers = quantise_keys(keys, pages, scoring.bits)
+    query_levels, row_numbers = quantise_rows(query, keys, scale, log_tau, scoring)
     kept = torch.empty(shape, dtype=torch.bool, device=query.device)
-    blocks = SCORED_ROWS // query_block
+    blocks = SCORED_ROWS // query_block_tokens
     scores_kernel[(triton.cdiv(query_block_count, blocks), triton.cdiv(key_blocks, SEGMENT_PAGES), heads)](
         query,
         query_levels,
@@ -442,12 +438,12 @@ def kept_map(
         mean,
         page_numbers,
         kept.view(torch.uint8),
-        chunk,
+        query_tokens,
         context,
         pages,
         query_block_count,
         key_blocks,
-        sink_tokens // PAGE_TOKENS,
+        scoring.sink_tokens // PAGE_TOKENS,
         local_tokens,
         scale,
         query.stride(0),
@@ -455,18 +451,18 @@ def kept_map(
         GROUP=heads // keys.num_kv_heads,
         HEAD_SIZE=head_size,
         HEAD_TILE=_head_tile(head_size),
-        QUERY_BLOCK=query_block,
+        QUERY_BLOCK=query_block_tokens,
         BLOCKS=blocks,
         PAGE=PAGE_TOKENS,
         GROUPS=KEY_GROUPS,
         PAGE_TILE=PAGE_TILE,
         SEGMENT=SEGMENT_PAGES,
-        PAGE_BOUNDS=page_bounds,
+        PAGE_BOUNDS=scoring.page_bounds,
         num_warps=8,
     )
     return kept
 
 
 def _head_tile(head_size: int) -> int:
-    """Channels of a tile; integer tensor cores take 32 at a time."""
+    """Channels of a tile: a power of two, at least the 32 that integer tensor cores multiply at a time."""
     return max(1 << (head_size - 1).bit_length(), 32)

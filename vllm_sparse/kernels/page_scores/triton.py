@@ -1,8 +1,8 @@
 """Scores of the pages of all rows of a decode step in Triton: one pass over the summaries, then one over the logits.
 
-A row's pages are shared out among a number of programs that does not depend on its context, which only the device
-knows; each walks through tiles of pages as far as the context goes. What a head's softmax divides by is known when all
-of them are done, hence two launches.
+The pages of a row are divided among programs whose number does not depend on the row's context, which only the device
+knows. Each program scores tiles of pages up to the context's end. There are two launches because the normaliser of a
+head's softmax is known only when all programs of the first are done.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.common.triton import product_tile
 from vllm_sparse.kernels.page_summaries import SummaryKind
 from vllm_sparse.step.rows import DecodeRows, RowScores, padded_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Of summaries at once: 16 KiB in bfloat16, in registers for three or four programs on a multiprocessor.
+# Numbers of the summaries in one tile: 16 KiB in bfloat16, for which three or four programs on a multiprocessor have
+# registers.
 TILE_NUMBERS = 8192
-# A row alone has this many tiles at 128K tokens, 8 KV heads and pages of 16.
+# Programs of a launch: the number of tiles of one row at 128K tokens, 8 KV heads and pages of 16 tokens.
 PROGRAMS = 1024
 MERGE_TILE = 512
 
 
-# Steps outside of graphs have room for just their rows, which begin anywhere in vLLM's tables; specialising on that
-# would compile in the middle of serving.
+# Steps outside of graphs have room for their own rows only, and these may begin at any row of vLLM's block table.
+# Specialising on either would compile in the middle of serving.
 @triton.jit(do_not_specialize=["capacity"], do_not_specialize_on_alignment=["block_table_pointer"])
 def page_logits_kernel(
     query_pointer,
@@ -73,14 +75,16 @@ def page_logits_kernel(
         live = o_page < pages
         p_block = block_table_pointer + i_row * table_row_stride + o_page // PAGES_PER_BLOCK
         b_block = tl.load(p_block, mask=live, other=0)
-        b_place = (b_block * kv_heads + i_kv_head) * PAGES_PER_BLOCK + o_page % PAGES_PER_BLOCK
+        b_summary_index = (b_block * kv_heads + i_kv_head) * PAGES_PER_BLOCK + o_page % PAGES_PER_BLOCK
         p_summary = (
-            summary_pointer + b_place.to(tl.int64)[:, None] * ((2 if BOUNDS else 1) * HEAD_SIZE) + o_dim[None, :]
+            summary_pointer
+            + b_summary_index.to(tl.int64)[:, None] * ((2 if BOUNDS else 1) * HEAD_SIZE)
+            + o_dim[None, :]
         )
         b_summary = tl.load(p_summary, mask=live[:, None] & in_head[None, :], other=0.0)
         if BOUNDS:
             b_most = tl.load(p_summary + HEAD_SIZE, mask=live[:, None] & in_head[None, :], other=0.0)
-            # A negative number has its largest product with the least one.
+            # A negative number of the query has its largest product with the lower bound.
             b_logit = tl.dot(b_summary, tl.minimum(b_query, 0.0).to(b_query.dtype), input_precision="ieee")
             b_logit = tl.dot(b_most, tl.maximum(b_query, 0.0).to(b_query.dtype), b_logit, input_precision="ieee")
         else:
@@ -131,14 +135,14 @@ def merge_kernel(
         b_sum = tl.sum(b_total * tl.exp2((b_largest - b_most[None, :]) * LOG2_E), axis=0)
         b_log_sum = b_most + tl.log2(tl.where(in_group, b_sum, 1.0)) / LOG2_E
         first_page = tl.load(start_pointer + i_row) // PAGE + i_row
-        place = i_kv_head.to(tl.int64) * capacity + first_page
+        first_score = i_kv_head.to(tl.int64) * capacity + first_page
         for first in range(tl.program_id(0) * TILE, pages, tl.num_programs(0) * TILE):
             o_page = first + tl.arange(0, TILE)
             live = o_page < pages
-            p_logit = logit_pointer + (place + o_page)[:, None] * GROUP + o_head[None, :]
+            p_logit = logit_pointer + (first_score + o_page)[:, None] * GROUP + o_head[None, :]
             b_logit = tl.load(p_logit, mask=live[:, None] & in_group[None, :], other=float("-inf"))
             b_score = tl.max(b_logit - b_log_sum[None, :], axis=1)
-            tl.store(score_pointer + place + o_page, b_score, mask=live)
+            tl.store(score_pointer + first_score + o_page, b_score, mask=live)
 
 
 def page_tile(kind: SummaryKind, head_tile: int) -> int:
@@ -151,15 +155,15 @@ def page_scores(
 ) -> RowScores:
     """Score all pages of each row, as `reference.page_scores` does; for CUDA graphs.
 
-    Takes four bytes for each page that there is room for and each query head while it runs.
+    While it runs it takes four bytes per query head and page for which there is room.
 
     Args:
         rows: the rows; keys are not read.
-        kind: of the summaries.
-        summaries: ``[blocks, kv_heads, block_size / page_tokens, width]``, contiguous, those of the newest tokens
-            included (`vllm_sparse.kernels.page_summaries.triton.store_newest_summaries`).
-        starts: int64 ``[rows]`` first token of each row's room, rising with the row; rows do not overlap.
-        capacity_tokens: tokens that there is room for.
+        kind: what the summaries hold.
+        summaries: ``[blocks, kv_heads, block_size / page_tokens, width]``, contiguous, up to date with the
+            newest tokens (`vllm_sparse.kernels.page_summaries.triton.store_newest_summaries`).
+        starts: int64 ``[rows]`` first token of each row's room for scores, ascending; the rooms of rows do not overlap.
+        capacity_tokens: tokens for which there is room.
 
     Returns:
         Scores of pages; those of rows whose `context_tokens` is 0 are not written.
@@ -168,7 +172,7 @@ def page_scores(
     kv_heads, pages_per_block = summaries.shape[1:3]
     group = query_heads // kv_heads
     group_tile = triton.next_power_of_2(group)
-    head_tile = max(triton.next_power_of_2(head_size), 16)
+    head_tile = product_tile(head_size)
     tile = page_tile(kind, head_tile)
     # A row's last page may be short, so each row has room for one more than its tokens fill.
     capacity = capacity_tokens // kind.page_tokens + count

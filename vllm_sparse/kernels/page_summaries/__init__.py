@@ -24,14 +24,15 @@ def _implementation(keys: PagedKeys) -> ModuleType:
 def page_summaries(keys: PagedKeys, kind: SummaryKind) -> torch.Tensor:
     """Summarise the live keys of each logical page; one pass over the keys.
 
-    Prefill methods do so at every chunk: at 128K tokens the pass reads 1 % of what the chunk's attention does, and
-    nothing can go stale. A decode step cannot afford it, and reads what `store_summaries` left.
+    Prefill methods do so for every prompt chunk: at 128K tokens the pass reads 1 % of the bytes that the prompt chunk's
+    attention reads, and no summary can become stale. A decode step cannot afford the pass, so it reads the summaries
+    that `store_summaries` has stored.
 
     Runs in Triton on CUDA, else in PyTorch.
 
     Args:
         keys: the request's keys.
-        kind: what is kept.
+        kind: page size and what a summary holds.
 
     Returns:
         float32 ``[kv_heads, ceil(context / page_tokens), kind.width(head_size)]``; the last page may be short.
@@ -43,14 +44,14 @@ def page_summaries(keys: PagedKeys, kind: SummaryKind) -> torch.Tensor:
 def store_summaries(keys: PagedKeys, kind: SummaryKind, first_new_token: int) -> None:
     """Write the summaries of a step's new keys, and of those before them in the same block, into `keys.summaries`.
 
-    They lie beside the cache by physical block, so whoever reads a block of a shared prefix finds them. A block that
-    holds both new and older keys may be a copy that vLLM made of another request's, which is why it is done as a whole.
+    Summaries are stored by physical block, as the cache is, so a request that shares a prefix finds them. A block with
+    both new and older keys may be a copy that vLLM made of another request's block; so the whole block is summarised.
 
     Runs in Triton on CUDA, else in PyTorch.
 
     Args:
         keys: the request's keys, the new ones included, with `summaries` of this kind.
-        kind: what is kept; its pages divide the cache's blocks.
+        kind: page size and what a summary holds; its pages divide the cache's blocks.
         first_new_token: position of the step's first new token.
     """
     _implementation(keys).store_summaries(keys, kind, first_new_token)
@@ -59,7 +60,7 @@ def store_summaries(keys: PagedKeys, kind: SummaryKind, first_new_token: int) ->
 def read_summaries(keys: PagedKeys, kind: SummaryKind) -> torch.Tensor:
     """Summaries of all pages of a request: ``[kv_heads, ceil(context / page_tokens), width]``, in the cache's dtype.
 
-    The stored ones; where `keys` carries none, those that `store_summaries` would have stored.
+    These are the stored summaries, or if `keys.summaries` is None those that `store_summaries` would have stored.
     """
     if keys.summaries is None:
         return page_summaries(keys, kind).to(keys.kv_cache.dtype)

@@ -8,24 +8,24 @@ import torch
 
 from vllm_sparse.keys import PagedKeys
 
-# A multiple of every page size. Keys are read in tiles, so that a copy of a long cache is never held as a whole.
+# A multiple of every page size. Keys are read in tiles, so that memory never holds a copy of a whole long cache.
 TILE_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class SummaryKind:
-    """What is kept of a page's keys.
+    """What a summary of a page's keys holds.
 
     Attributes:
         page_tokens: tokens of a page; a power of two.
-        bounds: the least and the largest number of each dimension, one after the other; else the mean.
+        bounds: True for the least numbers of each channel, then the largest ones; False for the mean key.
     """
 
     page_tokens: int
     bounds: bool
 
     def width(self, head_size: int) -> int:
-        """Numbers of a summary."""
+        """Number of values in a summary."""
         return head_size * (2 if self.bounds else 1)
 
 
@@ -43,7 +43,7 @@ def page_summaries(keys: PagedKeys, kind: SummaryKind, first_token: int = 0) -> 
 
 
 def _summary(pages: torch.Tensor, kind: SummaryKind) -> torch.Tensor:
-    """Of float32 ``[kv_heads, pages, tokens, head_size]``."""
+    """Summaries ``[kv_heads, pages, width]`` of float32 keys ``[kv_heads, pages, tokens, head_size]``."""
     return torch.cat((pages.amin(2), pages.amax(2)), dim=2) if kind.bounds else pages.mean(2)
 
 

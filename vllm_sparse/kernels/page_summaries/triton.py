@@ -1,5 +1,7 @@
-"""Summaries of each page's keys in Triton: one program a page and KV head, with few warps, so that threads add on
-their own."""
+"""Summaries of each page's keys in Triton: one program per page and KV head.
+
+Programs have few warps, so that each thread adds many numbers and few sums cross threads.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.common.triton import load_key_block
+from vllm_sparse.kernels.common.triton import load_key_block, product_tile
 from vllm_sparse.kernels.page_summaries.reference import SummaryKind
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.step.rows import DecodeRows
 
-# Numbers that a warp reads at once: 16 loads of 16 bytes a thread in bfloat16.
+# Numbers that a warp reads at once: 16 loads of 16 bytes per thread in bfloat16.
 WARP_NUMBERS = 4096
 
 
@@ -63,7 +65,7 @@ def _summarise(
         tl.store(p_summary + o_dim, tl.sum(b_key, axis=0) / live_tokens, mask=in_head)
 
 
-# Lengths change with every chunk; specialising on them would compile in the middle of serving.
+# Lengths change with every prompt chunk; specialising on them would compile in the middle of serving.
 @triton.jit(do_not_specialize=["context", "first_page", "pages"])
 def page_summaries_kernel(
     cache_pointer,
@@ -82,19 +84,19 @@ def page_summaries_kernel(
     BOUNDS: tl.constexpr,
     STORED: tl.constexpr,
 ):
-    """Summaries by logical page, or if `STORED` by physical block."""
+    """Summarise pages into a tensor by logical page, or if `STORED` by physical block."""
     i_page = first_page + tl.program_id(0)
     i_kv_head = tl.program_id(1)
     if STORED:
         pages_per_block = CACHE_BLOCK // PAGE
         block = tl.load(block_table_pointer + i_page // pages_per_block).to(tl.int64)
-        place = (block * tl.num_programs(1) + i_kv_head) * pages_per_block + i_page % pages_per_block
+        i_summary = (block * tl.num_programs(1) + i_kv_head) * pages_per_block + i_page % pages_per_block
     else:
-        place = (i_kv_head * pages + i_page).to(tl.int64)
+        i_summary = (i_kv_head * pages + i_page).to(tl.int64)
     _summarise(
         cache_pointer,
         block_table_pointer,
-        summary_pointer + place * ((2 if BOUNDS else 1) * HEAD_SIZE),
+        summary_pointer + i_summary * ((2 if BOUNDS else 1) * HEAD_SIZE),
         context,
         i_page,
         i_kv_head,
@@ -109,7 +111,7 @@ def page_summaries_kernel(
     )
 
 
-# The rows of a step outside of graphs begin anywhere in vLLM's tables.
+# The rows of a step outside of graphs may begin at any row of vLLM's block table.
 @triton.jit(do_not_specialize_on_alignment=["block_table_pointer"])
 def newest_summaries_kernel(
     cache_pointer,
@@ -126,7 +128,7 @@ def newest_summaries_kernel(
     PAGE: tl.constexpr,
     BOUNDS: tl.constexpr,
 ):
-    """One program a page of the block that holds the row's newest token."""
+    """Summarise the block that holds each row's newest token, one program per page."""
     i_in_block = tl.program_id(0)
     i_kv_head = tl.program_id(1)
     i_row = tl.program_id(2).to(tl.int64)
@@ -137,11 +139,11 @@ def newest_summaries_kernel(
     i_page = last_block * pages_per_block + i_in_block
     if (context > 0) & (i_page * PAGE < context):
         block = tl.load(p_table + last_block).to(tl.int64)
-        place = (block * tl.num_programs(1) + i_kv_head) * pages_per_block + i_in_block
+        i_summary = (block * tl.num_programs(1) + i_kv_head) * pages_per_block + i_in_block
         _summarise(
             cache_pointer,
             p_table,
-            summary_pointer + place * ((2 if BOUNDS else 1) * HEAD_SIZE),
+            summary_pointer + i_summary * ((2 if BOUNDS else 1) * HEAD_SIZE),
             context,
             i_page,
             i_kv_head,
@@ -157,14 +159,14 @@ def newest_summaries_kernel(
 
 
 def warps(page_tokens: int, head_tile: int) -> int:
-    """Warps of a program."""
+    """Number of warps of a program."""
     return min(max(page_tokens * head_tile // WARP_NUMBERS, 1), 8)
 
 
 def _constants(kv_cache: torch.Tensor, kind: SummaryKind) -> dict[str, Any]:
-    """What both kernels are compiled for, and their warps."""
+    """Compile-time constants of both kernels, and their number of warps."""
     head_size = kv_cache.shape[3] // 2
-    head_tile = max(triton.next_power_of_2(head_size), 16)
+    head_tile = product_tile(head_size)
     return {
         "CACHE_BLOCK": kv_cache.shape[2],
         "HEAD_SIZE": head_size,
@@ -210,14 +212,15 @@ def store_summaries(keys: PlainKeys, kind: SummaryKind, first_new_token: int) ->
 
 
 def store_newest_summaries(rows: DecodeRows, kind: SummaryKind, summaries: torch.Tensor) -> None:
-    """As `store_summaries` for the newest token of each row; one launch, for CUDA graphs.
+    """Store the summaries of the newest token of each row, as `store_summaries` does, in one launch for CUDA graphs.
 
-    The whole block that holds the token is done: at a request's first step it may be a copy of another's. Rows whose
-    `context_tokens` is 0 are left alone; a row that does not choose in this step but will in a later one is none.
+    The whole block that holds the token is summarised, because at a request's first step it may be a copy of another
+    request's block. Rows whose `context_tokens` is 0 are left out. Rows that select only in later steps must not be
+    left out, so their `context_tokens` is not 0 here.
 
     Args:
         rows: the rows; the query is not read.
-        kind: what is kept; its pages divide the cache's blocks.
+        kind: page size and what a summary holds; its pages divide the cache's blocks.
         summaries: ``[blocks, kv_heads, block_size / page_tokens, width]``, contiguous, written.
     """
     cache = rows.kv_cache

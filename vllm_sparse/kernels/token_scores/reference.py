@@ -6,22 +6,22 @@ import torch
 
 from vllm_sparse.keys import PagedKeys
 
-# Keys are read in tiles of this many tokens, so that a copy of a long cache is never held as a whole.
+# Keys are read in tiles of this many tokens, so that memory never holds a copy of a whole long cache.
 TILE_TOKENS = 65536
 
 
 def token_scores(query: torch.Tensor, keys: PagedKeys, scale: float, merge_heads: bool) -> torch.Tensor:
     """Logarithm of each cached token's attention probability, per KV head or per query head.
 
-    Heads of a group are merged by the maximum of their *probabilities*: logit ranges differ between heads, so raw
-    logits must not be compared (TidalDecode gives lists per query head; the merge is this project's). Logarithms,
-    because a sharp head's small probabilities would all become 0 and lose their order.
+    The query heads of a KV head are merged by the maximum of their *probabilities*, because logit ranges differ between
+    heads (TidalDecode, arXiv 2410.05076, has one list per query head; the merge is this project's). Scores are
+    logarithms, because the small probabilities of a sharp head would all become 0 and lose their order.
 
     Args:
         query: ``[query_heads, head_size]`` of the newest token.
         keys: the request's keys, the newest token's included.
         scale: softmax scale of the model.
-        merge_heads: merge the query heads of a KV head.
+        merge_heads: whether to merge the query heads of each KV head.
 
     Returns:
         float32 ``[kv_heads, context]`` if merged, else ``[query_heads, context]``.

@@ -1,8 +1,8 @@
 """Scores of all cached tokens of a step's decode rows, in Triton: one pass over the keys, one over their products.
 
-Merging heads by probability needs each head's softmax before any token has its score, so the first kernel stores the
-products (16 bytes a token and KV head of four query heads, against 256 bytes of its key) and the second turns them into
-scores in place. Grids are those of the shapes; how much there is to do is read on the device.
+Merging heads by probability needs the normaliser of each head before any token can be scored. So the first kernel
+stores the products, and the second turns them into scores in place. With four query heads per KV head the products take
+16 bytes per token and KV head, where the key has 256. Grids depend on shapes only; contexts are read on the device.
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.common.triton import load_key_block
+from vllm_sparse.kernels.common.triton import load_key_block, product_tile
 from vllm_sparse.step.rows import DecodeRows, RowScores, padded_rows
 
 KEY_TILE = 64
 SCORE_TILE = 2048
-# Four programs for each multiprocessor of an H200 keep enough loads in flight.
+# Four programs per multiprocessor of an H200 keep enough loads in flight.
 PROGRAMS = 4 * 132
-# Matrix products have at least 16 rows.
-LEAST_GROUP_TILE = 16
 
 
-# Steps outside of graphs have room for just their rows, which begin anywhere in vLLM's tables; specialising on that
-# would compile in the middle of serving.
+# Steps outside of graphs have room for their own rows only, and these may begin at any row of vLLM's block table.
+# Specialising on either would compile in the middle of serving.
 @triton.jit(do_not_specialize=["capacity"], do_not_specialize_on_alignment=["block_table_pointer"])
 def products_kernel(
     query_pointer,
@@ -93,7 +91,7 @@ def products_kernel(
         b_more = tl.maximum(b_most, tl.max(b_product, axis=1))
         b_sum = b_sum * tl.exp(b_most - b_more) + tl.sum(tl.exp(b_product - b_more[:, None]), axis=1)
         b_most = b_more
-    # A split without keys leaves the least maximum and the sum 0, which count for nothing.
+    # A split without keys stores minus infinity and the sum 0, which change nothing in the merge.
     p_partial = partial_pointer + ((i_row * kv_heads * GROUP + o_query_head) * SPLITS + i_split) * 2
     tl.store(p_partial, b_most, mask=in_group)
     tl.store(p_partial + 1, b_sum, mask=in_group)
@@ -134,21 +132,21 @@ def merge_kernel(
 
 
 def token_scores_of_rows(rows: DecodeRows, starts: torch.Tensor, capacity_tokens: int) -> RowScores:
-    """Scores of each row's cached tokens, equal to `reference.token_scores` of it with heads merged.
+    """Scores of each row's cached tokens, equal to those of `reference.token_scores` with merged heads.
 
     Args:
-        rows: the rows; those of context 0 get no scores.
-        starts: int64 ``[rows]`` where each row's scores begin; rows that choose do not overlap.
-        capacity_tokens: tokens that there is room for.
+        rows: the rows; those with a context of 0 get no scores.
+        starts: int64 ``[rows]`` index of each row's first score; the scores of rows with a context do not overlap.
+        capacity_tokens: tokens for which there is room.
 
     Returns:
-        Scores of single tokens. They take ``query_heads * capacity_tokens`` floats.
+        Scores of single tokens, in memory of ``query_heads * capacity_tokens`` float32 numbers.
     """
     row_count, query_heads, head_size = rows.query.shape
     _, kv_heads, block_size, _ = rows.kv_cache.shape
     device = rows.query.device
     group = query_heads // kv_heads
-    # Powers of two, so that few batch sizes compile a kernel of their own.
+    # A power of two, so that most batch sizes share a compiled kernel.
     splits = triton.next_power_of_2(max(PROGRAMS // (padded_rows(row_count) * kv_heads), 1))
     products = torch.empty(query_heads, capacity_tokens, dtype=torch.float32, device=device)
     partials = torch.empty(row_count, query_heads, splits, 2, dtype=torch.float32, device=device)
@@ -173,9 +171,9 @@ def token_scores_of_rows(rows: DecodeRows, starts: torch.Tensor, capacity_tokens
         kv_heads,
         SPLITS=splits,
         GROUP=group,
-        GROUP_TILE=max(triton.next_power_of_2(group), LEAST_GROUP_TILE),
+        GROUP_TILE=product_tile(group),
         HEAD_SIZE=head_size,
-        HEAD_TILE=max(triton.next_power_of_2(head_size), 16),
+        HEAD_TILE=product_tile(head_size),
         CACHE_BLOCK=block_size,
         TILE=KEY_TILE,
         num_warps=4,

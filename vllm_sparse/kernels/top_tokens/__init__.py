@@ -1,24 +1,24 @@
-"""The best pages of a context: as page lists for one request, as token lists for a step's decode rows."""
+"""The best pages of a context: as page lists for one request, as token lists for the decode rows of a step."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from vllm_sparse.kernels.cuda_library import cuda_library
-from vllm_sparse.kernels.top_tokens.reference import top_pages
+from vllm_sparse.kernels.top_tokens.reference import TokenBudget, top_pages
 
 if TYPE_CHECKING:
     import torch
 
     from vllm_sparse.step.rows import DecodeRows, RowScores, TokenLists
 
-__all__ = ["top_pages", "top_tokens"]
+__all__ = ["TokenBudget", "top_pages", "top_tokens"]
 
 
 def top_tokens(scores: RowScores, rows: DecodeRows, knobs: torch.Tensor, lists: TokenLists) -> None:
-    """Choose each row's best units and write their tokens' places, on a GPU; arguments as of `reference.top_tokens`.
+    """Select each row's best units and write the slots of their tokens, on a GPU; arguments as `reference.top_tokens`.
 
-    Runs in CUDA where the kernels of csrc/ are there, else in Triton, which takes many times as long.
+    Runs in CUDA where the kernels of csrc/ are installed, else in Triton, which takes many times as long.
     """
     if cuda_library(rows.query.device) is not None:
         from vllm_sparse.kernels.top_tokens import cuda

@@ -1,4 +1,4 @@
-"""The best units of decode rows as token lists with the CUDA kernel of csrc/sm90: a cluster of blocks for each list."""
+"""The best units of decode rows as token lists, with the CUDA kernel of csrc/sm90: one thread block cluster a list."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm_sparse.step.rows import DecodeRows, RowScores, TokenLists
 
 
 def top_tokens(scores: RowScores, rows: DecodeRows, knobs: torch.Tensor, lists: TokenLists) -> None:
-    """Equal to `reference.top_tokens`; arguments as there, on a device that `cuda_library` has a library for."""
+    """Equal to `reference.top_tokens`; arguments as there, on a device for which `cuda_library` returns a library."""
     assert scores.values.is_contiguous()
     assert knobs.stride(1) == rows.block_table.stride(1) == lists.slots.stride(1) == 1
     count, kv_heads = rows.query.shape[0], rows.kv_cache.shape[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from vllm_sparse.kernels.page_list import compact_pages
@@ -9,40 +11,48 @@ from vllm_sparse.pages import PageList
 from vllm_sparse.step.rows import DecodeRows, RowScores, TokenLists
 
 
+@dataclass(frozen=True)
+class TokenBudget:
+    """How many tokens a list keeps, and which always.
+
+    Attributes:
+        budget_tokens: tokens to keep, the forced ones included; rounded up to units. Forced units are kept even beyond
+            it.
+        sink_tokens: first tokens of the context, forced.
+        recent_tokens: last tokens of the context, forced; the newest token always is.
+    """
+
+    budget_tokens: int
+    sink_tokens: int
+    recent_tokens: int
+
+
 def top_pages(
-    scores: torch.Tensor,
-    context_tokens: int,
-    unit_tokens: int,
-    page_size_tokens: int,
-    budget_tokens: int,
-    sink_tokens: int,
-    recent_tokens: int,
+    scores: torch.Tensor, context_tokens: int, unit_tokens: int, page_size_tokens: int, budget: TokenBudget
 ) -> PageList:
     """Keep the units that hold the first and the last tokens, then those of the highest scores while the budget lasts.
 
-    Equal scores: the lower unit wins.
+    Of equal scores the lower unit wins.
 
     Args:
-        scores: float32 ``[rows, ceil(context / unit)]``, neither NaN nor plus infinity.
+        scores: float32 ``[rows, ceil(context / unit_tokens)]``, neither NaN nor plus infinity.
         context_tokens: tokens in the request's cache.
-        unit_tokens: tokens that have a score together.
-        page_size_tokens: page size of the executor; divides a unit.
-        budget_tokens: tokens to keep, the forced ones included; rounded up to units. Forced units stay even beyond it.
-        sink_tokens: first tokens, forced.
-        recent_tokens: last tokens, forced; the newest one always is.
+        unit_tokens: adjacent tokens that share one score.
+        page_size_tokens: page size of the executor; divides `unit_tokens`.
+        budget: tokens to keep.
 
     Returns:
-        A list for each row, all of one length and no wider than that.
+        A list for each row. All lists have one length, which is the width.
     """
     rows, units = scores.shape
-    sink_units = min(-(-sink_tokens // unit_tokens), units)
-    first_recent_unit = max(max(context_tokens - max(recent_tokens, 1), 0) // unit_tokens, sink_units)
+    sink_units = min(-(-budget.sink_tokens // unit_tokens), units)
+    first_recent_unit = max(max(context_tokens - max(budget.recent_tokens, 1), 0) // unit_tokens, sink_units)
     scores = scores.clone()
     scores[:, :sink_units] = float("inf")
     scores[:, first_recent_unit:] = float("inf")
     forced_units = sink_units + units - first_recent_unit
-    count = min(max(-(-budget_tokens // unit_tokens), forced_units), units)
-    # A top-k alone does not promise which of equal scores it takes.
+    count = min(max(-(-budget.budget_tokens // unit_tokens), forced_units), units)
+    # `topk` does not define which of equal scores it takes, so only its threshold is used.
     threshold = scores.topk(count, dim=1, sorted=True).values[:, -1:]
     above, equal = scores > threshold, scores == threshold
     kept = above | (equal & (equal.cumsum(1) <= count - above.sum(1, keepdim=True)))
@@ -55,13 +65,13 @@ def top_pages(
 
 
 def top_tokens(scores: RowScores, rows: DecodeRows, knobs: torch.Tensor, lists: TokenLists) -> None:
-    """Choose each row's best units and write their tokens' places.
+    """Select each row's best units and write the slots of their tokens.
 
     Args:
-        scores: of the rows' units.
-        rows: the rows; lists of those with context 0 stay as they are.
-        knobs: int32 ``[rows, 3]`` budget, sink and recent tokens, as in `top_pages`.
-        lists: as wide as the largest budget and two units.
+        scores: scores of the rows' units.
+        rows: the rows. Those with a context of 0 keep their lists.
+        knobs: int32 ``[rows, 3]`` the fields of each row's `TokenBudget`.
+        lists: written; at least as wide as the largest budget and two units.
     """
     _, kv_heads, block_size, _ = rows.kv_cache.shape
     unit = scores.unit_tokens
@@ -72,7 +82,7 @@ def top_tokens(scores: RowScores, rows: DecodeRows, knobs: torch.Tensor, lists: 
         start, units = int(scores.starts[row]), -(-context // unit)
         firsts = [start + head * scores.head_stride for head in range(kv_heads)]
         heads = torch.stack([values[first : first + units] for first in firsts])
-        chosen = top_pages(heads, context, unit, unit, *knobs[row].tolist())
+        chosen = top_pages(heads, context, unit, unit, TokenBudget(*knobs[row].tolist()))
         kept = int(chosen.kept_tokens[0])
         positions = (chosen.pages.unsqueeze(2) * unit + torch.arange(unit, device=heads.device)).flatten(1)[:, :kept]
         head = torch.arange(kv_heads, device=heads.device).unsqueeze(1)

@@ -1,7 +1,8 @@
-"""The best units of decode rows as token lists, in Triton: one program a list, a radix select over its scores.
+"""The best units of decode rows as token lists, in Triton: one program per list, a radix select over its scores.
 
-The threshold is found in three digits from the highest, each from a histogram over the entries that agree with the
-digits before; a last pass writes in ascending order. A list's scores are read four times, from the L2 cache.
+The threshold is found in three digits, the highest first. Each digit comes from a histogram over the entries that agree
+with the threshold in the digits before. A last pass writes the list in ascending order. So a list's scores are read
+four times, from the L2 cache.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ BINS = tl.constexpr(2048)
 
 @triton.jit
 def _digit(b_key, DIGIT: tl.constexpr):
-    """A digit of a key as of `ordered_scores`: 11, 11 and 10 bits, of the same order."""
+    """A digit of a key of `ordered_scores`, in the keys' order; the three digits have 11, 11 and 10 bits."""
     if DIGIT == 0:
         b_digit = (b_key >> 21) + 1024
     elif DIGIT == 1:
@@ -29,7 +30,7 @@ def _digit(b_key, DIGIT: tl.constexpr):
     return b_digit
 
 
-# As in the kernels that score.
+# Not specialised, as the kernels that score are not: specialising would compile in the middle of serving.
 @triton.jit(do_not_specialize=["head_stride"], do_not_specialize_on_alignment=["block_table_pointer"])
 def top_tokens_kernel(
     score_pointer,
@@ -64,8 +65,8 @@ def top_tokens_kernel(
     wanted = tl.minimum(tl.maximum(tl.cdiv(budget, UNIT), forced), units) - forced
     p_score = score_pointer + tl.load(start_pointer + i_row) + i_head.to(tl.int64) * head_stride
 
-    # Digits of the least key kept, and how many of the keys that agree with them are kept. Where none is wanted, all
-    # digits come out as their largest, and no key lies above them.
+    # The digits of the least key kept, and how many of the keys that agree with all of them are kept. Where no unit is
+    # wanted, each digit is the largest possible, and no key is above the threshold.
     threshold = tl.full([], 0, tl.int32)
     remaining = wanted
     o_bin = tl.arange(0, BINS)

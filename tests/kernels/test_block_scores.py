@@ -9,14 +9,16 @@ from hypothesis import strategies as st
 
 from tests import oracle
 from tests.kernels.test_flex_estimate import Largest
-from vllm_sparse.kernels.chunk_scores import KeyChunks, kept_pages, reference
+from vllm_sparse.kernels.block_scores import KeyBlocks, PageSelection, kept_pages, reference
 
 
-@pytest.mark.parametrize(("chunk", "query_block"), [(1, 128), (127, 64), (128, 128), (1000, 128), (577, 64)])
-def test_pooled_queries_equal_float64(chunk: int, query_block: int, generator: torch.Generator) -> None:
-    query = (torch.randn(chunk, 3, 80, generator=generator) + 1).bfloat16()
-    pooled = reference.pooled_queries(query, query_block)
-    blocks = torch.split(query.double(), query_block)
+@pytest.mark.parametrize(
+    ("query_tokens", "query_block_tokens"), [(1, 128), (127, 64), (128, 128), (1000, 128), (577, 64)]
+)
+def test_pooled_queries_equal_float64(query_tokens: int, query_block_tokens: int, generator: torch.Generator) -> None:
+    query = (torch.randn(query_tokens, 3, 80, generator=generator) + 1).bfloat16()
+    pooled = reference.pooled_queries(query, query_block_tokens)
+    blocks = torch.split(query.double(), query_block_tokens)
     expected = torch.stack([block.mean(0) * block.shape[0] ** 0.5 for block in blocks], dim=1)
     assert pooled.dtype == torch.float32
     assert pooled.shape == expected.shape
@@ -26,12 +28,12 @@ def test_pooled_queries_equal_float64(chunk: int, query_block: int, generator: t
 @given(heads=st.sampled_from([(1, 1), (4, 1), (7, 7), (8, 2)]), blocks=st.integers(1, 5), seed=st.integers(0, 1 << 30))
 def test_page_scores_are_the_largest_of_the_chunks_in_a_page(heads: tuple[int, int], blocks: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    chunks, pages = 40, 9
+    key_blocks, pages = 40, 9
     # Pages that hold one chunk, many, or parts of two; neighbours may share one.
-    first = torch.randint(0, chunks, (pages,), generator=generator).sort().values.int()
-    last = torch.minimum(first + torch.randint(0, 6, (pages,), generator=generator), torch.tensor(chunks - 1)).int()
+    first = torch.randint(0, key_blocks, (pages,), generator=generator).sort().values.int()
+    last = torch.minimum(first + torch.randint(0, 6, (pages,), generator=generator), torch.tensor(key_blocks - 1)).int()
     queries = torch.randn(heads[0], blocks, 33, generator=generator)
-    keys = torch.randn(heads[1], chunks, 33, generator=generator)
+    keys = torch.randn(heads[1], key_blocks, 33, generator=generator)
     scores = reference.page_scores(queries, keys, first, last)
     products = torch.einsum("hqd,hcd->hqc", queries.double(), oracle.expand(keys, heads[0]))
     ranges = zip(first.tolist(), last.tolist(), strict=True)
@@ -90,16 +92,16 @@ def test_selection_of_many_pages_equals_a_stable_sort(generator: torch.Generator
 
 def test_kept_pages_hold_no_score_per_token() -> None:
     """At 128K, for one head that stands for 32, buffers grow with query blocks times pages, not with tokens."""
-    context, chunk, head_size = 131072, 8192, 16
+    context, query_tokens, head_size = 131072, 8192, 16
     start = torch.arange(0, context + 1, 32)
-    chunks = KeyChunks(torch.randn(1, context // 32, head_size), start, 0)
-    query = torch.randn(chunk, 1, head_size).bfloat16()
-    band_start = torch.arange(context - chunk, context, 128)
+    key_blocks = KeyBlocks(torch.randn(1, context // 32, head_size), start, 0)
+    query = torch.randn(query_tokens, 1, head_size).bfloat16()
+    band_start = torch.arange(context - query_tokens, context, 128)
     with Largest() as largest:
-        kept = kept_pages(query, chunks, context, 128, 32, 1, 128, band_start, 16384)
+        kept = kept_pages(query, key_blocks, context, band_start, PageSelection(128, 32, 1, 128, 16384))
     assert bool((kept.sum(2) == 512).all())
     # Eight bytes for each pair of a query block and a page, 512 times fewer than pairs of tokens.
-    assert 0 < largest.bytes <= 8 * (chunk // 128) * (context // 32)
+    assert 0 < largest.bytes <= 8 * (query_tokens // 128) * (context // 32)
 
 
 def test_kept_pages_see_chunks_that_straddle_pages() -> None:
@@ -111,7 +113,11 @@ def test_kept_pages_see_chunks_that_straddle_pages() -> None:
     # Three pages tie for the first places; the lower ones win.
     for budget, expected in ((3 * 32, [1, 2, 9]), (4 * 32, [1, 2, 3, 9]), (5 * 32, [1, 2, 3, 4, 9])):
         kept = kept_pages(
-            query, KeyChunks(representation, start, 0), context, 64, 32, 1, 0, torch.tensor([context - 1]), budget
+            query,
+            KeyBlocks(representation, start, 0),
+            context,
+            torch.tensor([context - 1]),
+            PageSelection(64, 32, 1, 0, budget),
         )
         assert kept[0, 0].nonzero().flatten().tolist() == expected
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.kernels.hopper import compile_for_hopper, spilled_bytes
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
-from vllm_sparse.kernels.chunk_scores import reference
+from vllm_sparse.kernels.block_scores import reference
 
 pytest.importorskip("triton")
 
@@ -28,23 +28,25 @@ def fresh() -> tuple[int, torch.Generator]:
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("chunk", "heads", "head_size", "query_block"), [(300, 3, 128, 128), (1, 1, 80, 64), (64, 7, 96, 64)]
+    ("query_tokens", "heads", "head_size", "query_block_tokens"), [(300, 3, 128, 128), (1, 1, 80, 64), (64, 7, 96, 64)]
 )
-def test_pooled_queries_equal_the_reference(chunk: int, heads: int, head_size: int, query_block: int) -> None:
+def test_pooled_queries_equal_the_reference(
+    query_tokens: int, heads: int, head_size: int, query_block_tokens: int
+) -> None:
     """Of queries that lie in a wider row, as a fused projection leaves them."""
-    from vllm_sparse.kernels.chunk_scores import triton as chunk_triton
+    from vllm_sparse.kernels.block_scores import triton as scores_triton
 
     seed, generator = fresh()
-    query = torch.randn(chunk, heads + 2, head_size, generator=generator).to(DEVICE)[:, 1:-1]
-    pooled = chunk_triton.pooled_queries(query, query_block)
-    expected = reference.pooled_queries(query, query_block)
+    query = torch.randn(query_tokens, heads + 2, head_size, generator=generator).to(DEVICE)[:, 1:-1]
+    pooled = scores_triton.pooled_queries(query, query_block_tokens)
+    expected = reference.pooled_queries(query, query_block_tokens)
     assert pooled.shape == expected.shape
     assert float((pooled - expected).norm() / expected.norm()) < 1e-6, f"seed {seed}"
 
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("heads", "key_heads", "blocks", "chunks", "pages", "head_size"),
+    ("heads", "key_heads", "query_block_count", "key_blocks", "pages", "head_size"),
     [
         (8, 2, 5, 200, 70, 64),
         (3, 1, 66, 33, 129, 128),
@@ -54,17 +56,17 @@ def test_pooled_queries_equal_the_reference(chunk: int, heads: int, head_size: i
     ],
 )
 def test_page_scores_equal_the_reference(
-    heads: int, key_heads: int, blocks: int, chunks: int, pages: int, head_size: int
+    heads: int, key_heads: int, query_block_count: int, key_blocks: int, pages: int, head_size: int
 ) -> None:
-    from vllm_sparse.kernels.chunk_scores import triton as chunk_triton
+    from vllm_sparse.kernels.block_scores import triton as scores_triton
 
     seed, generator = fresh()
-    queries = torch.randn(heads, blocks, head_size, generator=generator).to(DEVICE)
-    representation = torch.randn(key_heads, chunks, head_size, generator=generator).to(DEVICE)
-    first = torch.randint(0, chunks, (pages,), generator=generator).sort().values.int()
-    last = (first + torch.randint(0, 5, (pages,), generator=generator)).clamp(max=chunks - 1).int()
+    queries = torch.randn(heads, query_block_count, head_size, generator=generator).to(DEVICE)
+    representation = torch.randn(key_heads, key_blocks, head_size, generator=generator).to(DEVICE)
+    first = torch.randint(0, key_blocks, (pages,), generator=generator).sort().values.int()
+    last = (first + torch.randint(0, 5, (pages,), generator=generator)).clamp(max=key_blocks - 1).int()
     edges = first.to(DEVICE), last.to(DEVICE)
-    scores = chunk_triton.page_scores(queries, representation, *edges)
+    scores = scores_triton.page_scores(queries, representation, *edges)
     expected = reference.page_scores(queries, representation, *edges)
     assert scores.shape == expected.shape
     assert float((scores - expected).norm() / expected.norm()) < 1e-5, f"seed {seed}"
@@ -94,7 +96,7 @@ def test_selection_where_a_row_leaves_the_registers(
 
 def assert_selection_equals_the_reference(pages: int, sink_pages: int, budget_pages: int) -> None:
     """To the last page."""
-    from vllm_sparse.kernels.chunk_scores import triton as chunk_triton
+    from vllm_sparse.kernels.block_scores import triton as scores_triton
 
     seed, generator = fresh()
     scores = torch.randn(4, 3, pages, generator=generator)
@@ -110,37 +112,37 @@ def assert_selection_equals_the_reference(pages: int, sink_pages: int, budget_pa
     last = torch.tensor([int(torch.randint(0, pages, (), generator=generator)), pages - 1, pages - 1]).int()
     band = torch.tensor([int(last[0]) * 2 // 3, 0, max(pages - 3, 0)]).int()
     rows = scores.to(DEVICE), sink_pages, band.to(DEVICE), last.to(DEVICE), budget_pages
-    assert torch.equal(chunk_triton.select_pages(*rows), reference.select_pages(*rows)), f"seed {seed}"
+    assert torch.equal(scores_triton.select_pages(*rows), reference.select_pages(*rows)), f"seed {seed}"
 
 
 @pytest.mark.skipif(CAN_RUN and DEVICE == "cpu", reason="Triton only interprets in this process")
 @pytest.mark.parametrize("head_size", [80, 128, 256])
 def test_kernels_compile_for_hopper(head_size: int) -> None:
-    from vllm_sparse.kernels.chunk_scores import triton as chunk_triton
+    from vllm_sparse.kernels.block_scores import triton as scores_triton
 
     compile_for_hopper(
-        chunk_triton.pooled_queries_kernel,
+        scores_triton.pooled_queries_kernel,
         {
             "query_pointer": "*bf16",
             "pooled_pointer": "*fp32",
-            **dict.fromkeys(("chunk", "blocks", "query_row_stride", "query_head_stride"), "i32"),
+            **dict.fromkeys(("query_tokens", "query_block_count", "query_row_stride", "query_head_stride"), "i32"),
         },
         {"HEAD_SIZE": head_size, "HEAD_TILE": 1 << (head_size - 1).bit_length(), "BLOCK": 128},
         num_warps=8,
     )
     compile_for_hopper(
-        chunk_triton.page_scores_kernel,
+        scores_triton.page_scores_kernel,
         {
             **dict.fromkeys(("query_pointer", "representation_pointer", "score_pointer"), "*fp32"),
-            **dict.fromkeys(("first_chunk_pointer", "last_chunk_pointer"), "*i32"),
-            **dict.fromkeys(("blocks", "chunks", "pages"), "i32"),
+            **dict.fromkeys(("first_key_block_pointer", "last_key_block_pointer"), "*i32"),
+            **dict.fromkeys(("query_block_count", "key_blocks", "pages"), "i32"),
         },
         {
             "HEAD_SIZE": head_size,
             "GROUP": 4,
-            "BLOCK_TILE": chunk_triton.BLOCK_TILE,
-            "PAGE_TILE": chunk_triton.PAGE_TILE,
-            "DIM_TILE": chunk_triton.DIM_TILE,
+            "BLOCK_TILE": scores_triton.BLOCK_TILE,
+            "PAGE_TILE": scores_triton.PAGE_TILE,
+            "DIM_TILE": scores_triton.DIM_TILE,
         },
     )
 
@@ -148,19 +150,19 @@ def test_kernels_compile_for_hopper(head_size: int) -> None:
 @pytest.mark.skipif(CAN_RUN and DEVICE == "cpu", reason="Triton only interprets in this process")
 @pytest.mark.parametrize("pages", [1000, 8192, 16384, 40000])
 def test_selection_compiles_for_hopper(pages: int, tmp_path: Path) -> None:
-    from vllm_sparse.kernels.chunk_scores import triton as chunk_triton
+    from vllm_sparse.kernels.block_scores import triton as scores_triton
     from vllm_sparse.kernels.common.triton import threshold_tile
 
     entries, num_warps = threshold_tile(pages)
     compiled = compile_for_hopper(
-        chunk_triton.select_pages_kernel,
+        scores_triton.select_pages_kernel,
         {
             "score_pointer": "*fp32",
             "kept_pointer": "*u8",
             **dict.fromkeys(("band_page_pointer", "last_page_pointer"), "*i32"),
-            **dict.fromkeys(("blocks", "pages", "sink_pages", "budget_pages"), "i32"),
+            **dict.fromkeys(("query_block_count", "pages", "sink_pages", "budget_pages"), "i32"),
         },
-        {"ROW_TILE": entries, "TILE": chunk_triton.SELECT_TILE},
+        {"ROW_TILE": entries, "TILE": scores_triton.SELECT_TILE},
         num_warps=num_warps,
     )
     assert spilled_bytes(compiled, tmp_path) == 0

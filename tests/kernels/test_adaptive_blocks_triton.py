@@ -11,7 +11,7 @@ from tests import oracle
 from tests.kernels.hopper import compile_for_hopper
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from tests.oracle import Platform
-from vllm_sparse.kernels.adaptive_chunks import reference
+from vllm_sparse.kernels.adaptive_blocks import reference
 from vllm_sparse.keys import PlainKeys
 
 pytest.importorskip("triton")
@@ -34,7 +34,7 @@ def test_under_the_interpreter() -> None:
     ],
 )
 def test_equals_reference(kv_heads: int, head_size: int, context: int, block_size: int) -> None:
-    from vllm_sparse.kernels.adaptive_chunks import triton as adaptive_triton
+    from vllm_sparse.kernels.adaptive_blocks import triton as adaptive_triton
 
     seed = random.randrange(1 << 30)
     generator = torch.Generator().manual_seed(seed)
@@ -46,7 +46,7 @@ def test_equals_reference(kv_heads: int, head_size: int, context: int, block_siz
     scores, expected = adaptive_triton.boundary_scores(keys), reference.boundary_scores(keys)
     assert torch.equal(scores.isinf(), expected.isinf()), f"seed {seed}"
     assert float((scores - expected).nan_to_num(0).abs().max()) < 1e-5, f"seed {seed}"
-    start = reference.chunk_starts(expected, 0.1)
+    start = reference.block_starts(expected, 0.1)
     representations = adaptive_triton.representations(keys, start)
     error = oracle.relative_error(representations, reference.representations(keys, start))
     assert error < 1e-6, f"representations differ by {error} (seed {seed})"
@@ -55,7 +55,7 @@ def test_equals_reference(kv_heads: int, head_size: int, context: int, block_siz
 @pytest.mark.skipif(CAN_RUN and DEVICE == "cpu", reason="Triton only interprets in this process")
 @pytest.mark.parametrize("head_size", [80, 128, 256])
 def test_kernels_compile_for_hopper(head_size: int) -> None:
-    from vllm_sparse.kernels.adaptive_chunks import triton as adaptive_triton
+    from vllm_sparse.kernels.adaptive_blocks import triton as adaptive_triton
 
     cache = {
         "cache_pointer": "*bf16",
@@ -78,7 +78,7 @@ def test_kernels_compile_for_hopper(head_size: int) -> None:
     )
     compile_for_hopper(
         adaptive_triton.representations_kernel,
-        {**cache, "start_pointer": "*i64", "representation_pointer": "*fp32", "chunks": "i32"},
+        {**cache, "start_pointer": "*i64", "representation_pointer": "*fp32", "key_blocks": "i32"},
         {
             "CACHE_BLOCK": 128,
             "HEAD_SIZE": head_size,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests import oracle
 from tests.oracle import PACKED, PLAIN, Platform
-from vllm_sparse.kernels.adaptive_chunks import adaptive_chunks, reference
+from vllm_sparse.kernels.adaptive_blocks import adaptive_blocks, reference
 
 CONTEXTS = [1, 7, 8, 12, 19, 27, 28, 64, 700, 4096, 4099, 4107]
 
@@ -65,7 +65,7 @@ def test_chunk_starts_follow_the_rule(context: int, threshold: float, levels: in
     scores = torch.randint(0, levels + 1, (context,), generator=generator) / levels
     scores[torch.rand(context // 100 + 1, generator=generator).mul(context).long()] += 0.5
     scores[:8] = scores[max(context - 3, 0) :] = float("-inf")
-    start = reference.chunk_starts(scores, threshold)
+    start = reference.block_starts(scores, threshold)
     assert start.shape == (context // 8 + 2,)
     assert starts(start, context) == boundaries(scores, threshold)
 
@@ -79,7 +79,7 @@ def test_d2_a_split_waits_for_all_that_may_drop_it(second_peak: float) -> None:
         scores[64], scores[72] = 1.0, second_peak
         scores[:8] = scores[max(context - 3, 0) :] = float("-inf")
         decided = [0, *(position for position in final[1:] if position + 19 <= context)]
-        assert starts(reference.chunk_starts(scores[:context], 0.5), context) == decided, f"context {context}"
+        assert starts(reference.block_starts(scores[:context], 0.5), context) == decided, f"context {context}"
 
 
 @given(
@@ -96,7 +96,7 @@ def test_d2_chunks_partition_the_context_and_never_move(
     topics = oracle.random_tensor(PLAIN, generator, 1, context + 1, 32)
     keys = topics[:, topic] + oracle.random_tensor(PLAIN, generator, 1, context, 32, spread=0.2)
     data = oracle.paged(PLAIN, [keys], [keys], 64, generator)
-    whole = adaptive_chunks(data.reader(0), threshold)
+    whole = adaptive_blocks(data.reader(0), threshold)
     found = starts(whole.start, context)
     assert found[0] == 0
     assert bool((whole.start[len(found) :] == context).all())
@@ -105,7 +105,7 @@ def test_d2_chunks_partition_the_context_and_never_move(
     # The last chunk waits for what decides its end, and no longer.
     assert context - found[-1] < 64 + whole.look_ahead_tokens
     for shorter in {max(context - step, 1) for step in (1, 5, 19, 64, 200)}:
-        part = adaptive_chunks(PLAIN.keys_of(data.kv_cache, data.block_table[0], shorter), threshold)
+        part = adaptive_blocks(PLAIN.keys_of(data.kv_cache, data.block_table[0], shorter), threshold)
         decided = starts(part.start, shorter)
         assert decided == found[: len(decided)]
         # And nothing is left undecided for longer than the rule looks ahead.
@@ -119,8 +119,8 @@ def test_a_change_of_keys_is_a_boundary_and_noise_is_none(generator: torch.Gener
     keys = topics.repeat_interleave(torch.tensor([45, 13, 100, 60]), dim=0).unsqueeze(0)
     keys = keys + 0.02 * torch.randn(keys.shape, generator=generator)
     data = oracle.paged(PLAIN, [keys], [keys], 32, generator)
-    chunks = adaptive_chunks(data.reader(0), 0.1)
-    assert starts(chunks.start, 218) == [0, 45, 58, 58 + 57, 158]
+    key_blocks = adaptive_blocks(data.reader(0), 0.1)
+    assert starts(key_blocks.start, 218) == [0, 45, 58, 58 + 57, 158]
 
 
 @pytest.mark.parametrize("platform", PACKED)
@@ -128,10 +128,10 @@ def test_representations_equal_float64(platform: Platform, generator: torch.Gene
     """Over tile ends, which chunks straddle; chunks that do not exist are zero."""
     for context in CONTEXTS:
         data = oracle.random_paged(platform, generator, [context], 2, 32, 32)
-        chunks = adaptive_chunks(data.reader(0), 0.1)
-        found = starts(chunks.start, context)
-        assert chunks.representation.shape == (2, context // 8 + 1, 32)
+        key_blocks = adaptive_blocks(data.reader(0), 0.1)
+        found = starts(key_blocks.start, context)
+        assert key_blocks.representation.shape == (2, context // 8 + 1, 32)
         for index, (begin, end) in enumerate(itertools.pairwise([*found, context])):
             expected = data.keys[0][:, begin:end].double().mean(1) * (end - begin) ** 0.5
-            assert oracle.relative_error(chunks.representation[:, index], expected) < 1e-5
-        assert bool((chunks.representation[:, len(found) :] == 0).all())
+            assert oracle.relative_error(key_blocks.representation[:, index], expected) < 1e-5
+        assert bool((key_blocks.representation[:, len(found) :] == 0).all())

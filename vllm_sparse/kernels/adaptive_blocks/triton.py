@@ -1,4 +1,4 @@
-"""DHSA's adaptive chunks in Triton: scores of all positions in one pass over the keys, then means of the chunks."""
+"""DHSA's adaptive key blocks in Triton: one pass over the keys for the scores of all positions, one for the means."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.adaptive_chunks.reference import SHORTEST_TOKENS, WINDOW_TOKENS
-from vllm_sparse.kernels.common.triton import load_keys
+from vllm_sparse.kernels.adaptive_blocks.reference import SHORTEST_TOKENS, WINDOW_TOKENS
+from vllm_sparse.kernels.common.triton import load_keys, product_tile
 from vllm_sparse.keys import PlainKeys
 
 SCORE_TILE, MEAN_TILE = 128, 32
 
 
-# Lengths change with every chunk; specialising on them would compile in the middle of serving.
+# Lengths change with every prompt chunk; specialising on them would compile in the middle of serving.
 @triton.jit(do_not_specialize=["context"])
 def boundary_scores_kernel(
     cache_pointer,
@@ -31,14 +31,15 @@ def boundary_scores_kernel(
     SHORTEST: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    # Row r compares the keys r to r + WINDOW - 1 of the tile with the WINDOW keys after them; the last rows lack some.
+    # Row r compares the keys r to r + WINDOW - 1 of the tile with the WINDOW keys after them. The last 2 * WINDOW rows
+    # are not stored, because the tile lacks keys for them.
     o_row = tl.arange(0, TILE)
     rows = TILE - 2 * WINDOW
     o_position = tl.program_id(0) * rows + o_row
     o_key = o_position - WINDOW
     live = (o_key >= 0) & (o_key < context)
     ahead = o_row[None, :] - o_row[:, None]
-    # Sums of keys as products with matrices of zeros and ones: exact, and on tensor cores.
+    # Sums of keys are products with matrices of zeros and ones, which tensor cores compute exactly.
     dtype = cache_pointer.dtype.element_ty
     b_before = ((ahead >= 0) & (ahead < WINDOW)).to(dtype)
     b_after = ((ahead >= WINDOW) & (ahead < 2 * WINDOW)).to(dtype)
@@ -87,7 +88,7 @@ def boundary_scores(keys: PlainKeys) -> torch.Tensor:
         CACHE_BLOCK=keys.block_size_tokens,
         KV_HEADS=keys.num_kv_heads,
         HEAD_SIZE=keys.head_size,
-        DIM_TILE=min(max(triton.next_power_of_2(keys.head_size), 16), 64),
+        DIM_TILE=min(product_tile(keys.head_size), 64),
         WINDOW=WINDOW_TOKENS,
         SHORTEST=SHORTEST_TOKENS,
         TILE=SCORE_TILE,
@@ -96,13 +97,13 @@ def boundary_scores(keys: PlainKeys) -> torch.Tensor:
     return scores
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["key_blocks"])
 def representations_kernel(
     cache_pointer,
     block_table_pointer,
     start_pointer,
     representation_pointer,
-    chunks,
+    key_blocks,
     cache_block_stride,
     cache_head_stride,
     cache_token_stride,
@@ -111,10 +112,10 @@ def representations_kernel(
     HEAD_TILE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    i_chunk = tl.program_id(0)
+    i_key_block = tl.program_id(0)
     i_kv_head = tl.program_id(1)
-    begin = tl.load(start_pointer + i_chunk).to(tl.int32)
-    end = tl.load(start_pointer + i_chunk + 1).to(tl.int32)
+    begin = tl.load(start_pointer + i_key_block).to(tl.int32)
+    end = tl.load(start_pointer + i_key_block + 1).to(tl.int32)
     o_dim = tl.arange(0, HEAD_TILE)
     in_head = o_dim < HEAD_SIZE
     b_sum = tl.zeros([HEAD_TILE], tl.float32)
@@ -135,28 +136,28 @@ def representations_kernel(
         )
         b_sum += tl.sum(b_key.to(tl.float32), axis=0)
     length = tl.maximum(end - begin, 1).to(tl.float32)
-    o_out = (i_kv_head.to(tl.int64) * chunks + i_chunk) * HEAD_SIZE + o_dim
+    o_out = (i_kv_head.to(tl.int64) * key_blocks + i_key_block) * HEAD_SIZE + o_dim
     tl.store(representation_pointer + o_out, b_sum / tl.sqrt(length), mask=in_head)
 
 
 def representations(keys: PlainKeys, start: torch.Tensor) -> torch.Tensor:
     """Equal to `reference.representations` but for rounding; arguments as there."""
     cache = keys.kv_cache
-    chunks = start.shape[0] - 1
-    shape = (keys.num_kv_heads, chunks, keys.head_size)
+    key_blocks = start.shape[0] - 1
+    shape = (keys.num_kv_heads, key_blocks, keys.head_size)
     representation = torch.empty(shape, dtype=torch.float32, device=cache.device)
-    representations_kernel[(chunks, keys.num_kv_heads)](
+    representations_kernel[(key_blocks, keys.num_kv_heads)](
         cache,
         keys.block_table,
         start,
         representation,
-        chunks,
+        key_blocks,
         cache.stride(0),
         cache.stride(1),
         cache.stride(2),
         CACHE_BLOCK=keys.block_size_tokens,
         HEAD_SIZE=keys.head_size,
-        HEAD_TILE=max(triton.next_power_of_2(keys.head_size), 16),
+        HEAD_TILE=product_tile(keys.head_size),
         TILE=MEAN_TILE,
         num_warps=4,
     )

@@ -8,20 +8,41 @@ import torch
 
 
 @dataclass(frozen=True)
-class KeyChunks:
-    """A context's keys, cut into chunks.
+class KeyBlocks:
+    """A context's keys, cut into key blocks.
 
     Attributes:
-        representation: float32 ``[kv_heads, chunks, head_size]``, the length-normalised mean
-            ``sqrt(length) * mean(keys)`` of each chunk: a plain mean of ``n`` noisy keys shrinks like ``1 / sqrt(n)``.
-        start: int64 ``[chunks + 1]`` first position of each chunk, ascending from 0, and where the last one ends;
-            chunks that start at the context's end do not exist.
-        look_ahead_tokens: keys past a chunk's end that decide where it ends.
+        representation: float32 ``[kv_heads, key_blocks, head_size]`` length-normalised mean ``sqrt(length) * mean`` of
+            the keys of each key block, because a plain mean of ``n`` noisy keys shrinks like ``1 / sqrt(n)``.
+        start: int64 ``[key_blocks + 1]`` first position of each key block, ascending from 0, and the end of the last.
+            Key blocks that start at the context's end do not exist.
+        look_ahead_tokens: number of keys after a key block that decide where it ends.
     """
 
     representation: torch.Tensor
     start: torch.Tensor
     look_ahead_tokens: int
+
+
+@dataclass(frozen=True)
+class PageSelection:
+    """How `kept_pages` selects.
+
+    Attributes:
+        query_block_tokens: query tokens that share a selection; a power of two.
+        page_tokens: tokens of a page.
+        score_heads: heads with scores of their own. If they are fewer than the query heads, consecutive heads share the
+            mean of their representations, for queries and for keys.
+        sink_tokens: first tokens of the context, whose pages are forced.
+        budget_tokens: tokens to keep, the forced ones included; rounded up to pages. Forced pages are kept even beyond
+            it.
+    """
+
+    query_block_tokens: int
+    page_tokens: int
+    score_heads: int
+    sink_tokens: int
+    budget_tokens: int
 
 
 def merge_heads(representation: torch.Tensor, heads: int) -> torch.Tensor:
@@ -31,42 +52,42 @@ def merge_heads(representation: torch.Tensor, heads: int) -> torch.Tensor:
     return representation.view(heads, -1, *representation.shape[1:]).mean(1)
 
 
-def pooled_queries(query: torch.Tensor, query_block: int) -> torch.Tensor:
+def pooled_queries(query: torch.Tensor, query_block_tokens: int) -> torch.Tensor:
     """``sqrt(length) * mean`` of each query block; arguments as in the public function."""
-    blocks = torch.split(query, query_block)
+    blocks = torch.split(query, query_block_tokens)
     return torch.stack([block.sum(0, dtype=torch.float32) / block.shape[0] ** 0.5 for block in blocks], dim=1)
 
 
 def page_scores(
-    queries: torch.Tensor, representation: torch.Tensor, first_chunk: torch.Tensor, last_chunk: torch.Tensor
+    queries: torch.Tensor, representation: torch.Tensor, first_key_block: torch.Tensor, last_key_block: torch.Tensor
 ) -> torch.Tensor:
-    """Largest score of the chunks that each page overlaps: float32 ``[heads, query_blocks, pages]``.
+    """Largest score of the key blocks that each page overlaps: float32 ``[heads, query_blocks, pages]``.
 
     Args:
         queries: float32 ``[heads, query_blocks, head_size]``.
-        representation: float32 ``[key_heads, chunks, head_size]``; each key head serves consecutive heads.
-        first_chunk: int32 ``[pages]`` chunk of each page's first token.
-        last_chunk: likewise, of its last.
+        representation: float32 ``[key_heads, key_blocks, head_size]``; each key head serves consecutive heads.
+        first_key_block: int32 ``[pages]`` key block that holds each page's first token.
+        last_key_block: int32 ``[pages]`` key block that holds each page's last token.
     """
     heads, blocks, head_size = queries.shape
     key_heads = representation.shape[0]
     grouped = queries.view(key_heads, -1, head_size)
     scores = torch.bmm(grouped, representation.transpose(1, 2)).view(heads, blocks, -1)
-    page = scores[..., first_chunk]
-    for step in range(1, int((last_chunk - first_chunk).max()) + 1):
-        page = torch.maximum(page, scores[..., torch.minimum(first_chunk + step, last_chunk)])
+    page = scores[..., first_key_block]
+    for step in range(1, int((last_key_block - first_key_block).max()) + 1):
+        page = torch.maximum(page, scores[..., torch.minimum(first_key_block + step, last_key_block)])
     return page
 
 
 def select_pages(
     scores: torch.Tensor, sink_pages: int, band_page: torch.Tensor, last_page: torch.Tensor, budget_pages: int
 ) -> torch.Tensor:
-    """Forced pages, then those of the highest scores up to the budget, equal ones by lower page.
+    """Forced pages, then those of the highest scores up to the budget; of equal scores the lower page wins.
 
     Args:
         scores: float32 ``[heads, query_blocks, pages]``, none NaN.
         sink_pages: first pages, forced.
-        band_page: int32 ``[query_blocks]`` page from which on all pages up to the last are forced.
+        band_page: int32 ``[query_blocks]`` page from which on all pages up to `last_page` are forced.
         last_page: int32 ``[query_blocks]`` last page that the query block may read; at least `band_page`.
         budget_pages: pages to keep; more if more are forced, fewer if fewer are in reach.
 
@@ -79,7 +100,7 @@ def select_pages(
     forced = causal & ((page < sink_pages) | (page >= band_page.unsqueeze(1)))
     competes = causal & ~forced
     free = (budget_pages - forced.sum(1)).clamp(min=0)
-    # Score and page in one integer, so that no two are equal. Adding zero makes a negative zero positive.
+    # Score and page in one integer, so that no two are equal. Adding zero turns a negative zero into a positive one.
     bits = (scores + 0.0).view(torch.int32)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
     rank = ((ordered << 32) - page).masked_fill_(~competes, torch.iinfo(torch.int64).min)
