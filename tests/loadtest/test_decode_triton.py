@@ -11,7 +11,7 @@ from loadtest.benchmarks.kernels.heads import synthetic_heads
 from loadtest.benchmarks.kernels.truth import kept_mass, kept_tokens_of
 from tests import oracle
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
-from vllm_sparse.methods.base import BatchDecodeMethod
+from vllm_sparse.methods.decode import BatchDecodeMethod
 from vllm_sparse.methods.registry import DECODE_METHODS
 
 PLATFORM = oracle.Platform("plain", DEVICE, torch.float32 if DEVICE == "cpu" else torch.bfloat16, None)

@@ -19,7 +19,7 @@ LAYERS = 32
 CONFIGS = {
     "default": ServerConfig(),
     "all methods": ServerConfig(methods=METHODS),
-    "sparse by default": ServerConfig(prefill="hip", decode="tidal", min_tokens=64, hip={"sink": 128}),
+    "sparse by default": ServerConfig(prefill="hip", decode="tidal", min_tokens=64, hip={"sink_tokens": 128}),
     "one method": ServerConfig(methods=("dhsa",), prefill="dhsa", dhsa={"density": 0.5}),
 }
 VALIDATORS = {name: jsonschema.Draft202012Validator(extras_schema(config)) for name, config in CONFIGS.items()}
@@ -95,8 +95,8 @@ def test_defaults_are_the_servers() -> None:
     schema = extras_schema(CONFIGS["sparse by default"])["properties"]
     assert schema["sparse_prefill"]["default"] == "hip"
     assert schema["sparse_min_tokens"]["default"] == 64
-    assert schema["hip_sink"]["default"] == 128
-    assert "blocktopk_budget" not in schema
+    assert schema["hip_sink_tokens"]["default"] == 128
+    assert "blocktopk_budget_tokens" not in schema
 
 
 def test_phases_that_share_a_knob_agree_on_it() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_sparse.config.names import is_request_knob, knob_schema, phases_of
-from vllm_sparse.methods.base import KnobError
+from vllm_sparse.methods.knobs import KnobError
 
 
 class SparseParamsError(ValueError):

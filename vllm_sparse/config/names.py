@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from vllm_sparse.methods.base import DecodeMethod, PrefillMethod
+from vllm_sparse.methods.decode import DecodeMethod
+from vllm_sparse.methods.prefill import PrefillMethod
 from vllm_sparse.methods.registry import DECODE_METHODS, PREFILL_METHODS
 
 DENSE = "dense"

@@ -28,7 +28,9 @@ from vllm_sparse.config.names import (
     phases_with,
 )
 from vllm_sparse.config.settings import ServerConfig
-from vllm_sparse.methods.base import DecodeMethod, KnobError, PrefillMethod
+from vllm_sparse.methods.decode import DecodeMethod
+from vllm_sparse.methods.knobs import KnobError
+from vllm_sparse.methods.prefill import PrefillMethod
 
 # Where admission leaves the resolved parameters for the workers. Clients cannot send it: unknown sparse_* keys are
 # refused.

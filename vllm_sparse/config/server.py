@@ -11,7 +11,7 @@ from vllm_sparse.config.messages import SparseParamsError, knob_error, listed
 from vllm_sparse.config.names import METHODS, phases_of, phases_with
 from vllm_sparse.config.request import configured_method, resolve
 from vllm_sparse.config.settings import ServerConfig
-from vllm_sparse.methods.base import KnobError
+from vllm_sparse.methods.knobs import KnobError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

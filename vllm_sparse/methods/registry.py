@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from vllm_sparse.methods.base import DecodeMethod, PrefillMethod
 from vllm_sparse.methods.block_topk import BlockTopk
+from vllm_sparse.methods.decode import DecodeMethod
 from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
-from vllm_sparse.methods.hip import Hip
-from vllm_sparse.methods.hip_decode import HipDecode
+from vllm_sparse.methods.hip import Hip, HipDecode
+from vllm_sparse.methods.prefill import PrefillMethod
 from vllm_sparse.methods.sale import Sale
 from vllm_sparse.methods.tidal import Tidal
 

@@ -23,7 +23,7 @@ from vllm_sparse.config.names import METHODS, PHASES
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.server import check_settings
 from vllm_sparse.config.settings import ServerConfig
-from vllm_sparse.methods.base import BatchDecodeMethod
+from vllm_sparse.methods.decode import BatchDecodeMethod
 from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.shared_directory import announce
 

@@ -40,8 +40,8 @@ from loadtest.benchmarks.kernels.prefill import BUNDLED_MODEL, prompt_tokens
 from loadtest.benchmarks.kernels.timing import GRAPH_CALLS, graph_seconds, mean_seconds, median_seconds
 from loadtest.benchmarks.kernels.truth import kept_mass
 from vllm_sparse.kernels.page_summaries import store_summaries
-from vllm_sparse.methods.base import BatchDecodeMethod, DecodeMethod, LayerMemory
-from vllm_sparse.methods.hip_decode import HipDecode
+from vllm_sparse.methods.decode import BatchDecodeMethod, DecodeMethod, LayerMemory
+from vllm_sparse.methods.hip import HipDecode
 from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.pages import PageList, concatenate
 from vllm_sparse.step.launch import Launch
@@ -130,7 +130,9 @@ class Measurement:
 # Methods without a knob `budget`, at so many tokens that a sparse layer reads.
 BUDGETS: dict[str, Callable[[int], DecodeMethod]] = {
     "hip": lambda budget: HipDecode(
-        stage_tokens=tuple(budget // 32 * 16 * more for more in (16, 4, 1)), sink=budget // 8, window=budget // 4
+        stage_budget_tokens=tuple(budget // 32 * 16 * more for more in (16, 4, 1)),
+        sink_tokens=budget // 8,
+        recent_tokens=budget // 4,
     ),
 }
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Response
 from vllm_sparse.config.names import DENSE, METHODS, PHASES, knob_schema
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.settings import ServerConfig
-from vllm_sparse.methods.base import Method
+from vllm_sparse.methods.method import Method
 from vllm_sparse.server.routes.served import ServedSparsely
 from vllm_sparse.server.runtime_config import running_config
 
