@@ -204,7 +204,7 @@ def test_a_request_that_sets_layers_does_not_follow_the_policy(
     assert params.decode.fingerprint == ""
 
 
-@pytest.mark.parametrize("knobs", [{"full_layers": 0}, {"full_layers": 2}, {"reselect_layers": [3]}])
+@pytest.mark.parametrize("knobs", [{"dense_layers": 0}, {"dense_layers": 2}, {"reselect_layers": [3]}])
 def test_a_server_has_a_policy_or_layers(file: str, knobs: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"tidal_{next(iter(knobs))} is .*would never be used") as refused:
         configured(file, **knobs)

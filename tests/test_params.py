@@ -412,21 +412,22 @@ def test_each_knob_changes_the_salt() -> None:
         *(
             SparseParams(FlexPrefill(**knob), Tidal(), 4096)
             for knob in (
-                {"gamma": 0.85}, {"tau": 0.2}, {"min_budget": 0}, {"max_budget": 4096}, {"dense_layers": 1},
-                {"faithful": True},
+                {"gamma": 0.85}, {"divergence_threshold": 0.2}, {"min_budget_tokens": 0}, {"max_budget_tokens": 4096},
+                {"dense_layers": 1}, {"faithful": True},
             )
         ),
         *(
             SparseParams(FlexPrefill(), Tidal(**knob), 4096)
             for knob in (
-                {"budget": 512}, {"full_layers": 3}, {"reselect_layers": (9,)}, {"sink_tokens": 0},
-                {"recent_tokens": 0}, {"lists": "query_head"},
+                {"budget_tokens": 512}, {"dense_layers": 3}, {"reselect_layers": (9,)}, {"sink_tokens": 0},
+                {"recent_tokens": 0}, {"list_per": "query_head"},
             )
         ),
         *(
             SparseParams(FlexPrefill(), BlockTopk(**knob), 4096)
             for knob in (
-                {}, {"budget": 512}, {"dense_layers": 3}, {"sink_tokens": 0}, {"recent_tokens": 0}, {"block": 32},
+                {}, {"budget_tokens": 512}, {"dense_layers": 3}, {"sink_tokens": 0}, {"recent_tokens": 0},
+                {"page_tokens": 32},
                 {"scores": "mean"},
             )
         ),

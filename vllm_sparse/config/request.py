@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from vllm_sparse.config.former_names import present_extras
 from vllm_sparse.config.messages import SparseParamsError, allowed, choices, knob_error, listed
 from vllm_sparse.config.names import (
     DENSE,
@@ -26,6 +27,7 @@ from vllm_sparse.config.names import (
     knob_schema,
     phases_of,
     phases_with,
+    split_key,
 )
 from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.methods.decode import DecodeMethod
@@ -91,13 +93,25 @@ def resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) ->
     Raises:
         SparseParamsError: unknown method or knob, a knob of a method that is not chosen, wrong type, out of range.
     """
+    extras, former = present_extras(extras)
+    try:
+        return _resolve(extras, config, num_layers)
+    except SparseParamsError as error:
+        if error.key not in former:
+            raise
+        key = former[error.key]
+        raise SparseParamsError(key, error.value, f"{key} is the former name of {error.key}: {error}") from error
+
+
+def _resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) -> SparseParams:
+    """Resolve extras whose knobs have their present names."""
     chosen = {phase: _method_name(phase, extras, config) for phase in PHASES}
     knobs: dict[str, dict[str, Any]] = {phase: {} for phase in PHASES}
     for key, value in extras.items():
         if not is_sparse_key(key) or key in REQUEST_KEYS:
             continue
-        name, _, knob = key.partition("_")
-        if name not in METHODS:
+        name, knob = split_key(key)
+        if not name:
             raise SparseParamsError(
                 key,
                 value,
@@ -161,7 +175,7 @@ def configured_method(config: ServerConfig, phase: str, name: str) -> PrefillMet
 def _method_name(phase: str, extras: Mapping[str, Any], config: ServerConfig) -> str:
     """The method that a request uses in a phase, or `DENSE`."""
     key = f"sparse_{phase}"
-    name = extras.get(key, getattr(config, phase))
+    name = extras.get(key, config.default_method(phase))
     known = PHASES[phase]
     enabled = [DENSE, *(method for method in known if method in config.methods)]
     if isinstance(name, str) and name in enabled:
@@ -178,7 +192,7 @@ def _method_name(phase: str, extras: Mapping[str, Any], config: ServerConfig) ->
 def _build(phase: str, name: str, config: ServerConfig, requested: Mapping[str, Any]) -> PrefillMethod | DecodeMethod:
     """Construct a phase's method from its configured and requested knobs; the requested ones win."""
     schema = knob_schema(phase, name)
-    configured = {knob: value for knob, value in getattr(config, name).items() if knob in schema}
+    configured = {knob: value for knob, value in config.knobs(name).items() if knob in schema}
     knobs = {**configured, **requested}
     for knob, value in knobs.items():
         # vLLM turns JSON's true into 1 before a plugin sees it.
