@@ -143,7 +143,7 @@ def test_measuring_gives_a_line_per_budget(name: str, generator: torch.Generator
 @pytest.mark.parametrize("name", list(DECODE_METHODS))
 @pytest.mark.parametrize("budget", [256, 1000, 2048, 4096])
 def test_a_budget_is_what_a_method_reads(name: str, budget: int) -> None:
-    assert 0.85 * budget <= decode.with_budget(name, budget).budget_tokens <= budget
+    assert 0.85 * budget <= DECODE_METHODS[name].with_budget(budget).budget_tokens <= budget
 
 
 @needs_executor

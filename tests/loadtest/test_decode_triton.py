@@ -37,7 +37,7 @@ def batch_of(generator: torch.Generator, contexts: list[int]) -> DecodeBatch:
 def test_rows_at_once_choose_as_requests_do(generator: torch.Generator) -> None:
     """In every step after the first."""
     batch = batch_of(generator, [298, 299, 300])
-    methods = [decode.with_budget(name, 96) for name in DECODE_METHODS]
+    methods = [DECODE_METHODS[name].with_budget(96) for name in DECODE_METHODS]
     for method in methods:
         assert isinstance(method, BatchDecodeMethod)
         choose, by_request = (

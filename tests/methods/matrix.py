@@ -13,6 +13,7 @@ from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.hip import Hip, HipDecode
 from vllm_sparse.methods.prefill import PrefillMethod
 from vllm_sparse.methods.sale import Sale
+from vllm_sparse.methods.streaming import Streaming, StreamingDecode
 from vllm_sparse.methods.tidal import Tidal
 
 
@@ -127,6 +128,10 @@ PREFILL = [
         ),
         keeps_sink=False,
     ),
+    PrefillCase("streaming-default", Streaming()),
+    PrefillCase("streaming-small", Streaming(recent_tokens=200)),
+    PrefillCase("streaming-odd", Streaming(sink_tokens=37, recent_tokens=1, query_block_tokens=64)),
+    PrefillCase("streaming-window", Streaming(sink_tokens=0, recent_tokens=100, list_per="query_head"), False),
 ]
 PREFILL_DENSE = [
     PrefillCase("flex-gamma-1", FlexPrefill(gamma=1.0)),
@@ -149,6 +154,7 @@ PREFILL_DENSE = [
         ),
     ),
     PrefillCase("sale-tau-0", Sale(tau=0.0)),
+    PrefillCase("streaming-window", Streaming(sink_tokens=20, recent_tokens=680)),
 ]
 DECODE = [
     DecodeCase("tidal-default", Tidal(), 16, 64),
@@ -204,6 +210,9 @@ DECODE = [
         choice_tokens=16,
         slack_tokens=61,
     ),
+    DecodeCase("streaming-default", StreamingDecode(), 4, 4096),
+    DecodeCase("streaming-small", StreamingDecode(recent_tokens=100), 4, 100),
+    DecodeCase("streaming-odd", StreamingDecode(sink_tokens=37, recent_tokens=1), 37, 1),
 ]
 DECODE_DENSE = [
     DecodeCase("tidal-budget", Tidal(budget_tokens=1 << 24), 16, 64),
@@ -224,6 +233,7 @@ DECODE_DENSE = [
         500,
         501,
     ),
+    DecodeCase("streaming-window", StreamingDecode(sink_tokens=0, recent_tokens=1000), 0, 1000),
 ]
 
 prefill_cases = pytest.mark.parametrize("case", PREFILL, ids=lambda case: case.name)

@@ -210,7 +210,7 @@ def test_roles_follow_the_knobs() -> None:
 @pytest.mark.parametrize(
     ("method", "knob", "allowed"),
     [
-        (Tidal(dense_layers=8), "full_layers", "8 layers.* to 7 are allowed"),
+        (Tidal(dense_layers=8), "dense_layers", "8 layers.* to 7 are allowed"),
         (Tidal(reselect_layers=(8,)), "reselect_layers", "8 layers.*layers 3 to 7 are allowed"),
         (Tidal(dense_layers=3, reselect_layers=(3,)), "reselect_layers", "layers 4 to 7 are allowed"),
         (Tidal(reselect_layers=(-1,)), "reselect_layers", "layers 3 to 7 are allowed"),

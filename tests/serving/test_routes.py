@@ -124,7 +124,7 @@ def test_a_change_reaches_all_api_servers(changeable: Server) -> None:
         between = changeable.metrics()
         answer = put(changeable, {"prefill": "flexprefill", "flexprefill": {"gamma": 0.5 + round_number / 10}}).json()
         # What a change leaves out is as on the command line.
-        assert answer["config"]["flexprefill"] == {"gamma": 0.5 + round_number / 10, "min_budget": 256}
+        assert answer["config"]["flexprefill"] == {"gamma": 0.5 + round_number / 10, "min_budget_tokens": 256}
         for _ in range(MANY):
             # The knob is one of the default method, which only the changed configuration has.
             assert changeable.complete("Hello.", {"flexprefill_divergence_threshold": 0}, max_tokens=1).status == 200

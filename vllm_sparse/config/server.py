@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from vllm_sparse.config.former_names import present_settings
-from vllm_sparse.config.messages import SparseParamsError, knob_error, listed
+from vllm_sparse.config.messages import SparseParamsError, knob_error, knob_list
 from vllm_sparse.config.names import METHODS, phases_of, phases_with
 from vllm_sparse.config.request import configured_method, resolve
 from vllm_sparse.config.settings import ServerConfig
@@ -63,7 +63,7 @@ def check_settings(settings: object, num_layers: int, num_query_heads: int) -> S
             for knob, value in config.knobs(name).items():
                 if not phases_with(name, knob):
                     key = f"{name}_{knob}"
-                    raise SparseParamsError(key, value, f"{key} is no knob; there are {listed(name)}")
+                    raise SparseParamsError(key, value, f"{key} is no knob; there are {knob_list(name)}")
             for phase in phases_of(name):
                 configured_method(config, phase, name).check_defaults(num_layers, num_query_heads)
         except (SparseParamsError, KnobError) as error:

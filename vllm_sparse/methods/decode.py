@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -52,6 +52,13 @@ class DecodeMethod(Method):
     @abstractmethod
     def budget_tokens(self) -> int:
         """Tokens read by a sparse layer; a request with no more context than this runs dense."""
+
+    @classmethod
+    def with_budget(cls, budget_tokens: int) -> DecodeMethod:
+        """The method with a budget of so many tokens, or a little less, for comparisons at equal budgets."""
+        method: Any = cls
+        built: DecodeMethod = method(budget_tokens=budget_tokens)
+        return built
 
     @property
     def summaries(self) -> SummaryKind | None:

@@ -13,11 +13,13 @@ from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.hip import Hip, HipDecode
 from vllm_sparse.methods.prefill import PrefillMethod
 from vllm_sparse.methods.sale import Sale
+from vllm_sparse.methods.streaming import Streaming, StreamingDecode
 from vllm_sparse.methods.tidal import Tidal
 
 _CLASSES: tuple[type[PrefillMethod | DecodeMethod], ...] = (
     *(FlexPrefill, Sale, Dhsa, Hip),
     *(Tidal, HipDecode, BlockTopk),
+    *(Streaming, StreamingDecode),
 )
 PREFILL_METHODS: dict[str, type[PrefillMethod]] = {
     method.name: method for method in _CLASSES if issubclass(method, PrefillMethod)

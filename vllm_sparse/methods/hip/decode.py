@@ -91,6 +91,14 @@ class HipDecode(BatchDecodeMethod):
         window = self.recent_tokens + self.refresh_steps[0] + LEAF_TOKENS - 1
         return search_start(self.sink_tokens) + self.stage_budget_tokens[-1] + window
 
+    @classmethod
+    def with_budget(cls, budget_tokens: int) -> HipDecode:
+        return cls(
+            stage_budget_tokens=tuple(budget_tokens // 32 * 16 * more for more in (16, 4, 1)),
+            sink_tokens=budget_tokens // 8,
+            recent_tokens=budget_tokens // 4,
+        )
+
     def layer_roles(self, num_layers: int) -> list[str]:
         return ["dense" if layer < self.dense_layers else "choose" for layer in range(num_layers)]
 
