@@ -155,3 +155,14 @@ def test_stating_a_default_that_cannot_change_is_no_change(directory: Path) -> N
     assert change_config(server, settings, None)[1].version == 2
     with pytest.raises(FixedSettingError, match=r"sparse\.tidal\.policy is 'x'; it is ''"):
         change_config(server, {"tidal": {"policy": "x"}}, None)
+
+
+def test_a_change_may_use_former_names(directory: Path) -> None:
+    """They change the knob that the command line names by its present name, and the checks see it."""
+    server = served(tidal={"budget_tokens": 1024})
+    _, now = change_config(server, {"tidal": {"budget": 4096}}, None)
+    assert now.config.knobs("tidal") == {"budget_tokens": 4096}
+    with pytest.raises(FixedSettingError, match=r"sparse\.blocktopk\.page_tokens is 32; it is 16"):
+        change_config(server, {"blocktopk": {"block": 32}}, None)
+    with pytest.raises(ValueError, match="tidal_budget is the former name of tidal_budget_tokens, which is set too"):
+        change_config(server, {"tidal": {"budget": 512, "budget_tokens": 512}}, None)

@@ -174,7 +174,7 @@ def test_changed_defaults_have_prefix_caches_of_their_own(changeable: Server) ->
         ({"methods": ["flexprefill"]}, 409, "sparse.methods is ['flexprefill']; it is ['flexprefill', 'blocktopk']"),
         ({"decode_list_tokens": 64}, 409, "sparse.decode_list_tokens is 64"),
         ({"decode_in_batches": False}, 409, "start the server again"),
-        ({"blocktopk": {"page_tokens": 32}}, 409, "sparse.blocktopk.block is 32; it is 16"),
+        ({"blocktopk": {"page_tokens": 32}}, 409, "sparse.blocktopk.page_tokens is 32; it is 16"),
         # Nobody learns over HTTP which files there are.
         ({"sale": {"calibration": "/etc/passwd"}}, 409, "sparse.sale.calibration is '/etc/passwd'; it is ''"),
     ],
