@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from tests.test_command import run
-from vllm_sparse.calibration.sale import Calibration, SaleCalibrator, head_error, load, prompt_map
 from vllm_sparse.config.messages import SparseParamsError
 from vllm_sparse.config.request import SparseParams, resolve
 from vllm_sparse.config.salt import cache_salt
 from vllm_sparse.config.server import parse_server_config
 from vllm_sparse.config.settings import ServerConfig
-from vllm_sparse.methods.base import Layer
+from vllm_sparse.methods.prefill import Layer
 from vllm_sparse.methods.sale import Sale
+from vllm_sparse.methods.sale.calibration import SaleCalibrator, head_error, prompt_map
+from vllm_sparse.methods.sale.thresholds import Calibration, load
 
 MODEL = Path(__file__).parents[1] / "loadtest" / "model" / "weights"
 LAYERS, HEADS = 2, 4
@@ -78,7 +79,7 @@ def test_s11_the_same_prompts_give_the_same_thresholds(generator: torch.Generato
 
 
 def test_the_file_comes_back_as_it_was_written(file: Path) -> None:
-    assert load(str(file)).calibration.thresholds[0] == [0.008, 0.004, 0.0, 0.001]
+    assert load(str(file)).contents.thresholds[0] == [0.008, 0.004, 0.0, 0.001]
     method = Sale(calibration=str(file))
     assert tuple(method.thresholds(Layer(0, 2), 2)) == (0.0, 0.001), "a rank takes its own heads"
     assert tuple(Sale(calibration=str(file), tau=0.5).thresholds(Layer(0, 0), 4)) == (0.5,) * 4
@@ -148,7 +149,7 @@ def test_the_command_calibrates_the_bundled_model(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert "prompt 2 of 2" in ended.stdout
     assert "layer 8 of 8" in ended.stdout
-    found = load(str(output)).calibration
+    found = load(str(output)).contents
     assert (found.layers, found.heads, len(found.prompts)) == (8, 4, 2)
     parse_server_config({"sparse": {"sale": {"calibration": str(output)}}}, 8, 4)
 

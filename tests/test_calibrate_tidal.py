@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from tests import oracle
 from tests.test_command import run
-from vllm_sparse.calibration.policy import Measured, Policy, load
-from vllm_sparse.calibration.tidal import ReuseRecall, choose_roles, recall_of, worst_recall
 from vllm_sparse.config.messages import SparseParamsError
 from vllm_sparse.config.request import SparseParams, deserialize, resolve
 from vllm_sparse.config.salt import cache_salt
 from vllm_sparse.config.server import parse_server_config
 from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.methods.tidal.calibration import ReuseRecall, choose_roles, recall_of, worst_recall
+from vllm_sparse.methods.tidal.policy import Measured, Policy, load
 
 MODEL = Path(__file__).parents[1] / "loadtest" / "model" / "weights"
 HEADS, KV_HEADS, HEAD_SIZE, SCALE = 4, 2, 32, 0.17
@@ -49,7 +49,7 @@ def configured(file: str, **tidal: Any) -> ServerConfig:
 def test_recall_is_the_mass_that_an_earlier_layers_list_keeps(generator: torch.Generator) -> None:
     """Against float64 softmax and the lists that the method chooses for the very positions."""
     layers, positions = 3, 4
-    method = Tidal(budget=40, sink_tokens=4, recent_tokens=8)
+    method = Tidal(budget_tokens=40, sink_tokens=4, recent_tokens=8)
     reuse = ReuseRecall(layers, HEADS, method, positions)
     expected = torch.zeros(layers, layers, HEADS, dtype=torch.float64)
     for tokens in (300, 131):
@@ -80,7 +80,7 @@ def test_recall_is_the_mass_that_an_earlier_layers_list_keeps(generator: torch.G
 
 def chosen(method: Tidal, query: torch.Tensor, keys: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """The method's list for one request in a cache of its own: bool ``[kv_heads, context]``."""
-    from vllm_sparse.methods.base import LayerMemory
+    from vllm_sparse.methods.decode import LayerMemory
 
     data = oracle.paged(oracle.PLAIN, [keys], [keys], 16, generator)
     lists = method.select(query, data.reader(0), SCALE, 1, LayerMemory())
@@ -93,7 +93,7 @@ def test_a_layer_that_attends_alike_is_served_and_another_is_not(generator: torc
     query = torch.randn(HEADS, tokens, HEAD_SIZE, generator=generator) * 4
     key = torch.randn(KV_HEADS, tokens, HEAD_SIZE, generator=generator)
     other = torch.randn(KV_HEADS, tokens, HEAD_SIZE, generator=generator)
-    reuse = ReuseRecall(3, HEADS, Tidal(budget=64, sink_tokens=0, recent_tokens=0), 8)
+    reuse = ReuseRecall(3, HEADS, Tidal(budget_tokens=64, sink_tokens=0, recent_tokens=0), 8)
     for layer, keys in enumerate((key, key, other)):
         reuse.observe(layer, query, keys, SCALE)
     assert reuse.recall[0][1] == pytest.approx(1)
@@ -174,14 +174,14 @@ def test_the_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
     measured = Measured("m", 2048, 16, 64, "kv_head", [100, 90], 32, [None, None, 0.5, 0.25])
     policy = Policy(ROLES, measured)  # type: ignore[arg-type]
     policy.save(tmp_path / "tidal.json")
-    assert load(str(tmp_path / "tidal.json")).policy == policy
+    assert load(str(tmp_path / "tidal.json")).contents == policy
 
 
 def test_a_policy_tells_the_roles(file: str) -> None:
     assert Tidal(policy=file).layer_roles(LAYERS) == ROLES
     config = configured(file)
-    params = resolve({"sparse_decode": "tidal", "tidal_budget": 512}, config, LAYERS)
-    assert params.decode == Tidal(policy=file, budget=512)
+    params = resolve({"sparse_decode": "tidal", "tidal_budget_tokens": 512}, config, LAYERS)
+    assert params.decode == Tidal(policy=file, budget_tokens=512)
     again = deserialize(params.serialize()).decode
     assert again is not None
     assert again.layer_roles(LAYERS) == ROLES
@@ -190,8 +190,8 @@ def test_a_policy_tells_the_roles(file: str) -> None:
 @pytest.mark.parametrize(
     ("extras", "expected"),
     [
-        ({"tidal_full_layers": 2}, ["dense", "dense", "select", "reuse"]),
-        ({"tidal_full_layers": 0, "tidal_reselect_layers": [2]}, ["select", "reuse", "select", "reuse"]),
+        ({"tidal_dense_layers": 2}, ["dense", "dense", "select", "reuse"]),
+        ({"tidal_dense_layers": 0, "tidal_reselect_layers": [2]}, ["select", "reuse", "select", "reuse"]),
         ({"tidal_reselect_layers": [3]}, ["dense", "dense", "select", "select"]),
     ],
 )
@@ -204,7 +204,7 @@ def test_a_request_that_sets_layers_does_not_follow_the_policy(
     assert params.decode.fingerprint == ""
 
 
-@pytest.mark.parametrize("knobs", [{"full_layers": 0}, {"full_layers": 2}, {"reselect_layers": [3]}])
+@pytest.mark.parametrize("knobs", [{"dense_layers": 0}, {"dense_layers": 2}, {"reselect_layers": [3]}])
 def test_a_server_has_a_policy_or_layers(file: str, knobs: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"tidal_{next(iter(knobs))} is .*would never be used") as refused:
         configured(file, **knobs)
@@ -214,7 +214,7 @@ def test_a_server_has_a_policy_or_layers(file: str, knobs: dict[str, Any]) -> No
 def test_only_the_server_names_the_file(file: str) -> None:
     with pytest.raises(SparseParamsError, match="tidal_policy is a setting of the server") as refused:
         resolve({"sparse_decode": "tidal", "tidal_policy": "/etc/passwd"}, ServerConfig(), LAYERS)
-    assert "tidal_budget" in str(refused.value)
+    assert "tidal_budget_tokens" in str(refused.value)
     assert "tidal_policy," not in str(refused.value)
 
 
@@ -226,7 +226,7 @@ def test_another_content_is_another_cache_identity(tmp_path: Path) -> None:
         load.cache_clear()
         salts.add(cache_salt(SparseParams(decode=Tidal(policy=save(path, roles))), None))
     assert len(salts) == 2
-    overridden = cache_salt(SparseParams(decode=Tidal(policy=str(path), full_layers=1)), None)
+    overridden = cache_salt(SparseParams(decode=Tidal(policy=str(path), dense_layers=1)), None)
     assert overridden not in salts
 
 
@@ -270,7 +270,7 @@ def test_the_command_calibrates_the_bundled_model(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert "prompt 2 of 2" in ended.stdout
     assert "layer 8 of 8" in ended.stdout
-    policy = load(str(output)).policy
+    policy = load(str(output)).contents
     assert (len(policy.roles), policy.roles[0], policy.roles.count("reuse")) == (8, "dense", 5)
     assert policy.measured is not None
     assert (policy.measured.budget, len(policy.measured.prompts)) == (128, 2)

@@ -17,8 +17,7 @@ from vllm_sparse.config.server import parse_server_config
 from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.flexprefill import FlexPrefill
-from vllm_sparse.methods.hip import Hip
-from vllm_sparse.methods.hip_decode import HipDecode
+from vllm_sparse.methods.hip import Hip, HipDecode
 from vllm_sparse.methods.tidal import Tidal
 
 LAYERS, HEADS = 32, 32
@@ -45,12 +44,14 @@ def configured(**settings: Any) -> ServerConfig:
         ({"min_tokens": 9}, BOTH, SparseParams(FlexPrefill(), Tidal(), 9)),
         ({"prefill": "flexprefill"}, {}, SparseParams(FlexPrefill(), None, MIN_TOKENS)),
         ({"prefill": "flexprefill"}, {"sparse_prefill": "dense"}, ALL_DENSE),
-        ({"decode": "tidal"}, {"tidal_budget": 512}, SparseParams(None, Tidal(budget=512), MIN_TOKENS)),
-        ({"tidal": {"budget": 512}}, {"sparse_decode": "tidal"}, SparseParams(None, Tidal(budget=512), MIN_TOKENS)),
-        ({"tidal": {"budget": 512}}, {"sparse_decode": "tidal", "tidal_budget": 99},
-         SparseParams(None, Tidal(budget=99), MIN_TOKENS)),
-        ({"tidal": {"budget": 512, "lists": "query_head"}}, {"sparse_decode": "tidal", "tidal_budget": 99},
-         SparseParams(None, Tidal(budget=99, lists="query_head"), MIN_TOKENS)),
+        ({"decode": "tidal"}, {"tidal_budget_tokens": 512}, SparseParams(None, Tidal(budget_tokens=512), MIN_TOKENS)),
+        ({"tidal": {"budget_tokens": 512}}, {"sparse_decode": "tidal"},
+         SparseParams(None, Tidal(budget_tokens=512), MIN_TOKENS)),
+        ({"tidal": {"budget_tokens": 512}}, {"sparse_decode": "tidal", "tidal_budget_tokens": 99},
+         SparseParams(None, Tidal(budget_tokens=99), MIN_TOKENS)),
+        ({"tidal": {"budget_tokens": 512, "list_per": "query_head"}},
+         {"sparse_decode": "tidal", "tidal_budget_tokens": 99},
+         SparseParams(None, Tidal(budget_tokens=99, list_per="query_head"), MIN_TOKENS)),
         ({}, {"sparse_prefill": "flexprefill", "flexprefill_faithful": 1},
          SparseParams(FlexPrefill(faithful=True), None, MIN_TOKENS)),
         ({}, {"sparse_prefill": "flexprefill", "flexprefill_faithful": False},
@@ -61,27 +62,31 @@ def configured(**settings: Any) -> ServerConfig:
         ({}, {"sparse_prefill": "flexprefill", "flexprefill_gamma": 1.0}, ALL_DENSE),
         ({}, {"sparse_prefill": "flexprefill", "flexprefill_gamma": 1}, ALL_DENSE),
         ({}, {**BOTH, "flexprefill_gamma": 1.0}, SparseParams(None, Tidal(), MIN_TOKENS)),
-        ({}, {"sparse_prefill": "flexprefill", "flexprefill_gamma": 1.0, "flexprefill_max_budget": 4096},
-         SparseParams(FlexPrefill(gamma=1.0, max_budget=4096), None, MIN_TOKENS)),
+        ({}, {"sparse_prefill": "flexprefill", "flexprefill_gamma": 1.0, "flexprefill_max_budget_tokens": 4096},
+         SparseParams(FlexPrefill(gamma=1.0, max_budget_tokens=4096), None, MIN_TOKENS)),
         ({"methods": ["tidal"]}, {"sparse_decode": "tidal"}, SparseParams(None, Tidal(), MIN_TOKENS)),
-        ({"methods": ["blocktopk"], "blocktopk": {"block": 32, "scores": "mean"}},
-         {"sparse_decode": "blocktopk", "blocktopk_budget": 512},
-         SparseParams(None, BlockTopk(budget=512, block=32, scores="mean"), MIN_TOKENS)),
+        ({"methods": ["blocktopk"], "blocktopk": {"page_tokens": 32, "scores": "mean"}},
+         {"sparse_decode": "blocktopk", "blocktopk_budget_tokens": 512},
+         SparseParams(None, BlockTopk(budget_tokens=512, page_tokens=32, scores="mean"), MIN_TOKENS)),
         # One name of both phases: each phase takes the knobs that it has.
         ({}, {"sparse_prefill": "hip"}, SparseParams(Hip(), None, MIN_TOKENS)),
         ({}, {"sparse_decode": "hip"}, SparseParams(None, HipDecode(), MIN_TOKENS)),
         ({}, HIP, SparseParams(Hip(), HipDecode(), MIN_TOKENS)),
-        ({}, {**HIP, "hip_window": 64, "hip_refresh": [8, 4, 2], "hip_heads": "layer"},
-         SparseParams(Hip(window=64, heads="layer"), HipDecode(window=64, refresh=(8, 4, 2)), MIN_TOKENS)),
-        ({}, {"sparse_prefill": "hip", "sparse_decode": "tidal", "hip_window": 64},
-         SparseParams(Hip(window=64), Tidal(), MIN_TOKENS)),
-        ({}, {"sparse_prefill": "flexprefill", "sparse_decode": "hip", "hip_window": 64, "hip_refresh": [8, 8, 8]},
-         SparseParams(FlexPrefill(), HipDecode(window=64, refresh=(8, 8, 8)), MIN_TOKENS)),
-        ({"hip": {"window": 64, "sink": 16, "heads": "layer", "refresh": [9, 9, 9]}}, {**HIP, "hip_sink": 32},
-         SparseParams(Hip(window=64, sink=32, heads="layer"), HipDecode(window=64, sink=32, refresh=(9, 9, 9)),
-                      MIN_TOKENS)),
-        ({"hip": {"stage_chunks": [64, 16], "stage_tokens": [512, 256], "query_stride": [4, 1]}, "decode": "hip"}, {},
-         SparseParams(None, HipDecode(stage_chunks=(64, 16), stage_tokens=(512, 256)), MIN_TOKENS)),
+        ({}, {**HIP, "hip_recent_tokens": 64, "hip_refresh_steps": [8, 4, 2], "hip_scores_per": "layer"},
+         SparseParams(Hip(recent_tokens=64, scores_per="layer"),
+                      HipDecode(recent_tokens=64, refresh_steps=(8, 4, 2)), MIN_TOKENS)),
+        ({}, {"sparse_prefill": "hip", "sparse_decode": "tidal", "hip_recent_tokens": 64},
+         SparseParams(Hip(recent_tokens=64), Tidal(), MIN_TOKENS)),
+        ({}, {"sparse_prefill": "flexprefill", "sparse_decode": "hip", "hip_recent_tokens": 64,
+              "hip_refresh_steps": [8, 8, 8]},
+         SparseParams(FlexPrefill(), HipDecode(recent_tokens=64, refresh_steps=(8, 8, 8)), MIN_TOKENS)),
+        ({"hip": {"recent_tokens": 64, "sink_tokens": 16, "scores_per": "layer", "refresh_steps": [9, 9, 9]}},
+         {**HIP, "hip_sink_tokens": 32},
+         SparseParams(Hip(recent_tokens=64, sink_tokens=32, scores_per="layer"),
+                      HipDecode(recent_tokens=64, sink_tokens=32, refresh_steps=(9, 9, 9)), MIN_TOKENS)),
+        ({"hip": {"stage_block_tokens": [64, 16], "stage_budget_tokens": [512, 256], "query_stride": [4, 1]},
+          "decode": "hip"}, {},
+         SparseParams(None, HipDecode(stage_block_tokens=(64, 16), stage_budget_tokens=(512, 256)), MIN_TOKENS)),
         ({"methods": ["hip"]}, HIP, SparseParams(Hip(), HipDecode(), MIN_TOKENS)),
         ({}, {**HIP, "hip_dense_layers": 32}, ALL_DENSE),
     ],
@@ -122,13 +127,13 @@ NAN = float("nan")
         ({}, "sparse_min_tokens", [1], "integer of 0 or more"),
         ({}, "sparse_min_tokens", NAN, "integer of 0 or more"),
         ({}, "flexprefill_gamma", 0.5, '"sparse_prefill": "flexprefill"'),
-        (FLEX, "tidal_budget", 512, '"sparse_decode": "tidal"'),
-        ({"sparse_decode": "dense"}, "tidal_budget", 512, '"sparse_decode": "tidal"'),
+        (FLEX, "tidal_budget_tokens", 512, '"sparse_decode": "tidal"'),
+        ({"sparse_decode": "dense"}, "tidal_budget_tokens", 512, '"sparse_decode": "tidal"'),
         (FLEX, "flexprefill_gama", 0.5, "flexprefill_gamma"),
         (FLEX, "flexprefill", 0.5, "flexprefill_gamma"),
         (FLEX, "flexprefill_", 0.5, "flexprefill_gamma"),
         (FLEX, "flexprefill_name", "x", "flexprefill_gamma"),
-        (FLEX, "flexprefill_query_block_tokens", 64, "flexprefill_gamma"),
+        (FLEX, "flexprefill_block_tokens", 64, "flexprefill_gamma"),
         (FLEX, "flexprefill_gamma", 0, "above 0 and at most 1"),
         (FLEX, "flexprefill_gamma", -0.1, "above 0 and at most 1"),
         (FLEX, "flexprefill_gamma", 1.0001, "above 0 and at most 1"),
@@ -139,28 +144,28 @@ NAN = float("nan")
         (FLEX, "flexprefill_gamma", [0.9], "above 0 and at most 1"),
         (FLEX, "flexprefill_gamma", None, "above 0 and at most 1"),
         (FLEX, "flexprefill_gamma", {"value": 0.9}, "above 0 and at most 1"),
-        (FLEX, "flexprefill_tau", 1.5, "at least 0"),
-        (FLEX, "flexprefill_min_budget", 10.0, "an integer"),
-        (FLEX, "flexprefill_min_budget", -1, "at least 0"),
-        (FLEX, "flexprefill_min_budget", 1 << 63, "at most 16777216"),
-        (FLEX, "flexprefill_max_budget", 127, "at least 128"),
+        (FLEX, "flexprefill_divergence_threshold", 1.5, "at least 0"),
+        (FLEX, "flexprefill_min_budget_tokens", 10.0, "an integer"),
+        (FLEX, "flexprefill_min_budget_tokens", -1, "at least 0"),
+        (FLEX, "flexprefill_min_budget_tokens", 1 << 63, "at most 16777216"),
+        (FLEX, "flexprefill_max_budget_tokens", 127, "at least 128"),
         (FLEX, "flexprefill_dense_layers", 2000, "at most 1024"),
         (FLEX, "flexprefill_faithful", 2, "true or false"),
         (FLEX, "flexprefill_faithful", "yes", "true or false"),
         (FLEX, "flexprefill_faithful", 1.0, "true or false"),
-        (TIDAL, "tidal_budget", 15, "at least 16"),
-        (TIDAL, "tidal_budget", True, "an integer"),
-        (TIDAL, "tidal_budget", 2.0, "an integer"),
-        (TIDAL, "tidal_budget", "2048", "an integer"),
-        (TIDAL, "tidal_budget", [2048], "an integer"),
-        (TIDAL, "tidal_lists", "layer", "'kv_head', 'query_head'"),
-        (TIDAL, "tidal_lists", 3, "'kv_head', 'query_head'"),
+        (TIDAL, "tidal_budget_tokens", 15, "at least 16"),
+        (TIDAL, "tidal_budget_tokens", True, "an integer"),
+        (TIDAL, "tidal_budget_tokens", 2.0, "an integer"),
+        (TIDAL, "tidal_budget_tokens", "2048", "an integer"),
+        (TIDAL, "tidal_budget_tokens", [2048], "an integer"),
+        (TIDAL, "tidal_list_per", "layer", "'kv_head', 'query_head'"),
+        (TIDAL, "tidal_list_per", 3, "'kv_head', 'query_head'"),
         (TIDAL, "tidal_reselect_layers", 13, "list of integers"),
         (TIDAL, "tidal_reselect_layers", "13", "list of integers"),
         (TIDAL, "tidal_reselect_layers", [13.0], "list of integers"),
         (TIDAL, "tidal_reselect_layers", ["13"], "list of integers"),
         (TIDAL, "tidal_reselect_layers", [[13]], "list of integers"),
-        (TIDAL, "tidal_full_layers", -1, "at least 0"),
+        (TIDAL, "tidal_dense_layers", -1, "at least 0"),
         ({"sparse_decode": "hip"}, "sparse_prefill", "hipp", "dense, flexprefill, sale, dhsa, hip"),
         (
             {"sparse_prefill": "hip"},
@@ -170,23 +175,23 @@ NAN = float("nan")
         ),
         (
             BOTH,
-            "hip_window",
+            "hip_recent_tokens",
             64,
-            "hip_window is a knob of hip, which this request does not use; "
+            "hip_recent_tokens is a knob of hip, which this request does not use; "
             'add "sparse_prefill": "hip" or "sparse_decode": "hip" or drop the knob',
         ),
         (
             {"sparse_prefill": "hip"},
-            "hip_refresh",
+            "hip_refresh_steps",
             [8, 8, 8],
-            "hip_refresh is a knob of hip for decode, which this "
+            "hip_refresh_steps is a knob of hip for decode, which this "
             'request does not use; add "sparse_decode": "hip" or drop the knob',
         ),
         (
             {"sparse_decode": "hip"},
-            "hip_heads",
+            "hip_scores_per",
             "layer",
-            "hip_heads is a knob of hip for prefill, which this request "
+            "hip_scores_per is a knob of hip for prefill, which this request "
             'does not use; add "sparse_prefill": "hip" or drop the knob',
         ),
         (
@@ -194,14 +199,14 @@ NAN = float("nan")
             "hip_widow",
             64,
             'a request chooses hip by "sparse_prefill": "hip" or "sparse_decode": "hip" and may '
-            "set hip_stage_chunks, hip_stage_tokens, hip_query_stride (prefill), hip_sink, hip_window, "
-            "hip_dense_tail (prefill), hip_heads (prefill), hip_dense_layers, hip_query_block (prefill), "
-            "hip_rows (prefill), hip_refresh (decode)",
+            "set hip_stage_block_tokens, hip_stage_budget_tokens, hip_query_stride (prefill), hip_sink_tokens, "
+            "hip_recent_tokens, hip_dense_tail_tokens (prefill), hip_scores_per (prefill), hip_dense_layers, "
+            "hip_query_block_tokens (prefill), hip_list_per (prefill), hip_refresh_steps (decode)",
         ),
-        (HIP, "hip_window", -1, "at least 0"),
-        ({"sparse_decode": "hip"}, "hip_window", -1, "at least 0"),
-        ({"sparse_decode": "hip"}, "hip_refresh", 8, "list of integers"),
-        ({"sparse_decode": "hip"}, "hip_refresh", [8.5, 4, 2], "list of integers"),
+        (HIP, "hip_recent_tokens", -1, "at least 0"),
+        ({"sparse_decode": "hip"}, "hip_recent_tokens", -1, "at least 0"),
+        ({"sparse_decode": "hip"}, "hip_refresh_steps", 8, "list of integers"),
+        ({"sparse_decode": "hip"}, "hip_refresh_steps", [8.5, 4, 2], "list of integers"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value_and_what_is_allowed(
@@ -222,31 +227,43 @@ def test_a_wrong_setting_is_named_with_its_value_and_what_is_allowed(
     ("extras", "key", "words"),
     [
         (
-            {**FLEX, "flexprefill_max_budget": 512},
-            "flexprefill_max_budget",
-            ["flexprefill_max_budget is 512", "min_budget 1024"],
+            {**FLEX, "flexprefill_max_budget_tokens": 512},
+            "flexprefill_max_budget_tokens",
+            ["flexprefill_max_budget_tokens is 512", "min_budget_tokens 1024"],
         ),
-        ({**TIDAL, "tidal_budget": 64}, "tidal_budget", ["tidal_budget is 64", "sink_tokens 16", "recent_tokens 64"]),
+        (
+            {**TIDAL, "tidal_budget_tokens": 64},
+            "tidal_budget_tokens",
+            ["tidal_budget_tokens is 64", "sink_tokens 16", "recent_tokens 64"],
+        ),
         ({**TIDAL, "tidal_reselect_layers": [32]}, "tidal_reselect_layers", ["[32]", "32 layers", "3 to 31"]),
         ({**TIDAL, "tidal_reselect_layers": [2]}, "tidal_reselect_layers", ["[2]", "3 to 31"]),
         (
-            {**TIDAL, "tidal_full_layers": 32},
-            "tidal_full_layers",
-            ["tidal_full_layers is 32", "32 layers", "to 31 are allowed"],
+            {**TIDAL, "tidal_dense_layers": 32},
+            "tidal_dense_layers",
+            ["tidal_dense_layers is 32", "32 layers", "to 31 are allowed"],
         ),
         (
-            {"sparse_decode": "hip", "hip_refresh": [4, 8, 16]},
-            "hip_refresh",
-            ["hip_refresh is [4, 8, 16]", "none may be above the one before it"],
-        ),
-        ({**HIP, "hip_refresh": [8, 4]}, "hip_refresh", ["hip_refresh is [8, 4]", "each of the 3 stages"]),
-        (
-            {"sparse_decode": "hip", "hip_stage_chunks": [256, 128, 64, 32, 16], "hip_stage_tokens": [4096] * 5},
-            "hip_stage_chunks",
-            ["hip_stage_chunks is [256, 128, 64, 32, 16]", "at most 4 stages are allowed in decoding"],
+            {"sparse_decode": "hip", "hip_refresh_steps": [4, 8, 16]},
+            "hip_refresh_steps",
+            ["hip_refresh_steps is [4, 8, 16]", "none may be above the one before it"],
         ),
         (
-            {"sparse_prefill": "hip", "hip_stage_chunks": [64, 16], "hip_stage_tokens": [512, 256]},
+            {**HIP, "hip_refresh_steps": [8, 4]},
+            "hip_refresh_steps",
+            ["hip_refresh_steps is [8, 4]", "each of the 3 stages"],
+        ),
+        (
+            {
+                "sparse_decode": "hip",
+                "hip_stage_block_tokens": [256, 128, 64, 32, 16],
+                "hip_stage_budget_tokens": [4096] * 5,
+            },
+            "hip_stage_block_tokens",
+            ["hip_stage_block_tokens is [256, 128, 64, 32, 16]", "at most 4 stages are allowed in decoding"],
+        ),
+        (
+            {"sparse_prefill": "hip", "hip_stage_block_tokens": [64, 16], "hip_stage_budget_tokens": [512, 256]},
             "hip_query_stride",
             ["hip_query_stride is [4, 4, 4]", "each of the 2 stages"],
         ),
@@ -266,15 +283,17 @@ def test_a_method_that_is_not_enabled_is_refused() -> None:
 
 
 def test_a_method_that_takes_memory_is_enabled_by_the_server_only() -> None:
-    message = r'is \'blocktopk\' \(this.*not enable it; its "methods" list.*allowed are dense, tidal, hip$'
+    message = r'is \'blocktopk\' \(this.*not enable it; its "methods" list.*allowed are dense, tidal, hip, streaming$'
     with pytest.raises(SparseParamsError, match=message):
         resolve({"sparse_decode": "blocktopk"}, DEFAULT, LAYERS)
 
 
-@pytest.mark.parametrize(("knob", "value"), [("block", 32), ("scores", "bounds")])
+@pytest.mark.parametrize(("knob", "value"), [("page_tokens", 32), ("scores", "bounds")])
 def test_what_is_kept_of_a_page_is_the_servers_choice(knob: str, value: Any) -> None:
     config = configured(methods=["blocktopk"])
-    with pytest.raises(SparseParamsError, match=f"blocktopk_{knob} is a setting of the server.*blocktopk_budget"):
+    with pytest.raises(
+        SparseParamsError, match=f"blocktopk_{knob} is a setting of the server.*blocktopk_budget_tokens"
+    ):
         resolve({"sparse_decode": "blocktopk", f"blocktopk_{knob}": value}, config, LAYERS)
 
 
@@ -288,17 +307,26 @@ def test_what_is_kept_of_a_page_is_the_servers_choice(knob: str, value: Any) -> 
         ({"methods": [], "decode": "tidal"}, "sparse_decode is 'tidal'.*not enable it"),
         ({"min_tokens": -1}, r"sparse\.min_tokens is -1"),
         ({"min_tokens": "4096"}, r"sparse\.min_tokens is '4096'"),
-        ({"tidal": {"budget": 3}}, r"object sparse\.tidal: tidal_budget is 3; an integer of at least 16"),
-        ({"tidal": {"buget": 3}}, r"object sparse\.tidal: tidal_buget is no knob.*tidal_budget"),
+        ({"tidal": {"budget_tokens": 3}}, r"object sparse\.tidal: tidal_budget_tokens is 3; an integer of at least 16"),
+        ({"tidal": {"buget": 3}}, r"object sparse\.tidal: tidal_buget is no knob.*tidal_budget_tokens"),
         ({"tidal": 3}, r"sparse\.tidal is 3"),
         ({"flexprefill": {"gamma": "high"}}, r"object sparse\.flexprefill: flexprefill_gamma is 'high'"),
-        ({"decode": "tidal", "tidal": {"full_layers": 32}}, "32 layers"),
-        ({"blocktopk": {"block": 24}}, "blocktopk_block is 24; one of 16, 32, 64 is allowed"),
+        ({"decode": "tidal", "tidal": {"dense_layers": 32}}, "32 layers"),
+        ({"blocktopk": {"page_tokens": 24}}, "blocktopk_page_tokens is 24; one of 16, 32, 64 is allowed"),
         ({"blocktopk": {"scores": "max"}}, "blocktopk_scores is 'max'; one of 'mean', 'bounds' is allowed"),
         ({"decode": "blocktopk"}, "sparse_decode is 'blocktopk'.*not enable it"),
-        ({"hip": {"widow": 3}}, r"object sparse\.hip: hip_widow is no knob.*hip_window.*hip_refresh \(decode\)"),
-        ({"hip": {"heads": "heads"}}, r"object sparse\.hip: hip_heads is 'heads'; one of 'query_head', 'kv_head'"),
-        ({"hip": {"refresh": [1, 2, 3]}}, r"object sparse\.hip: hip_refresh is \[1, 2, 3\]; none may be above"),
+        (
+            {"hip": {"widow": 3}},
+            r"object sparse\.hip: hip_widow is no knob.*hip_recent_tokens.*hip_refresh_steps \(decode\)",
+        ),
+        (
+            {"hip": {"scores_per": "heads"}},
+            r"object sparse\.hip: hip_scores_per is 'heads'; one of 'query_head', 'kv_head'",
+        ),
+        (
+            {"hip": {"refresh_steps": [1, 2, 3]}},
+            r"object sparse\.hip: hip_refresh_steps is \[1, 2, 3\]; none may be above",
+        ),
         (3, "sparse is 3"),
         (None, "sparse is None"),
     ],
@@ -317,29 +345,31 @@ def test_no_configuration_means_the_defaults(additional: object) -> None:
 flex = st.builds(
     FlexPrefill,
     gamma=st.floats(0.001, 1),
-    tau=st.floats(0, 1),
-    min_budget=st.integers(0, 4096),
-    max_budget=st.integers(4096, 1 << 24),
+    divergence_threshold=st.floats(0, 1),
+    min_budget_tokens=st.integers(0, 4096),
+    max_budget_tokens=st.integers(4096, 1 << 24),
     dense_layers=st.integers(0, 40),
     faithful=st.booleans(),
 )
 tidal = st.builds(
     Tidal,
-    budget=st.integers(64, 1 << 24),
-    full_layers=st.integers(0, 10),
+    budget_tokens=st.integers(64, 1 << 24),
+    dense_layers=st.integers(0, 10),
     reselect_layers=st.lists(st.integers(11, 31), max_size=3).map(tuple),
     sink_tokens=st.integers(0, 32),
     recent_tokens=st.integers(0, 32),
-    lists=st.sampled_from(["kv_head", "query_head"]),
+    list_per=st.sampled_from(["kv_head", "query_head"]),
 )
 hip = st.builds(
     HipDecode,
-    refresh=st.lists(st.integers(1, 64), min_size=3, max_size=3).map(lambda steps: tuple(sorted(steps, reverse=True))),
-    sink=st.integers(0, 1024),
-    window=st.integers(0, 1024),
+    refresh_steps=st.lists(st.integers(1, 64), min_size=3, max_size=3).map(
+        lambda steps: tuple(sorted(steps, reverse=True))
+    ),
+    sink_tokens=st.integers(0, 1024),
+    recent_tokens=st.integers(0, 1024),
     dense_layers=st.integers(0, 31),
 )
-prefill_hip = st.builds(Hip, sink=st.integers(0, 1024), window=st.integers(0, 1024))
+prefill_hip = st.builds(Hip, sink_tokens=st.integers(0, 1024), recent_tokens=st.integers(0, 1024))
 settings = st.builds(SparseParams, st.none() | flex | prefill_hip, st.none() | tidal | hip, st.integers(0, 1 << 40))
 salts = st.none() | st.text(string.ascii_letters + string.digits + "-_.", min_size=1, max_size=100)
 
@@ -382,21 +412,22 @@ def test_each_knob_changes_the_salt() -> None:
         *(
             SparseParams(FlexPrefill(**knob), Tidal(), 4096)
             for knob in (
-                {"gamma": 0.85}, {"tau": 0.2}, {"min_budget": 0}, {"max_budget": 4096}, {"dense_layers": 1},
-                {"faithful": True},
+                {"gamma": 0.85}, {"divergence_threshold": 0.2}, {"min_budget_tokens": 0}, {"max_budget_tokens": 4096},
+                {"dense_layers": 1}, {"faithful": True},
             )
         ),
         *(
             SparseParams(FlexPrefill(), Tidal(**knob), 4096)
             for knob in (
-                {"budget": 512}, {"full_layers": 3}, {"reselect_layers": (9,)}, {"sink_tokens": 0},
-                {"recent_tokens": 0}, {"lists": "query_head"},
+                {"budget_tokens": 512}, {"dense_layers": 3}, {"reselect_layers": (9,)}, {"sink_tokens": 0},
+                {"recent_tokens": 0}, {"list_per": "query_head"},
             )
         ),
         *(
             SparseParams(FlexPrefill(), BlockTopk(**knob), 4096)
             for knob in (
-                {}, {"budget": 512}, {"dense_layers": 3}, {"sink_tokens": 0}, {"recent_tokens": 0}, {"block": 32},
+                {}, {"budget_tokens": 512}, {"dense_layers": 3}, {"sink_tokens": 0}, {"recent_tokens": 0},
+                {"page_tokens": 32},
                 {"scores": "mean"},
             )
         ),
@@ -404,9 +435,9 @@ def test_each_knob_changes_the_salt() -> None:
         SparseParams(Hip(), None, 4096),
         SparseParams(None, HipDecode(), 4096),
         SparseParams(Hip(), HipDecode(), 4096),
-        SparseParams(Hip(), HipDecode(window=0), 4096),
-        SparseParams(Hip(window=0), HipDecode(), 4096),
-        SparseParams(Hip(), HipDecode(refresh=(16, 8, 8)), 4096),
+        SparseParams(Hip(), HipDecode(recent_tokens=0), 4096),
+        SparseParams(Hip(recent_tokens=0), HipDecode(), 4096),
+        SparseParams(Hip(), HipDecode(refresh_steps=(16, 8, 8)), 4096),
     ]  # fmt: skip
     salts_of = [cache_salt(params, "user") for params in variants]
     assert len(set(salts_of)) == len(variants)

@@ -15,7 +15,7 @@ from vllm import SamplingParams
 
 from vllm_sparse.config.request import RESOLVED_KEY, SparseParams
 from vllm_sparse.hooks.logits_processor import SparseParamsProcessor
-from vllm_sparse.methods.base import LayerMemory
+from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.step.requests import TABLE, RequestTable, SparseRequest
@@ -24,7 +24,7 @@ CHOICES = [
     None,
     SparseParams(FlexPrefill(), None, 0),
     SparseParams(None, Tidal(), 1),
-    SparseParams(FlexPrefill(gamma=0.5), Tidal(budget=512), 2),
+    SparseParams(FlexPrefill(gamma=0.5), Tidal(budget_tokens=512), 2),
 ]
 choices = st.sampled_from(CHOICES)
 

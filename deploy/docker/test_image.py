@@ -62,8 +62,8 @@ SPARSE = {
     "sparse_prefill": "flexprefill",
     "sparse_decode": "tidal",
     "sparse_min_tokens": 0,
-    "flexprefill_min_budget": 128,
-    "tidal_budget": 128,
+    "flexprefill_min_budget_tokens": 128,
+    "tidal_budget_tokens": 128,
 }
 
 

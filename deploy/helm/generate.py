@@ -156,6 +156,12 @@ def without_titles(schema: Any) -> Any:
     return [without_titles(entry) for entry in schema] if isinstance(schema, list) else schema
 
 
+def former_knob(knob: Schema, name: str) -> Schema:
+    """Schema of a knob under its former name; without a default, which the present name has."""
+    constraints = {key: value for key, value in without_titles(knob).items() if key != "default"}
+    return {**constraints, "description": f"former name of {name}, accepted for one release", "deprecated": True}
+
+
 def sparse_schema() -> Schema:
     """Schema of the plugin's configuration, the methods' knobs included."""
     schema = without_titles(ServerConfig.model_json_schema())
@@ -166,10 +172,12 @@ def sparse_schema() -> Schema:
     for method in METHODS:
         phases = [phase for phase, methods in PHASES.items() if method in methods]
         knobs = {knob: schema for phase in phases for knob, schema in knob_schema(phase, method).items()}
+        former = {knob: name for phase in phases for knob, name in PHASES[phase][method].former_names.items()}
         properties[method] = {
             "type": "object",
             "additionalProperties": False,
-            "properties": without_titles(knobs),
+            "properties": without_titles(knobs)
+            | {knob: former_knob(knobs[name], name) for knob, name in former.items()},
         }
     return {"type": "object", "additionalProperties": False, "properties": properties}
 
@@ -259,6 +267,8 @@ def readme() -> str:
     knobs = []
     for name, schema in sparse_schema()["properties"].items():
         for knob, entry in schema.get("properties", {"": schema}).items():
+            if entry.get("deprecated"):
+                continue
             default = f"`{json.dumps(entry['default'])}`" if "default" in entry else ""
             key = f"`{name}.{knob}`" if knob else f"`{name}`"
             knobs.append(table_row(key, default, allowed_text(entry), entry.get("description", "")))

@@ -1,7 +1,7 @@
 """Long generations with sparse decode settings beside dense ones: agreement and answers, thousands of tokens in.
 
     python -m loadtest.quality.generation --tokens 16384 26000 --generated 4000 \
-        --variant 'tidal 1024={"sparse_decode": "tidal", "tidal_budget": 1024}'
+        --variant 'tidal 1024={"sparse_decode": "tidal", "tidal_budget_tokens": 1024}'
 
 Every variant generates the same conversations about long documents (`loadtest.quality.conversation`): the user's turns
 are given, the answers are its own, greedy, all of it decoded token by token with the variant's settings. Then it

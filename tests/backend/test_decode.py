@@ -19,9 +19,9 @@ from tests.oracle import Paged, Platform
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
 from vllm_sparse.backend.executors.flash_attention import FlashAttentionExecutor
 from vllm_sparse.kernels.page_summaries import page_summaries, read_summaries, store_summaries
-from vllm_sparse.methods.base import BatchDecodeMethod, LayerMemory
 from vllm_sparse.methods.block_topk import BlockTopk
-from vllm_sparse.methods.hip_decode import HipDecode
+from vllm_sparse.methods.decode import BatchDecodeMethod, LayerMemory
+from vllm_sparse.methods.hip import HipDecode
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.step.launch import Executor, Launch
 from vllm_sparse.step.rows import ServerSize
@@ -31,13 +31,22 @@ pytest.importorskip("triton")
 LAYERS, HEADS, KV_HEADS, HEAD_SIZE, BLOCK, SCALE = 6, 4, 2, 64, 16, 0.12
 MOST_ROWS, LIST_TOKENS = 18, 300
 PLATFORM = Platform("plain", DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float32, None)
-TIDAL = Tidal(budget=64, full_layers=1, reselect_layers=(4,), sink_tokens=3, recent_tokens=9)
-BLOCKS = BlockTopk(budget=96, sink_tokens=5, recent_tokens=20, dense_layers=2, scores="bounds")
+TIDAL = Tidal(budget_tokens=64, dense_layers=1, reselect_layers=(4,), sink_tokens=3, recent_tokens=9)
+BLOCKS = BlockTopk(budget_tokens=96, sink_tokens=5, recent_tokens=20, dense_layers=2, scores="bounds")
 OWN = replace(TIDAL, selection_reads="list")
 # Lists of its own in five layers; and one of fewer stages, which have other turns.
-HIP = HipDecode(stage_chunks=(64, 32), stage_tokens=(256, 64), refresh=(4, 2), sink=16, window=20, dense_layers=1)
-FLAT = HipDecode(stage_chunks=(64,), stage_tokens=(128,), refresh=(3,), sink=0, window=0)
-WIDE = Tidal(budget=300, full_layers=0, reselect_layers=(2, 3), sink_tokens=0, recent_tokens=0)
+HIP = HipDecode(
+    stage_block_tokens=(64, 32),
+    stage_budget_tokens=(256, 64),
+    refresh_steps=(4, 2),
+    sink_tokens=16,
+    recent_tokens=20,
+    dense_layers=1,
+)
+FLAT = HipDecode(
+    stage_block_tokens=(64,), stage_budget_tokens=(128,), refresh_steps=(3,), sink_tokens=0, recent_tokens=0
+)
+WIDE = Tidal(budget_tokens=300, dense_layers=0, reselect_layers=(2, 3), sink_tokens=0, recent_tokens=0)
 
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
@@ -92,7 +101,7 @@ ROWS = [
     Row(1),
     Row(777, BLOCKS),
     Row(90, BLOCKS),
-    Row(500, replace(BLOCKS, budget=16, sink_tokens=0, recent_tokens=0)),
+    Row(500, replace(BLOCKS, budget_tokens=16, sink_tokens=0, recent_tokens=0)),
     Row(444, OWN),
     Row(650, HIP),
     Row(119, HIP),

@@ -26,8 +26,8 @@ from vllm_sparse.backend.graphs import MIXED, DecodeGraphs
 from vllm_sparse.config.request import ALL_DENSE, RESOLVED_KEY, SparseParams
 from vllm_sparse.kernels.hip_decode import HipMemory
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import LayerMemory
-from vllm_sparse.methods.hip_decode import HipDecode
+from vllm_sparse.methods.decode import LayerMemory
+from vllm_sparse.methods.hip import HipDecode
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.metrics import WorkerMetrics
 from vllm_sparse.metrics.batch_recall import EagerRecall
@@ -44,11 +44,17 @@ pytest.importorskip("triton")
 LAYERS, HEADS, KV_HEADS, HEAD_SIZE, BLOCK, SCALE = 2, 4, 2, 64, 16, 0.12
 ROWS, LIST_TOKENS, LONGEST = 6, 200, 512
 PLATFORM = Platform("plain", DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float32, None)
-HIP = HipDecode(stage_chunks=(64, 32), stage_tokens=(192, 64), refresh=(4, 2), sink=16, window=20)
+HIP = HipDecode(
+    stage_block_tokens=(64, 32), stage_budget_tokens=(192, 64), refresh_steps=(4, 2), sink_tokens=16, recent_tokens=20
+)
 # Of fewer stages; and with a list that needs buffers of its own.
-FLAT = HipDecode(stage_chunks=(64,), stage_tokens=(128,), refresh=(8,), sink=0, window=0)
-WIDE = HipDecode(stage_chunks=(64, 32), stage_tokens=(192, 96), refresh=(8, 4), sink=48, window=70)
-TIDAL = Tidal(budget=128, full_layers=0, reselect_layers=(1,), selection_reads="list")
+FLAT = HipDecode(
+    stage_block_tokens=(64,), stage_budget_tokens=(128,), refresh_steps=(8,), sink_tokens=0, recent_tokens=0
+)
+WIDE = HipDecode(
+    stage_block_tokens=(64, 32), stage_budget_tokens=(192, 96), refresh_steps=(8, 4), sink_tokens=48, recent_tokens=70
+)
+TIDAL = Tidal(budget_tokens=128, dense_layers=0, reselect_layers=(1,), selection_reads="list")
 EVERYTHING = 1 << 20
 # Of the graph, whose lists another layer overwrites.
 RECALL_LAYER = 0

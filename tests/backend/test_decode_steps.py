@@ -13,13 +13,22 @@ from tests.backend.conftest import HEAD_SIZE, HEADS, KV_HEADS, LAYERS, SCALE, En
 from tests.backend.test_forward import BLOCK, PLATFORM, Row, common_metadata, forward
 from tests.oracle import Paged
 from vllm_sparse.config.request import ALL_DENSE, SparseParams
-from vllm_sparse.methods.base import LayerMemory
-from vllm_sparse.methods.hip_decode import HipDecode
+from vllm_sparse.methods.decode import LayerMemory
+from vllm_sparse.methods.hip import HipDecode
 from vllm_sparse.methods.tidal import Tidal
 
-HIP = HipDecode(stage_chunks=(64, 32), stage_tokens=(256, 64), refresh=(4, 2), sink=16, window=20, dense_layers=2)
-EVERYWHERE = HipDecode(stage_chunks=(32,), stage_tokens=(96,), refresh=(3,), sink=0, window=0)
-TIDAL = Tidal(budget=128, full_layers=1, reselect_layers=(4,))
+HIP = HipDecode(
+    stage_block_tokens=(64, 32),
+    stage_budget_tokens=(256, 64),
+    refresh_steps=(4, 2),
+    sink_tokens=16,
+    recent_tokens=20,
+    dense_layers=2,
+)
+EVERYWHERE = HipDecode(
+    stage_block_tokens=(32,), stage_budget_tokens=(96,), refresh_steps=(3,), sink_tokens=0, recent_tokens=0
+)
+TIDAL = Tidal(budget_tokens=128, dense_layers=1, reselect_layers=(4,))
 STEPS = 9
 
 

@@ -15,16 +15,17 @@ from tests.backend.conftest import HEAD_SIZE, HEADS, KV_HEADS, LAYERS, SCALE, En
 from tests.methods.lists import chunk_allowed
 from tests.oracle import Paged, Platform
 from vllm_sparse.config.request import ALL_DENSE, SparseParams
-from vllm_sparse.methods.base import Layer, LayerMemory
+from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.methods.flexprefill import FlexPrefill
+from vllm_sparse.methods.prefill import Layer
 from vllm_sparse.methods.tidal import Tidal
 
 PLATFORM = Platform("cpu-vec-float32", "cpu", torch.float32, "vec")
 BLOCK = 32
-FLEX = FlexPrefill(gamma=0.4, min_budget=0)
+FLEX = FlexPrefill(gamma=0.4, min_budget_tokens=0)
 # Selection in layers 1 and 4 of 8.
-TIDAL = Tidal(budget=128, full_layers=1, reselect_layers=(4,))
-PER_HEAD = Tidal(budget=96, full_layers=2, reselect_layers=(5,), lists="query_head")
+TIDAL = Tidal(budget_tokens=128, dense_layers=1, reselect_layers=(4,))
+PER_HEAD = Tidal(budget_tokens=96, dense_layers=2, reselect_layers=(5,), list_per="query_head")
 
 
 @dataclass
@@ -44,8 +45,18 @@ MIXED = [
     Row(1, 640, SparseParams(FLEX, TIDAL)),
     Row(300, 900, SparseParams(FLEX, TIDAL), prefilling=True),
     Row(50, 200, prefilling=True),
-    Row(257, 257, SparseParams(FlexPrefill(gamma=0.3, tau=1.0, min_budget=0, dense_layers=3)), prefilling=True),
-    Row(400, 700, SparseParams(FlexPrefill(gamma=0.3, min_budget=0, query_block=64, rows="kv_head")), prefilling=True),
+    Row(
+        257,
+        257,
+        SparseParams(FlexPrefill(gamma=0.3, divergence_threshold=1.0, min_budget_tokens=0, dense_layers=3)),
+        prefilling=True,
+    ),
+    Row(
+        400,
+        700,
+        SparseParams(FlexPrefill(gamma=0.3, min_budget_tokens=0, query_block_tokens=64, list_per="kv_head")),
+        prefilling=True,
+    ),
 ]
 
 
@@ -140,7 +151,7 @@ def role(row: Row, layer: int) -> str:
     if decode is None or row.context <= decode.budget_tokens:
         return "dense"
     assert isinstance(decode, Tidal)
-    first, again = decode.full_layers, decode.reselect_layers[0]
+    first, again = decode.dense_layers, decode.reselect_layers[0]
     assert first is not None
     if layer <= first or layer == again:
         return "dense"
@@ -198,7 +209,7 @@ def test_a_row_alone_equals_the_oracle(engine: Engine, row: Row, generator: torc
 
 
 def test_a_step_without_sparse_rows_is_the_stock_step_bit_for_bit(engine: Engine, generator: torch.Generator) -> None:
-    short = SparseParams(FLEX, Tidal(budget=1024), 0)
+    short = SparseParams(FLEX, Tidal(budget_tokens=1024), 0)
     rows = [Row(1, 300), Row(1, 1000, short), Row(200, 900, prefilling=True), Row(100, 100, short, prefilling=True)]
     step = make_step(rows, generator)
     for sparse, stock in zip(run(engine, step), run_stock(engine, step), strict=True):

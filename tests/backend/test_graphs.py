@@ -25,10 +25,11 @@ from vllm_sparse.backend.decode import (
 from vllm_sparse.backend.graphs import MIXED, DecodeGraphs, beside_dense, set_graphs
 from vllm_sparse.config.request import SparseParams
 from vllm_sparse.config.settings import ServerConfig
-from vllm_sparse.methods.base import BatchDecodeMethod, DecodeMethod
 from vllm_sparse.methods.block_topk import BlockTopk
+from vllm_sparse.methods.decode import BatchDecodeMethod, DecodeMethod
 from vllm_sparse.methods.flexprefill import FlexPrefill
-from vllm_sparse.methods.hip_decode import MOST_STAGES, HipDecode
+from vllm_sparse.methods.hip import HipDecode
+from vllm_sparse.methods.hip.decode import MOST_STAGES
 from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.metrics import WorkerMetrics
@@ -37,7 +38,7 @@ from vllm_sparse.step.requests import SparseRequest
 from vllm_sparse.step.rows import ServerSize
 
 LAYERS, MOST_ROWS, LIST_TOKENS = 6, 8, 512
-CONFIGURED = Tidal(budget=256, full_layers=1, reselect_layers=(3,))
+CONFIGURED = Tidal(budget_tokens=256, dense_layers=1, reselect_layers=(3,))
 SIZE = ServerSize(MOST_ROWS, 1024, LAYERS, 2)
 
 
@@ -58,11 +59,11 @@ def request(method: BatchDecodeMethod) -> SparseRequest:
     ("method", "held"),
     [
         (CONFIGURED, True),
-        (replace(CONFIGURED, budget=LIST_TOKENS, sink_tokens=0), True),
-        (replace(CONFIGURED, budget=LIST_TOKENS + 1), False),
+        (replace(CONFIGURED, budget_tokens=LIST_TOKENS, sink_tokens=0), True),
+        (replace(CONFIGURED, budget_tokens=LIST_TOKENS + 1), False),
         (replace(CONFIGURED, reselect_layers=(4,)), False),
-        (replace(CONFIGURED, full_layers=0), False),
-        (replace(CONFIGURED, lists="query_head"), False),
+        (replace(CONFIGURED, dense_layers=0), False),
+        (replace(CONFIGURED, list_per="query_head"), False),
     ],
 )
 def test_a_graph_holds_requests_of_its_layer_roles(graphs: DecodeGraphs, method: Tidal, held: bool) -> None:
@@ -75,28 +76,32 @@ def test_a_graph_holds_requests_of_its_layer_roles(graphs: DecodeGraphs, method:
 
 def test_a_graph_holds_requests_that_its_methods_have_room_for() -> None:
     """And a method that the server does not keep buffers for is served one by one."""
-    configured = HipDecode(stage_chunks=(64, 16), stage_tokens=(512, 128), window=50)
+    configured = HipDecode(stage_block_tokens=(64, 16), stage_budget_tokens=(512, 128), recent_tokens=50)
     buffers = DecodeBuffers(MOST_ROWS, SIZE, [configured], LIST_TOKENS, torch.device("cpu"))
     graphs = DecodeGraphs(buffers, [configured], LAYERS, speculative=False)
     graphs.most_rows = 4
     assert graphs.launches["hip"] == graphs.buffers.launches(
         [RowSetting(configured, 0, ("choose",) * LAYERS, 0, True)], True
     )
-    narrow = replace(configured, stage_chunks=(64,), stage_tokens=(128,), refresh=(3,), window=7)
+    narrow = replace(
+        configured, stage_block_tokens=(64,), stage_budget_tokens=(128,), refresh_steps=(3,), recent_tokens=7
+    )
     assert graphs.holds([request(configured), request(narrow)], 2)
     assert not graphs.holds([request(replace(configured, dense_layers=1))], 1), "other layer roles"
-    assert not graphs.holds([request(replace(configured, window=400))], 1), "a longer list"
-    assert not graphs.holds([request(replace(configured, stage_chunks=(32, 16)))], 1), "more candidates"
+    assert not graphs.holds([request(replace(configured, recent_tokens=400))], 1), "a longer list"
+    assert not graphs.holds([request(replace(configured, stage_block_tokens=(32, 16)))], 1), "more candidates"
     assert not graphs.holds([request(CONFIGURED)], 1)
     assert [buffers.serves(method) for method in (configured, narrow, CONFIGURED, None)] == [True, True, False, False]
 
 
 def test_requests_that_are_not_served_at_once_are_served_one_by_one() -> None:
     """In the same step as others: knobs that the server's memory has no room for, methods that it does not keep."""
-    configured = HipDecode(stage_chunks=(64, 16), stage_tokens=(512, 128), window=50)
+    configured = HipDecode(stage_block_tokens=(64, 16), stage_budget_tokens=(512, 128), recent_tokens=50)
     buffers = DecodeBuffers(MOST_ROWS, SIZE, [configured], LIST_TOKENS, torch.device("cpu"))
-    deep = replace(configured, stage_chunks=(64, 32, 16), stage_tokens=(512, 256, 128), refresh=(16, 8, 4))
-    methods = [configured, deep, CONFIGURED, replace(configured, window=9)]
+    deep = replace(
+        configured, stage_block_tokens=(64, 32, 16), stage_budget_tokens=(512, 256, 128), refresh_steps=(16, 8, 4)
+    )
+    methods = [configured, deep, CONFIGURED, replace(configured, recent_tokens=9)]
     rows = [Row(1, 1000, SparseParams(None, method)) for method in methods]
     requests = {row: SparseRequest(SparseParams(None, method), row) for row, method in enumerate(methods)}
     common = common_metadata(rows, torch.zeros(len(rows), 64, dtype=torch.int32))
@@ -110,7 +115,7 @@ def test_requests_that_are_not_served_at_once_are_served_one_by_one() -> None:
 
 
 def test_a_larger_step_shares_what_methods_keep() -> None:
-    method = HipDecode(stage_chunks=(64,), stage_tokens=(128,))
+    method = HipDecode(stage_block_tokens=(64,), stage_budget_tokens=(128,))
     buffers = DecodeBuffers(2, SIZE, [method], LIST_TOKENS, torch.device("cpu"))
     assert buffers.for_step(2, LIST_TOKENS) is buffers
     for rows, list_tokens in ((3, 1), (1, LIST_TOKENS + 1)):
@@ -144,7 +149,7 @@ def setting(slot: int, fresh: bool = False, method: Tidal = CONFIGURED) -> RowSe
 
 def test_a_step_is_told_to_the_device(graphs: DecodeGraphs) -> None:
     graphs.buffers.settings.fill_(-5)
-    graphs.plan = plan_of(graphs, 4, {1: setting(7), 3: setting(2, True, replace(CONFIGURED, budget=99))})
+    graphs.plan = plan_of(graphs, 4, {1: setting(7), 3: setting(2, True, replace(CONFIGURED, budget_tokens=99))})
     assert graphs.prepare() == beside_dense("tidal")
     said = graphs.buffers.settings
     assert said[:4, METHOD].tolist() == [-1, 0, -1, 0]
@@ -155,7 +160,7 @@ def test_a_step_is_told_to_the_device(graphs: DecodeGraphs) -> None:
     assert said[3, KNOBS : KNOBS + 3].tolist() == [99, 16, 64]
     assert graphs.buffers.roles[3].tolist() == [0, 1, 2, 1, 2, 2]
     # A step alike in all but who is fresh is told again.
-    graphs.plan = plan_of(graphs, 4, {1: setting(7), 3: setting(2, False, replace(CONFIGURED, budget=99))})
+    graphs.plan = plan_of(graphs, 4, {1: setting(7), 3: setting(2, False, replace(CONFIGURED, budget_tokens=99))})
     graphs.prepare()
     assert said[[1, 3], FRESH].tolist() == [0, 0]
 
@@ -172,7 +177,7 @@ def test_the_graph_follows_the_rows(graphs: DecodeGraphs) -> None:
 
 def test_rows_that_only_keep_summaries_are_dense_but_known(graphs: DecodeGraphs) -> None:
     """A row too short for its method, whose new key the method must not miss."""
-    method = BlockTopk(budget=96)
+    method = BlockTopk(budget_tokens=96)
     roles = tuple(method.layer_roles(LAYERS))
     buffers = DecodeBuffers(MOST_ROWS, SIZE, [CONFIGURED, method], LIST_TOKENS, torch.device("cpu"))
     both = DecodeGraphs(buffers, [CONFIGURED, method], LAYERS, speculative=False)
@@ -200,13 +205,13 @@ def test_rows_that_only_keep_summaries_are_dense_but_known(graphs: DecodeGraphs)
     "method",
     [
         Tidal(),
-        Tidal(budget=100, sink_tokens=60, recent_tokens=40),
+        Tidal(budget_tokens=100, sink_tokens=60, recent_tokens=40),
         BlockTopk(),
-        BlockTopk(budget=48, sink_tokens=17, recent_tokens=31),
-        BlockTopk(budget=16, sink_tokens=0, recent_tokens=0, block=64),
-        BlockTopk(budget=33, sink_tokens=16, recent_tokens=17),
+        BlockTopk(budget_tokens=48, sink_tokens=17, recent_tokens=31),
+        BlockTopk(budget_tokens=16, sink_tokens=0, recent_tokens=0, page_tokens=64),
+        BlockTopk(budget_tokens=33, sink_tokens=16, recent_tokens=17),
         HipDecode(),
-        HipDecode(refresh=(21, 7, 7), sink=7, window=30),
+        HipDecode(refresh_steps=(21, 7, 7), sink_tokens=7, recent_tokens=30),
     ],
     ids=str,
 )
@@ -224,8 +229,8 @@ def test_graphs_hold_default_knobs(kind: type[DecodeMethod]) -> None:
 
 
 def test_settings_hold_the_knobs_of_all_stages() -> None:
-    method = HipDecode(stage_chunks=(128, 64, 32, 16), stage_tokens=(512, 256, 128, 64))
-    assert len(method.stage_chunks) == MOST_STAGES
+    method = HipDecode(stage_block_tokens=(128, 64, 32, 16), stage_budget_tokens=(512, 256, 128, 64))
+    assert len(method.stage_block_tokens) == MOST_STAGES
     assert len(method.row_knobs()) <= MOST_KNOBS
 
 
@@ -287,7 +292,7 @@ def test_steps_without_a_graph_are_reported_as_mixed(graphs: DecodeGraphs) -> No
 
     TABLE.attach(slots_in_metadata=True)
     TABLE.put(1, request(CONFIGURED))
-    TABLE.put(2, request(replace(CONFIGURED, full_layers=0)))
+    TABLE.put(2, request(replace(CONFIGURED, dense_layers=0)))
     try:
         assert graphs_module._graphs_hold(np.array([0, 5]))
         assert graphs_module._graphs_hold(np.array([0, 1]))

@@ -19,14 +19,15 @@ from tests.backend.test_forward import BLOCK, FLEX, PLATFORM, TIDAL, Row, common
 from tests.methods.lists import chunk_allowed
 from tests.oracle import Paged
 from vllm_sparse.config.request import ALL_DENSE, SparseParams
-from vllm_sparse.methods.base import Layer, LayerMemory
 from vllm_sparse.methods.block_topk import BlockTopk
+from vllm_sparse.methods.decode import LayerMemory
+from vllm_sparse.methods.prefill import Layer
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.step.requests import TABLE, SparseRequest
 
 BLOCKS, WIDEST_TABLE = 120, 40
-MEANS = SparseParams(None, BlockTopk(budget=160, dense_layers=1, scores="mean", recent_tokens=20))
-BOUNDS = SparseParams(FLEX, BlockTopk(budget=96, dense_layers=3, sink_tokens=0, recent_tokens=0))
+MEANS = SparseParams(None, BlockTopk(budget_tokens=160, dense_layers=1, scores="mean", recent_tokens=20))
+BOUNDS = SparseParams(FLEX, BlockTopk(budget_tokens=96, dense_layers=3, sink_tokens=0, recent_tokens=0))
 PARAMS = pytest.mark.parametrize("params", [MEANS, BOUNDS], ids=["mean", "bounds"])
 
 
@@ -135,7 +136,7 @@ class Worker:
         if (
             row.prefilling
             or not isinstance(decode, BlockTopk)
-            or row.context < max(row.params.min_tokens, decode.budget + 1)
+            or row.context < max(row.params.min_tokens, decode.budget_tokens + 1)
             or layer < decode.dense_layers
         ):
             return oracle.causal_mask(row.tokens, row.context)
@@ -311,7 +312,7 @@ def test_caches_that_cannot_be_summarised_are_refused(
     config = copy.copy(engine.config)
     del config._sparse_server_config
     enabled = {} if methods is None else {"methods": methods}
-    config.additional_config = {"sparse": {**enabled, "blocktopk": {"block": 32}}}
+    config.additional_config = {"sparse": {**enabled, "blocktopk": {"page_tokens": 32}}}
     config.kv_transfer_config = KVTransferConfig(kv_connector=connector, kv_role="kv_both") if connector else None
     if refusal is None:
         check_summaries(config, block)

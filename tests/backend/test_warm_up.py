@@ -11,7 +11,7 @@ import torch
 
 from tests.backend.conftest import HEAD_SIZE, KV_HEADS, Engine
 from vllm_sparse.backend.warm_up import PrefillWarmUp, doubling
-from vllm_sparse.methods.base import PrefillMethod
+from vllm_sparse.methods.prefill import PrefillMethod
 from vllm_sparse.methods.registry import PREFILL_METHODS
 from vllm_sparse.pages import PageList
 

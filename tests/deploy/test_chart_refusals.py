@@ -31,7 +31,7 @@ WRONG_SCHEMA: list[tuple[dict[str, Any], str]] = [
     (one_model(sparse={"methods": ["quest"]}), "methods"),
     (one_model(sparse={"min_tokens": "8k"}), "min_tokens"),
     (one_model(sparse={"flexprefill": {"gamma": 1.5}}), "gamma"),
-    (one_model(sparse={"flexprefill": {"query_block": 96}}), "query_block"),
+    (one_model(sparse={"flexprefill": {"query_block_tokens": 96}}), "query_block_tokens"),
     (one_model(cache={"kind": "hostPath"}), "kind"),
     (one_model(cache={"size": "lots"}), "size"),
     (one_model(image={"digest": "sha256:abc"}), "digest"),
@@ -105,15 +105,21 @@ def test_the_schema_is_a_schema() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_schema_bounds_every_knob(method: str) -> None:
-    """A wrong type for each knob of each method is refused, the default accepted."""
+    """A wrong type for each knob of each method is refused, the default accepted, under its former name too."""
     knobs = {
         knob: schema
         for phase, methods in PHASES.items()
         if method in methods
         for knob, schema in knob_schema(phase, method).items()
     }
+    former = {
+        knob: knobs[present]
+        for methods in PHASES.values()
+        if method in methods
+        for knob, present in methods[method].former_names.items()
+    }
     chart = helm_python.Chart.load(CHART)
-    for knob, schema in knobs.items():
+    for knob, schema in (knobs | former).items():
         chart.validate_schema(one_model(sparse={method: {knob: schema["default"]}}))
         with pytest.raises(helm_python.HelmValuesError):
             chart.validate_schema(one_model(sparse={method: {knob: {"not": "a knob's value"}}}))

@@ -15,7 +15,7 @@ from tests.test_command import run
 from vllm_sparse.inspect.command import main
 
 MODEL = Path(__file__).parents[2] / "loadtest" / "model" / "weights"
-BOTH = {"sparse_prefill": "sale", "sparse_decode": "blocktopk", "blocktopk_budget": 128, "sparse_min_tokens": 0}
+BOTH = {"sparse_prefill": "sale", "sparse_decode": "blocktopk", "blocktopk_budget_tokens": 128, "sparse_min_tokens": 0}
 
 
 def arguments_of(prompt: Path | str, extras: Any, output: Path, *more: str, model: Path | str = MODEL) -> list[str]:

@@ -18,22 +18,30 @@ from tests import oracle
 from tests.oracle import Paged
 from vllm_sparse.inspect.kept import MOST_CELLS, DecodeInspection, KeptLayer, PromptInspection
 from vllm_sparse.inspect.page import Inspected, render
-from vllm_sparse.methods.base import Layer, LayerMemory, PrefillMethod
 from vllm_sparse.methods.block_topk import BlockTopk
+from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.hip import Hip
+from vllm_sparse.methods.prefill import Layer, PrefillMethod
 from vllm_sparse.methods.sale import Sale
 from vllm_sparse.methods.tidal import Tidal
 
 HEADS, KV_HEADS, HEAD_SIZE, SCALE = 4, 2, 32, 0.2
 
 METHODS = [
-    FlexPrefill(gamma=0.1, min_budget=128, dense_layers=1),
-    FlexPrefill(gamma=0.05, min_budget=128, tau=0, rows="kv_head", query_block=64),
+    FlexPrefill(gamma=0.1, min_budget_tokens=128, dense_layers=1),
+    FlexPrefill(gamma=0.05, min_budget_tokens=128, divergence_threshold=0, list_per="kv_head", query_block_tokens=64),
     Sale(tau=8),
     Dhsa(density=0.3),
-    Hip(stage_chunks=(64, 16), stage_tokens=(256, 64), query_stride=(4, 4), sink=32, window=64, dense_tail=0),
+    Hip(
+        stage_block_tokens=(64, 16),
+        stage_budget_tokens=(256, 64),
+        query_stride=(4, 4),
+        sink_tokens=32,
+        recent_tokens=64,
+        dense_tail_tokens=0,
+    ),
 ]
 
 
@@ -109,12 +117,12 @@ def listed(
         chunk_query = query[:, start:stop].transpose(0, 1)
         lists = method.select(chunk_query, data.reader(0), SCALE, method.page_tokens, Layer(1, 0))
         having = method.list_heads(HEADS, KV_HEADS)
-        blocks = -(-(stop - start) // method.query_block)
+        blocks = -(-(stop - start) // method.query_block_tokens)
         for head in range(HEADS):
             for block in range(blocks):
                 row = (head * having // HEADS) * blocks + block
-                first = start + block * method.query_block
-                last = min(first + method.query_block, stop)
+                first = start + block * method.query_block_tokens
+                last = min(first + method.query_block_tokens, stop)
                 # Pages are read as a whole, what a row may see of them is causal.
                 pages = oracle.live_pages(lists, row)
                 for page in pages:
@@ -151,15 +159,15 @@ def test_a_prompts_page_is_what_was_kept(
 def cells(tokens: torch.Tensor, method: PrefillMethod) -> torch.Tensor:
     """Whether a query block reads any token of a page: bool ``[blocks, pages]``."""
     rows, columns = tokens.shape
-    padded = torch.nn.functional.pad(tokens, (0, -columns % method.page_tokens, 0, -rows % method.query_block))
-    blocks, pages = -(-rows // method.query_block), -(-columns // method.page_tokens)
-    return padded.view(blocks, method.query_block, pages, method.page_tokens).any(3).any(1)
+    padded = torch.nn.functional.pad(tokens, (0, -columns % method.page_tokens, 0, -rows % method.query_block_tokens))
+    blocks, pages = -(-rows // method.query_block_tokens), -(-columns // method.page_tokens)
+    return padded.view(blocks, method.query_block_tokens, pages, method.page_tokens).any(3).any(1)
 
 
 def test_darker_cells_have_more_attention(generator: torch.Generator) -> None:
     """Both of what was read and of what was missed."""
     query, key = inputs(1024, generator)
-    method = FlexPrefill(gamma=0.1, min_budget=128, tau=0)
+    method = FlexPrefill(gamma=0.1, min_budget_tokens=128, divergence_threshold=0)
     page = page_of([PromptInspection(method, 0, 4096, True).observe(0, query, key, SCALE)], None)
     weight = oracle.probabilities(query.transpose(0, 1), key, SCALE, oracle.causal_mask(1024, 1024))
     mass = weight.view(HEADS, 8, 128, 8, 128).sum(4).mean(2)
@@ -174,12 +182,12 @@ def test_darker_cells_have_more_attention(generator: torch.Generator) -> None:
 
 
 DECODE_METHODS: list[tuple[Any, list[str]]] = [
-    (Tidal(budget=64, sink_tokens=4, recent_tokens=8, full_layers=1), ["dense", "select", "reuse", "reuse"]),
+    (Tidal(budget_tokens=64, sink_tokens=4, recent_tokens=8, dense_layers=1), ["dense", "select", "reuse", "reuse"]),
     (
-        Tidal(budget=96, lists="query_head", selection_reads="list", full_layers=0),
+        Tidal(budget_tokens=96, list_per="query_head", selection_reads="list", dense_layers=0),
         ["choose", "reuse", "reuse", "choose"],
     ),
-    (BlockTopk(budget=96, dense_layers=2), ["dense", "dense", "choose", "choose"]),
+    (BlockTopk(budget_tokens=96, dense_layers=2), ["dense", "dense", "choose", "choose"]),
 ]
 
 
@@ -219,7 +227,13 @@ def test_a_decode_steps_page_is_what_was_kept(method: Any, roles: list[str], gen
 
 def test_a_long_prompt_is_shrunk_and_its_numbers_are_not(generator: torch.Generator) -> None:
     """And without the true attention there are densities alone."""
-    method = Hip(stage_chunks=(64, 16), stage_tokens=(512, 128), query_stride=(4, 4), sink=32, window=64)
+    method = Hip(
+        stage_block_tokens=(64, 16),
+        stage_budget_tokens=(512, 128),
+        query_stride=(4, 4),
+        sink_tokens=32,
+        recent_tokens=64,
+    )
     tokens = MOST_CELLS * method.page_tokens + 300
     query, key = inputs(tokens, generator)
     shrunk = page_of([PromptInspection(method, 0, 8192, False).observe(0, query, key, SCALE)], None)
@@ -228,7 +242,10 @@ def test_a_long_prompt_is_shrunk_and_its_numbers_are_not(generator: torch.Genera
     for head in range(HEADS):
         figure = shrunk.figures["prefill", 0, head]
         # Two pages a column, the first of which is read by all.
-        assert figure.pixels.shape[:2] == (-(-tokens // method.query_block), -(-tokens // method.page_tokens // 2))
+        assert figure.pixels.shape[:2] == (
+            -(-tokens // method.query_block_tokens),
+            -(-tokens // method.page_tokens // 2),
+        )
         assert bool(figure.read[:, 0].all())
         expected = float(kept[head].sum() / (tokens * (tokens + 1) / 2))
         assert float(figure.data["data-density"]) == pytest.approx(expected, abs=1e-5)
@@ -241,7 +258,7 @@ def test_a_long_prompt_is_shrunk_and_its_numbers_are_not(generator: torch.Genera
 
 def test_a_page_needs_nothing_from_elsewhere(generator: torch.Generator) -> None:
     query, key = inputs(600, generator)
-    layer = PromptInspection(FlexPrefill(gamma=0.4, min_budget=128), 0, 4096, True).observe(0, query, key, SCALE)
+    layer = PromptInspection(FlexPrefill(gamma=0.4, min_budget_tokens=128), 0, 4096, True).observe(0, query, key, SCALE)
     text = render(
         Inspected("t", {"prompt": "<script>alert(1)</script>"}, [layer], None, {"prefill": "", "decode": ""}, True)
     )

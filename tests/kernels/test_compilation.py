@@ -16,7 +16,8 @@ from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, LayerLaunches,
 from vllm_sparse.backend.graphs import DENSE_ROW
 from vllm_sparse.backend.warm_up import warm_up_chunks
 from vllm_sparse.keys import PlainKeys
-from vllm_sparse.methods.base import BatchDecodeMethod, Layer, PrefillMethod
+from vllm_sparse.methods.decode import BatchDecodeMethod
+from vllm_sparse.methods.prefill import Layer, PrefillMethod
 from vllm_sparse.methods.registry import DECODE_METHODS, PREFILL_METHODS
 from vllm_sparse.step.launch import Executor, Launch
 from vllm_sparse.step.plan import layer_roles

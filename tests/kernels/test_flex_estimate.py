@@ -14,8 +14,8 @@ from tests.oracle import PACKED, PLAIN, Platform
 from vllm_sparse.kernels.flex_estimate import flex_estimate, token_profiles
 from vllm_sparse.kernels.token_scores import token_scores
 from vllm_sparse.keys import PlainKeys
-from vllm_sparse.methods.base import Layer
 from vllm_sparse.methods.flexprefill import FlexPrefill
+from vllm_sparse.methods.prefill import Layer
 
 BLOCK = 128
 SCALE = 0.13

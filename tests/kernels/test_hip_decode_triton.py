@@ -14,8 +14,8 @@ from tests.kernels.hopper import compile_for_hopper, spilled_bytes
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from tests.oracle import Paged, Platform
 from vllm_sparse.kernels.hip_decode import ROW_KNOBS, STAGE_KNOBS, RowMemory, StageMemory, StageScratch, token_lists
-from vllm_sparse.methods.base import LayerMemory
-from vllm_sparse.methods.hip_decode import HipDecode
+from vllm_sparse.methods.decode import LayerMemory
+from vllm_sparse.methods.hip import HipDecode
 from vllm_sparse.step.rows import DecodeRows, TokenLists
 
 pytest.importorskip("triton")
@@ -29,7 +29,13 @@ Stages = tuple[tuple[int, int, int], ...]
 
 def hip(stages: Stages, sink: int, window: int) -> HipDecode:
     lengths, tokens, refresh = zip(*stages, strict=True)
-    return HipDecode(stage_chunks=lengths, stage_tokens=tokens, refresh=refresh, sink=sink, window=window)
+    return HipDecode(
+        stage_block_tokens=lengths,
+        stage_budget_tokens=tokens,
+        refresh_steps=refresh,
+        sink_tokens=sink,
+        recent_tokens=window,
+    )
 
 
 ONE = hip(((16, 80, 3),), 0, 0)

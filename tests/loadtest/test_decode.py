@@ -17,7 +17,7 @@ from loadtest.benchmarks.kernels.timing import graph_seconds, mean_seconds
 from loadtest.benchmarks.kernels.truth import kept_mass
 from tests import oracle
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import LayerMemory
+from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.pages import PageList, concatenate
@@ -72,7 +72,7 @@ def test_recall_is_the_mass_of_the_listed_tokens(
     batch = write_batch(heads_of(generator, 5, 700), 3, BLOCK, most_bytes, seed=1)
     assert batch.copies == (3 if most_bytes else 1)
     assert batch.context_tokens == [698, 699, 700]
-    method = Tidal(budget=192, lists=lists)
+    method = Tidal(budget_tokens=192, list_per=lists)
     launch = decode.selection_of(method, batch)()
     expected = expected_mass(lists_of(method, batch), batch)
     assert 0.1 < expected < 0.999
@@ -82,7 +82,7 @@ def test_recall_is_the_mass_of_the_listed_tokens(
 @needs_executor
 def test_a_list_of_another_rows_tokens_is_noticed(generator: torch.Generator) -> None:
     batch = write_batch(heads_of(generator, 2, 300), 2, BLOCK, EVERYTHING, seed=1)
-    first, second = lists_of(Tidal(budget=128), batch)
+    first, second = lists_of(Tidal(budget_tokens=128), batch)
     launch = write_batch(batch.heads, 2, BLOCK, EVERYTHING, seed=2).launch(concatenate([first, second]))
     with pytest.raises(ValueError, match="names a token of another row"):
         kept_mass(batch, launch)
@@ -91,13 +91,13 @@ def test_a_list_of_another_rows_tokens_is_noticed(generator: torch.Generator) ->
 @needs_executor
 def test_dense_and_full_lists_equal_float64(generator: torch.Generator) -> None:
     batch = write_batch(heads_of(generator, 3, 417), 3, BLOCK, EVERYTHING, seed=3)
-    dense, listed = batch.dense()(), batch.attend(decode.selection_of(Tidal(budget=1024), batch)())
+    dense, listed = batch.dense()(), batch.attend(decode.selection_of(Tidal(budget_tokens=1024), batch)())
     for row in range(3):
         values = oracle.expand(batch.heads.values[:, : batch.context_tokens[row]], 4)
         exact = torch.einsum("hk,hkd->hd", probabilities(batch, row), values)
         oracle.assert_close(dense[row], exact)
         oracle.assert_close(listed[row], exact)
-    density, recall, error = decode.quality(Tidal(budget=1024), [batch], ["choose"])
+    density, recall, error = decode.quality(Tidal(budget_tokens=1024), [batch], ["choose"])
     assert density == pytest.approx(1)
     assert recall == pytest.approx(1, abs=1e-5)
     assert error < 0.01
@@ -107,7 +107,7 @@ def test_dense_and_full_lists_equal_float64(generator: torch.Generator) -> None:
 def test_a_layer_is_judged_by_the_list_that_it_reads(generator: torch.Generator) -> None:
     """Layer 2 reads what layer 1 chose, of other keys."""
     first, second = (write_batch(heads_of(generator, 2, 640), 2, BLOCK, EVERYTHING, seed=4) for _ in range(2))
-    method = Tidal(budget=192)
+    method = Tidal(budget_tokens=192)
     _, recall, error = decode.quality(method, [first, second], ["select", "reuse"])
     lists = lists_of(method, first)
     assert recall == pytest.approx(expected_mass(lists, second), abs=1e-4)
@@ -143,7 +143,7 @@ def test_measuring_gives_a_line_per_budget(name: str, generator: torch.Generator
 @pytest.mark.parametrize("name", list(DECODE_METHODS))
 @pytest.mark.parametrize("budget", [256, 1000, 2048, 4096])
 def test_a_budget_is_what_a_method_reads(name: str, budget: int) -> None:
-    assert 0.85 * budget <= decode.with_budget(name, budget).budget_tokens <= budget
+    assert 0.85 * budget <= DECODE_METHODS[name].with_budget(budget).budget_tokens <= budget
 
 
 @needs_executor
@@ -159,7 +159,7 @@ def test_steps_follow_one_another(generator: torch.Generator) -> None:
             return super().select(query, keys, scale, page_size_tokens, memory)
 
     batch = write_batch(heads_of(generator, 2, 400), 2, BLOCK, EVERYTHING, seed=6)
-    choose = decode.selection_by_request(Watched(budget=128), batch, 3)
+    choose = decode.selection_by_request(Watched(budget_tokens=128), batch, 3)
     launches = [choose() for _ in range(4)]
     assert seen == [397, 398, 398, 399, 399, 400, 397, 398]
     assert torch.equal(launches[0].pages, launches[3].pages)

@@ -11,7 +11,7 @@ from loadtest.benchmarks.kernels.heads import synthetic_heads
 from loadtest.benchmarks.kernels.truth import kept_mass, kept_tokens_of
 from tests import oracle
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
-from vllm_sparse.methods.base import BatchDecodeMethod
+from vllm_sparse.methods.decode import BatchDecodeMethod
 from vllm_sparse.methods.registry import DECODE_METHODS
 
 PLATFORM = oracle.Platform("plain", DEVICE, torch.float32 if DEVICE == "cpu" else torch.bfloat16, None)
@@ -37,7 +37,7 @@ def batch_of(generator: torch.Generator, contexts: list[int]) -> DecodeBatch:
 def test_rows_at_once_choose_as_requests_do(generator: torch.Generator) -> None:
     """In every step after the first."""
     batch = batch_of(generator, [298, 299, 300])
-    methods = [decode.with_budget(name, 96) for name in DECODE_METHODS]
+    methods = [DECODE_METHODS[name].with_budget(96) for name in DECODE_METHODS]
     for method in methods:
         assert isinstance(method, BatchDecodeMethod)
         choose, by_request = (

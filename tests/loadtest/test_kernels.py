@@ -50,7 +50,7 @@ def test_recall_is_the_mass_of_the_listed_keys(
     chunk, context = 300, 1500
     heads = heads_of(chunk, context, 4.0, int(torch.randint(1 << 30, (1,), generator=generator)))
     cache = write_cache(heads, 32, torch.Generator(DEVICE).manual_seed(0))
-    method = FlexPrefill(gamma=0.3, min_budget=128, rows=rows)
+    method = FlexPrefill(gamma=0.3, min_budget_tokens=128, list_per=rows)
     lists = prefill.select(method, cache)
     kept = kept_blocks(lists, context).cpu().repeat_interleave(16, dim=1)[:, :context]
     kept = kept.view(-1, 3, context).repeat_interleave(128, dim=1)[:, :chunk]
@@ -84,7 +84,7 @@ def test_dense_and_full_lists_equal_float64() -> None:
     oracle.assert_close(cache.dense(), exact)
     everything = TrueMass(block_mass(heads), 1.0)
     lists = everything.select(heads.query, cache.keys, heads.scale, 32, FIRST_LAYER)
-    assert recall(everything.mass, lists, everything.query_block, 257, 1000) == pytest.approx(1, abs=1e-5)
+    assert recall(everything.mass, lists, everything.query_block_tokens, 257, 1000) == pytest.approx(1, abs=1e-5)
     assert prefill.density_of(everything, lists, heads) == pytest.approx(1)
 
 

@@ -9,7 +9,7 @@ import torch
 from tests import oracle
 from tests.oracle import Paged, Platform
 from vllm_sparse.backend import chunk as backend_chunk
-from vllm_sparse.methods.base import Layer, PrefillMethod
+from vllm_sparse.methods.prefill import Layer, PrefillMethod
 from vllm_sparse.pages import PageList, to_physical
 from vllm_sparse.step.launch import Executor, Launch
 
@@ -71,10 +71,10 @@ def chunk_allowed(
     context = data.keys[request].shape[1]
     lists = PageList(lists.pages.cpu(), lists.kept_tokens.cpu(), lists.page_size_tokens)
     having = method.list_heads(heads, data.num_kv_heads)
-    blocks = -(-chunk // method.query_block)
+    blocks = -(-chunk // method.query_block_tokens)
     assert lists.pages.shape[0] == having * blocks
     rows = torch.stack([oracle.kept_positions(lists, row, context) for row in range(having * blocks)])
-    by_query = rows.view(having, blocks, context).repeat_interleave(method.query_block, dim=1)[:, :chunk]
+    by_query = rows.view(having, blocks, context).repeat_interleave(method.query_block_tokens, dim=1)[:, :chunk]
     return by_query.repeat_interleave(heads // having, dim=0) & oracle.causal_mask(chunk, context)
 
 

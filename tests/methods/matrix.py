@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import pytest
 
-from vllm_sparse.methods.base import DecodeMethod, PrefillMethod
 from vllm_sparse.methods.block_topk import BlockTopk
+from vllm_sparse.methods.decode import DecodeMethod
 from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
-from vllm_sparse.methods.hip import Hip
-from vllm_sparse.methods.hip_decode import HipDecode
+from vllm_sparse.methods.hip import Hip, HipDecode
+from vllm_sparse.methods.prefill import PrefillMethod
 from vllm_sparse.methods.sale import Sale
+from vllm_sparse.methods.streaming import Streaming, StreamingDecode
 from vllm_sparse.methods.tidal import Tidal
 
 
@@ -59,89 +60,141 @@ class DecodeCase:
 
 PREFILL = [
     PrefillCase("flex-default", FlexPrefill()),
-    PrefillCase("flex-sparse", FlexPrefill(gamma=0.3, min_budget=0)),
-    PrefillCase("flex-sparse-lines-only", FlexPrefill(gamma=0.5, tau=0.0, min_budget=128)),
-    PrefillCase("flex-pooled-only", FlexPrefill(gamma=0.4, tau=1.0, min_budget=0)),
-    PrefillCase("flex-capped", FlexPrefill(gamma=0.99, min_budget=0, max_budget=256)),
-    PrefillCase("flex-faithful", FlexPrefill(gamma=0.5, min_budget=256, faithful=True)),
-    PrefillCase("flex-faithful-pooled", FlexPrefill(gamma=0.5, tau=1.0, min_budget=0, faithful=True)),
+    PrefillCase("flex-sparse", FlexPrefill(gamma=0.3, min_budget_tokens=0)),
+    PrefillCase("flex-sparse-lines-only", FlexPrefill(gamma=0.5, divergence_threshold=0.0, min_budget_tokens=128)),
+    PrefillCase("flex-pooled-only", FlexPrefill(gamma=0.4, divergence_threshold=1.0, min_budget_tokens=0)),
+    PrefillCase("flex-capped", FlexPrefill(gamma=0.99, min_budget_tokens=0, max_budget_tokens=256)),
+    PrefillCase("flex-faithful", FlexPrefill(gamma=0.5, min_budget_tokens=256, faithful=True)),
+    PrefillCase(
+        "flex-faithful-pooled", FlexPrefill(gamma=0.5, divergence_threshold=1.0, min_budget_tokens=0, faithful=True)
+    ),
     PrefillCase("flex-dense", FlexPrefill(gamma=1.0)),
-    PrefillCase("flex-64", FlexPrefill(gamma=0.4, min_budget=128, query_block=64)),
-    PrefillCase("flex-64-pooled", FlexPrefill(gamma=0.4, tau=1.0, min_budget=0, query_block=64, faithful=True)),
-    PrefillCase("flex-kv-head", FlexPrefill(gamma=0.4, min_budget=128, rows="kv_head")),
+    PrefillCase("flex-64", FlexPrefill(gamma=0.4, min_budget_tokens=128, query_block_tokens=64)),
+    PrefillCase(
+        "flex-64-pooled",
+        FlexPrefill(gamma=0.4, divergence_threshold=1.0, min_budget_tokens=0, query_block_tokens=64, faithful=True),
+    ),
+    PrefillCase("flex-kv-head", FlexPrefill(gamma=0.4, min_budget_tokens=128, list_per="kv_head")),
     PrefillCase("dhsa-default", Dhsa()),
-    PrefillCase("dhsa-16", Dhsa(chunk=16, budget=288, sink=20, local=40, dense_tail=0)),
-    PrefillCase("dhsa-layer", Dhsa(chunk=128, density=0.4, heads="layer", rows="kv_head", dense_tail=1)),
+    PrefillCase(
+        "dhsa-16", Dhsa(key_block_tokens=16, budget_tokens=288, sink_tokens=20, recent_tokens=40, dense_tail_tokens=0)
+    ),
+    PrefillCase(
+        "dhsa-layer",
+        Dhsa(key_block_tokens=128, density=0.4, scores_per="layer", list_per="kv_head", dense_tail_tokens=1),
+    ),
     PrefillCase(
         "dhsa-adaptive",
-        Dhsa(chunks="adaptive", budget=200, sink=0, local=0, heads="kv_head", query_block=64, dense_tail=16),
+        Dhsa(
+            key_blocks="adaptive",
+            budget_tokens=200,
+            sink_tokens=0,
+            recent_tokens=0,
+            scores_per="kv_head",
+            query_block_tokens=64,
+            dense_tail_tokens=16,
+        ),
         keeps_sink=False,
     ),
     PrefillCase("sale-sparse", Sale(tau=0.25)),
     PrefillCase("sale-4-bits", Sale(tau=0.25, bits=4, page_bounds=False)),
-    PrefillCase("sale-kv-head-128", Sale(tau=0.3, sink=64, local=0, query_block=128, rows="kv_head")),
+    PrefillCase(
+        "sale-kv-head-128", Sale(tau=0.3, sink_tokens=64, recent_tokens=0, query_block_tokens=128, list_per="kv_head")
+    ),
     PrefillCase("hip-default", Hip()),
     PrefillCase(
         "hip-small",
-        Hip(stage_chunks=(64, 16), stage_tokens=(256, 96), query_stride=(4, 1), sink=20, window=40, heads="query_head"),
+        Hip(
+            stage_block_tokens=(64, 16),
+            stage_budget_tokens=(256, 96),
+            query_stride=(4, 1),
+            sink_tokens=20,
+            recent_tokens=40,
+            scores_per="query_head",
+        ),
     ),
     PrefillCase(
         "hip-layer",
         Hip(
-            stage_chunks=(32,),
-            stage_tokens=(160,),
+            stage_block_tokens=(32,),
+            stage_budget_tokens=(160,),
             query_stride=(2,),
-            sink=0,
-            window=0,
-            dense_tail=0,
-            heads="layer",
-            query_block=128,
-            rows="query_head",
+            sink_tokens=0,
+            recent_tokens=0,
+            dense_tail_tokens=0,
+            scores_per="layer",
+            query_block_tokens=128,
+            list_per="query_head",
         ),
         keeps_sink=False,
     ),
+    PrefillCase("streaming-default", Streaming()),
+    PrefillCase("streaming-small", Streaming(recent_tokens=200)),
+    PrefillCase("streaming-odd", Streaming(sink_tokens=37, recent_tokens=1, query_block_tokens=64)),
+    PrefillCase("streaming-window", Streaming(sink_tokens=0, recent_tokens=100, list_per="query_head"), False),
 ]
 PREFILL_DENSE = [
     PrefillCase("flex-gamma-1", FlexPrefill(gamma=1.0)),
     PrefillCase("flex-gamma-1-faithful", FlexPrefill(gamma=1.0, faithful=True)),
-    PrefillCase("flex-min-budget", FlexPrefill(gamma=0.1, tau=0.0, min_budget=1 << 24)),
-    PrefillCase("dhsa-density-1", Dhsa(density=1.0, sink=0, local=0, dense_tail=0)),
-    PrefillCase("dhsa-budget", Dhsa(chunks="adaptive", budget=700, heads="layer", rows="kv_head", dense_tail=0)),
+    PrefillCase("flex-min-budget", FlexPrefill(gamma=0.1, divergence_threshold=0.0, min_budget_tokens=1 << 24)),
+    PrefillCase("dhsa-density-1", Dhsa(density=1.0, sink_tokens=0, recent_tokens=0, dense_tail_tokens=0)),
+    PrefillCase(
+        "dhsa-budget",
+        Dhsa(key_blocks="adaptive", budget_tokens=700, scores_per="layer", list_per="kv_head", dense_tail_tokens=0),
+    ),
     PrefillCase(
         "hip-tokens",
-        Hip(stage_chunks=(64, 16), stage_tokens=(704, 704), query_stride=(4, 1), sink=0, window=0, dense_tail=0),
+        Hip(
+            stage_block_tokens=(64, 16),
+            stage_budget_tokens=(704, 704),
+            query_stride=(4, 1),
+            sink_tokens=0,
+            recent_tokens=0,
+            dense_tail_tokens=0,
+        ),
     ),
     PrefillCase("sale-tau-0", Sale(tau=0.0)),
+    PrefillCase("streaming-window", Streaming(sink_tokens=20, recent_tokens=680)),
 ]
 DECODE = [
     DecodeCase("tidal-default", Tidal(), 16, 64),
-    DecodeCase("tidal-small", Tidal(budget=128), 16, 64),
-    DecodeCase("tidal-query-head", Tidal(budget=96, lists="query_head"), 16, 64, 0),
-    DecodeCase("tidal-nothing-forced", Tidal(budget=64, sink_tokens=0, recent_tokens=0), 0, 1),
-    DecodeCase("tidal-odd-forced", Tidal(budget=200, sink_tokens=5, recent_tokens=129), 5, 129),
-    DecodeCase("tidal-all-forced", Tidal(budget=160, sink_tokens=80, recent_tokens=80), 80, 80),
-    DecodeCase("tidal-minimum", Tidal(budget=16, sink_tokens=0, recent_tokens=3, lists="query_head"), 0, 3, 0),
+    DecodeCase("tidal-small", Tidal(budget_tokens=128), 16, 64),
+    DecodeCase("tidal-query-head", Tidal(budget_tokens=96, list_per="query_head"), 16, 64, 0),
+    DecodeCase("tidal-nothing-forced", Tidal(budget_tokens=64, sink_tokens=0, recent_tokens=0), 0, 1),
+    DecodeCase("tidal-odd-forced", Tidal(budget_tokens=200, sink_tokens=5, recent_tokens=129), 5, 129),
+    DecodeCase("tidal-all-forced", Tidal(budget_tokens=160, sink_tokens=80, recent_tokens=80), 80, 80),
+    DecodeCase(
+        "tidal-minimum", Tidal(budget_tokens=16, sink_tokens=0, recent_tokens=3, list_per="query_head"), 0, 3, 0
+    ),
     DecodeCase("blocktopk-default", BlockTopk(), 16, 64, unit_tokens=16),
-    DecodeCase("blocktopk-mean", BlockTopk(budget=160, scores="mean"), 16, 64, unit_tokens=16),
+    DecodeCase("blocktopk-mean", BlockTopk(budget_tokens=160, scores="mean"), 16, 64, unit_tokens=16),
     DecodeCase(
         "blocktopk-32",
-        BlockTopk(budget=96, block=32, scores="mean", sink_tokens=0, recent_tokens=0),
+        BlockTopk(budget_tokens=96, page_tokens=32, scores="mean", sink_tokens=0, recent_tokens=0),
         0,
         1,
         unit_tokens=32,
     ),
     DecodeCase(
         "blocktopk-64",
-        BlockTopk(budget=200, block=64, sink_tokens=5, recent_tokens=129),
+        BlockTopk(budget_tokens=200, page_tokens=64, sink_tokens=5, recent_tokens=129),
         5,
         129,
         unit_tokens=64,
     ),
-    DecodeCase("blocktopk-all-forced", BlockTopk(budget=160, sink_tokens=80, recent_tokens=80), 80, 80, unit_tokens=16),
+    DecodeCase(
+        "blocktopk-all-forced", BlockTopk(budget_tokens=160, sink_tokens=80, recent_tokens=80), 80, 80, unit_tokens=16
+    ),
     DecodeCase("hip-default", HipDecode(), 256, 1025, choice_tokens=16, slack_tokens=300),
     DecodeCase(
         "hip-small",
-        HipDecode(stage_chunks=(64, 16), stage_tokens=(256, 96), refresh=(5, 2), sink=20, window=40),
+        HipDecode(
+            stage_block_tokens=(64, 16),
+            stage_budget_tokens=(256, 96),
+            refresh_steps=(5, 2),
+            sink_tokens=20,
+            recent_tokens=40,
+        ),
         20,
         41,
         choice_tokens=16,
@@ -149,20 +202,38 @@ DECODE = [
     ),
     DecodeCase(
         "hip-nothing-forced",
-        HipDecode(stage_chunks=(32,), stage_tokens=(160,), refresh=(1,), sink=0, window=0),
+        HipDecode(
+            stage_block_tokens=(32,), stage_budget_tokens=(160,), refresh_steps=(1,), sink_tokens=0, recent_tokens=0
+        ),
         0,
         1,
         choice_tokens=16,
         slack_tokens=61,
     ),
+    DecodeCase("streaming-default", StreamingDecode(), 4, 4096),
+    DecodeCase("streaming-small", StreamingDecode(recent_tokens=100), 4, 100),
+    DecodeCase("streaming-odd", StreamingDecode(sink_tokens=37, recent_tokens=1), 37, 1),
 ]
 DECODE_DENSE = [
-    DecodeCase("tidal-budget", Tidal(budget=1 << 24), 16, 64),
-    DecodeCase("tidal-budget-query-head", Tidal(budget=1 << 24, lists="query_head"), 16, 64, 0),
-    DecodeCase("blocktopk-budget", BlockTopk(budget=1 << 24), 16, 64, unit_tokens=16),
-    DecodeCase("blocktopk-budget-mean", BlockTopk(budget=1000, block=64, scores="mean"), 16, 64, unit_tokens=64),
-    DecodeCase("hip-tokens", HipDecode(stage_chunks=(64, 16), stage_tokens=(1024, 1024), sink=0, window=0), 0, 1),
-    DecodeCase("hip-forced", HipDecode(stage_chunks=(16,), stage_tokens=(16,), sink=500, window=500), 500, 501),
+    DecodeCase("tidal-budget", Tidal(budget_tokens=1 << 24), 16, 64),
+    DecodeCase("tidal-budget-query-head", Tidal(budget_tokens=1 << 24, list_per="query_head"), 16, 64, 0),
+    DecodeCase("blocktopk-budget", BlockTopk(budget_tokens=1 << 24), 16, 64, unit_tokens=16),
+    DecodeCase(
+        "blocktopk-budget-mean", BlockTopk(budget_tokens=1000, page_tokens=64, scores="mean"), 16, 64, unit_tokens=64
+    ),
+    DecodeCase(
+        "hip-tokens",
+        HipDecode(stage_block_tokens=(64, 16), stage_budget_tokens=(1024, 1024), sink_tokens=0, recent_tokens=0),
+        0,
+        1,
+    ),
+    DecodeCase(
+        "hip-forced",
+        HipDecode(stage_block_tokens=(16,), stage_budget_tokens=(16,), sink_tokens=500, recent_tokens=500),
+        500,
+        501,
+    ),
+    DecodeCase("streaming-window", StreamingDecode(sink_tokens=0, recent_tokens=1000), 0, 1000),
 ]
 
 prefill_cases = pytest.mark.parametrize("case", PREFILL, ids=lambda case: case.name)

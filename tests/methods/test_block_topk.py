@@ -13,8 +13,9 @@ from tests import oracle
 from tests.oracle import PLAIN, SELECTING, Paged, Platform
 from vllm_sparse.kernels.page_scores import page_scores
 from vllm_sparse.kernels.page_summaries import read_summaries, store_summaries
-from vllm_sparse.methods.base import KnobError, LayerMemory
 from vllm_sparse.methods.block_topk import BlockTopk
+from vllm_sparse.methods.decode import LayerMemory
+from vllm_sparse.methods.knobs import KnobError
 
 SCALE = 0.15
 both_scores = pytest.mark.parametrize("scores", ["mean", "bounds"])
@@ -22,7 +23,7 @@ both_scores = pytest.mark.parametrize("scores", ["mean", "bounds"])
 
 def plain(budget: int, **knobs: Any) -> BlockTopk:
     """Nothing forced but the newest token's page."""
-    return BlockTopk(budget=budget, **{"sink_tokens": 0, "recent_tokens": 0, **knobs})
+    return BlockTopk(budget_tokens=budget, **{"sink_tokens": 0, "recent_tokens": 0, **knobs})
 
 
 def live(method: BlockTopk, query: torch.Tensor, data: Paged, page: int = 16, scale: float = SCALE) -> list[list[int]]:
@@ -35,7 +36,7 @@ def logits(method: BlockTopk, query: torch.Tensor, data: Paged) -> torch.Tensor:
     """Float64 ``[query_heads, pages]`` from the definitions."""
     product = query.double().cpu().unsqueeze(1)
     columns = []
-    for page in torch.split(oracle.expand(data.keys[0], query.shape[0]), method.block, dim=1):
+    for page in torch.split(oracle.expand(data.keys[0], query.shape[0]), method.page_tokens, dim=1):
         if method.scores == "mean":
             columns.append((product * page.mean(1, keepdim=True)).sum(2))
         else:
@@ -71,7 +72,7 @@ def test_the_list_holds_the_best_pages(
 ) -> None:
     data = oracle.random_paged(PLAIN, generator, [context], kv_heads, 32, 64)
     query = oracle.random_tensor(PLAIN, generator, heads, 32, spread=2)
-    method = plain(192, block=block, scores=scores)
+    method = plain(192, page_tokens=block, scores=scores)
     expected = merged(method, query, data)
     for row, pages in enumerate(live(method, query, data, block)):
         assert_best(pages, expected[row], 192 // block)
@@ -85,7 +86,7 @@ def test_bounds_never_underestimate_a_key(block: int, context: int, generator: t
     for platform in (PLAIN, Platform("plain-bfloat16", "cpu", torch.bfloat16, None)):
         data = oracle.random_paged(platform, generator, [context], 1, 32, 64)
         query = oracle.random_tensor(platform, generator, 1, 32, spread=3)
-        method = plain(16, block=block, scores="bounds")
+        method = plain(16, page_tokens=block, scores="bounds")
         scores = page_scores(query, read_summaries(data.reader(0), method.summaries), 1.0)[0].double()
         products = (data.keys[0][0].double() * query[0].double()).sum(1)
         bounds = scores - scores[-1] + products[-1]
@@ -121,7 +122,7 @@ def test_forced_tokens_are_in_every_list(
     query = torch.ones(4, 32, dtype=platform.dtype, device=platform.device)
     forced = {*range(sink), *range(context - recent, context)}
     for method, expected in (
-        (BlockTopk(budget=128, sink_tokens=sink, recent_tokens=recent, scores=scores), forced),
+        (BlockTopk(budget_tokens=128, sink_tokens=sink, recent_tokens=recent, scores=scores), forced),
         (plain(128, scores=scores), {context - 1}),
     ):
         lists = method.select(query, data.reader(0), SCALE, page, LayerMemory())
@@ -179,7 +180,7 @@ def test_heads_are_merged_by_probability(scores: Any, generator: torch.Generator
 def test_finer_pages_keep_the_same_tokens(scores: Any, block: Any, generator: torch.Generator) -> None:
     data = oracle.random_paged(PLAIN, generator, [1003], 2, 32, 64)
     query = oracle.random_tensor(PLAIN, generator, 8, 32)
-    method = BlockTopk(budget=224, block=block, scores=scores)
+    method = BlockTopk(budget_tokens=224, page_tokens=block, scores=scores)
     kept = []
     for page in (1, 16, block):
         lists = method.select(query, data.reader(0), SCALE, page, LayerMemory())
@@ -196,7 +197,7 @@ def test_a_coarser_page_is_worth_its_best_scored_page(
     context = 1000
     data = oracle.random_paged(PLAIN, generator, [context], 1, 32, 192)
     query = oracle.random_tensor(PLAIN, generator, 2, 32)
-    method = plain(2 * page, block=block, scores=scores)
+    method = plain(2 * page, page_tokens=block, scores=scores)
     by_token = merged(method, query, data)[0].repeat_interleave(block)[:context]
     worth = torch.stack([part.max() for part in torch.split(by_token, page)])
     (pages,) = live(method, query, data, page)
@@ -208,10 +209,10 @@ def test_a_coarser_page_is_worth_its_best_scored_page(
 def test_only_summaries_are_read_where_they_are_kept(scores: Any, generator: torch.Generator) -> None:
     data = oracle.random_paged(PLAIN, generator, [1000], 2, 32, 64)
     query = oracle.random_tensor(PLAIN, generator, 8, 32)
-    method = BlockTopk(budget=256, scores=scores)
+    method = BlockTopk(budget_tokens=256, scores=scores)
     expected = live(method, query, data)
     keys = data.reader(0)
-    shape = data.kv_cache.shape[0], 2, 64 // method.block, method.summaries.width(32)
+    shape = data.kv_cache.shape[0], 2, 64 // method.page_tokens, method.summaries.width(32)
     keys.summaries = torch.full(shape, oracle.NAN)
     store_summaries(keys, method.summaries, 0)
     data.kv_cache.fill_(oracle.NAN)
@@ -229,4 +230,4 @@ def test_roles_follow_the_knob() -> None:
 
 def test_a_budget_that_does_not_hold_the_forced_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="64 tokens do not hold sink_tokens 16 and recent_tokens 64"):
-        BlockTopk(budget=64)
+        BlockTopk(budget_tokens=64)

@@ -17,7 +17,8 @@ from tests.methods.lists import FIRST_LAYER, attend_chunk, chunk_allowed, same_l
 from tests.oracle import EXECUTING, PLAIN, SELECTING, Paged, Platform
 from vllm_sparse.kernels.block_scores import KeyBlocks
 from vllm_sparse.kernels.page_list import query_blocks
-from vllm_sparse.methods.dhsa import PAGE_TOKENS, UNBOUNDED_TOKENS, Dhsa
+from vllm_sparse.methods.dhsa import PAGE_TOKENS, Dhsa
+from vllm_sparse.methods.knobs import UNBOUNDED_TOKENS
 
 SCALE = 0.11
 # Whole prompts and chunks; chunk starts on the key grid and off it.
@@ -26,7 +27,7 @@ CHUNKS = [(1000, 1000), (1024, 1024), (512, 1024), (300, 1000), (257, 1153), (12
 
 def nothing_forced(**knobs: Any) -> Dhsa:
     """Only what a row needs to be causal is forced, but for other knobs given."""
-    return Dhsa(**{"sink": 0, "local": 0, "dense_tail": 0, **knobs})
+    return Dhsa(**{"sink_tokens": 0, "recent_tokens": 0, "dense_tail_tokens": 0, **knobs})
 
 
 def changing(
@@ -67,13 +68,13 @@ def page_scores(scores: torch.Tensor, start: torch.Tensor, context: int) -> torc
 
 def forced(method: Dhsa, chunks: KeyBlocks, chunk: int, context: int) -> torch.Tensor:
     """Bool ``[query_blocks, context]``: tokens that the method promises, and may not count against the best."""
-    first, last = query_blocks(chunk, context, method.query_block, torch.device("cpu"))
+    first, last = query_blocks(chunk, context, method.query_block_tokens, torch.device("cpu"))
     position = torch.arange(context)
     end = chunks.start.cpu()[1:][torch.searchsorted(chunks.start.cpu(), position, right=True) - 1]
     is_open = end + chunks.look_ahead_tokens > last.unsqueeze(1) + 1
-    tail = (last >= context - method.dense_tail).unsqueeze(1)
-    local = position >= (first - method.local).unsqueeze(1)
-    return ((position < method.sink) | local | is_open | tail) & (position <= last.unsqueeze(1))
+    tail = (last >= context - method.dense_tail_tokens).unsqueeze(1)
+    local = position >= (first - method.recent_tokens).unsqueeze(1)
+    return ((position < method.sink_tokens) | local | is_open | tail) & (position <= last.unsqueeze(1))
 
 
 def to_pages(tokens: torch.Tensor) -> torch.Tensor:
@@ -99,11 +100,27 @@ def assert_best(mask: torch.Tensor, scores: torch.Tensor, must: torch.Tensor, la
 
 
 MODES = [
-    Dhsa(budget=320, sink=64, local=40, dense_tail=100),
-    Dhsa(budget=320, sink=64, local=40, dense_tail=100, chunks="adaptive"),
-    Dhsa(density=0.25, sink=0, local=0, dense_tail=0, chunk=16, query_block=64, heads="kv_head"),
-    Dhsa(density=0.3, sink=1, local=0, dense_tail=1, chunk=128, query_block=64),
-    Dhsa(budget=224, sink=0, local=0, dense_tail=0, chunks="adaptive", query_block=64, heads="layer"),
+    Dhsa(budget_tokens=320, sink_tokens=64, recent_tokens=40, dense_tail_tokens=100),
+    Dhsa(budget_tokens=320, sink_tokens=64, recent_tokens=40, dense_tail_tokens=100, key_blocks="adaptive"),
+    Dhsa(
+        density=0.25,
+        sink_tokens=0,
+        recent_tokens=0,
+        dense_tail_tokens=0,
+        key_block_tokens=16,
+        query_block_tokens=64,
+        scores_per="kv_head",
+    ),
+    Dhsa(density=0.3, sink_tokens=1, recent_tokens=0, dense_tail_tokens=1, key_block_tokens=128, query_block_tokens=64),
+    Dhsa(
+        budget_tokens=224,
+        sink_tokens=0,
+        recent_tokens=0,
+        dense_tail_tokens=0,
+        key_blocks="adaptive",
+        query_block_tokens=64,
+        scores_per="layer",
+    ),
 ]
 modes = pytest.mark.parametrize("method", MODES, ids=["page", "adaptive", "chunk-16", "chunk-128", "adaptive-bare"])
 
@@ -113,10 +130,18 @@ modes = pytest.mark.parametrize("method", MODES, ids=["page", "adaptive", "chunk
     "method",
     [
         Dhsa(density=1),
-        Dhsa(budget=1153, sink=0, local=0, dense_tail=0),
-        Dhsa(budget=UNBOUNDED_TOKENS, chunks="adaptive", heads="kv_head"),
-        Dhsa(density=1, chunks="adaptive", heads="layer", rows="kv_head", query_block=64, local=0, dense_tail=0),
-        Dhsa(budget=2000, chunk=128, heads="layer", query_block=64),
+        Dhsa(budget_tokens=1153, sink_tokens=0, recent_tokens=0, dense_tail_tokens=0),
+        Dhsa(budget_tokens=UNBOUNDED_TOKENS, key_blocks="adaptive", scores_per="kv_head"),
+        Dhsa(
+            density=1,
+            key_blocks="adaptive",
+            scores_per="layer",
+            list_per="kv_head",
+            query_block_tokens=64,
+            recent_tokens=0,
+            dense_tail_tokens=0,
+        ),
+        Dhsa(budget_tokens=2000, key_block_tokens=128, scores_per="layer", query_block_tokens=64),
     ],
     ids=repr,
 )
@@ -131,10 +156,10 @@ def test_d1_a_budget_of_the_context_is_dense(platform: Platform, method: Dhsa, g
 
 def test_d1_dense_knobs_are_known_before_any_prompt() -> None:
     assert Dhsa(density=1.0).exactly_dense
-    assert Dhsa(density=0.1, budget=UNBOUNDED_TOKENS).exactly_dense
-    assert not Dhsa(density=1.0, budget=4096).exactly_dense
+    assert Dhsa(density=0.1, budget_tokens=UNBOUNDED_TOKENS).exactly_dense
+    assert not Dhsa(density=1.0, budget_tokens=4096).exactly_dense
     assert not Dhsa(density=0.999).exactly_dense
-    assert not Dhsa(budget=UNBOUNDED_TOKENS - 1).exactly_dense
+    assert not Dhsa(budget_tokens=UNBOUNDED_TOKENS - 1).exactly_dense
 
 
 @pytest.mark.parametrize("platform", SELECTING)
@@ -149,7 +174,7 @@ def test_d2_keys_that_arrive_later_change_no_choice(
     """
     context = 1100
     query, data = changing(platform, generator, context, context, 2, 1)
-    method = nothing_forced(chunks=chunks, chunk=128, budget=256, query_block=query_block)
+    method = nothing_forced(key_blocks=chunks, key_block_tokens=128, budget_tokens=256, query_block_tokens=query_block)
     whole = page_mask(method, query, data)
     for start, stop in ((0, 256), (256, 640), (640, 1100), (0, 777)):
         reader = platform.keys_of(data.kv_cache, data.block_table[0], stop)
@@ -161,7 +186,9 @@ def test_d2_keys_that_arrive_later_change_no_choice(
 
 
 @pytest.mark.parametrize("platform", SELECTING)
-@pytest.mark.parametrize("method", [Dhsa(chunk=16), Dhsa(chunk=64), Dhsa(chunks="adaptive")], ids=repr)
+@pytest.mark.parametrize(
+    "method", [Dhsa(key_block_tokens=16), Dhsa(key_block_tokens=64), Dhsa(key_blocks="adaptive")], ids=repr
+)
 def test_d3_representations_equal_float64(platform: Platform, method: Dhsa, generator: torch.Generator) -> None:
     for context in (1, 31, 700, 1153):
         _, data = changing(platform, generator, 1, context, 2, 2)
@@ -180,7 +207,7 @@ def test_d3_the_spread_of_scores_does_not_depend_on_the_chunk_length(generator: 
     query /= query.norm()
     deviations = {}
     for chunk in (16, 128):
-        chunks = nothing_forced(chunk=chunk).key_chunks(data.reader(0))
+        chunks = nothing_forced(key_block_tokens=chunk).key_chunks(data.reader(0))
         deviations[chunk] = float((chunks.representation[0] @ query).std())
     # 512 chunks of 128: a standard error of 3 %.
     assert all(abs(deviation - 1) < 0.16 for deviation in deviations.values()), deviations
@@ -196,7 +223,7 @@ def test_d4_whole_chunks_in_the_order_of_their_scores_and_one_part(
     """Of the pages that are not forced: all of each chunk but the last one taken, of that one the first pages."""
     chunk, context = 512, 2048
     query, data = changing(platform, generator, chunk, context, 2, 1)
-    method = nothing_forced(chunk=chunk_tokens, budget=128 + 416)
+    method = nothing_forced(key_block_tokens=chunk_tokens, budget_tokens=128 + 416)
     mask = page_mask(method, query, data)
     start = torch.arange(0, context + 1, chunk_tokens)
     scores = pooled(query, 128) @ pooled_keys(data.keys[0], start).transpose(1, 2)
@@ -224,14 +251,14 @@ def test_d4_and_d5_forced_pages_and_the_best_of_the_past_fill_the_budget(
     """Against float64 scores: which pages, how many, none of the future."""
     query, data = changing(platform, generator, chunk, context, 4, 2)
     chunks = method.key_chunks(data.reader(0))
-    queries, keys = pooled(query, method.query_block), pooled_keys(data.keys[0], chunks.start)
-    if method.heads != "query_head":
-        queries = queries.view(2 if method.heads == "kv_head" else 1, -1, *queries.shape[1:]).mean(1)
-    if method.heads == "layer":
+    queries, keys = pooled(query, method.query_block_tokens), pooled_keys(data.keys[0], chunks.start)
+    if method.scores_per != "query_head":
+        queries = queries.view(2 if method.scores_per == "kv_head" else 1, -1, *queries.shape[1:]).mean(1)
+    if method.scores_per == "layer":
         keys = keys.mean(0, keepdim=True)
     scores = torch.einsum("hqd,hcd->hqc", queries, keys.repeat_interleave(queries.shape[0] // keys.shape[0], dim=0))
-    _, last = query_blocks(chunk, context, method.query_block, torch.device("cpu"))
-    budget = math.ceil((method.budget or method.density * context) / PAGE_TOKENS)
+    _, last = query_blocks(chunk, context, method.query_block_tokens, torch.device("cpu"))
+    budget = math.ceil((method.budget_tokens or method.density * context) / PAGE_TOKENS)
     assert_best(
         page_mask(method, query, data),
         page_scores(scores, chunks.start, context),
@@ -243,7 +270,7 @@ def test_d4_and_d5_forced_pages_and_the_best_of_the_past_fill_the_budget(
 
 def test_d5_rows_whose_past_fits_the_budget_are_dense(generator: torch.Generator) -> None:
     query, data = changing(PLAIN, generator, 1000, 1000, 2, 1)
-    mask = page_mask(nothing_forced(budget=384), query, data)
+    mask = page_mask(nothing_forced(budget_tokens=384), query, data)
     for row in range(3):
         assert bool(mask[:, row, : 4 * row + 4].all())
     assert bool((mask[:, 3:].sum(2) == 12).all())
@@ -253,10 +280,10 @@ def test_d5_open_chunks_lie_inside_the_default_band(generator: torch.Generator) 
     """So the adaptive tail forces nothing beyond `local`."""
     for chunk, context in CHUNKS:
         _, data = changing(PLAIN, generator, 1, context, 1, 1)
-        adaptive = Dhsa(chunks="adaptive", sink=0, dense_tail=0)
+        adaptive = Dhsa(key_blocks="adaptive", sink_tokens=0, dense_tail_tokens=0)
         chunks = adaptive.key_chunks(data.reader(0))
         first, _ = query_blocks(chunk, context, 128, torch.device("cpu"))
-        band = torch.arange(context) >= (first - adaptive.local).unsqueeze(1)
+        band = torch.arange(context) >= (first - adaptive.recent_tokens).unsqueeze(1)
         assert not bool((forced(adaptive, chunks, chunk, context) & ~band).any())
 
 
@@ -264,7 +291,7 @@ def test_equal_scores_go_to_the_lower_page(generator: torch.Generator) -> None:
     keys = torch.ones(1, 1024, 32)
     query = torch.ones(128, 1, 32)
     data = oracle.paged(PLAIN, [keys], [keys], 64, generator)
-    mask = page_mask(nothing_forced(budget=320), query, data)
+    mask = page_mask(nothing_forced(budget_tokens=320), query, data)
     assert mask[0, 0].nonzero().flatten().tolist() == [*range(6), *range(28, 32)]
 
 
@@ -275,7 +302,7 @@ def test_d6_length_normalisation_changes_nothing_for_chunks_of_one_length(
 ) -> None:
     """Bit for bit, as the factor is a power of two: against chunks of plain means."""
     query, data = changing(PLAIN, torch.Generator().manual_seed(seed), 200, context, 2, 1)
-    method = nothing_forced(chunk=chunk_tokens, density=0.4, query_block=64)
+    method = nothing_forced(key_block_tokens=chunk_tokens, density=0.4, query_block_tokens=64)
 
     class PlainMeans(Dhsa):
         def key_chunks(self, keys: object) -> KeyBlocks:
@@ -297,7 +324,9 @@ def test_d7_a_chunk_of_keys_like_the_query_is_found_wherever_it_lies(position: i
     keys[:, begin : begin + PAGE_TOKENS] = query[0]
     data = oracle.paged(PLAIN, [keys], [keys], 64, generator)
     # The open chunk forces nothing beyond `local`, which leaves no more than the needle's two pages.
-    method = nothing_forced(local=128, chunks="adaptive" if adaptive else "page", budget=128 + 128 + 64)
+    method = nothing_forced(
+        recent_tokens=128, key_blocks="adaptive" if adaptive else "page", budget_tokens=128 + 128 + 64
+    )
     mask = page_mask(method, query, data)
     assert bool(mask[0, 0, begin // PAGE_TOKENS : (begin + PAGE_TOKENS - 1) // PAGE_TOKENS + 1].all())
 
@@ -313,7 +342,7 @@ def test_d7_one_strong_key_is_lost_in_a_long_chunk(chunk_tokens: int, generator:
     keys[:, 1024:] = query[0] / 24
     keys[:, 300] = query[0]
     data = oracle.paged(PLAIN, [keys], [keys], 64, generator)
-    mask = page_mask(nothing_forced(chunk=chunk_tokens, budget=512), query, data)
+    mask = page_mask(nothing_forced(key_block_tokens=chunk_tokens, budget_tokens=512), query, data)
     assert bool(mask[0, 0, 300 // PAGE_TOKENS]) == (chunk_tokens < 24)
 
 
@@ -321,11 +350,11 @@ def test_d7_one_strong_key_is_lost_in_a_long_chunk(chunk_tokens: int, generator:
 def test_d8_one_head_has_one_choice(chunk: int, seed: int, adaptive: bool) -> None:
     """Bit for bit in all three modes, and the lists of both row modes."""
     query, data = changing(PLAIN, torch.Generator().manual_seed(seed), chunk, 900, 1, 1)
-    knobs = {"density": 0.3, "chunks": "adaptive" if adaptive else "page"}
+    knobs = {"density": 0.3, "key_blocks": "adaptive" if adaptive else "page"}
     expected = nothing_forced(**knobs).select(query, data.reader(0), SCALE, 16, FIRST_LAYER)
     for heads in ("kv_head", "layer"):
         for rows in ("query_head", "kv_head"):
-            method = nothing_forced(**knobs, heads=heads, rows=rows)
+            method = nothing_forced(**knobs, scores_per=heads, list_per=rows)
             assert same_lists(method.select(query, data.reader(0), SCALE, 16, FIRST_LAYER), expected), (heads, rows)
 
 
@@ -339,7 +368,7 @@ def test_d8_heads_that_share_scores_share_lists(
     query, data = changing(platform, generator, chunk, context, heads, kv_heads)
 
     def allowed(share: str, rows: str) -> torch.Tensor:
-        method = nothing_forced(density=0.3, heads=share, rows=rows)
+        method = nothing_forced(density=0.3, scores_per=share, list_per=rows)
         lists = method.select(query, data.reader(0), SCALE, 32, FIRST_LAYER)
         return chunk_allowed(method, lists, data, 0, query)
 
@@ -358,7 +387,7 @@ def test_d8_heads_that_share_scores_share_lists(
 def test_d9_the_tail_is_dense(platform: Platform, chunks: str, generator: torch.Generator) -> None:
     chunk, context, tail = 450, 1153, 80
     query, data = changing(platform, generator, chunk, context, 4, 2)
-    method = Dhsa(chunks=chunks, density=0.2, dense_tail=tail)  # type: ignore[arg-type]
+    method = Dhsa(key_blocks=chunks, density=0.2, dense_tail_tokens=tail)  # type: ignore[arg-type]
     lists = method.select(query, data.reader(0), SCALE, 64, FIRST_LAYER)
     causal = oracle.causal_mask(chunk, context)
     allowed = chunk_allowed(method, lists, data, 0, query)
@@ -373,7 +402,7 @@ def test_the_budget_replaces_the_density(generator: torch.Generator) -> None:
     query, data = changing(PLAIN, generator, 256, 1000, 1, 1)
 
     def kept(density: float, budget: int) -> int:
-        mask = page_mask(nothing_forced(density=density, budget=budget), query, data)
+        mask = page_mask(nothing_forced(density=density, budget_tokens=budget), query, data)
         assert int(mask[0, 0].sum()) == int(mask[0, 1].sum())
         return int(mask[0, 0].sum())
 

@@ -69,7 +69,7 @@ def test_f1_gamma_of_one_is_dense(platform: Platform, chunk: int, context: int, 
 def test_f2_min_budget_of_the_context_is_dense(platform: Platform, faithful: bool, generator: torch.Generator) -> None:
     for chunk, context in CHUNKS:
         query, data = peaked(platform, generator, chunk, context, 4, 2)
-        method = FlexPrefill(gamma=0.05, tau=0.0, min_budget=context, faithful=faithful)
+        method = FlexPrefill(gamma=0.05, divergence_threshold=0.0, min_budget_tokens=context, faithful=faithful)
         lists = method.select(query, data.reader(0), SCALE, 16, FIRST_LAYER)
         causal = oracle.causal_mask(chunk, context).expand(4, -1, -1)
         assert torch.equal(chunk_allowed(method, lists, data, 0, query), causal), f"{chunk} of {context}"
@@ -83,7 +83,9 @@ def test_f3_sink_and_diagonal_are_kept_and_nothing_above_it(
 ) -> None:
     for chunk, context in CHUNKS:
         query, data = peaked(platform, generator, chunk, context, 4, 2)
-        mask = block_mask(FlexPrefill(gamma=0.1, tau=tau, min_budget=0, faithful=faithful), query, data)
+        mask = block_mask(
+            FlexPrefill(gamma=0.1, divergence_threshold=tau, min_budget_tokens=0, faithful=faithful), query, data
+        )
         for block in range(mask.shape[1]):
             first = context - chunk + block * B
             last = min(first + B, context) - 1
@@ -100,7 +102,7 @@ def test_f4_and_f5_the_lines_cover_gamma_with_no_block_too_many(
 ) -> None:
     """Against the float64 transcription, which includes every block that a band touches and nothing else."""
     query, data = peaked(platform, generator, chunk, context, 2, 1)
-    mask = block_mask(FlexPrefill(gamma=gamma, tau=0.0, min_budget=0), query, data)
+    mask = block_mask(FlexPrefill(gamma=gamma, divergence_threshold=0.0, min_budget_tokens=0), query, data)
     always = reference.forced(chunk, context)
     for head in range(2):
         low = reference.strict_lines(query, data.keys[0], head, SCALE, gamma - SLACK) | always
@@ -116,7 +118,7 @@ def test_f4_the_list_covers_gamma_of_the_sample(
 ) -> None:
     """Measured on the exported tokens: mean mass of the sampled rows, for every head."""
     query, data = peaked(platform, generator, chunk, context, 4, 2)
-    method = FlexPrefill(gamma=gamma, tau=0.0, min_budget=0)
+    method = FlexPrefill(gamma=gamma, divergence_threshold=0.0, min_budget_tokens=0)
     lists = method.select(query, data.reader(0), SCALE, 64, FIRST_LAYER)
     kept = chunk_allowed(method, lists, data, 0, query)[:, -B:]
     rows = kept.shape[1]
@@ -132,7 +134,7 @@ def test_f4_and_f5_the_pooled_map_covers_gamma_with_no_block_too_many(
     platform: Platform, gamma: float, chunk: int, context: int, generator: torch.Generator
 ) -> None:
     query, data = peaked(platform, generator, chunk, context, 2, 1)
-    mask = block_mask(FlexPrefill(gamma=gamma, tau=1.0, min_budget=0), query, data)
+    mask = block_mask(FlexPrefill(gamma=gamma, divergence_threshold=1.0, min_budget_tokens=0), query, data)
     for head in range(2):
         # The least budget of lines is one column and one band here, which stay beside the pooled map.
         least = reference.strict_lines(query, data.keys[0], head, SCALE, 1e-9)
@@ -163,7 +165,11 @@ def test_f6_more_gamma_or_budget_keeps_more(tau: float, low: float, high: float,
     low, high = sorted((low, high))
 
     def mask(gamma: float, min_budget: int) -> torch.Tensor:
-        return block_mask(FlexPrefill(gamma=gamma, tau=tau, min_budget=min_budget, faithful=faithful), query, data)
+        return block_mask(
+            FlexPrefill(gamma=gamma, divergence_threshold=tau, min_budget_tokens=min_budget, faithful=faithful),
+            query,
+            data,
+        )
 
     least = mask(low, 0)
     assert not bool((least & ~mask(high, 0)).any())
@@ -197,12 +203,17 @@ def test_f7_tau_switches_the_pattern(generator: torch.Generator) -> None:
     """Zero never trusts the pooled map, 1 always does, and in between the float64 distance decides."""
     query, data = peaked(PLAIN, generator, 700, 1000, 2, 1)
     gamma = 0.6
-    masks = {tau: block_mask(FlexPrefill(gamma=gamma, tau=tau, min_budget=0), query, data) for tau in (0.0, 1.0)}
+    masks = {
+        tau: block_mask(FlexPrefill(gamma=gamma, divergence_threshold=tau, min_budget_tokens=0), query, data)
+        for tau in (0.0, 1.0)
+    }
     assert not torch.equal(masks[0.0], masks[1.0]), "the patterns must differ for this test to tell them apart"
     for head in range(2):
         distance = reference.sample(query, data.keys[0], head, SCALE).js_distance
         for tau in (distance * 0.999, distance * 1.001):
-            mask = block_mask(FlexPrefill(gamma=gamma, tau=min(tau, 1.0), min_budget=0), query, data)
+            mask = block_mask(
+                FlexPrefill(gamma=gamma, divergence_threshold=min(tau, 1.0), min_budget_tokens=0), query, data
+            )
             assert torch.equal(mask[head], masks[1.0 if tau > distance else 0.0][head])
 
 
@@ -214,8 +225,10 @@ def test_f7_identical_keys_in_each_block_are_query_aware(generator: torch.Genera
     keys = blocks.repeat_interleave(B, dim=1)
     query = (oracle.random_tensor(PLAIN, generator, 1, 2, 32) + 2.0).expand(context, -1, -1).contiguous()
     data = oracle.paged(PLAIN, [keys], [keys], 32, generator)
-    pooled = block_mask(FlexPrefill(gamma=0.6, tau=1.0, min_budget=0), query, data)
-    assert torch.equal(block_mask(FlexPrefill(gamma=0.6, tau=0.01, min_budget=0), query, data), pooled)
+    pooled = block_mask(FlexPrefill(gamma=0.6, divergence_threshold=1.0, min_budget_tokens=0), query, data)
+    assert torch.equal(
+        block_mask(FlexPrefill(gamma=0.6, divergence_threshold=0.01, min_budget_tokens=0), query, data), pooled
+    )
 
 
 @pytest.mark.parametrize("min_budget", [0, 256, 500])
@@ -228,7 +241,7 @@ def test_f8_a_sink_head_keeps_forced_blocks_and_the_minimum(
     keys[:, 0] = 1.0
     query = torch.ones(context, 1, 32)
     data = oracle.paged(PLAIN, [keys], [keys], 32, generator)
-    method = FlexPrefill(gamma=0.95, tau=0.0, min_budget=min_budget, faithful=faithful)
+    method = FlexPrefill(gamma=0.95, divergence_threshold=0.0, min_budget_tokens=min_budget, faithful=faithful)
     mask = method.block_mask(query, data.reader(0), 30.0, FIRST_LAYER)[0]
     expected = reference.forced(context, context)
     if faithful:
@@ -256,7 +269,7 @@ def test_f8_a_diagonal_head_is_followed(platform: Platform, offset: int, generat
     values = oracle.random_tensor(platform, generator, 1, context, 64)
     query = (keys[0, start - offset : context - offset].unsqueeze(1) * 8).contiguous()
     data = oracle.paged(platform, [keys], [values], 64, generator)
-    method = FlexPrefill(gamma=0.9, tau=0.0, min_budget=0)
+    method = FlexPrefill(gamma=0.9, divergence_threshold=0.0, min_budget_tokens=0)
     lists = method.select(query, data.reader(0), SCALE, 64, FIRST_LAYER)
     allowed = chunk_allowed(method, lists, data, 0, query)
     # The first block, the diagonal and one or two bands.
@@ -270,7 +283,10 @@ def test_f9_selection_is_invariant(platform: Platform, generator: torch.Generato
     """Physical order, block size and neighbours leave the block map unchanged bit for bit, in every mode."""
     keys = oracle.random_tensor(platform, generator, 2, 1153, 32)
     query = oracle.random_tensor(platform, generator, 400, 4, 32, spread=3)
-    for method in (FlexPrefill(gamma=0.5, min_budget=0), FlexPrefill(gamma=0.5, tau=1.0, min_budget=0, faithful=True)):
+    for method in (
+        FlexPrefill(gamma=0.5, min_budget_tokens=0),
+        FlexPrefill(gamma=0.5, divergence_threshold=1.0, min_budget_tokens=0, faithful=True),
+    ):
         expected: torch.Tensor | None = None
         for block_size in (16, 32, 48, 64, 128, 256):
             neighbour = oracle.random_tensor(platform, generator, 2, 333, 32)
@@ -287,7 +303,7 @@ def test_f10_the_error_is_bounded_by_the_uncovered_mass(
 ) -> None:
     chunk, context, heads = 300, 1500, 4
     query, data = peaked(platform, generator, chunk, context, heads, 2)
-    method = FlexPrefill(gamma=gamma, tau=0.0, min_budget=0)
+    method = FlexPrefill(gamma=gamma, divergence_threshold=0.0, min_budget_tokens=0)
     lists = method.select(query, data.reader(0), SCALE, 64, FIRST_LAYER)
     kept = chunk_allowed(method, lists, data, 0, query)
     causal = oracle.causal_mask(chunk, context)
@@ -305,7 +321,7 @@ def test_f11_output_equals_the_softmax_over_the_exported_set(platform: Platform,
     """The shared matrix tests this over all settings; here on a map with structure, at chunk starts off the grid."""
     for chunk, context in CHUNKS:
         query, data = peaked(platform, generator, chunk, context, 4, 2)
-        method = FlexPrefill(gamma=0.5, min_budget=0)
+        method = FlexPrefill(gamma=0.5, min_budget_tokens=0)
         lists = method.select(query, data.reader(0), SCALE, 64, FIRST_LAYER)
         allowed = chunk_allowed(method, lists, data, 0, query)
         expected = oracle.attention(query, data.keys[0], data.values[0], SCALE, allowed)
@@ -321,7 +337,7 @@ def test_faithful_mode_reproduces_the_official_counts(
 ) -> None:
     query, data = peaked(platform, generator, length, length, 2, 1)
     for gamma in (0.4, 0.9):
-        method = FlexPrefill(gamma=gamma, tau=tau, min_budget=min_budget, faithful=True)
+        method = FlexPrefill(gamma=gamma, divergence_threshold=tau, min_budget_tokens=min_budget, faithful=True)
         # The model's scale must not matter: the official code samples with its own.
         mask = method.block_mask(query, data.reader(0), 123.0, FIRST_LAYER).cpu()
         for head in range(2):
@@ -333,7 +349,9 @@ def test_faithful_mode_reproduces_the_official_counts(
 @pytest.mark.parametrize("platform", SELECTING)
 def test_max_budget_caps_each_family(platform: Platform, generator: torch.Generator) -> None:
     query, data = peaked(platform, generator, 128, 1024, 1, 1)
-    mask = block_mask(FlexPrefill(gamma=0.99, tau=0.0, min_budget=0, max_budget=128), query, data)
+    mask = block_mask(
+        FlexPrefill(gamma=0.99, divergence_threshold=0.0, min_budget_tokens=0, max_budget_tokens=128), query, data
+    )
     # One column, one band over two blocks, the first block and the own block.
     assert int(mask.sum()) <= 5
 
@@ -344,7 +362,7 @@ def test_strict_lists_ignore_what_lies_behind_the_context(generator: torch.Gener
     query = oracle.random_tensor(PLAIN, generator, 300, 2, 32, spread=3)
     whole = oracle.paged(PLAIN, [keys], [keys], 64, generator)
     part = oracle.paged(PLAIN, [keys[:, :777]], [keys[:, :777]], 64, generator)
-    method = FlexPrefill(gamma=0.4, min_budget=0)
+    method = FlexPrefill(gamma=0.4, min_budget_tokens=0)
     reader = PLAIN.keys_of(whole.kv_cache, whole.block_table[0], 777)
     expected = method.select(query, part.reader(0), SCALE, 16, FIRST_LAYER)
     assert same_lists(method.select(query, reader, SCALE, 16, FIRST_LAYER), expected)

@@ -14,8 +14,8 @@ from tests import oracle
 from tests.methods.lists import FIRST_LAYER, SCALE, attend_chunk, check_list, chunk_allowed, same_lists
 from tests.oracle import EXECUTING, PLAIN, SELECTING, Paged, Platform
 from vllm_sparse.kernels.page_list import query_blocks
-from vllm_sparse.methods.base import KnobError
-from vllm_sparse.methods.hip import UNBOUNDED_TOKENS, Hip
+from vllm_sparse.methods.hip import Hip
+from vllm_sparse.methods.knobs import UNBOUNDED_TOKENS, KnobError
 
 LEAF = 16
 # Whole prompts and chunks; search ranges that end anywhere in a chunk of keys.
@@ -25,8 +25,8 @@ CHUNKS = [(1000, 1000), (512, 1024), (300, 1000), (257, 1153), (129, 700)]
 def hip(*stages: tuple[int, ...], **knobs: Any) -> Hip:
     """Stages of chunk length, kept tokens and query stride; nothing forced, blocks of 64, but for other knobs given."""
     lengths, tokens, strides = zip(*(stage if len(stage) == 3 else (*stage, 1) for stage in stages), strict=True)
-    forced = {"sink": 0, "window": 0, "dense_tail": 0, "query_block": 64, **knobs}
-    return Hip(stage_chunks=lengths, stage_tokens=tokens, query_stride=strides, **forced)
+    forced = {"sink_tokens": 0, "recent_tokens": 0, "dense_tail_tokens": 0, "query_block_tokens": 64, **knobs}
+    return Hip(stage_block_tokens=lengths, stage_budget_tokens=tokens, query_stride=strides, **forced)
 
 
 def whole_numbers(
@@ -63,7 +63,7 @@ def leaf_mask(method: Hip, query: torch.Tensor, data: Paged) -> torch.Tensor:
 
 def block_ends(method: Hip, chunk: int, context: int) -> list[tuple[int, int]]:
     """First and last position of each query block."""
-    first, last = query_blocks(chunk, context, method.query_block, torch.device("cpu"))
+    first, last = query_blocks(chunk, context, method.query_block_tokens, torch.device("cpu"))
     return list(zip(first.tolist(), last.tolist(), strict=True))
 
 
@@ -89,7 +89,7 @@ def searched(method: Hip, query: torch.Tensor, keys: torch.Tensor, begin: int, e
         end: the token after it.
     """
     tokens = list(range(begin, end))
-    knobs = zip(method.stage_chunks, method.stage_tokens, method.query_stride, strict=True)
+    knobs = zip(method.stage_block_tokens, method.stage_budget_tokens, method.query_stride, strict=True)
     for length, kept_tokens, stride in knobs:
         means = torch.stack([part.double().mean(0) for part in torch.split(query, stride)])
         score = torch.einsum("rhd,hkd->rhk", means, keys.double()).amax((0, 1)).tolist()
@@ -113,15 +113,15 @@ def expected_mask(method: Hip, query: torch.Tensor, keys: torch.Tensor) -> torch
     """The method in plain Python: bool ``[lists, query_blocks, leaves]``."""
     chunk, heads, _ = query.shape
     kv_heads, context, _ = keys.shape
-    lists = {"query_head": heads, "kv_head": kv_heads, "layer": 1}[method.heads]
+    lists = {"query_head": heads, "kv_head": kv_heads, "layer": 1}[method.scores_per]
     own_keys = keys.repeat_interleave(heads // kv_heads, dim=0)
     blocks = block_ends(method, chunk, context)
     mask = torch.zeros(lists, len(blocks), -(-context // LEAF), dtype=torch.bool)
     for number in range(lists):
         members = slice(number * heads // lists, (number + 1) * heads // lists)
         for row, (first, last) in enumerate(blocks):
-            begin = -(-method.sink // LEAF) * LEAF
-            window_start = 0 if last >= context - method.dense_tail else max(first - method.window, 0)
+            begin = -(-method.sink_tokens // LEAF) * LEAF
+            window_start = 0 if last >= context - method.dense_tail_tokens else max(first - method.recent_tokens, 0)
             block_query = query[first - context + chunk : last + 1 - context + chunk, members]
             tokens = searched(method, block_query, own_keys[members], begin, window_start)
             tokens += [*range(min(begin, last + 1)), *range(window_start, last + 1)]
@@ -135,14 +135,14 @@ def expected_mask(method: Hip, query: torch.Tensor, keys: torch.Tensor) -> torch
     [
         hip((256, UNBOUNDED_TOKENS), (64, UNBOUNDED_TOKENS), (16, UNBOUNDED_TOKENS)),
         hip((16, 1152)),
-        hip((256, 1280), (32, 1280), query_block=128, rows="query_head"),
+        hip((256, 1280), (32, 1280), query_block_tokens=128, list_per="query_head"),
         # What is left beside the sink and the window.
-        hip((128, 640), (64, 640), sink=256, window=260, heads="query_head", rows="query_head"),
-        hip((64, 64), dense_tail=1 << 16, heads="layer"),
-        hip((64, 64), window=1 << 16),
-        hip((64, 64), sink=1 << 16),
+        hip((128, 640), (64, 640), sink_tokens=256, recent_tokens=260, scores_per="query_head", list_per="query_head"),
+        hip((64, 64), dense_tail_tokens=1 << 16, scores_per="layer"),
+        hip((64, 64), recent_tokens=1 << 16),
+        hip((64, 64), sink_tokens=1 << 16),
     ],
-    ids=lambda method: f"{method.stage_chunks}-{method.stage_tokens}",
+    ids=lambda method: f"{method.stage_block_tokens}-{method.stage_budget_tokens}",
 )
 def test_h1_stages_that_keep_everything_are_dense(platform: Platform, method: Hip, generator: torch.Generator) -> None:
     for chunk, context in CHUNKS:
@@ -170,7 +170,9 @@ def test_h1_dense_knobs_are_known_before_any_prompt() -> None:
 def test_h2_sink_window_and_diagonal_are_kept_and_nothing_of_the_future(
     platform: Platform, sink: int, window: int, generator: torch.Generator
 ) -> None:
-    method = hip((64, 256, 2), (16, 64), sink=sink, window=window, rows="query_head", heads="query_head")
+    method = hip(
+        (64, 256, 2), (16, 64), sink_tokens=sink, recent_tokens=window, list_per="query_head", scores_per="query_head"
+    )
     for chunk, context in CHUNKS:
         query, data = smooth(platform, generator, chunk, context, 4, 2)
         mask = leaf_mask(method, query, data)
@@ -196,7 +198,7 @@ def test_h3_a_stage_keeps_whole_chunks_of_what_the_stage_before_it_kept(
     query, data = smooth(platform, generator, chunk, context, 4, 2)
     outer: torch.Tensor | None = None
     for number, (length, tokens, _) in enumerate(stages):
-        method = hip(*stages[: number + 1], sink=sink, window=window, heads=heads)
+        method = hip(*stages[: number + 1], sink_tokens=sink, recent_tokens=window, scores_per=heads)
         mask = leaf_mask(method, query, data)
         for row, (first, _) in enumerate(block_ends(method, chunk, context)):
             # From the sink's last leaf on; the leaf in which the window starts may be kept for its sake.
@@ -241,7 +243,13 @@ def test_h4_descents_equal_plain_python(
 ) -> None:
     """Scores, ties and all stages, bit for bit."""
     sink, window, dense_tail = forced
-    knobs = {"sink": sink, "window": window, "dense_tail": dense_tail, "heads": heads, "query_block": query_block}
+    knobs = {
+        "sink_tokens": sink,
+        "recent_tokens": window,
+        "dense_tail_tokens": dense_tail,
+        "scores_per": heads,
+        "query_block_tokens": query_block,
+    }
     method = hip(*stages, **knobs)
     query, data = whole_numbers(torch.Generator().manual_seed(seed), chunk, past + chunk, *group)
     assert torch.equal(leaf_mask(method, query, data), expected_mask(method, query, data.keys[0]))
@@ -299,7 +307,7 @@ def test_h6_one_stage_of_leaves_is_the_exact_block_top_k(chunk: int, past: int, 
     leaf_keys = data.keys[0][:, ::LEAF]
     keys = leaf_keys.repeat_interleave(LEAF, dim=1)[:, : past + chunk]
     mask = leaf_mask(hip((16, 16 * leaves)), query, oracle.paged(PLAIN, [keys], [keys], 64, generator))
-    for row, (first, _) in enumerate(block_ends(Hip(query_block=64), chunk, past + chunk)):
+    for row, (first, _) in enumerate(block_ends(Hip(query_block_tokens=64), chunk, past + chunk)):
         before = leaf_keys[0, : -(-first // LEAF)]
         score = torch.einsum("rhd,kd->rhk", query[64 * row : 64 * row + 64], before).amax((0, 1))
         best = score.sort(descending=True, stable=True).indices[:leaves]
@@ -316,7 +324,7 @@ def test_h10_one_head_has_one_choice(chunk: int, seed: int) -> None:
     expected = hip(*stages).select(query, data.reader(0), SCALE, 16, FIRST_LAYER)
     for heads in ("query_head", "kv_head", "layer"):
         for rows in ("query_head", "kv_head"):
-            method = hip(*stages, heads=heads, rows=rows)
+            method = hip(*stages, scores_per=heads, list_per=rows)
             assert same_lists(method.select(query, data.reader(0), SCALE, 16, FIRST_LAYER), expected), (heads, rows)
 
 
@@ -329,7 +337,7 @@ def test_h10_tensor_parallelism_changes_nothing_but_for_lists_of_a_layer(
     ranks = [oracle.paged(platform, [keys[None]], [keys[None]], 64, generator) for keys in data.keys[0]]
 
     def whole_and_parts(heads: str) -> tuple[torch.Tensor, torch.Tensor]:
-        method = hip((128, 512, 4), (32, 96, 1), heads=heads)
+        method = hip((128, 512, 4), (32, 96, 1), scores_per=heads)
         parts = [leaf_mask(method, query[:, 4 * rank : 4 * rank + 4], ranks[rank]) for rank in range(2)]
         return leaf_mask(method, query, data), torch.cat(parts)
 
@@ -344,7 +352,7 @@ def test_the_choice_is_the_same_for_every_chunking(generator: torch.Generator) -
     """For chunks that start at multiples of a query block, whose last one may hold fewer queries."""
     context = 1100
     query, data = whole_numbers(generator, context, context, 4, 2)
-    method = hip((128, 256, 4), (32, 128, 2), (16, 64), sink=16, window=30)
+    method = hip((128, 256, 4), (32, 128, 2), (16, 64), sink_tokens=16, recent_tokens=30)
     whole = leaf_mask(method, query, data)
     for start, stop in ((0, 256), (256, 640), (640, 1100), (0, 777)):
         reader = PLAIN.keys_of(data.kv_cache, data.block_table[0], stop)
@@ -363,7 +371,7 @@ def test_heads_that_share_scores_share_lists(
     query, data = smooth(platform, generator, chunk, context, heads, kv_heads)
 
     def allowed(share: str, rows: str) -> torch.Tensor:
-        method = hip((64, 256), (16, 128), heads=share, rows=rows)
+        method = hip((64, 256), (16, 128), scores_per=share, list_per=rows)
         lists = method.select(query, data.reader(0), SCALE, LEAF, FIRST_LAYER)
         return chunk_allowed(method, lists, data, 0, query)
 
@@ -381,7 +389,7 @@ def test_heads_that_share_scores_share_lists(
 def test_the_tail_is_dense(platform: Platform, generator: torch.Generator) -> None:
     chunk, context, tail = 450, 1153, 80
     query, data = smooth(platform, generator, chunk, context, 4, 2)
-    method = hip((64, 256), (16, 128), dense_tail=tail)
+    method = hip((64, 256), (16, 128), dense_tail_tokens=tail)
     lists = method.select(query, data.reader(0), SCALE, 64, FIRST_LAYER)
     causal = oracle.causal_mask(chunk, context)
     allowed = chunk_allowed(method, lists, data, 0, query)
@@ -395,20 +403,20 @@ def test_the_tail_is_dense(platform: Platform, generator: torch.Generator) -> No
 @pytest.mark.parametrize(
     ("knobs", "wrong"),
     [
-        ({"stage_chunks": ()}, "stage_chunks"),
-        ({"stage_chunks": (256, 64)}, "stage_tokens"),
+        ({"stage_block_tokens": ()}, "stage_block_tokens"),
+        ({"stage_block_tokens": (256, 64)}, "stage_budget_tokens"),
         ({"query_stride": (1,)}, "query_stride"),
         ({"query_stride": (4, 4, 3)}, "query_stride"),
         ({"query_stride": (128, 4, 4)}, "query_stride"),
         ({"query_stride": (4, 4, 0)}, "query_stride"),
-        ({"stage_chunks": (256, 64, 8)}, "stage_chunks"),
-        ({"stage_chunks": (256, 96, 16)}, "stage_chunks"),
-        ({"stage_chunks": (256, 256, 16)}, "stage_chunks"),
-        ({"stage_chunks": (64, 256, 16)}, "stage_chunks"),
-        ({"stage_tokens": (8192, 32768, 2048)}, "stage_tokens"),
-        ({"stage_tokens": (32768, 8192, 2056)}, "stage_tokens"),
-        ({"stage_tokens": (32768, 8192, 0)}, "stage_tokens"),
-        ({"stage_tokens": (2 * UNBOUNDED_TOKENS, 8192, 2048)}, "stage_tokens"),
+        ({"stage_block_tokens": (256, 64, 8)}, "stage_block_tokens"),
+        ({"stage_block_tokens": (256, 96, 16)}, "stage_block_tokens"),
+        ({"stage_block_tokens": (256, 256, 16)}, "stage_block_tokens"),
+        ({"stage_block_tokens": (64, 256, 16)}, "stage_block_tokens"),
+        ({"stage_budget_tokens": (8192, 32768, 2048)}, "stage_budget_tokens"),
+        ({"stage_budget_tokens": (32768, 8192, 2056)}, "stage_budget_tokens"),
+        ({"stage_budget_tokens": (32768, 8192, 0)}, "stage_budget_tokens"),
+        ({"stage_budget_tokens": (2 * UNBOUNDED_TOKENS, 8192, 2048)}, "stage_budget_tokens"),
     ],
     ids=str,
 )

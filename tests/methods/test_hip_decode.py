@@ -17,9 +17,9 @@ from tests.methods.lists import FIRST_LAYER, SCALE, check_list, same_lists
 from tests.methods.test_hip import pruned, smooth, whole_numbers
 from tests.oracle import PLAIN, SELECTING, Paged, Platform
 from vllm_sparse.kernels.hierarchical_descent import DescentArguments, Stage, hierarchical_descent
-from vllm_sparse.methods.base import KnobError, LayerMemory
-from vllm_sparse.methods.hip import UNBOUNDED_TOKENS, Hip
-from vllm_sparse.methods.hip_decode import HipDecode
+from vllm_sparse.methods.decode import LayerMemory
+from vllm_sparse.methods.hip import Hip, HipDecode
+from vllm_sparse.methods.knobs import UNBOUNDED_TOKENS, KnobError
 from vllm_sparse.pages import PageList
 from vllm_sparse.step.rows import ServerSize
 
@@ -40,8 +40,8 @@ STAGES: list[Stages] = [
 def hip(*stages: tuple[int, int, int], **knobs: int) -> HipDecode:
     """Stages of chunk length, kept tokens and refresh; nothing forced, but for other knobs given."""
     lengths, tokens, refresh = zip(*stages, strict=True)
-    forced = {"sink": 0, "window": 0, **knobs}
-    return HipDecode(stage_chunks=lengths, stage_tokens=tokens, refresh=refresh, **forced)
+    forced = {"sink_tokens": 0, "recent_tokens": 0, **knobs}
+    return HipDecode(stage_block_tokens=lengths, stage_budget_tokens=tokens, refresh_steps=refresh, **forced)
 
 
 def generated(
@@ -70,27 +70,29 @@ def tokens_of(lists: PageList) -> list[list[int]]:
 
 def window_start(method: HipDecode, context: int) -> int:
     """The whole window's first leaf; it starts `window` tokens before the newest of the last search's step."""
-    last_search = context // method.refresh[0] * method.refresh[0]
-    return max(last_search - 1 - method.window, 0) // LEAF * LEAF
+    last_search = context // method.refresh_steps[0] * method.refresh_steps[0]
+    return max(last_search - 1 - method.recent_tokens, 0) // LEAF * LEAF
 
 
 def expected_tokens(
     method: HipDecode, query: torch.Tensor, keys: torch.Tensor, contexts: range
 ) -> Iterator[list[list[int]]]:
     """The lists of a request's steps in plain Python."""
-    begin = -(-method.sink // LEAF) * LEAF
+    begin = -(-method.sink_tokens // LEAF) * LEAF
     heads = query.shape[1] // keys.shape[0]
     memory: list[list[list[int]]] = [[] for _ in keys]
     for step, context in enumerate(contexts):
-        end = max(context // method.refresh[0] * method.refresh[0] - 1 - method.window, 0)
+        end = max(context // method.refresh_steps[0] * method.refresh_steps[0] - 1 - method.recent_tokens, 0)
         lists = []
         for head, stages in enumerate(memory):
             own_query = query[step, head * heads : (head + 1) * heads].double()
             score = (own_query @ keys[head].double().T).amax(0).tolist()
             due = step == 0
             results: list[list[int]] = []
-            for stage, (length, kept) in enumerate(zip(method.stage_chunks, method.stage_tokens, strict=True)):
-                due = due or context % method.refresh[stage] == 0
+            for stage, (length, kept) in enumerate(
+                zip(method.stage_block_tokens, method.stage_budget_tokens, strict=True)
+            ):
+                due = due or context % method.refresh_steps[stage] == 0
                 parents = results[-1] if results else list(range(begin, end))
                 results.append(pruned(parents, score, begin, length, kept) if due else stages[stage])
             stages[:] = results
@@ -105,12 +107,12 @@ def expected_tokens(
     "method",
     [
         hip((256, UNBOUNDED_TOKENS, 8), (16, UNBOUNDED_TOKENS, 3)),
-        hip((16, 1024, 5), window=3),
-        hip((256, 1024, 70), (32, 1024, 7), sink=5, window=3),
-        hip((64, 64, 16), window=1000),
-        hip((64, 64, 16), sink=1000),
+        hip((16, 1024, 5), recent_tokens=3),
+        hip((256, 1024, 70), (32, 1024, 7), sink_tokens=5, recent_tokens=3),
+        hip((64, 64, 16), recent_tokens=1000),
+        hip((64, 64, 16), sink_tokens=1000),
     ],
-    ids=lambda method: f"{method.stage_tokens}-{method.refresh}",
+    ids=lambda method: f"{method.stage_budget_tokens}-{method.refresh_steps}",
 )
 def test_h1_stages_that_keep_everything_are_dense(
     platform: Platform, method: HipDecode, generator: torch.Generator
@@ -135,7 +137,7 @@ def test_h1_a_chunk_less_than_everything_is_not_dense(generator: torch.Generator
 def test_h2_sink_window_and_newest_are_listed_once(
     platform: Platform, sink: int, window: int, page: int, generator: torch.Generator
 ) -> None:
-    method = hip((64, 256, 20), (16, 64, 6), sink=sink, window=window)
+    method = hip((64, 256, 20), (16, 64, 6), sink_tokens=sink, recent_tokens=window)
     contexts = range(960, 1000)
     query, data = smooth(platform, generator, len(contexts), 1000, 4, 2)
     memory = LayerMemory()
@@ -154,12 +156,12 @@ def test_h2_sink_window_and_newest_are_listed_once(
 @given(stages=st.sampled_from(STAGES), start=st.integers(500, 1200), seed=st.integers(0, 1 << 30))
 def test_h3_a_stage_keeps_whole_chunks_of_what_the_stage_before_it_kept(stages: Stages, start: int, seed: int) -> None:
     """At every step, whenever each of them was searched."""
-    method = hip(*stages, sink=20, window=30)
+    method = hip(*stages, sink_tokens=20, recent_tokens=30)
     contexts = range(start, start + 24)
     query, data = smooth(PLAIN, torch.Generator().manual_seed(seed), len(contexts), contexts.stop, 4, 2)
     memory = LayerMemory()
     for context, _ in generated(method, query, data, contexts, memory):
-        end = max(context // method.refresh[0] * method.refresh[0] - 1 - 30, 0)
+        end = max(context // method.refresh_steps[0] * method.refresh_steps[0] - 1 - 30, 0)
         for head in range(2):
             outer = set(range(32, end))
             for (length, kept_tokens, _), result in zip(stages, memory.stages, strict=True):
@@ -183,7 +185,7 @@ def test_h7_and_h8_every_step_equals_plain_python(
     stages: Stages, start: int, group: tuple[int, int], forced: tuple[int, int], seed: int
 ) -> None:
     """Which stages are searched when, what they keep meanwhile and how the window moves, bit for bit."""
-    method = hip(*stages, sink=forced[0], window=forced[1])
+    method = hip(*stages, sink_tokens=forced[0], recent_tokens=forced[1])
     contexts = range(start, start + 20)
     query, data = whole_numbers(torch.Generator().manual_seed(seed), contexts.stop, contexts.stop, *group)
     steps = generated(method, query, data, contexts, LayerMemory())
@@ -203,7 +205,7 @@ def test_h7_without_reuse_it_is_the_uncached_algorithm(
     stages: Stages, context: int, group: tuple[int, int], forced: tuple[int, int], seed: int
 ) -> None:
     sink, window = forced
-    method = hip(*((length, tokens, 1) for length, tokens, _ in stages), sink=sink, window=window)
+    method = hip(*((length, tokens, 1) for length, tokens, _ in stages), sink_tokens=sink, recent_tokens=window)
     query, data = whole_numbers(torch.Generator().manual_seed(seed), context + 3, context + 3, *group)
     uncached = [Stage(length, tokens) for length, tokens, _ in stages]
     contexts = range(context, context + 4)
@@ -221,14 +223,14 @@ def test_h7_between_searches_only_the_newest_token_joins(
     platform: Platform, stages: Stages, generator: torch.Generator
 ) -> None:
     """Though every step asks another question."""
-    method = hip(*stages, sink=20, window=30)
+    method = hip(*stages, sink_tokens=20, recent_tokens=30)
     contexts = range(1200, 1264)
     query, data = smooth(platform, generator, len(contexts), contexts.stop, 4, 2)
     before: list[list[int]] = []
     changed = 0
     for context, lists in generated(method, query, data, contexts, LayerMemory()):
         tokens = tokens_of(lists)
-        if before and all(context % steps for steps in method.refresh):
+        if before and all(context % steps for steps in method.refresh_steps):
             assert tokens == [[*row, context - 1] for row in before]
         elif before:
             changed += tokens != [[*row, context - 1] for row in before]
@@ -242,13 +244,13 @@ def test_h8_a_stage_brings_all_later_ones_with_it(
     platform: Platform, stages: Stages, generator: torch.Generator
 ) -> None:
     """A step's stages are what a search from the last one that stands gives; all of them, if the first one is due."""
-    method = hip(*stages, sink=20, window=30)
+    method = hip(*stages, sink_tokens=20, recent_tokens=30)
     contexts = range(1200, 1300)
     query, data = smooth(platform, generator, len(contexts), contexts.stop, 4, 2)
     memory = LayerMemory()
     standing: list[torch.Tensor] = []
     for step, (context, lists) in enumerate(generated(method, query, data, contexts, memory)):
-        due = [stage for stage, steps in enumerate(method.refresh) if context % steps == 0 or not standing]
+        due = [stage for stage, steps in enumerate(method.refresh_steps) if context % steps == 0 or not standing]
         first = due[0] if due else len(stages)
         for stage in range(first):
             assert torch.equal(memory.stages[stage], standing[stage]), f"context {context}, stage {stage}"
@@ -269,7 +271,7 @@ def test_h8_memory_that_is_not_of_the_step_before_is_not_used(
     platform: Platform, context: int, generator: torch.Generator
 ) -> None:
     """A first step searches everything wherever it falls, and so does one after steps that went elsewhere."""
-    method = hip((64, 256, 16), (16, 64, 8), sink=20, window=30)
+    method = hip((64, 256, 16), (16, 64, 8), sink_tokens=20, recent_tokens=30)
     query, data = smooth(platform, generator, 1, context, 4, 2)
     expected = method.select(query[0], data.reader(0), SCALE, 1, LayerMemory())
     for former in (0, context - 2, context, context + 7):
@@ -281,7 +283,7 @@ def test_h8_memory_that_is_not_of_the_step_before_is_not_used(
 @pytest.mark.parametrize("platform", SELECTING)
 def test_h8_requests_take_their_own_turns(platform: Platform, generator: torch.Generator) -> None:
     """Side by side, from different contexts on, each has the lists that it has alone."""
-    method = hip((64, 256, 8), (16, 64, 4), sink=20, window=30)
+    method = hip((64, 256, 8), (16, 64, 4), sink_tokens=20, recent_tokens=30)
     contexts = [range(900, 930), range(741, 771), range(1003, 1033)]
     keys = [oracle.random_tensor(platform, generator, 2, steps.stop, 32) for steps in contexts]
     data = oracle.paged(platform, keys, keys, 64, generator)
@@ -303,9 +305,9 @@ def test_h10_one_head_has_the_choice_of_every_head_mode_of_a_prompt(
     platform: Platform, heads: Any, generator: torch.Generator
 ) -> None:
     query, data = smooth(platform, generator, 1, 900, 1, 1)
-    knobs = {"stage_chunks": (128, 32), "stage_tokens": (512, 96), "sink": 20, "window": 30}
-    prompt = Hip(query_stride=(1, 1), dense_tail=0, heads=heads, **knobs)  # type: ignore[arg-type]
-    step = HipDecode(refresh=(1, 1), **knobs)  # type: ignore[arg-type]
+    knobs = {"stage_block_tokens": (128, 32), "stage_budget_tokens": (512, 96), "sink_tokens": 20, "recent_tokens": 30}
+    prompt = Hip(query_stride=(1, 1), dense_tail_tokens=0, scores_per=heads, **knobs)  # type: ignore[arg-type]
+    step = HipDecode(refresh_steps=(1, 1), **knobs)  # type: ignore[arg-type]
     lists = step.select(query[0], data.reader(0), SCALE, 1, LayerMemory())
     assert same_lists(lists, prompt.select(query, data.reader(0), SCALE, 1, FIRST_LAYER))
 
@@ -313,7 +315,7 @@ def test_h10_one_head_has_the_choice_of_every_head_mode_of_a_prompt(
 @pytest.mark.parametrize("platform", SELECTING)
 def test_h10_tensor_parallelism_changes_nothing(platform: Platform, generator: torch.Generator) -> None:
     """A rank with one of two KV heads chooses what one process with both does."""
-    method = hip((128, 512, 8), (32, 96, 3), sink=20, window=30)
+    method = hip((128, 512, 8), (32, 96, 3), sink_tokens=20, recent_tokens=30)
     contexts = range(980, 1000)
     query, data = smooth(platform, generator, len(contexts), 1000, 8, 2)
     ranks = [oracle.paged(platform, [keys[None]], [keys[None]], 64, generator) for keys in data.keys[0]]
@@ -333,7 +335,7 @@ def test_h10_tensor_parallelism_changes_nothing(platform: Platform, generator: t
     seed=st.integers(0, 1 << 30),
 )
 def test_no_list_is_longer_than_the_budget(stages: Stages, sink: int, window: int, context: int, seed: int) -> None:
-    method = hip(*stages, sink=sink, window=window)
+    method = hip(*stages, sink_tokens=sink, recent_tokens=window)
     query, data = smooth(PLAIN, torch.Generator().manual_seed(seed), 1, context, 2, 1)
     kept = int(method.select(query[0], data.reader(0), SCALE, 1, LayerMemory()).kept_tokens)
     assert kept <= min(method.budget_tokens, context)
@@ -343,7 +345,7 @@ def test_no_list_is_longer_than_the_budget(stages: Stages, sink: int, window: in
 
 def test_the_budget_is_sharp() -> None:
     """At the step before the first stage is due, if the search ended at a leaf's end and the best keys lie early."""
-    method = hip((64, 256, 8), (16, 64, 4), sink=17)
+    method = hip((64, 256, 8), (16, 64, 4), sink_tokens=17)
     context = 8 * 100 + 7
     assert window_start(method, context) == 799 - 15
     query, data = torch.ones(2, 16), torch.zeros(1, context, 16)
@@ -361,11 +363,11 @@ def test_knobs_choose_layers() -> None:
 
 def test_intervals_halve_from_stage_to_stage_by_default() -> None:
     """As the paper's three do. Equal settings are equal however they are given."""
-    assert HipDecode().refresh == (16, 8, 4)
-    assert HipDecode(refresh=(16, 8, 4)) == HipDecode()
-    assert HipDecode(stage_chunks=(16,), stage_tokens=(160,)).refresh == (16,)
-    four = HipDecode(stage_chunks=(128, 64, 32, 16), stage_tokens=(512, 256, 128, 64))
-    assert four.refresh == (16, 8, 4, 2)
+    assert HipDecode().refresh_steps == (16, 8, 4)
+    assert HipDecode(refresh_steps=(16, 8, 4)) == HipDecode()
+    assert HipDecode(stage_block_tokens=(16,), stage_budget_tokens=(160,)).refresh_steps == (16,)
+    four = HipDecode(stage_block_tokens=(128, 64, 32, 16), stage_budget_tokens=(512, 256, 128, 64))
+    assert four.refresh_steps == (16, 8, 4, 2)
 
 
 def test_device_sizes_hold_what_stages_ask_for() -> None:
@@ -386,7 +388,16 @@ def test_no_stage_keeps_more_than_the_device_holds(stages: Stages, context: int,
 
 def test_knobs_of_a_row_begin_with_the_last_stage() -> None:
     """So that rows of fewer stages have those that they lack at the end."""
-    assert hip((64, 192, 4), (16, 64, 2), sink=20, window=30).row_knobs() == (20, 30, 16, 64, 2, 64, 192, 4)
+    assert hip((64, 192, 4), (16, 64, 2), sink_tokens=20, recent_tokens=30).row_knobs() == (
+        20,
+        30,
+        16,
+        64,
+        2,
+        64,
+        192,
+        4,
+    )
 
 
 SERVED = hip((64, 768, 4), (16, 512, 2))
@@ -396,7 +407,7 @@ SERVED = hip((64, 768, 4), (16, 512, 2))
     ("method", "served"),
     [
         (SERVED, True),
-        (hip((64, 512, 9), (32, 512, 3), sink=700, window=900, dense_layers=3), True),
+        (hip((64, 512, 9), (32, 512, 3), sink_tokens=700, recent_tokens=900, dense_layers=3), True),
         (hip((64, 512, 1)), True),
         (hip((16, 512, 1)), False),
         (hip((64, 768, 4), (16, 528, 2)), False),
@@ -424,15 +435,15 @@ def test_memory_has_the_size_that_it_says() -> None:
 @pytest.mark.parametrize(
     ("knobs", "wrong"),
     [
-        ({"stage_chunks": ()}, "stage_chunks"),
-        ({"stage_chunks": (256, 64)}, "stage_tokens"),
-        ({"stage_chunks": (256, 96, 16)}, "stage_chunks"),
-        ({"stage_tokens": (8192, 32768, 2048)}, "stage_tokens"),
-        ({"stage_chunks": (256, 128, 64, 32, 16), "stage_tokens": (512,) * 5}, "stage_chunks"),
-        ({"refresh": (16, 8)}, "refresh"),
-        ({"refresh": (16, 8, 0)}, "refresh"),
-        ({"refresh": (1025, 8, 4)}, "refresh"),
-        ({"refresh": (8, 16, 4)}, "refresh"),
+        ({"stage_block_tokens": ()}, "stage_block_tokens"),
+        ({"stage_block_tokens": (256, 64)}, "stage_budget_tokens"),
+        ({"stage_block_tokens": (256, 96, 16)}, "stage_block_tokens"),
+        ({"stage_budget_tokens": (8192, 32768, 2048)}, "stage_budget_tokens"),
+        ({"stage_block_tokens": (256, 128, 64, 32, 16), "stage_budget_tokens": (512,) * 5}, "stage_block_tokens"),
+        ({"refresh_steps": (16, 8)}, "refresh_steps"),
+        ({"refresh_steps": (16, 8, 0)}, "refresh_steps"),
+        ({"refresh_steps": (1025, 8, 4)}, "refresh_steps"),
+        ({"refresh_steps": (8, 16, 4)}, "refresh_steps"),
     ],
     ids=str,
 )

@@ -21,7 +21,8 @@ from tests.methods.lists import (
 )
 from tests.methods.matrix import DecodeCase, PrefillCase
 from tests.oracle import EXECUTING, PLAIN, SELECTING, Paged, Platform
-from vllm_sparse.methods.base import DecodeMethod, LayerMemory, PrefillMethod
+from vllm_sparse.methods.decode import DecodeMethod, LayerMemory
+from vllm_sparse.methods.prefill import PrefillMethod
 from vllm_sparse.pages import PageList
 
 
@@ -38,7 +39,7 @@ def test_prefill_lists_are_well_formed(
         lists = select_chunk(case.method, data, request, query, page)
         assert lists.page_size_tokens == page
         assert lists.pages.dtype == lists.kept_tokens.dtype == torch.int32
-        query_block = case.method.query_block
+        query_block = case.method.query_block_tokens
         blocks = -(-chunk // query_block)
         rows = case.method.list_heads(4, 2) * blocks
         assert lists.pages.shape[0] == rows

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from tests import oracle
 from tests.methods.lists import FIRST_LAYER, SCALE, attend_chunk, chunk_allowed, select_chunk
 from tests.oracle import EXECUTING, PLAIN, SELECTING, Paged, Platform
-from vllm_sparse.calibration.sale import Calibration
 from vllm_sparse.kernels.low_bit_scores import reference
-from vllm_sparse.methods.base import KnobError, Layer
+from vllm_sparse.methods.knobs import KnobError
+from vllm_sparse.methods.prefill import Layer
 from vllm_sparse.methods.sale import Sale
+from vllm_sparse.methods.sale.thresholds import Calibration
 
 PAGE = 32
 CHUNKS = [(64, 64), (1000, 1000), (512, 1024), (300, 1000), (257, 1153), (129, 700), (1, 700)]
@@ -52,7 +53,9 @@ def kept(method: Sale, query: torch.Tensor, data: Paged) -> torch.Tensor:
     """Map of the kept pages that are in reach: bool ``[heads, blocks, pages]``."""
     mask = method.block_mask(query, data.reader(0), SCALE, FIRST_LAYER).cpu()
     chunk, context = query.shape[0], data.keys[0].shape[1]
-    last = (torch.arange(context - chunk, context, method.query_block) + method.query_block - 1).clamp(max=context - 1)
+    last = (torch.arange(context - chunk, context, method.query_block_tokens) + method.query_block_tokens - 1).clamp(
+        max=context - 1
+    )
     return mask & (torch.arange(mask.shape[2]) * PAGE <= last.unsqueeze(1))
 
 
@@ -60,10 +63,10 @@ def near(method: Sale, chunk: int, context: int) -> torch.Tensor:
     """Sink and local window: bool ``[blocks, pages]``."""
     pages = torch.arange(-(-context // PAGE))
     rows = []
-    for first in range(context - chunk, context, method.query_block):
-        last = min(first + method.query_block, context) - 1
-        start = max(min(last + 1 - method.local, first), 0) // PAGE
-        rows.append(((pages < method.sink // PAGE) | (pages >= start)) & (pages * PAGE <= last))
+    for first in range(context - chunk, context, method.query_block_tokens):
+        last = min(first + method.query_block_tokens, context) - 1
+        start = max(min(last + 1 - method.recent_tokens, first), 0) // PAGE
+        rows.append(((pages < method.sink_tokens // PAGE) | (pages >= start)) & (pages * PAGE <= last))
     return torch.stack(rows)
 
 
@@ -100,7 +103,7 @@ def test_s1_a_tau_of_0_is_dense(platform: Platform, setting: dict[str, Any], gen
 def test_s1_and_s2_a_huge_tau_keeps_sink_and_local_window_and_nothing_else(
     platform: Platform, setting: dict[str, Any], sink: int, local: int, query_block: int, generator: torch.Generator
 ) -> None:
-    method = Sale(tau=1e6, sink=sink, local=local, query_block=query_block, **setting)  # type: ignore[arg-type]
+    method = Sale(tau=1e6, sink_tokens=sink, recent_tokens=local, query_block_tokens=query_block, **setting)  # type: ignore[arg-type]
     for chunk, context in CHUNKS:
         query, data = peaked(platform, generator, chunk, context, 2, 1)
         query = query / 4
@@ -175,7 +178,7 @@ def test_s3_no_key_with_a_probability_of_tau_is_dropped(
     tau = float(probability[:, :query_block, page * PAGE : (page + 1) * PAGE].max())
     if tau == 0:
         return
-    method = Sale(tau=tau, page_bounds=bounds, query_block=query_block, local=local)
+    method = Sale(tau=tau, page_bounds=bounds, query_block_tokens=query_block, recent_tokens=local)
     allowed = chunk_allowed(method, select_chunk(method, data, 0, query, PAGE), data, 0, query)
     lost = (probability >= tau) & ~allowed
     assert not bool(lost.any()), f"{int(lost.sum())} keys lost, of probabilities {probability[lost].tolist()[:5]}"

@@ -11,7 +11,8 @@ from tests import oracle
 from tests.methods.lists import SCALE as EXECUTED_SCALE
 from tests.methods.lists import attend_newest, same_lists
 from tests.oracle import EXECUTING, PLAIN, SELECTING, Paged, Platform
-from vllm_sparse.methods.base import KnobError, LayerMemory
+from vllm_sparse.methods.decode import LayerMemory
+from vllm_sparse.methods.knobs import KnobError
 from vllm_sparse.methods.tidal import Tidal
 
 SCALE = 0.15
@@ -38,7 +39,7 @@ def logits(query: torch.Tensor, data: Paged) -> torch.Tensor:
 
 
 def faithful(budget: int, lists: str = "query_head", **knobs: int) -> Tidal:
-    return Tidal(budget=budget, lists=lists, **{"sink_tokens": 0, "recent_tokens": 0, **knobs})  # type: ignore[arg-type]
+    return Tidal(budget_tokens=budget, list_per=lists, **{"sink_tokens": 0, "recent_tokens": 0, **knobs})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("platform", EXECUTING)
@@ -125,7 +126,7 @@ def test_t5_forced_tokens_are_in_every_list(
     data = oracle.paged(platform, [keys], [keys], 64, generator)
     query = torch.ones(4, 32, dtype=platform.dtype, device=platform.device)
     forced = set(range(sink)) | set(range(context - recent, context))
-    method = Tidal(budget=64, sink_tokens=sink, recent_tokens=recent, lists=lists)  # type: ignore[arg-type]
+    method = Tidal(budget_tokens=64, sink_tokens=sink, recent_tokens=recent, list_per=lists)  # type: ignore[arg-type]
     for tokens in kept(method, query, data, page):
         assert forced <= tokens
     for tokens in kept(faithful(64, lists), query, data):
@@ -139,7 +140,7 @@ def test_t6_merged_lists_equal_per_head_lists_without_groups(
 ) -> None:
     data = oracle.random_paged(platform, generator, [777], 4, 32, 64)
     query = oracle.random_tensor(platform, generator, 4, 32)
-    merged, single = (Tidal(budget=96, lists=lists) for lists in ("kv_head", "query_head"))
+    merged, single = (Tidal(budget_tokens=96, list_per=lists) for lists in ("kv_head", "query_head"))
     reader = data.reader(0)
     assert same_lists(*(method.select(query, reader, SCALE, page, LayerMemory()) for method in (merged, single)))
 
@@ -202,16 +203,16 @@ def test_a_list_is_chosen_before_it_is_read(layers: int) -> None:
 
 
 def test_roles_follow_the_knobs() -> None:
-    roles = Tidal(full_layers=0, reselect_layers=(3, 5)).layer_roles(7)
+    roles = Tidal(dense_layers=0, reselect_layers=(3, 5)).layer_roles(7)
     assert roles == ["select", "reuse", "reuse", "select", "reuse", "select", "reuse"]
 
 
 @pytest.mark.parametrize(
     ("method", "knob", "allowed"),
     [
-        (Tidal(full_layers=8), "full_layers", "8 layers.* to 7 are allowed"),
+        (Tidal(dense_layers=8), "dense_layers", "8 layers.* to 7 are allowed"),
         (Tidal(reselect_layers=(8,)), "reselect_layers", "8 layers.*layers 3 to 7 are allowed"),
-        (Tidal(full_layers=3, reselect_layers=(3,)), "reselect_layers", "layers 4 to 7 are allowed"),
+        (Tidal(dense_layers=3, reselect_layers=(3,)), "reselect_layers", "layers 4 to 7 are allowed"),
         (Tidal(reselect_layers=(-1,)), "reselect_layers", "layers 3 to 7 are allowed"),
     ],
 )
@@ -227,10 +228,10 @@ def test_the_list_is_as_long_as_the_budget(budget: int, sink: int, recent: int, 
         with pytest.raises(
             ValueError, match=f"{budget} tokens do not hold sink_tokens {sink} and recent_tokens {recent}"
         ):
-            Tidal(budget=budget, sink_tokens=sink, recent_tokens=recent)
+            Tidal(budget_tokens=budget, sink_tokens=sink, recent_tokens=recent)
         return
     generator = torch.Generator().manual_seed(context)
     data = oracle.random_paged(PLAIN, generator, [context], 1, 16, 64)
-    method = Tidal(budget=budget, sink_tokens=sink, recent_tokens=recent)
+    method = Tidal(budget_tokens=budget, sink_tokens=sink, recent_tokens=recent)
     tokens = kept(method, oracle.random_tensor(PLAIN, generator, 2, 16), data)[0]
     assert len(tokens) == min(context, budget)

@@ -61,12 +61,12 @@ for part in (ASIDE, SELECTION, ATTENTION):
 timer.stamps[0, :3] = torch.tensor([1_000_000, 3_000_000, 4_000_000])
 metrics.observe_graph(timer, Counter({("decode", "hip"): 3, ("decode", "blocktopk"): 1}))
 metrics.start_serving(Geometry(layers=4, query_heads=4, kv_heads=2, token_bytes=10), Sampling(1, 1))
-method = BlockTopk(budget=64, sink_tokens=16, recent_tokens=16, dense_layers=2)
+method = BlockTopk(budget_tokens=64, sink_tokens=16, recent_tokens=16, dense_layers=2)
 setting = RowSetting(method, 64, layer_roles(method, 4), 0, False)
 rows = [BatchRow(RowSpan(row, row, 1, context), setting) for row, context in enumerate((128, 256, 1024))]
 metrics.observe_batch(rows)
 # A setting by which no layer reads a list.
-method = Tidal(full_layers=3)
+method = Tidal(dense_layers=3)
 dense = DecodeRow(rows[0].span, method, layer_roles(method, 4), RowDensity("decode", "tidal"), {})
 for decode, batch in (([dense], []), ([], rows)):
     plan = StepPlan([], [], [], decode, batch, None, 4, metrics)

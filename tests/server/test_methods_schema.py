@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_sparse.config.messages import SparseParamsError
-from vllm_sparse.config.names import DENSE, METHODS, PHASES, knob_schema
+from vllm_sparse.config.names import DENSE, METHODS, PHASES, former_keys, knob_schema
 from vllm_sparse.config.request import resolve
 from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.server.routes.methods import enabled, extras_schema, request_knobs
@@ -19,15 +19,17 @@ LAYERS = 32
 CONFIGS = {
     "default": ServerConfig(),
     "all methods": ServerConfig(methods=METHODS),
-    "sparse by default": ServerConfig(prefill="hip", decode="tidal", min_tokens=64, hip={"sink": 128}),
+    "sparse by default": ServerConfig(prefill="hip", decode="tidal", min_tokens=64, hip={"sink_tokens": 128}),
     "one method": ServerConfig(methods=("dhsa",), prefill="dhsa", dhsa={"density": 0.5}),
 }
 VALIDATORS = {name: jsonschema.Draft202012Validator(extras_schema(config)) for name, config in CONFIGS.items()}
 
 KNOBS = [f"{name}_{knob}" for phase, known in PHASES.items() for name in known for knob in knob_schema(phase, name)]
+FORMER = [key for phase, known in PHASES.items() for name in known for key in former_keys(phase, name)]
 KEYS = st.one_of(
     st.sampled_from(["sparse_prefill", "sparse_decode", "sparse_min_tokens", "sparse_budget", "SparseX", "seed"]),
     st.sampled_from(KNOBS),
+    st.sampled_from(FORMER),
     st.from_regex(r"(sparse|hip|tidal|HIP)[_a-zA-Z-]{0,6}", fullmatch=True),
 )
 VALUES = st.one_of(
@@ -50,7 +52,16 @@ def taken(extras: dict[str, Any], config: ServerConfig) -> tuple[bool, str]:
 
 
 # Refusals that the schema has to know; the others are of what knobs have to meet together, or of the model's depth.
-EXPRESSIBLE = ("is allowed", "allowed are", "0 or more", "is no knob", "is no setting", "is a knob of", "of the server")
+EXPRESSIBLE = (
+    "is allowed",
+    "allowed are",
+    "0 or more",
+    "is no knob",
+    "is no setting",
+    "is a knob of",
+    "of the server",
+    "is set too",
+)
 BOOLEAN_KNOBS = ("flexprefill_faithful", "sale_page_bounds")
 
 
@@ -95,8 +106,8 @@ def test_defaults_are_the_servers() -> None:
     schema = extras_schema(CONFIGS["sparse by default"])["properties"]
     assert schema["sparse_prefill"]["default"] == "hip"
     assert schema["sparse_min_tokens"]["default"] == 64
-    assert schema["hip_sink"]["default"] == 128
-    assert "blocktopk_budget" not in schema
+    assert schema["hip_sink_tokens"]["default"] == 128
+    assert "blocktopk_budget_tokens" not in schema
 
 
 def test_phases_that_share_a_knob_agree_on_it() -> None:

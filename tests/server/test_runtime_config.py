@@ -69,9 +69,9 @@ def test_the_directory_is_made_only_where_the_routes_are_loaded(monkeypatch: pyt
 
 
 def test_a_change_is_over_the_command_line_not_over_the_last_change(directory: Path) -> None:
-    server = served(prefill="flexprefill", flexprefill={"gamma": 0.8, "min_budget": 256})
+    server = served(prefill="flexprefill", flexprefill={"gamma": 0.8, "min_budget_tokens": 256})
     _, first = change_config(server, {"min_tokens": 5, "flexprefill": {"gamma": 0.5}}, None)
-    assert (first.config.min_tokens, first.config.flexprefill) == (5, {"gamma": 0.5, "min_budget": 256})
+    assert (first.config.min_tokens, first.config.knobs("flexprefill")) == (5, {"gamma": 0.5, "min_budget_tokens": 256})
     old, second = change_config(server, {"decode": "tidal"}, first.etag)
     assert old == first
     assert second == RunningConfig(3, server.start.model_copy(update={"decode": "tidal"}))
@@ -117,12 +117,15 @@ def test_tags_tell_versions_and_restarts_apart(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tidal": {"full_layers": 4}}, "object sparse.tidal: with these knobs other layers choose"),
+        ({"tidal": {"dense_layers": 4}}, "object sparse.tidal: with these knobs other layers choose"),
         ({"tidal": {"selection_reads": "list"}}, "other layers choose"),
-        ({"tidal": {"lists": "query_head"}}, "object sparse.tidal: .*do not serve these knobs"),
+        ({"tidal": {"list_per": "query_head"}}, "object sparse.tidal: .*do not serve these knobs"),
         ({"blocktopk": {"dense_layers": 0}}, "object sparse.blocktopk: .*other layers choose"),
-        ({"hip": {"stage_tokens": [65536, 8192, 2048]}}, "object sparse.hip: .*graphs and their memory do not serve"),
-        ({"tidal": {"budget": 8192}}, "lists of 8192 tokens are longer than decode_list_tokens, 4352"),
+        (
+            {"hip": {"stage_budget_tokens": [65536, 8192, 2048]}},
+            "object sparse.hip: .*graphs and their memory do not serve",
+        ),
+        ({"tidal": {"budget_tokens": 8192}}, "lists of 8192 tokens are longer than decode_list_tokens, 4352"),
     ],
 )
 def test_defaults_that_no_graph_holds_are_refused(directory: Path, settings: Any, message: str) -> None:
@@ -135,16 +138,31 @@ def test_defaults_that_no_graph_holds_are_refused(directory: Path, settings: Any
 
 def test_defaults_that_graphs_hold_are_taken(directory: Path) -> None:
     server = served(decode_graphs=True, methods=["tidal", "blocktopk", "hip", "sale"])
-    settings = {"tidal": {"budget": 4096, "sink_tokens": 0}, "hip": {"sink": 64}, "sale": {"tau": 0.1}}
+    settings = {"tidal": {"budget_tokens": 4096, "sink_tokens": 0}, "hip": {"sink_tokens": 64}, "sale": {"tau": 0.1}}
     assert change_config(server, settings, None)[1].version == 2
     # Lists of this server were too long from the start.
-    long = served(decode_graphs=True, tidal={"budget": 9000})
-    assert change_config(long, {"tidal": {"budget": 8000}}, None)[1].version == 3
+    long = served(decode_graphs=True, tidal={"budget_tokens": 9000})
+    assert change_config(long, {"tidal": {"budget_tokens": 8000}}, None)[1].version == 3
 
 
 def test_stating_a_default_that_cannot_change_is_no_change(directory: Path) -> None:
     server = served()
-    settings = {"blocktopk": {"block": 16, "scores": "bounds"}, "decode_in_batches": True, "tidal": {"policy": ""}}
+    settings = {
+        "blocktopk": {"page_tokens": 16, "scores": "bounds"},
+        "decode_in_batches": True,
+        "tidal": {"policy": ""},
+    }
     assert change_config(server, settings, None)[1].version == 2
     with pytest.raises(FixedSettingError, match=r"sparse\.tidal\.policy is 'x'; it is ''"):
         change_config(server, {"tidal": {"policy": "x"}}, None)
+
+
+def test_a_change_may_use_former_names(directory: Path) -> None:
+    """They change the knob that the command line names by its present name, and the checks see it."""
+    server = served(tidal={"budget_tokens": 1024})
+    _, now = change_config(server, {"tidal": {"budget": 4096}}, None)
+    assert now.config.knobs("tidal") == {"budget_tokens": 4096}
+    with pytest.raises(FixedSettingError, match=r"sparse\.blocktopk\.page_tokens is 32; it is 16"):
+        change_config(server, {"blocktopk": {"block": 32}}, None)
+    with pytest.raises(ValueError, match="tidal_budget is the former name of tidal_budget_tokens, which is set too"):
+        change_config(server, {"tidal": {"budget": 512, "budget_tokens": 512}}, None)

@@ -7,8 +7,8 @@ import torch
 
 from vllm_sparse.config.request import SparseParams
 from vllm_sparse.keys import plain_keys
-from vllm_sparse.methods.base import BatchDecodeMethod, LayerMemory
 from vllm_sparse.methods.block_topk import BlockTopk
+from vllm_sparse.methods.decode import BatchDecodeMethod, LayerMemory
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.server.spans import span_attributes
 
@@ -19,10 +19,10 @@ PROMPT, LAST = 290, 330
 @pytest.mark.parametrize(
     ("method", "min_tokens"),
     [
-        (Tidal(budget=100, sink_tokens=7, recent_tokens=30), 0),
-        (Tidal(budget=300, sink_tokens=7, recent_tokens=30), 0),
-        (BlockTopk(budget=90, sink_tokens=7, recent_tokens=30), 0),
-        (BlockTopk(budget=90, sink_tokens=7, recent_tokens=30), 310),
+        (Tidal(budget_tokens=100, sink_tokens=7, recent_tokens=30), 0),
+        (Tidal(budget_tokens=300, sink_tokens=7, recent_tokens=30), 0),
+        (BlockTopk(budget_tokens=90, sink_tokens=7, recent_tokens=30), 0),
+        (BlockTopk(budget_tokens=90, sink_tokens=7, recent_tokens=30), 310),
     ],
 )
 def test_decode_density_is_that_of_the_lists(
@@ -43,7 +43,9 @@ def test_decode_density_is_that_of_the_lists(
 
 
 def test_no_density_without_a_sparse_decode_step() -> None:
-    method = Tidal(budget=500)
+    method = Tidal(budget_tokens=500)
     assert DENSITY not in span_attributes(SparseParams(None, method, 0), PROMPT, LAST, token_lists=True)
-    assert DENSITY not in span_attributes(SparseParams(None, Tidal(budget=100), 0), PROMPT, PROMPT, token_lists=True)
+    assert DENSITY not in span_attributes(
+        SparseParams(None, Tidal(budget_tokens=100), 0), PROMPT, PROMPT, token_lists=True
+    )
     assert DENSITY not in span_attributes(SparseParams(None, None, 0), PROMPT, LAST, token_lists=True)

@@ -21,7 +21,7 @@ CONFIGURATION = {
         "prefill": "flexprefill",
         "methods": ["flexprefill", "blocktopk"],
         "min_tokens": 1024,
-        "flexprefill": {"gamma": 0.9, "min_budget": 256},
+        "flexprefill": {"gamma": 0.9, "min_budget_tokens": 256},
     }
 }
 _CONFIGURED = (

@@ -14,21 +14,21 @@ from tests.serving.server import BOTH, FLEXPREFILL, TIDAL, MetricsChange, Reply,
 SHORT = {"sparse_min_tokens": 512}
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {},
-    "flexprefill": {**FLEXPREFILL, **SHORT, "flexprefill_min_budget": 256},
-    "tidal": {**TIDAL, **SHORT, "tidal_budget": 256},
+    "flexprefill": {**FLEXPREFILL, **SHORT, "flexprefill_min_budget_tokens": 256},
+    "tidal": {**TIDAL, **SHORT, "tidal_budget_tokens": 256},
     "sale": {"sparse_prefill": "sale", **SHORT, "sale_tau": 0.03},
     "dhsa": {"sparse_prefill": "dhsa", **SHORT, "dhsa_density": 0.4},
-    "hip": {"sparse_prefill": "hip", **SHORT, "hip_stage_tokens": [2048, 1024, 512], "hip_window": 256},
+    "hip": {"sparse_prefill": "hip", **SHORT, "hip_stage_budget_tokens": [2048, 1024, 512], "hip_recent_tokens": 256},
     "hip_decode": {
         "sparse_decode": "hip",
         **SHORT,
-        "hip_stage_chunks": [64, 16],
-        "hip_stage_tokens": [2048, 1024],
-        "hip_sink": 64,
-        "hip_window": 256,
+        "hip_stage_block_tokens": [64, 16],
+        "hip_stage_budget_tokens": [2048, 1024],
+        "hip_sink_tokens": 64,
+        "hip_recent_tokens": 256,
         "hip_dense_layers": 2,
     },
-    "both": {**BOTH, **SHORT, "flexprefill_min_budget": 256, "tidal_budget": 256},
+    "both": {**BOTH, **SHORT, "flexprefill_min_budget_tokens": 256, "tidal_budget_tokens": 256},
 }
 # What the lists of a phase's methods stay below; single keys lead hip's search, which needs more to answer right.
 MOST_DENSITY = {"prefill": 0.9, "decode": 0.2, "hip_decode": 0.65}
@@ -130,7 +130,7 @@ def test_fallbacks_of_short_contexts_are_counted(server: Server) -> None:
     """The prompt is below the minimum, the prompt with its answer is not."""
     prompt = prompt_of(5, 1000)
     tokens = server.ask("chat", prompt, max_tokens=1).usage["prompt_tokens"]
-    extras = {**BOTH, "tidal_budget": 256, "sparse_min_tokens": tokens + 5}
+    extras = {**BOTH, "tidal_budget_tokens": 256, "sparse_min_tokens": tokens + 5}
     before = server.metrics()
     reply = server.ask("chat", prompt, extras, max_tokens=10, ignore_eos=True)
     change = MetricsChange(before, server.metrics())
@@ -148,7 +148,12 @@ def test_full_coverage_is_dense(server: Server) -> None:
     before = server.metrics()
     gamma_one = server.ask("completions", prompt, {**FLEXPREFILL, **SHORT, "flexprefill_gamma": 1.0}, logprobs=1)
     between = server.metrics()
-    everything = {**FLEXPREFILL, **SHORT, "flexprefill_min_budget": 1 << 20, "flexprefill_tau": 0}
+    everything = {
+        **FLEXPREFILL,
+        **SHORT,
+        "flexprefill_min_budget_tokens": 1 << 20,
+        "flexprefill_divergence_threshold": 0,
+    }
     full_lists = server.ask("completions", prompt, everything, logprobs=1)
     after = server.metrics()
 
@@ -164,9 +169,9 @@ def test_budget_of_the_whole_context_is_dense(server: Server) -> None:
     prompt = prompt_of(7, 3000)
     dense = server.ask("completions", prompt, logprobs=1)
     before = server.metrics()
-    whole = server.ask("completions", prompt, {**TIDAL, **SHORT, "tidal_budget": 4096}, logprobs=1)
+    whole = server.ask("completions", prompt, {**TIDAL, **SHORT, "tidal_budget_tokens": 4096}, logprobs=1)
     between = server.metrics()
-    nearly = server.ask("completions", prompt, {**TIDAL, **SHORT, "tidal_budget": 2900}, logprobs=1)
+    nearly = server.ask("completions", prompt, {**TIDAL, **SHORT, "tidal_budget_tokens": 2900}, logprobs=1)
     after = server.metrics()
 
     assert whole.text == nearly.text == dense.text

@@ -49,9 +49,9 @@ def test_short_mixed_requests_at_once(server: Server) -> None:
     def ask(number: int) -> Reply:
         extras: dict[str, Any] = {**EXTRAS[number % len(EXTRAS)], "sparse_min_tokens": 256}
         if "sparse_prefill" in extras:
-            extras["flexprefill_min_budget"] = 128
+            extras["flexprefill_min_budget_tokens"] = 128
         if "sparse_decode" in extras:
-            extras["tidal_budget"] = 128
+            extras["tidal_budget_tokens"] = 128
         return server.ask("completions", prompts[number], extras, max_tokens=12, ignore_eos=True, logprobs=1)
 
     # All fit into one step of 2048 tokens, so that no prompt is divided.

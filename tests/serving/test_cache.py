@@ -21,8 +21,8 @@ def cached(server: Server, content: str, extras: dict[str, Any] | None, salt: st
     ("number", "extras", "other"),
     [
         (0, {**FLEXPREFILL, **MIN}, {"flexprefill_gamma": 0.8}),
-        (1, {**TIDAL, **MIN, "tidal_budget": 256}, {"tidal_budget": 512}),
-        (2, {**BOTH, **MIN, "tidal_budget": 256}, {"sparse_min_tokens": 600}),
+        (1, {**TIDAL, **MIN, "tidal_budget_tokens": 256}, {"tidal_budget_tokens": 512}),
+        (2, {**BOTH, **MIN, "tidal_budget_tokens": 256}, {"sparse_min_tokens": 600}),
     ],
     ids=["flexprefill", "tidal", "both"],
 )

@@ -22,24 +22,36 @@ WRONG: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("not an object", ["flexprefill"], ("vllm_xargs", "valid dictionary")),
     ("unknown setting", {"sparse_method": "tidal"}, ("sparse_method", "sparse_prefill, sparse_decode")),
     ("reserved key", {"sparse_resolved": '{"min_tokens":0}'}, ("sparse_resolved", "sparse_prefill, sparse_decode")),
-    ("unknown knob", {**TIDAL, "tidal_buget": 512}, ("tidal_buget", "tidal_budget")),
-    ("knob without its method", {"tidal_budget": 512}, ("tidal_budget", '"sparse_decode": "tidal"')),
-    ("knob of another method", {**FLEXPREFILL, "tidal_budget": 512}, ("tidal_budget", '"sparse_decode": "tidal"')),
+    ("unknown knob", {**TIDAL, "tidal_buget": 512}, ("tidal_buget", "tidal_budget_tokens")),
+    ("knob without its method", {"tidal_budget_tokens": 512}, ("tidal_budget_tokens", '"sparse_decode": "tidal"')),
+    (
+        "knob of another method",
+        {**FLEXPREFILL, "tidal_budget_tokens": 512},
+        ("tidal_budget_tokens", '"sparse_decode": "tidal"'),
+    ),
     ("text for a number", {**FLEXPREFILL, "flexprefill_gamma": "0.9"}, ("flexprefill_gamma", "'0.9'", "a number")),
-    ("fraction for an integer", {**TIDAL, "tidal_budget": 512.5}, ("tidal_budget", "512.5", "an integer")),
+    (
+        "fraction for an integer",
+        {**TIDAL, "tidal_budget_tokens": 512.5},
+        ("tidal_budget_tokens", "512.5", "an integer"),
+    ),
     ("too large", {**FLEXPREFILL, "flexprefill_gamma": 1.5}, ("flexprefill_gamma", "1.5", "at most 1")),
-    ("too small", {**TIDAL, "tidal_budget": 8}, ("tidal_budget", "8", "at least 16")),
+    ("too small", {**TIDAL, "tidal_budget_tokens": 8}, ("tidal_budget_tokens", "8", "at least 16")),
     ("not a number", {**FLEXPREFILL, "flexprefill_gamma": math.nan}, ("flexprefill_gamma", "nan", "a number")),
-    ("infinity", {**FLEXPREFILL, "flexprefill_tau": math.inf}, ("flexprefill_tau", "inf", "at most 1")),
-    ("beyond 64 bits", {**TIDAL, "tidal_budget": 1 << 70}, ("tidal_budget", str(1 << 70), "at most")),
-    ("unknown choice", {**TIDAL, "tidal_lists": "head"}, ("tidal_lists", "'head'", "'kv_head', 'query_head'")),
+    (
+        "infinity",
+        {**FLEXPREFILL, "flexprefill_divergence_threshold": math.inf},
+        ("flexprefill_divergence_threshold", "inf", "at most 1"),
+    ),
+    ("beyond 64 bits", {**TIDAL, "tidal_budget_tokens": 1 << 70}, ("tidal_budget_tokens", str(1 << 70), "at most")),
+    ("unknown choice", {**TIDAL, "tidal_list_per": "head"}, ("tidal_list_per", "'head'", "'kv_head', 'query_head'")),
     ("number for a list", {**TIDAL, "tidal_reselect_layers": 3}, ("tidal_reselect_layers", "3", "a list")),
     ("missing layer", {**TIDAL, "tidal_reselect_layers": [99]}, ("tidal_reselect_layers", "99", "3 to 7")),
-    ("too many full layers", {**TIDAL, "tidal_full_layers": 9}, ("tidal_full_layers", "9", "0 to 7")),
+    ("too many full layers", {**TIDAL, "tidal_dense_layers": 9}, ("tidal_dense_layers", "9", "0 to 7")),
     (
         "knobs that contradict",
-        {**TIDAL, "tidal_budget": 64, "tidal_sink_tokens": 64},
-        ("tidal_budget is 64", "sink_tokens 64", "recent_tokens 64"),
+        {**TIDAL, "tidal_budget_tokens": 64, "tidal_sink_tokens": 64},
+        ("tidal_budget_tokens is 64", "sink_tokens 64", "recent_tokens 64"),
     ),
     ("negative minimum", {**BOTH, "sparse_min_tokens": -1}, ("sparse_min_tokens", "-1", "0 or more")),
     ("text as minimum", {**BOTH, "sparse_min_tokens": "1k"}, ("sparse_min_tokens", "'1k'", "an integer")),
@@ -107,5 +119,5 @@ def test_routes_are_off_unless_asked_for(server: Server, path: str) -> None:
 
 
 def test_server_still_answers(server: Server) -> None:
-    assert server.chat("Hello.", {**BOTH, "sparse_min_tokens": 0, "tidal_budget": 128}).text
+    assert server.chat("Hello.", {**BOTH, "sparse_min_tokens": 0, "tidal_budget_tokens": 128}).text
     assert server.metrics().total("vllm:num_requests_running") == 0

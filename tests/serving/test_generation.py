@@ -8,11 +8,11 @@ import pytest
 
 from tests.serving.table import measured
 
-SPARSE = '{"sparse_decode": "tidal", "tidal_budget": 256, "sparse_min_tokens": 0}'
+SPARSE = '{"sparse_decode": "tidal", "tidal_budget_tokens": 256, "sparse_min_tokens": 0}'
 # Nothing is read but the forced tokens of a page at either end, and from no layer that chose with care.
 BLIND = (
-    '{"sparse_decode": "tidal", "tidal_budget": 16, "tidal_sink_tokens": 1, "tidal_recent_tokens": 1, '
-    '"tidal_full_layers": 0, "tidal_reselect_layers": [7], "sparse_min_tokens": 0}'
+    '{"sparse_decode": "tidal", "tidal_budget_tokens": 16, "tidal_sink_tokens": 1, "tidal_recent_tokens": 1, '
+    '"tidal_dense_layers": 0, "tidal_reselect_layers": [7], "sparse_min_tokens": 0}'
 )
 
 

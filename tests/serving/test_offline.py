@@ -14,7 +14,7 @@ from loadtest.text.needles import score
 from tests.serving.server import BOTH, prompt_of
 
 PROMPTS = [prompt_of(seed, 3000) for seed in (60, 61)]
-SPARSE = {**BOTH, "sparse_min_tokens": 512, "flexprefill_min_budget": 256, "tidal_budget": 256}
+SPARSE = {**BOTH, "sparse_min_tokens": 512, "flexprefill_min_budget_tokens": 256, "tidal_budget_tokens": 256}
 
 
 def run_offline(model_folder: Path, folder: Path, backend: str, extras: list[dict[str, Any] | None]) -> dict[str, Any]:

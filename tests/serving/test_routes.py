@@ -22,9 +22,9 @@ EXTRAS: tuple[tuple[Any, bool], ...] = (
     ({}, True),
     ({"seed": 3, "hipster": 1, "nested": "x"}, True),
     ({"sparse_prefill": "dense", "sparse_decode": "blocktopk", "sparse_min_tokens": 0}, True),
-    ({"flexprefill_gamma": 0.5, "flexprefill_query_block": 64, "flexprefill_rows": "kv_head"}, True),
+    ({"flexprefill_gamma": 0.5, "flexprefill_query_block_tokens": 64, "flexprefill_list_per": "kv_head"}, True),
     ({"sparse_prefill": "flexprefill", "flexprefill_gamma": 1, "flexprefill_faithful": True}, True),
-    ({"sparse_decode": "blocktopk", "blocktopk_budget": 512}, True),
+    ({"sparse_decode": "blocktopk", "blocktopk_budget_tokens": 512}, True),
     ({"sparse_prefill": "sale"}, False),
     ({"sparse_prefill": "blocktopk"}, False),
     ({"sparse_prefill": 1}, False),
@@ -38,12 +38,12 @@ EXTRAS: tuple[tuple[Any, bool], ...] = (
     ({"flexprefill_gamma": "0.5"}, False),
     ({"flexprefill_gamma": 0}, False),
     ({"flexprefill_gamma": 1.01}, False),
-    ({"flexprefill_query_block": 96}, False),
+    ({"flexprefill_query_block_tokens": 96}, False),
     ({"flexprefill_faithful": "yes"}, False),
     ({"sparse_prefill": "dense", "flexprefill_gamma": 0.5}, False),
-    ({"blocktopk_budget": 512}, False),
-    ({"sparse_decode": "blocktopk", "blocktopk_budget": 8}, False),
-    ({"sparse_decode": "blocktopk", "blocktopk_block": 16}, False),
+    ({"blocktopk_budget_tokens": 512}, False),
+    ({"sparse_decode": "blocktopk", "blocktopk_budget_tokens": 8}, False),
+    ({"sparse_decode": "blocktopk", "blocktopk_page_tokens": 16}, False),
     ({"sale_tau": 0.1}, False),
 )
 
@@ -93,16 +93,16 @@ def test_methods_are_described_with_this_servers_defaults(configured_server: Ser
     assert list(answer["prefill"]["methods"]) == ["flexprefill"]
     assert list(answer["decode"]["methods"]) == ["blocktopk"]
     knobs = answer["prefill"]["methods"]["flexprefill"]["knobs"]
-    assert knobs["flexprefill_min_budget"] == {
+    assert knobs["flexprefill_min_budget_tokens"] == {
         "description": "least tokens of columns and of diagonals",
         "type": "integer",
         "minimum": 0,
         "maximum": 1 << 24,
         "default": 256,
     }
-    assert knobs["flexprefill_tau"]["default"] == 0.1
+    assert knobs["flexprefill_divergence_threshold"]["default"] == 0.1
     # A setting of the server is no knob of a request.
-    assert "blocktopk_block" not in answer["decode"]["methods"]["blocktopk"]["knobs"]
+    assert "blocktopk_page_tokens" not in answer["decode"]["methods"]["blocktopk"]["knobs"]
 
 
 def test_the_configuration_is_that_of_the_command_line(configured_server: Server) -> None:
@@ -124,10 +124,10 @@ def test_a_change_reaches_all_api_servers(changeable: Server) -> None:
         between = changeable.metrics()
         answer = put(changeable, {"prefill": "flexprefill", "flexprefill": {"gamma": 0.5 + round_number / 10}}).json()
         # What a change leaves out is as on the command line.
-        assert answer["config"]["flexprefill"] == {"gamma": 0.5 + round_number / 10, "min_budget": 256}
+        assert answer["config"]["flexprefill"] == {"gamma": 0.5 + round_number / 10, "min_budget_tokens": 256}
         for _ in range(MANY):
             # The knob is one of the default method, which only the changed configuration has.
-            assert changeable.complete("Hello.", {"flexprefill_tau": 0}, max_tokens=1).status == 200
+            assert changeable.complete("Hello.", {"flexprefill_divergence_threshold": 0}, max_tokens=1).status == 200
         after = changeable.metrics()
         assert MetricsChange(before, between).requests("prefill", "dense") == MANY
         assert MetricsChange(before, between).requests("prefill", "flexprefill") == 0
@@ -174,7 +174,7 @@ def test_changed_defaults_have_prefix_caches_of_their_own(changeable: Server) ->
         ({"methods": ["flexprefill"]}, 409, "sparse.methods is ['flexprefill']; it is ['flexprefill', 'blocktopk']"),
         ({"decode_list_tokens": 64}, 409, "sparse.decode_list_tokens is 64"),
         ({"decode_in_batches": False}, 409, "start the server again"),
-        ({"blocktopk": {"block": 32}}, 409, "sparse.blocktopk.block is 32; it is 16"),
+        ({"blocktopk": {"page_tokens": 32}}, 409, "sparse.blocktopk.page_tokens is 32; it is 16"),
         # Nobody learns over HTTP which files there are.
         ({"sale": {"calibration": "/etc/passwd"}}, 409, "sparse.sale.calibration is '/etc/passwd'; it is ''"),
     ],

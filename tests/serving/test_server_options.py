@@ -22,7 +22,9 @@ def test_configured_defaults_apply(configured_server: Server) -> None:
 def test_request_overrides_defaults(configured_server: Server) -> None:
     prompt = prompt_of(20, 3000)
     before = configured_server.metrics()
-    configured_server.ask("chat", prompt, {"flexprefill_min_budget": 1 << 20, "flexprefill_tau": 0})
+    configured_server.ask(
+        "chat", prompt, {"flexprefill_min_budget_tokens": 1 << 20, "flexprefill_divergence_threshold": 0}
+    )
     between = configured_server.metrics()
     configured_server.ask("chat", prompt, {"sparse_min_tokens": 2500})
     after = configured_server.metrics()
@@ -41,7 +43,12 @@ def test_request_opts_out(configured_server: Server) -> None:
 
 def test_defaults_and_the_same_settings_share_the_prefix_cache(configured_server: Server) -> None:
     content = prompt_of(21, 1500).content
-    written_out = {**FLEXPREFILL, "sparse_min_tokens": 1024, "flexprefill_gamma": 0.9, "flexprefill_min_budget": 256}
+    written_out = {
+        **FLEXPREFILL,
+        "sparse_min_tokens": 1024,
+        "flexprefill_gamma": 0.9,
+        "flexprefill_min_budget_tokens": 256,
+    }
     assert configured_server.chat(content).cached_tokens == 0
     assert configured_server.chat(content, written_out).cached_tokens > 1400
     assert configured_server.chat(content, {"sparse_prefill": "dense"}).cached_tokens == 0
@@ -50,7 +57,7 @@ def test_defaults_and_the_same_settings_share_the_prefix_cache(configured_server
 def test_a_prefix_hit_changes_no_answer(configured_server: Server, answers_known: None) -> None:
     """A decode method that reads summaries finds those of blocks that another request wrote."""
     prompt = prompt_of(22, 3000)
-    extras = {"sparse_prefill": "dense", "sparse_decode": "blocktopk", "blocktopk_budget": 512}
+    extras = {"sparse_prefill": "dense", "sparse_decode": "blocktopk", "blocktopk_budget_tokens": 512}
     body = {"max_tokens": 48, "ignore_eos": True, "cache_salt": configured_server.fresh_salt()}
     before = configured_server.metrics()
     computed = configured_server.ask("chat", prompt, extras, **body)
@@ -109,7 +116,7 @@ def preempted(server: Server) -> Reply:
     before = server.metrics()
     reply = server.complete(
         [chat_text(prompt_of(number, 4000).content) for number in PREEMPTED],
-        {"flexprefill_min_budget": 512},
+        {"flexprefill_min_budget_tokens": 512},
         max_tokens=GENERATED_TOKENS,
         ignore_eos=True,
         add_special_tokens=False,

@@ -34,7 +34,7 @@ def test_a_span_says_what_the_defaults_chose(configured_server: Server, spans: S
     found = traced(configured_server, spans, 2500, None)
     assert found["vllm_sparse.prefill.method"] == "flexprefill"
     assert found["vllm_sparse.prefill.gamma"] == 0.9
-    assert found["vllm_sparse.prefill.min_budget"] == 256
+    assert found["vllm_sparse.prefill.min_budget_tokens"] == 256
     assert found["vllm_sparse.prefill.faithful"] is False
     assert found["vllm_sparse.prefill.min_tokens"] == 1024
     assert found["vllm_sparse.decode.method"] == "dense"
@@ -43,17 +43,17 @@ def test_a_span_says_what_the_defaults_chose(configured_server: Server, spans: S
 
 
 def test_a_span_says_what_a_request_chose(configured_server: Server, spans: SpanReceiver) -> None:
-    extras = {"sparse_prefill": "dense", "sparse_decode": "blocktopk", "blocktopk_budget": 512}
+    extras = {"sparse_prefill": "dense", "sparse_decode": "blocktopk", "blocktopk_budget_tokens": 512}
     found = traced(configured_server, spans, 2500, extras)
     assert found["vllm_sparse.prefill.method"] == "dense"
     assert found["vllm_sparse.decode.method"] == "blocktopk"
-    assert found["vllm_sparse.decode.budget"] == 512
+    assert found["vllm_sparse.decode.budget_tokens"] == 512
     assert found["vllm_sparse.decode.scores"] == "bounds"
     assert "vllm_sparse.decode.fallback" not in found
 
 
 def test_a_span_says_that_a_short_request_ran_dense(configured_server: Server, spans: SpanReceiver) -> None:
-    extras = {"sparse_decode": "blocktopk", "blocktopk_budget": 4096}
+    extras = {"sparse_decode": "blocktopk", "blocktopk_budget_tokens": 4096}
     short = traced(configured_server, spans, 600, extras)
     assert short["vllm_sparse.prefill.fallback"] == short["vllm_sparse.decode.fallback"] == "short_context"
     within_budget = traced(configured_server, spans, 2500, extras)

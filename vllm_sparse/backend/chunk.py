@@ -12,7 +12,7 @@ from vllm_sparse.pages import PageList, to_physical
 from vllm_sparse.step.launch import Executor, Launch
 
 if TYPE_CHECKING:
-    from vllm_sparse.methods.base import PrefillMethod
+    from vllm_sparse.methods.prefill import PrefillMethod
 
 # Of each head, so that the last queries lie in them where the very last block is short.
 LAST_BLOCKS = 2
@@ -42,12 +42,14 @@ def attend_chunk(
     """
     tokens, query_heads, _ = query.shape
     kv_heads, block_size = kv_cache.shape[1:3]
-    rows = chunk_rows(tokens, method.query_block, method.list_heads(query_heads, kv_heads), kv_heads, query.device)
+    rows = chunk_rows(
+        tokens, method.query_block_tokens, method.list_heads(query_heads, kv_heads), kv_heads, query.device
+    )
     lists = PageList(lists.pages[rows.lists], lists.kept_tokens[rows.lists], lists.page_size_tokens)
     pages = to_physical(lists, request_blocks, rows.kv_head, block_size, kv_heads)
     queries = rows.gather(query)
     attended = torch.empty_like(queries)
-    launch = Launch(rows.starts, method.query_block, pages, lists.kept_tokens, lists.page_size_tokens)
+    launch = Launch(rows.starts, method.query_block_tokens, pages, lists.kept_tokens, lists.page_size_tokens)
     executor.run(launch, queries, attended, kv_cache, scale)
     rows.scatter(attended, output)
 

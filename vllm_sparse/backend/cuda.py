@@ -26,7 +26,7 @@ from vllm_sparse.backend.warm_up import PrefillWarmUp
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.server import server_config
 from vllm_sparse.keys import PagedKeys, PlainKeys
-from vllm_sparse.methods.base import BatchDecodeMethod
+from vllm_sparse.methods.decode import BatchDecodeMethod
 from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.step.launch import Executor
 from vllm_sparse.step.plan import RowSpan, StepPlan

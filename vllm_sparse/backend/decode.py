@@ -17,14 +17,14 @@ import torch
 
 from vllm_sparse.kernels.decode_roles import LayerContexts, RowSettings
 from vllm_sparse.kernels.decode_roles.reference import ROLES
-from vllm_sparse.methods.base import READING_ROLES
+from vllm_sparse.methods.decode import READING_ROLES
 from vllm_sparse.metrics.timing import ASIDE, ATTENTION, SELECTION, Mark, ignore
 from vllm_sparse.step.launch import Executor, Launch
 from vllm_sparse.step.rows import DecodeMemory, DecodeRows, RowsPlace, ServerSize, TokenLists
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.page_summaries import SummaryKind
-    from vllm_sparse.methods.base import BatchDecodeMethod, DecodeMethod
+    from vllm_sparse.methods.decode import BatchDecodeMethod, DecodeMethod
 
 # Columns of the settings that every method has; its knobs follow.
 METHOD, LEAST_CONTEXT, SCORED, SLOT, FRESH, KNOBS = range(6)

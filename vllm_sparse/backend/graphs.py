@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, LayerLaunches, RowSetting
-from vllm_sparse.methods.base import reading_layers
+from vllm_sparse.methods.decode import reading_layers
 from vllm_sparse.metrics import WorkerMetrics
 from vllm_sparse.metrics.batch_recall import EagerRecall, GraphRecall, TakenRow
 from vllm_sparse.metrics.graph_timing import GraphTimer
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from vllm_sparse.methods.base import BatchDecodeMethod
+    from vllm_sparse.methods.decode import BatchDecodeMethod
 
 MIXED = "any mixture"
 DENSE_ROW = RowSetting(None, 0, (), 0, False)

@@ -14,7 +14,8 @@ from vllm_sparse.backend.chunk import attend_chunk
 from vllm_sparse.backend.decode import DecodeStep
 from vllm_sparse.kernels.page_summaries import SummaryKind, store_summaries
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import Layer, LayerMemory
+from vllm_sparse.methods.decode import LayerMemory
+from vllm_sparse.methods.prefill import Layer
 from vllm_sparse.metrics import WorkerMetrics
 from vllm_sparse.step.launch import Executor
 from vllm_sparse.step.plan import DecodeLaunch, LayerWork, PrefillRow, RowSpan, StepPlan
@@ -245,9 +246,11 @@ class SparseAttentionImpl:
             executor = plan.timer.executor(self._executor(layer))
             attend_chunk(executor, method, lists, chunk, output, kv_cache, request_blocks, self.scale)
         list_heads = method.list_heads(self.num_heads, self.num_kv_heads)
-        row.density.add(layer_index, lists.kept_tokens, span, method.query_block, list_heads)
+        row.density.add(layer_index, lists.kept_tokens, span, method.query_block_tokens, list_heads)
         if row.recall_layer == layer_index:
-            plan.metrics.observe_recall("prefill", method.name, chunk, keys, lists, method.query_block, self.scale)
+            plan.metrics.observe_recall(
+                "prefill", method.name, chunk, keys, lists, method.query_block_tokens, self.scale
+            )
 
     def _forward_dense(
         self,

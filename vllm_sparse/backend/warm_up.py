@@ -10,7 +10,7 @@ from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
 
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.server import server_config
-from vllm_sparse.methods.base import PrefillMethod
+from vllm_sparse.methods.prefill import PrefillMethod
 from vllm_sparse.methods.registry import PREFILL_METHODS
 from vllm_sparse.metrics import RowDensity, WorkerMetrics
 from vllm_sparse.step.plan import PrefillRow, RowSpan, StepPlan

@@ -14,7 +14,8 @@ import torch
 
 from vllm_sparse.calibration import prompts as calibration_prompts
 from vllm_sparse.calibration.model import observe, text_config
-from vllm_sparse.calibration.sale import FIRST_TAU, Calibration, SaleCalibrator
+from vllm_sparse.methods.sale.calibration import FIRST_TAU, SaleCalibrator
+from vllm_sparse.methods.sale.thresholds import Calibration
 
 
 def main(arguments: list[str]) -> None:

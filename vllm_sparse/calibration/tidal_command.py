@@ -15,10 +15,11 @@ import torch
 
 from vllm_sparse.calibration import prompts as calibration_prompts
 from vllm_sparse.calibration.model import observe, text_config
-from vllm_sparse.calibration.policy import Measured, Policy
-from vllm_sparse.calibration.tidal import ReuseRecall, choose_roles, recall_of, worst_recall
-from vllm_sparse.methods.base import KnobError
-from vllm_sparse.methods.tidal import PAPER_FULL_LAYERS, Tidal
+from vllm_sparse.methods.knobs import KnobError
+from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.methods.tidal.calibration import ReuseRecall, choose_roles, recall_of, worst_recall
+from vllm_sparse.methods.tidal.method import PAPER_FULL_LAYERS
+from vllm_sparse.methods.tidal.policy import Measured, Policy
 
 # Last tokens of a prompt: with the random prompts, the value that is copied out of thousands of pairs.
 POSITIONS = 32
@@ -30,7 +31,9 @@ def main(arguments: list[str]) -> None:
         prog="vllm-sparse calibrate tidal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     calibration_prompts.add_arguments(parser)
-    parser.add_argument("--budget", type=int, default=Tidal.budget, help="tokens of a list (default %(default)s)")
+    parser.add_argument(
+        "--budget", type=int, default=Tidal.budget_tokens, help="tokens of a list (default %(default)s)"
+    )
     parser.add_argument(
         "--full-layers",
         type=int,
@@ -58,7 +61,7 @@ def main(arguments: list[str]) -> None:
     if given.recall_floor is not None and not 0 < given.recall_floor <= 1:
         parser.error(f"--recall-floor {given.recall_floor}: above 0 to 1 is allowed")
     try:
-        method = Tidal(budget=given.budget)
+        method = Tidal(budget_tokens=given.budget)
     except (ValueError, KnobError) as error:
         parser.error(f"--budget {given.budget}: {error}")
     prompts = calibration_prompts.prompts_of(parser, given)
@@ -84,10 +87,10 @@ def main(arguments: list[str]) -> None:
         parser.error(f"--recall-floor {given.recall_floor}: {error}; lower the floor or raise --budget")
     measured = Measured(
         given.model,
-        method.budget,
+        method.budget_tokens,
         method.sink_tokens,
         method.recent_tokens,
-        method.lists,
+        method.list_per,
         [len(prompt) for prompt in prompts],
         POSITIONS,
         recall_of(roles, recall),

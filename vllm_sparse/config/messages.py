@@ -1,4 +1,4 @@
-"""What is wrong with sparse settings, worded for the person who sent them."""
+"""Errors of sparse settings, worded for the person who sent them: the key, what was given, what is allowed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_sparse.config.names import is_request_knob, knob_schema, phases_of
-from vllm_sparse.methods.base import KnobError
+from vllm_sparse.methods.knobs import KnobError
 
 
 class SparseParamsError(ValueError):
@@ -24,17 +24,23 @@ class SparseParamsError(ValueError):
 
 
 def knob_error(name: str, error: KnobError) -> SparseParamsError:
+    """The error of a method's knob, named by its request key.
+
+    Args:
+        name: of the method.
+        error: as the method raised it.
+    """
     key = f"{name}_{error.knob}"
     return SparseParamsError(key, error.value, f"{key} is {error.value!r}; {error}")
 
 
-def choices(name: str, phases: list[str]) -> str:
-    """How a request chooses a method, in one of some phases."""
+def how_to_choose(name: str, phases: list[str]) -> str:
+    """What a request sends to choose a method in one of some phases."""
     return " or ".join(f'"sparse_{phase}": "{name}"' for phase in phases)
 
 
-def listed(name: str, of_requests: bool = False) -> str:
-    """Knobs of a method, those that only one of its phases has with the phase.
+def knob_list(name: str, of_requests: bool = False) -> str:
+    """Request keys of a method's knobs, separated by commas; a knob of one phase only is followed by the phase.
 
     Args:
         name: of the method.
@@ -52,8 +58,8 @@ def listed(name: str, of_requests: bool = False) -> str:
     )
 
 
-def allowed(schema: Mapping[str, Any]) -> str:
-    """A knob's JSON schema in words."""
+def allowed_values(schema: Mapping[str, Any]) -> str:
+    """What a knob may be set to, from its JSON schema, in words."""
     # A knob that may be left to the method is a union with null.
     schema = {**schema, **next(iter(schema.get("anyOf", ())), {})}
     if "enum" in schema:

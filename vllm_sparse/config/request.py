@@ -1,4 +1,4 @@
-"""Sampling extras of a request: validation, defaults, resolution.
+"""Settings of a request: what its sampling extras and the server's defaults together ask for.
 
 Extras are flat (`vllm_xargs` takes scalars and lists): ``sparse_prefill``, ``sparse_decode``, ``sparse_min_tokens``
 and ``<method>_<knob>``. Knobs, their ranges and their defaults stand in the method's own file. Where one name is a
@@ -15,7 +15,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vllm_sparse.config.messages import SparseParamsError, allowed, choices, knob_error, listed
+from vllm_sparse.config.former_names import present_extras
+from vllm_sparse.config.messages import SparseParamsError, allowed_values, how_to_choose, knob_error, knob_list
 from vllm_sparse.config.names import (
     DENSE,
     METHODS,
@@ -26,9 +27,12 @@ from vllm_sparse.config.names import (
     knob_schema,
     phases_of,
     phases_with,
+    split_key,
 )
 from vllm_sparse.config.settings import ServerConfig
-from vllm_sparse.methods.base import DecodeMethod, KnobError, PrefillMethod
+from vllm_sparse.methods.decode import DecodeMethod
+from vllm_sparse.methods.knobs import KnobError
+from vllm_sparse.methods.prefill import PrefillMethod
 
 # Where admission leaves the resolved parameters for the workers. Clients cannot send it: unknown sparse_* keys are
 # refused.
@@ -68,7 +72,7 @@ ALL_DENSE = SparseParams()
 
 @lru_cache(maxsize=1024)
 def deserialize(text: str) -> SparseParams:
-    """Inverse of `SparseParams.serialize`. Cached: a worker sees few distinct settings."""
+    """Inverse of `SparseParams.serialize`; cached, because a worker sees few distinct settings."""
     fields = json.loads(text)
     methods: dict[str, Any] = {}
     for phase, known in PHASES.items():
@@ -87,45 +91,27 @@ def resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) ->
         num_layers: attention layers of the model.
 
     Raises:
-        SparseParamsError: unknown method or knob, a knob of a method that is not chosen, wrong type, out of range.
+        SparseParamsError: unknown method or knob, a knob of a method that is not chosen, wrong type, out of range, or
+            a knob under its former and its present name.
     """
+    extras, former = present_extras(extras)
+    try:
+        return _resolve(extras, config, num_layers)
+    except SparseParamsError as error:
+        if error.key not in former:
+            raise
+        key = former[error.key]
+        raise SparseParamsError(key, error.value, f"{key} is the former name of {error.key}: {error}") from error
+
+
+def _resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) -> SparseParams:
+    """Resolve extras whose knobs have their present names."""
     chosen = {phase: _method_name(phase, extras, config) for phase in PHASES}
     knobs: dict[str, dict[str, Any]] = {phase: {} for phase in PHASES}
     for key, value in extras.items():
         if not is_sparse_key(key) or key in REQUEST_KEYS:
             continue
-        name, _, knob = key.partition("_")
-        if name not in METHODS:
-            raise SparseParamsError(
-                key,
-                value,
-                f"{key} is no setting; there are {', '.join(REQUEST_KEYS)} and the knobs of the chosen methods "
-                f"({', '.join(f'{method}_...' for method in METHODS)})",
-            )
-        having = phases_with(name, knob)
-        if not having:
-            raise SparseParamsError(
-                key,
-                value,
-                f"{key} is no knob; a request chooses {name} by {choices(name, phases_of(name))} and may set "
-                f"{listed(name, of_requests=True)}",
-            )
-        if not any(is_request_knob(phase, name, knob) for phase in having):
-            raise SparseParamsError(
-                key,
-                value,
-                f"{key} is a setting of the server (--additional-config, object sparse.{name}); a request may set "
-                f"{listed(name, of_requests=True)}",
-            )
-        using = [phase for phase in having if chosen[phase] == name]
-        if not using:
-            used_for = "" if having == phases_of(name) else f" for {' or '.join(having)}"
-            raise SparseParamsError(
-                key,
-                value,
-                f"{key} is a knob of {name}{used_for}, which this request does not use; "
-                f"add {choices(name, having)} or drop the knob",
-            )
+        knob, using = _knob_of(key, value, chosen)
         for phase in using:
             knobs[phase][knob] = value
     min_tokens = extras.get("sparse_min_tokens", config.min_tokens)
@@ -151,6 +137,52 @@ def resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) ->
     return ALL_DENSE if params.is_dense else params
 
 
+def _knob_of(key: str, value: Any, chosen: Mapping[str, str]) -> tuple[str, list[str]]:
+    """The knob that a request key sets, and the phases whose chosen method has it.
+
+    Args:
+        key: of the request.
+        value: its value, for messages.
+        chosen: the request's method in each phase.
+
+    Raises:
+        SparseParamsError: there is no such knob, a request may not set it, or its method is not chosen.
+    """
+    name, knob = split_key(key)
+    if not name:
+        raise SparseParamsError(
+            key,
+            value,
+            f"{key} is no setting; there are {', '.join(REQUEST_KEYS)} and the knobs of the chosen methods "
+            f"({', '.join(f'{method}_...' for method in METHODS)})",
+        )
+    having = phases_with(name, knob)
+    if not having:
+        raise SparseParamsError(
+            key,
+            value,
+            f"{key} is no knob; a request chooses {name} by {how_to_choose(name, phases_of(name))} and may set "
+            f"{knob_list(name, of_requests=True)}",
+        )
+    if not any(is_request_knob(phase, name, knob) for phase in having):
+        raise SparseParamsError(
+            key,
+            value,
+            f"{key} is a setting of the server (--additional-config, object sparse.{name}); a request may set "
+            f"{knob_list(name, of_requests=True)}",
+        )
+    using = [phase for phase in having if chosen[phase] == name]
+    if not using:
+        used_for = "" if having == phases_of(name) else f" for {' or '.join(having)}"
+        raise SparseParamsError(
+            key,
+            value,
+            f"{key} is a knob of {name}{used_for}, which this request does not use; "
+            f"add {how_to_choose(name, having)} or drop the knob",
+        )
+    return knob, using
+
+
 def configured_method(config: ServerConfig, phase: str, name: str) -> PrefillMethod | DecodeMethod:
     """A phase's method with the knobs that the server's configuration gives it."""
     return _build(phase, name, config, {})
@@ -159,7 +191,7 @@ def configured_method(config: ServerConfig, phase: str, name: str) -> PrefillMet
 def _method_name(phase: str, extras: Mapping[str, Any], config: ServerConfig) -> str:
     """The method that a request uses in a phase, or `DENSE`."""
     key = f"sparse_{phase}"
-    name = extras.get(key, getattr(config, phase))
+    name = extras.get(key, config.default_method(phase))
     known = PHASES[phase]
     enabled = [DENSE, *(method for method in known if method in config.methods)]
     if isinstance(name, str) and name in enabled:
@@ -176,7 +208,7 @@ def _method_name(phase: str, extras: Mapping[str, Any], config: ServerConfig) ->
 def _build(phase: str, name: str, config: ServerConfig, requested: Mapping[str, Any]) -> PrefillMethod | DecodeMethod:
     """Construct a phase's method from its configured and requested knobs; the requested ones win."""
     schema = knob_schema(phase, name)
-    configured = {knob: value for knob, value in getattr(config, name).items() if knob in schema}
+    configured = {knob: value for knob, value in config.knobs(name).items() if knob in schema}
     knobs = {**configured, **requested}
     for knob, value in knobs.items():
         # vLLM turns JSON's true into 1 before a plugin sees it.
@@ -191,5 +223,5 @@ def _build(phase: str, name: str, config: ServerConfig, requested: Mapping[str, 
         knob = str(detail["loc"][0])
         key = f"{name}_{knob}"
         raise SparseParamsError(
-            key, knobs[knob], f"{key} is {knobs[knob]!r}; {allowed(schema[knob])} is allowed"
+            key, knobs[knob], f"{key} is {knobs[knob]!r}; {allowed_values(schema[knob])} is allowed"
         ) from error

@@ -1,4 +1,4 @@
-"""Prefix-cache salt: which requests may share the blocks of which."""
+"""The prefix-cache salt: only requests with equal sparse settings share cached blocks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ SELECTION_VERSION = 1
 
 
 def cache_salt(params: SparseParams, user_salt: str | None) -> str | None:
-    """Prefix-cache salt: the user's own for a dense request, else one that only equal settings share.
+    """Salt of a request: the user's own for a dense request, else one that only requests with equal settings share.
 
-    Covers both phases: blocks written while decoding are cached too. Covers what files hold that settings name.
+    It covers the settings of both phases, because blocks written while decoding are cached too, and the contents of
+    files that settings name.
+
+    Args:
+        params: the request's settings.
+        user_salt: vLLM's ``cache_salt`` of the request.
     """
     if params.is_dense:
         return user_salt

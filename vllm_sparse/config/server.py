@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from vllm_sparse.config.messages import SparseParamsError, knob_error, listed
+from vllm_sparse.config.former_names import present_settings
+from vllm_sparse.config.messages import SparseParamsError, knob_error, knob_list
 from vllm_sparse.config.names import METHODS, phases_of, phases_with
 from vllm_sparse.config.request import configured_method, resolve
 from vllm_sparse.config.settings import ServerConfig
-from vllm_sparse.methods.base import KnobError
+from vllm_sparse.methods.knobs import KnobError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -38,13 +39,19 @@ def parse_server_config(additional_config: object, num_layers: int, num_query_he
 def check_settings(settings: object, num_layers: int, num_query_heads: int) -> ServerConfig:
     """Check a ``"sparse"`` object; arguments and errors otherwise as in `parse_server_config`.
 
+    Knobs may have former names; the configuration has the present ones.
+
     Args:
         settings: the object.
         num_layers: attention layers of the model.
         num_query_heads: query heads of the model.
     """
     try:
-        config = ServerConfig.model_validate(settings)
+        present = present_settings(settings) if isinstance(settings, Mapping) else settings
+    except SparseParamsError as error:
+        raise ValueError(f"object sparse: {error}") from error
+    try:
+        config = ServerConfig.model_validate(present)
     except ValidationError as error:
         detail = error.errors()[0]
         key = ".".join(["sparse", *(str(part) for part in detail["loc"])])
@@ -53,10 +60,10 @@ def check_settings(settings: object, num_layers: int, num_query_heads: int) -> S
     for name in METHODS:
         # Knobs in the configuration are checked as a request's would be, whether or not the method is a default.
         try:
-            for knob, value in getattr(config, name).items():
+            for knob, value in config.knobs(name).items():
                 if not phases_with(name, knob):
                     key = f"{name}_{knob}"
-                    raise SparseParamsError(key, value, f"{key} is no knob; there are {listed(name)}")
+                    raise SparseParamsError(key, value, f"{key} is no knob; there are {knob_list(name)}")
             for phase in phases_of(name):
                 configured_method(config, phase, name).check_defaults(num_layers, num_query_heads)
         except (SparseParamsError, KnobError) as error:

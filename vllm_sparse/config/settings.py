@@ -1,17 +1,17 @@
-"""The ``"sparse"`` object of ``--additional-config``."""
+"""The ``"sparse"`` object of ``--additional-config``, with one object of knobs for each method of the registry."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 
 from vllm_sparse.config.names import DENSE, METHODS
 from vllm_sparse.methods.registry import SUMMARISING_METHODS
 
 
-class ServerConfig(BaseModel):
-    """The ``"sparse"`` object of ``--additional-config``.
+class ServerSettings(BaseModel):
+    """What the ``"sparse"`` object holds whichever methods there are.
 
     Attributes:
         prefill: method of requests that name none.
@@ -25,8 +25,6 @@ class ServerConfig(BaseModel):
         timing_interval_steps: in one of so many steps with sparse rows, selection and attention are timed; 0: never.
         recall_interval_steps: in one of so many with sparse rows of a phase, the recall of one row in one layer is
             measured; 0: never.
-        flexprefill, sale, dhsa, hip, tidal, blocktopk: default knobs of a method, each an object that
-            serves all its phases.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -41,12 +39,6 @@ class ServerConfig(BaseModel):
     decode_list_tokens: int = Field(default=4352, ge=16, le=1 << 24)
     timing_interval_steps: int = Field(default=100, ge=0)
     recall_interval_steps: int = Field(default=200, ge=0)
-    flexprefill: dict[str, Any] = {}
-    sale: dict[str, Any] = {}
-    dhsa: dict[str, Any] = {}
-    hip: dict[str, Any] = {}
-    tidal: dict[str, Any] = {}
-    blocktopk: dict[str, Any] = {}
 
     @field_validator("methods")
     @classmethod
@@ -55,3 +47,29 @@ class ServerConfig(BaseModel):
             if method not in METHODS:
                 raise ValueError(f"{method!r} is no method; there are {', '.join(METHODS)}")
         return methods
+
+    def default_method(self, phase: str) -> str:
+        """Name of the method of requests that name none, or ``dense``."""
+        return {"prefill": self.prefill, "decode": self.decode}[phase]
+
+    def knobs(self, method: str) -> dict[str, Any]:
+        """Default knobs of a method, those of all its phases."""
+        knobs: dict[str, Any] = getattr(self, method)
+        return knobs
+
+
+if TYPE_CHECKING:
+
+    class ServerConfig(ServerSettings):
+        """The ``"sparse"`` object: `ServerSettings`, and a field of default knobs for each method of the registry."""
+
+        def __init__(self, **settings: Any) -> None: ...
+
+else:
+    # Type checkers cannot follow fields that are made while the program runs.
+    ServerConfig = create_model(
+        "ServerConfig",
+        __base__=ServerSettings,
+        __module__=__name__,
+        **{method: (dict[str, Any], Field(default={})) for method in METHODS},
+    )

@@ -26,7 +26,9 @@ from vllm_sparse.config.request import SparseParams, resolve
 from vllm_sparse.config.server import parse_server_config
 from vllm_sparse.inspect.kept import DecodeInspection, KeptLayer, PromptInspection
 from vllm_sparse.inspect.page import Inspected, render
-from vllm_sparse.methods.base import DecodeMethod, Method, PrefillMethod
+from vllm_sparse.methods.decode import DecodeMethod
+from vllm_sparse.methods.method import Method
+from vllm_sparse.methods.prefill import PrefillMethod
 
 # Divides every query block.
 CHUNK_UNIT_TOKENS = 128
@@ -191,7 +193,9 @@ def prompt_inspection(
             f"The prompt of {tokens} tokens is dense, because it is {reason}: give a longer prompt or a smaller "
             "sparse_min_tokens."
         )
-    note = f"{method.name} chose pages of {method.page_tokens} tokens for blocks of {method.query_block} queries."
+    note = (
+        f"{method.name} chose pages of {method.page_tokens} tokens for blocks of {method.query_block_tokens} queries."
+    )
     if len(chunks) > 1:
         note += f" The prompt was computed in {len(chunks)} chunks of {chunk_tokens} tokens at most."
     if dense:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from vllm_sparse.keys import plain_keys
-from vllm_sparse.methods.base import CHOOSING_ROLES, READING_ROLES, DecodeMethod, Layer, LayerMemory, PrefillMethod
+from vllm_sparse.methods.decode import CHOOSING_ROLES, READING_ROLES, DecodeMethod, LayerMemory
+from vllm_sparse.methods.prefill import Layer, PrefillMethod
 from vllm_sparse.pages import page_mask
 
 # Cells of a map along a side, so that the map of a long prompt stays a picture.
@@ -86,7 +87,7 @@ class PromptInspection:
             return KeptLayer(index, "dense", [])
         listed = self._listed(index, query, key, scale)
         heads, tokens, _ = query.shape
-        block, page = self.method.query_block, self.method.page_tokens
+        block, page = self.method.query_block_tokens, self.method.page_tokens
         first_key = torch.arange(listed.shape[2], device=query.device) * page
         candidates = torch.stack(
             [
@@ -114,7 +115,7 @@ class PromptInspection:
         pages = -(-tokens // page)
         found = []
         for start, stop in self.chunks(tokens):
-            blocks = -(-(stop - start) // self.method.query_block)
+            blocks = -(-(stop - start) // self.method.query_block_tokens)
             if self.runs_dense(start, stop):
                 found.append(torch.ones(having, blocks, pages, dtype=torch.bool, device=query.device))
                 continue

@@ -13,14 +13,15 @@ from vllm_sparse.kernels.page_scores import page_scores
 from vllm_sparse.kernels.page_summaries import SummaryKind, read_summaries
 from vllm_sparse.kernels.top_tokens import TokenBudget, top_pages, top_tokens
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import KNOBS, DenseLayers, KnobError, LayerMemory, TopTokensMethod
+from vllm_sparse.methods.decode import LayerMemory, TopTokensMethod
+from vllm_sparse.methods.knobs import KNOBS, BudgetTokens, DenseLayers, KnobError, RecentTokens, SinkTokens
 from vllm_sparse.pages import PageList
 from vllm_sparse.step.rows import DecodeRows, RowsPlace, TokenLists
 
 
 @dataclass(frozen=True, config=KNOBS)
 class BlockTopk(TopTokensMethod):
-    """In each layer, read the pages of `block` tokens whose keys, by what is kept of them, suit the query best.
+    """In each layer, read the pages of `page_tokens` whose keys, by what is kept of them, suit the query best.
 
     With `scores` ``bounds`` a page is worth the largest product that the least and the largest number of each dimension
     allow, as in Quest: no key of the page has a larger one. With ``mean`` it is worth its mean key's, as in Kinetics,
@@ -29,19 +30,23 @@ class BlockTopk(TopTokensMethod):
     are forced into every list; the newest token's page is always read. Where the executor's pages are coarser, one is
     worth the best scored page in it.
 
-    The summaries are kept beside the KV cache, a ``1 / block`` of it with ``bounds``, half that with ``mean``, so what
-    they are is the server's choice.
+    The summaries are kept beside the KV cache, a ``1 / page_tokens`` of it with ``bounds``, half that with ``mean``, so
+    what they are is the server's choice.
     """
 
     name: ClassVar[str] = "blocktopk"
-    server_knobs: ClassVar[tuple[str, ...]] = ("block", "scores")
+    server_knobs: ClassVar[tuple[str, ...]] = ("page_tokens", "scores")
     scores_tokens: ClassVar[bool] = True
+    former_names: ClassVar[dict[str, str]] = {
+        "budget": "budget_tokens",
+        "block": "page_tokens",
+    }
 
-    budget: Annotated[int, Field(ge=16, le=1 << 24, description="tokens read by a sparse layer")] = 2048
-    sink_tokens: Annotated[int, Field(ge=0, le=65536, description="first tokens, always read")] = 16
-    recent_tokens: Annotated[int, Field(ge=0, le=65536, description="last tokens, always read")] = 64
+    budget_tokens: BudgetTokens = 2048
+    sink_tokens: SinkTokens = 16
+    recent_tokens: RecentTokens = 64
     dense_layers: DenseLayers = 2
-    block: Annotated[Literal[16, 32, 64], Field(description="tokens of a scored page")] = 16
+    page_tokens: Annotated[Literal[16, 32, 64], Field(description="tokens of a scored page")] = 16
     scores: Annotated[
         Literal["mean", "bounds"], Field(description="what a page is scored by: its mean key, or bounds of its keys")
     ] = "bounds"
@@ -51,7 +56,7 @@ class BlockTopk(TopTokensMethod):
 
     @property
     def summaries(self) -> SummaryKind:
-        return SummaryKind(self.block, self.scores == "bounds")
+        return SummaryKind(self.page_tokens, self.scores == "bounds")
 
     def layer_roles(self, num_layers: int) -> list[str]:
         if self.dense_layers >= num_layers:
@@ -66,17 +71,17 @@ class BlockTopk(TopTokensMethod):
         self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory
     ) -> PageList:
         context = keys.context_tokens
-        unit: int = self.block
+        unit: int = self.page_tokens
         scores = page_scores(query, read_summaries(keys, self.summaries), scale)
         if unit % page_size_tokens:
             scores = _best_overlapped(scores, unit, page_size_tokens, context)
             unit = page_size_tokens
-        budget = TokenBudget(self.budget, self.sink_tokens, self.recent_tokens)
+        budget = TokenBudget(self.budget_tokens, self.sink_tokens, self.recent_tokens)
         return top_pages(scores, context, unit, page_size_tokens, budget)
 
     @property
     def unit_tokens(self) -> int:
-        return self.block
+        return self.page_tokens
 
     def choose_rows(self, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
         # Imported here: there is Triton only where there is a GPU.

@@ -17,7 +17,8 @@ from vllm_sparse.kernels.flex_lines.reference import with_forced
 from vllm_sparse.kernels.flex_pattern import pooled_distance
 from vllm_sparse.kernels.page_list import query_blocks
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import KNOBS, DenseLayers, KnobError, Layer, PrefillMethod, QueryBlock, Rows
+from vllm_sparse.methods.knobs import KNOBS, DenseLayers, KnobError, ListPer, QueryBlockTokens
+from vllm_sparse.methods.prefill import Layer, PrefillMethod
 
 BLOCK_TOKENS = 128
 
@@ -27,8 +28,8 @@ class FlexPrefill(PrefillMethod):
     """Sample the last 128 queries of the chunk; keep the columns and diagonals that hold a share `gamma` of them.
 
     A head whose sampled attention is close to a guess from pooled queries and keys (Jensen-Shannon distance below
-    `tau`) takes its blocks from the pooled map, beside `min_budget` tokens of lines. The first block and the diagonal
-    are always kept.
+    `divergence_threshold`) takes its blocks from the pooled map, beside lines of `min_budget_tokens`. The first block
+    and the diagonal are always kept.
 
     Strict by default: blocks are taken by cumulative *block* mass until it reaches `gamma`, every block that a
     diagonal band touches is kept, and the block that crosses the target is included, so the coverage holds on the
@@ -37,29 +38,40 @@ class FlexPrefill(PrefillMethod):
 
     name: ClassVar[str] = "flexprefill"
     page_tokens: ClassVar[int] = BLOCK_TOKENS
+    former_names: ClassVar[dict[str, str]] = {
+        "tau": "divergence_threshold",
+        "min_budget": "min_budget_tokens",
+        "max_budget": "max_budget_tokens",
+        "query_block": "query_block_tokens",
+        "rows": "list_per",
+    }
 
     gamma: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, description="share of attention to cover")] = 0.9
-    tau: Annotated[
+    divergence_threshold: Annotated[
         float, Field(ge=0, le=1, allow_inf_nan=False, description="distance below which the pooled map is trusted")
     ] = 0.1
-    min_budget: Annotated[int, Field(ge=0, le=1 << 24, description="least tokens of columns and of diagonals")] = 1024
-    max_budget: Annotated[int, Field(ge=128, le=1 << 24, description="most tokens of columns and of diagonals")] = (
-        1 << 24
-    )
+    min_budget_tokens: Annotated[
+        int, Field(ge=0, le=1 << 24, description="least tokens of columns and of diagonals")
+    ] = 1024
+    max_budget_tokens: Annotated[
+        int, Field(ge=128, le=1 << 24, description="most tokens of columns and of diagonals")
+    ] = 1 << 24
     dense_layers: DenseLayers = 0
-    query_block: QueryBlock = 128
-    rows: Rows = "query_head"
+    query_block_tokens: QueryBlockTokens = 128
+    list_per: ListPer = "query_head"
     faithful: Annotated[bool, Field(description="count blocks as the official code does")] = False
 
     def __post_init__(self) -> None:
-        if self.max_budget < self.min_budget:
+        if self.max_budget_tokens < self.min_budget_tokens:
             raise KnobError(
-                "max_budget", self.max_budget, f"it is below min_budget {self.min_budget}; raise it or lower that"
+                "max_budget_tokens",
+                self.max_budget_tokens,
+                f"it is below min_budget_tokens {self.min_budget_tokens}; raise it or lower that",
             )
 
     @property
     def exactly_dense(self) -> bool:
-        return self.gamma >= 1 and self.max_budget == 1 << 24
+        return self.gamma >= 1 and self.max_budget_tokens == 1 << 24
 
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         chunk, heads, head_size = query.shape
@@ -75,10 +87,10 @@ class FlexPrefill(PrefillMethod):
         distance = pooled_distance(
             sample, estimate.key_block_mean, estimate.column_mass, sample_scale, guard_zeros=not self.faithful
         )
-        query_aware = distance < self.tau
+        query_aware = distance < self.divergence_threshold
         pooled: torch.Tensor | None = None
         # Few heads want the pooled map. On a GPU asking whether any does would wait for the device.
-        if self.tau > 0 and (query.is_cuda or bool(query_aware.any())):
+        if self.divergence_threshold > 0 and (query.is_cuda or bool(query_aware.any())):
             pooled = self._pooled_map(query, estimate, causal, query_aware, sample_scale)
         if self.faithful:
             return self._faithful_map(query, keys, sample_scale, estimate, query_aware, pooled)
@@ -88,18 +100,18 @@ class FlexPrefill(PrefillMethod):
         low, high = self._budget_blocks
         lines = coverage_mask(estimate.line_mass.flatten(0, 1), gamma.repeat(2), low, high)
         columns, bands = lines.view(2, heads, -1)
-        return line_map(columns, bands, pooled, BlockGrid(chunk, context, self.query_block, BLOCK_TOKENS))
+        return line_map(columns, bands, pooled, BlockGrid(chunk, context, self.query_block_tokens, BLOCK_TOKENS))
 
     def _causal(self, chunk: int, context: int, device: torch.device) -> torch.Tensor:
         """Key blocks in reach of each query block: bool ``[query_blocks, key_blocks]``."""
-        _, last_query = query_blocks(chunk, context, self.query_block, device)
+        _, last_query = query_blocks(chunk, context, self.query_block_tokens, device)
         key_block = torch.arange(-(-context // BLOCK_TOKENS), device=device)
         return key_block * BLOCK_TOKENS <= last_query.unsqueeze(1)
 
     @property
     def _budget_blocks(self) -> tuple[int, int]:
         """Fewest and most blocks of columns, and of bands."""
-        return max(-(-self.min_budget // BLOCK_TOKENS), 1), max(-(-self.max_budget // BLOCK_TOKENS), 1)
+        return max(-(-self.min_budget_tokens // BLOCK_TOKENS), 1), max(-(-self.max_budget_tokens // BLOCK_TOKENS), 1)
 
     def _faithful_map(
         self,
@@ -127,7 +139,7 @@ class FlexPrefill(PrefillMethod):
 
         columns = top_mask(estimate.column_mass, blocks_for(profiles.column))
         bands = top_mask(band_mass, blocks_for(profiles.distance))
-        first_query, last_query = query_blocks(query.shape[0], context, self.query_block, query.device)
+        first_query, last_query = query_blocks(query.shape[0], context, self.query_block_tokens, query.device)
         offset = (last_query // BLOCK_TOKENS).unsqueeze(1) - torch.arange(blocks, device=query.device)
         chosen = columns.unsqueeze(1) | bands[:, offset.clamp(min=0)] & (offset >= 0)
         return with_forced(chosen if pooled is None else chosen | pooled, first_query, last_query, BLOCK_TOKENS)
@@ -147,10 +159,10 @@ class FlexPrefill(PrefillMethod):
         chunk, heads, head_size = query.shape
         means = estimate.key_block_mean
         blocks = causal.shape[0]
-        pooled = pooled_queries(query, self.query_block)
+        pooled = pooled_queries(query, self.query_block_tokens)
         # Means, where DHSA wants them scaled by the square root of their length.
-        pooled[:, :-1] /= self.query_block**0.5
-        pooled[:, -1] /= (chunk - (blocks - 1) * self.query_block) ** 0.5
+        pooled[:, :-1] /= self.query_block_tokens**0.5
+        pooled[:, -1] /= (chunk - (blocks - 1) * self.query_block_tokens) ** 0.5
         pooled = pooled.view(means.shape[0], -1, head_size)
         logits = torch.matmul(pooled, means.transpose(1, 2)).mul(scale).view(heads, blocks, -1)
         weight = logits.masked_fill(~causal, float("-inf")).softmax(-1).flatten(1) / blocks

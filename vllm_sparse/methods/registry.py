@@ -1,17 +1,31 @@
-"""The methods by name. Adding one: its file, its line here, its entry in ``tests/methods/matrix.py``."""
+"""The methods by name.
+
+A method is added with its file, its classes here (one for each phase that it serves) and its entry in
+``tests/methods/matrix.py``. Server configuration, request keys, routes and the chart's schema follow from here.
+"""
 
 from __future__ import annotations
 
-from vllm_sparse.methods.base import DecodeMethod, PrefillMethod
 from vllm_sparse.methods.block_topk import BlockTopk
+from vllm_sparse.methods.decode import DecodeMethod
 from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
-from vllm_sparse.methods.hip import Hip
-from vllm_sparse.methods.hip_decode import HipDecode
+from vllm_sparse.methods.hip import Hip, HipDecode
+from vllm_sparse.methods.prefill import PrefillMethod
 from vllm_sparse.methods.sale import Sale
+from vllm_sparse.methods.streaming import Streaming, StreamingDecode
 from vllm_sparse.methods.tidal import Tidal
 
-PREFILL_METHODS: dict[str, type[PrefillMethod]] = {method.name: method for method in (FlexPrefill, Sale, Dhsa, Hip)}
-DECODE_METHODS: dict[str, type[DecodeMethod]] = {method.name: method for method in (Tidal, HipDecode, BlockTopk)}
+_CLASSES: tuple[type[PrefillMethod | DecodeMethod], ...] = (
+    *(FlexPrefill, Sale, Dhsa, Hip),
+    *(Tidal, HipDecode, BlockTopk),
+    *(Streaming, StreamingDecode),
+)
+PREFILL_METHODS: dict[str, type[PrefillMethod]] = {
+    method.name: method for method in _CLASSES if issubclass(method, PrefillMethod)
+}
+DECODE_METHODS: dict[str, type[DecodeMethod]] = {
+    method.name: method for method in _CLASSES if issubclass(method, DecodeMethod)
+}
 # Their summaries take memory beside the KV cache and need blocks that this process wrote: a server has to enable them.
 SUMMARISING_METHODS = tuple(name for name, method in DECODE_METHODS.items() if method().summaries is not None)

@@ -13,7 +13,7 @@ import numpy as np
 import prometheus_client
 import torch
 
-from vllm_sparse.methods.base import reading_layers
+from vllm_sparse.methods.decode import reading_layers
 from vllm_sparse.metrics.batch_recall import EagerRecall
 from vllm_sparse.metrics.density import Geometry, RecentDensity, RowDensity
 from vllm_sparse.metrics.directory import write_to_announced_directory

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_sparse.config.former_names import present_settings
 from vllm_sparse.config.names import METHODS, PHASES
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.server import check_settings
 from vllm_sparse.config.settings import ServerConfig
-from vllm_sparse.methods.base import BatchDecodeMethod
+from vllm_sparse.methods.decode import BatchDecodeMethod
 from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.shared_directory import announce
 
@@ -143,6 +144,7 @@ def change_config(
             raise OutdatedError(
                 f"If-Match is {if_match}, but the configuration is {old.etag}; read it again and decide anew"
             )
+        settings = present_settings(settings)
         _check_fixed(served.start, settings)
         config = check_settings(_overlaid(served.start, settings), served.num_layers, served.num_query_heads)
         _check_graphs(served, config)

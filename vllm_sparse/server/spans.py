@@ -11,7 +11,7 @@ import numpy as np
 
 from vllm_sparse.config.names import DENSE
 from vllm_sparse.config.request import ALL_DENSE, SparseParams
-from vllm_sparse.methods.base import BatchDecodeMethod
+from vllm_sparse.methods.decode import BatchDecodeMethod
 from vllm_sparse.server.request_params import keep_params_of_requests, params_of
 
 if TYPE_CHECKING:

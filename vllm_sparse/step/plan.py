@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
-from vllm_sparse.methods.base import CHOOSING_ROLES, READING_ROLES, BatchDecodeMethod
+from vllm_sparse.methods.decode import CHOOSING_ROLES, READING_ROLES, BatchDecodeMethod
 from vllm_sparse.metrics import RowDensity, WorkerMetrics
 from vllm_sparse.metrics.batch_recall import RecallLayer
 from vllm_sparse.metrics.timing import NO_TIMER, StepTimer
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     from vllm_sparse.kernels.page_summaries import SummaryKind
-    from vllm_sparse.methods.base import DecodeMethod, LayerMemory, PrefillMethod
+    from vllm_sparse.methods.decode import DecodeMethod, LayerMemory
+    from vllm_sparse.methods.prefill import PrefillMethod
     from vllm_sparse.step.requests import SparseRequest
 
 

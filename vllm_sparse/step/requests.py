@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from vllm.sampling_params import SamplingParams
 
-    from vllm_sparse.methods.base import LayerMemory
+    from vllm_sparse.methods.decode import LayerMemory
 
 
 @dataclass

@@ -40,8 +40,7 @@ from loadtest.benchmarks.kernels.prefill import BUNDLED_MODEL, prompt_tokens
 from loadtest.benchmarks.kernels.timing import GRAPH_CALLS, graph_seconds, mean_seconds, median_seconds
 from loadtest.benchmarks.kernels.truth import kept_mass
 from vllm_sparse.kernels.page_summaries import store_summaries
-from vllm_sparse.methods.base import BatchDecodeMethod, DecodeMethod, LayerMemory
-from vllm_sparse.methods.hip_decode import HipDecode
+from vllm_sparse.methods.decode import BatchDecodeMethod, DecodeMethod, LayerMemory
 from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.pages import PageList, concatenate
 from vllm_sparse.step.launch import Launch
@@ -125,21 +124,6 @@ class Measurement:
     def dense_step_seconds(self) -> float:
         """Of as many dense layers."""
         return self.dense_seconds * len(self.roles)
-
-
-# Methods without a knob `budget`, at so many tokens that a sparse layer reads.
-BUDGETS: dict[str, Callable[[int], DecodeMethod]] = {
-    "hip": lambda budget: HipDecode(
-        stage_tokens=tuple(budget // 32 * 16 * more for more in (16, 4, 1)), sink=budget // 8, window=budget // 4
-    ),
-}
-
-
-def with_budget(name: str, budget: int) -> DecodeMethod:
-    """A method of the registry that reads so many tokens in a sparse layer, or a little less."""
-    method: Any = DECODE_METHODS[name]
-    built: DecodeMethod = BUDGETS[name](budget) if name in BUDGETS else method(budget=budget)
-    return built
 
 
 def selection_of(method: DecodeMethod, batch: DecodeBatch, steps: int = 1) -> Selection:
@@ -257,7 +241,7 @@ def measure(
     element_bytes = timed.kv_cache.element_size()
     for budget in budgets:
         for method_name in methods:
-            method = with_budget(method_name, budget)
+            method = DECODE_METHODS[method_name].with_budget(budget)
             roles = method.layer_roles(num_layers)
             density, recall, error = quality(method, layers, roles if len(layers) > 1 else ["choose"])
             launch = selection_of(method, timed)()

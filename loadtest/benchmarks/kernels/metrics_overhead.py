@@ -35,7 +35,7 @@ from loadtest.offline import engine
 from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
 from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.keys import PlainKeys
-from vllm_sparse.methods.base import reading_layers
+from vllm_sparse.methods.decode import reading_layers
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.metrics import Geometry, RowDensity, WorkerMetrics
 from vllm_sparse.metrics.batch_recall import GraphRecall, TakenRow

@@ -26,10 +26,10 @@ from loadtest.benchmarks.kernels.heads import Heads, recorded_heads, synthetic_h
 from loadtest.benchmarks.kernels.timing import median_seconds
 from loadtest.benchmarks.kernels.truth import TrueMass, block_mass, recall
 from vllm_sparse.backend.chunk import attend_chunk
-from vllm_sparse.methods.base import Layer, PrefillMethod
 from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.hip import Hip
+from vllm_sparse.methods.prefill import Layer, PrefillMethod
 from vllm_sparse.methods.sale import Sale
 from vllm_sparse.metrics import RowDensity
 from vllm_sparse.pages import PageList
@@ -44,10 +44,10 @@ SEARCH_TOLERANCE = 0.03
 # A method at a setting between 0 (sparsest) and 1 (dense), for a context; density grows with the setting.
 Family = Callable[[float, int], PrefillMethod]
 FAMILIES: dict[str, Family] = {
-    "flexprefill": lambda setting, context: FlexPrefill(gamma=max(setting, 1e-3), min_budget=128),
+    "flexprefill": lambda setting, context: FlexPrefill(gamma=max(setting, 1e-3), min_budget_tokens=128),
     "sale": lambda setting, context: Sale(tau=10 ** (2 - 8 * setting)),
     "dhsa": lambda setting, context: Dhsa(density=max(setting, 1e-3)),
-    "hip": lambda setting, context: Hip(stage_tokens=_stage_tokens(setting, context)),
+    "hip": lambda setting, context: Hip(stage_budget_tokens=_stage_tokens(setting, context)),
 }
 
 
@@ -86,7 +86,7 @@ def density_of(method: PrefillMethod, lists: PageList, heads: Heads) -> float:
     """KV tokens read over KV tokens in reach, as the server's metric counts them."""
     density = RowDensity("prefill", method.name)
     having = method.list_heads(heads.query.shape[1], heads.keys.shape[0])
-    density.add(0, lists.kept_tokens, RowSpan(0, 0, heads.chunk, heads.context), method.query_block, having)
+    density.add(0, lists.kept_tokens, RowSpan(0, 0, heads.chunk, heads.context), method.query_block_tokens, having)
     return float(lists.kept_tokens.sum()) / (having * density.candidates)
 
 
@@ -149,7 +149,7 @@ def measure(
                 median_seconds(attend, repeats),
                 # Beside each method again: a card's clock falls while it works.
                 median_seconds(cache.dense, repeats),
-                recall(mass, lists, method.query_block, heads.chunk, heads.context),
+                recall(mass, lists, method.query_block_tokens, heads.chunk, heads.context),
                 float(error),
             )
 

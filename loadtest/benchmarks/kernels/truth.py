@@ -11,7 +11,7 @@ from loadtest.benchmarks.kernels.batch import DecodeBatch
 from loadtest.benchmarks.kernels.heads import Heads
 from vllm_sparse.kernels.page_list import query_blocks
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import Layer, PrefillMethod
+from vllm_sparse.methods.prefill import Layer, PrefillMethod
 from vllm_sparse.pages import PageList, page_mask
 from vllm_sparse.step.launch import Launch
 

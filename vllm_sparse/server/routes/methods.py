@@ -7,10 +7,10 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from vllm_sparse.config.names import DENSE, METHODS, PHASES, knob_schema
+from vllm_sparse.config.names import DENSE, METHODS, PHASES, former_keys, knob_schema
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.settings import ServerConfig
-from vllm_sparse.methods.base import Method
+from vllm_sparse.methods.method import Method
 from vllm_sparse.server.routes.served import ServedSparsely
 from vllm_sparse.server.runtime_config import running_config
 
@@ -42,7 +42,7 @@ def _phase(phase: str, config: ServerConfig) -> dict[str, Any]:
         }
         for name in enabled(phase, config)
     }
-    return {"default": getattr(config, phase), "methods": methods}
+    return {"default": config.default_method(phase), "methods": methods}
 
 
 def enabled(phase: str, config: ServerConfig) -> list[str]:
@@ -89,7 +89,7 @@ def extras_schema(config: ServerConfig) -> dict[str, Any]:
         f"sparse_{phase}": {
             "description": f"method of {what}",
             "enum": [DENSE, *enabled(phase, config)],
-            "default": getattr(config, phase),
+            "default": config.default_method(phase),
         }
         for phase, what in (("prefill", "the prompt"), ("decode", "the generation"))
     }
@@ -100,29 +100,39 @@ def extras_schema(config: ServerConfig) -> dict[str, Any]:
         "default": config.min_tokens,
     }
     uses: dict[str, Any] = {}
+    replaced: dict[str, Any] = {}
     users: dict[str, list[dict[str, str]]] = {}
     for phase in PHASES:
         for name in enabled(phase, config):
             chosen: dict[str, Any] = {"properties": {f"sparse_{phase}": {"const": name}}}
-            if getattr(config, phase) != name:
+            if config.default_method(phase) != name:
                 chosen["required"] = [f"sparse_{phase}"]
             uses[f"{phase}_{name}"] = chosen
-            for key, schema in request_knobs(phase, name, config).items():
+            knobs = request_knobs(phase, name, config)
+            for former, present in former_keys(phase, name).items():
+                if present in knobs:
+                    constraints = {
+                        keyword: value for keyword, value in knobs[present].items() if keyword in CONSTRAINTS
+                    }
+                    description = f"former name of {present}, accepted for one release"
+                    knobs[former] = {"description": description, "deprecated": True, **constraints}
+                    replaced[former] = {"not": {"required": [present]}}
+            for key, schema in knobs.items():
                 properties.setdefault(key, schema)
                 users.setdefault(key, []).append({"$ref": f"#/$defs/{phase}_{name}"})
     return {
         "$schema": DIALECT,
         "type": "object",
         "properties": properties,
-        # A knob needs its method, named by the request or the server's default.
-        "dependentSchemas": {key: {"anyOf": phases} for key, phases in users.items()},
+        # A knob needs its method, named by the request or the server's default; its former name excludes the present.
+        "dependentSchemas": {key: {"anyOf": phases, **replaced.get(key, {})} for key, phases in users.items()},
         "propertyNames": {"anyOf": [{"enum": list(properties)}, {"not": {"pattern": _own_key_pattern()}}]},
         "$defs": uses,
     }
 
 
 def _own_key_pattern() -> str:
-    """Keys meant for this plugin, as `vllm_sparse.config.request.is_sparse_key` knows them, in JavaScript's regular
+    """Keys meant for this plugin, as `vllm_sparse.config.names.is_sparse_key` knows them, in JavaScript's regular
     expressions, which have no switch for upper and lower case."""
 
     def any_case(word: str) -> str:

@@ -1,4 +1,4 @@
-"""SALE's thresholds per layer and query head (arXiv 2505.24179, section 3.3): the search, and the file it ends in.
+"""The search for SALE's thresholds per layer and query head (arXiv 2505.24179, section 3.3).
 
 The paper bounds the absolute error of a head's output, summed over channels, which has to be chosen anew for each
 model; here the bound is relative to the norm of the dense output.
@@ -6,20 +6,13 @@ model; here the bound is relative to the norm of the dense output.
 
 from __future__ import annotations
 
-import functools
-import json
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass as checked_dataclass
 
-from vllm_sparse.calibration.file import read
 from vllm_sparse.kernels.low_bit_scores import PAGE_TOKENS, LowBitScoring, kept_map
 from vllm_sparse.keys import plain_keys
+from vllm_sparse.methods.sale.thresholds import log_thresholds
 
 # Thresholds are halved until the error is within the bound; below the least one a head stays dense.
 FIRST_TAU = 0.008
@@ -29,66 +22,6 @@ SINK_TOKENS = 32
 LOCAL_TOKENS = 128
 # Query blocks whose scores are held at once.
 TILE_BLOCKS = 8
-
-Threshold = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
-class Calibration:
-    """Contents of a calibration file.
-
-    Attributes:
-        model: what was calibrated.
-        layers: attention layers.
-        heads: query heads of a layer.
-        error_bound: largest relative error of a head's output over a prompt.
-        prompts: tokens of each prompt.
-        thresholds: ``[layers][heads]``; 0 leaves a head dense.
-        version: of the format.
-    """
-
-    model: str
-    layers: int
-    heads: int
-    error_bound: float
-    prompts: list[int]
-    thresholds: list[list[Threshold]]
-    version: Literal[1] = 1
-
-    def __post_init__(self) -> None:
-        shape = {len(self.thresholds), *(len(heads) for heads in self.thresholds)}
-        if len(self.thresholds) != self.layers or any(len(heads) != self.heads for heads in self.thresholds):
-            raise ValueError(f"thresholds are not {self.layers} layers of {self.heads} heads, lengths are {shape}")
-
-    def save(self, path: Path) -> None:
-        """Write the file, one layer a line."""
-        fields = asdict(self)
-        rows = ",\n".join("  " + json.dumps(heads) for heads in fields.pop("thresholds"))
-        head = json.dumps(fields, indent=1).removesuffix("\n}")
-        path.write_text(f'{head},\n "thresholds": [\n{rows}\n ]\n}}\n')
-
-
-@dataclass(frozen=True)
-class CalibrationFile:
-    """A calibration as it was read.
-
-    Attributes:
-        calibration: its contents.
-        digest: SHA-256 of its bytes.
-    """
-
-    calibration: Calibration
-    digest: str
-
-
-@functools.lru_cache
-def load(path: str) -> CalibrationFile:
-    """Read a calibration file, once per process: a file that changes under a running server changes nothing.
-
-    Raises:
-        ValueError: it cannot be read or is no calibration file.
-    """
-    return CalibrationFile(*read(path, Calibration, "SALE calibration"))
 
 
 class SaleCalibrator:
@@ -157,11 +90,6 @@ def prompt_map(query: torch.Tensor, key: torch.Tensor, scale: float, taus: list[
             query_block_tokens=QUERY_BLOCK_TOKENS,
         ),
     )
-
-
-def log_thresholds(taus: list[float] | tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """Logarithms of thresholds, float32; minus infinity for 0."""
-    return torch.tensor([math.log(tau) if tau > 0 else -math.inf for tau in taus], device=device)
 
 
 def head_error(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, kept: torch.Tensor) -> float:

@@ -22,25 +22,18 @@ from vllm_sparse.kernels.hip_decode import (
 )
 from vllm_sparse.kernels.page_list import chunk_lists
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import (
-    KNOBS,
-    BatchDecodeMethod,
-    DecodeMethod,
-    DenseLayers,
-    KnobError,
-    LayerMemory,
-    SinkTokens,
-)
-from vllm_sparse.methods.hip import (
-    DEFAULT_STAGE_CHUNKS,
-    DEFAULT_STAGE_TOKENS,
+from vllm_sparse.methods.decode import BatchDecodeMethod, DecodeMethod, LayerMemory
+from vllm_sparse.methods.hip.stages import (
+    DEFAULT_STAGE_BLOCK_TOKENS,
+    DEFAULT_STAGE_BUDGET_TOKENS,
     Integers,
-    StageChunks,
-    StageTokens,
+    StageBlockTokens,
+    StageBudgetTokens,
     check_not_rising,
     check_one_each,
     check_stages,
 )
+from vllm_sparse.methods.knobs import KNOBS, DenseLayers, KnobError, SinkTokens
 from vllm_sparse.pages import PageList
 from vllm_sparse.step.rows import DecodeRows, RowsPlace, ServerSize, TokenLists
 
@@ -53,8 +46,8 @@ FIRST_REFRESH, LONGEST_REFRESH = 16, 1024
 class HipDecode(BatchDecodeMethod):
     """Search the keys in stages as `Hip` does for a prompt, for the newest token alone, and keep what stages found.
 
-    Stage ``i`` is searched anew where the context is a multiple of ``refresh[i]``, and all later stages with it; all
-    stages are where the memory is not of the step before, as at a request's first. So requests take turns, and none
+    Stage ``i`` is searched anew where the context is a multiple of ``refresh_steps[i]``, and all later stages with it;
+    all stages are where the memory is not of the step before, as at a request's first. So requests take turns, and none
     depends on its neighbours. In between, kept leaves stay and new tokens join the window, whose start waits for the
     first stage: no token is out of the window before a search may choose it.
 
@@ -62,10 +55,17 @@ class HipDecode(BatchDecodeMethod):
     """
 
     name: ClassVar[str] = "hip"
+    former_names: ClassVar[dict[str, str]] = {
+        "stage_chunks": "stage_block_tokens",
+        "stage_tokens": "stage_budget_tokens",
+        "sink": "sink_tokens",
+        "window": "recent_tokens",
+        "refresh": "refresh_steps",
+    }
 
-    stage_chunks: StageChunks = DEFAULT_STAGE_CHUNKS
-    stage_tokens: StageTokens = DEFAULT_STAGE_TOKENS
-    refresh: Annotated[
+    stage_block_tokens: StageBlockTokens = DEFAULT_STAGE_BLOCK_TOKENS
+    stage_budget_tokens: StageBudgetTokens = DEFAULT_STAGE_BUDGET_TOKENS
+    refresh_steps: Annotated[
         Integers,
         Field(
             description=f"decode steps between two searches of each stage, not rising, at most {LONGEST_REFRESH}; "
@@ -73,45 +73,55 @@ class HipDecode(BatchDecodeMethod):
             strict=False,
         ),
     ] = ()
-    sink: SinkTokens = 256
-    window: Annotated[int, Field(ge=0, le=1 << 16, description="tokens before the newest, always read")] = 1024
+    sink_tokens: SinkTokens = 256
+    recent_tokens: Annotated[int, Field(ge=0, le=1 << 16, description="tokens before the newest, always read")] = 1024
     dense_layers: DenseLayers = 0
 
     def __post_init__(self) -> None:
-        check_stages(self.stage_chunks, self.stage_tokens)
-        stages = len(self.stage_chunks)
+        check_stages(self.stage_block_tokens, self.stage_budget_tokens)
+        stages = len(self.stage_block_tokens)
         if stages > MOST_STAGES:
             raise KnobError(
-                "stage_chunks", list(self.stage_chunks), f"at most {MOST_STAGES} stages are allowed in decoding"
+                "stage_block_tokens",
+                list(self.stage_block_tokens),
+                f"at most {MOST_STAGES} stages are allowed in decoding",
             )
-        if not self.refresh:
-            object.__setattr__(self, "refresh", tuple(FIRST_REFRESH >> stage for stage in range(stages)))
-        check_one_each("refresh", self.refresh, self.stage_chunks)
-        if not all(1 <= steps <= LONGEST_REFRESH for steps in self.refresh):
-            raise KnobError("refresh", list(self.refresh), f"1 to {LONGEST_REFRESH} steps are allowed")
-        check_not_rising("refresh", self.refresh)
+        if not self.refresh_steps:
+            object.__setattr__(self, "refresh_steps", tuple(FIRST_REFRESH >> stage for stage in range(stages)))
+        check_one_each("refresh_steps", self.refresh_steps, self.stage_block_tokens)
+        if not all(1 <= steps <= LONGEST_REFRESH for steps in self.refresh_steps):
+            raise KnobError("refresh_steps", list(self.refresh_steps), f"1 to {LONGEST_REFRESH} steps are allowed")
+        check_not_rising("refresh_steps", self.refresh_steps)
 
     @property
     def budget_tokens(self) -> int:
         """The longest list: with sink and window rounded to leaves, and what joins the window between searches."""
-        window = self.window + self.refresh[0] + LEAF_TOKENS - 1
-        return search_start(self.sink) + self.stage_tokens[-1] + window
+        window = self.recent_tokens + self.refresh_steps[0] + LEAF_TOKENS - 1
+        return search_start(self.sink_tokens) + self.stage_budget_tokens[-1] + window
+
+    @classmethod
+    def with_budget(cls, budget_tokens: int) -> HipDecode:
+        return cls(
+            stage_budget_tokens=tuple(budget_tokens // 32 * 16 * more for more in (16, 4, 1)),
+            sink_tokens=budget_tokens // 8,
+            recent_tokens=budget_tokens // 4,
+        )
 
     def layer_roles(self, num_layers: int) -> list[str]:
         return ["dense" if layer < self.dense_layers else "choose" for layer in range(num_layers)]
 
     def first_due(self, context_tokens: int) -> int:
         """The first stage that is searched anew at a step, with all later ones; the number of stages if none is."""
-        due = (stage for stage, steps in enumerate(self.refresh) if context_tokens % steps == 0)
-        return next(due, len(self.refresh))
+        due = (stage for stage, steps in enumerate(self.refresh_steps) if context_tokens % steps == 0)
+        return next(due, len(self.refresh_steps))
 
     def list_tokens(self, context_tokens: np.ndarray) -> np.ndarray:
         """Where the last stage keeps as much as it may, and no chunk is cut by the end of the search range."""
-        begin = search_start(self.sink)
+        begin = search_start(self.sink_tokens)
         # As `search_end`, which is not negative, nor the window's start before `begin`.
-        end = context_tokens - context_tokens % self.refresh[0] - (1 + self.window)
+        end = context_tokens - context_tokens % self.refresh_steps[0] - (1 + self.recent_tokens)
         window_start = np.maximum(end // LEAF_TOKENS * LEAF_TOKENS, begin)
-        kept: np.ndarray = context_tokens - window_start + (begin + self.stage_tokens[-1])
+        kept: np.ndarray = context_tokens - window_start + (begin + self.stage_budget_tokens[-1])
         return kept
 
     @property
@@ -119,17 +129,17 @@ class HipDecode(BatchDecodeMethod):
         return self.budget_tokens
 
     def row_knobs(self) -> tuple[int, ...]:
-        stages = reversed(list(zip(self.stage_chunks, self.stage_tokens, self.refresh, strict=True)))
-        return self.sink, self.window, *(knob for stage in stages for knob in stage)
+        stages = reversed(list(zip(self.stage_block_tokens, self.stage_budget_tokens, self.refresh_steps, strict=True)))
+        return self.sink_tokens, self.recent_tokens, *(knob for stage in stages for knob in stage)
 
     def serves(self, method: DecodeMethod, most_context_tokens: int) -> bool:
-        if not isinstance(method, HipDecode) or len(method.stage_chunks) > len(self.stage_chunks):
+        if not isinstance(method, HipDecode) or len(method.stage_block_tokens) > len(self.stage_block_tokens):
             return False
         needed, allocated = (one.device_sizes(most_context_tokens) for one in (method, self))
         return all(need <= has for need, has in zip(needed, allocated, strict=True))
 
     def allocate(self, size: ServerSize, device: torch.device) -> HipMemory:
-        stages = len(self.stage_chunks)
+        stages = len(self.stage_block_tokens)
         most_kept, most_candidates = self.device_sizes(size.context_tokens)
         return HipMemory(
             tuple(
@@ -149,7 +159,7 @@ class HipDecode(BatchDecodeMethod):
         """Most chunks that a stage keeps and that one chooses from, for contexts of up to so many tokens."""
         most_kept = most_candidates = 0
         left = most_context_tokens
-        for length, tokens in zip(self.stage_chunks, self.stage_tokens, strict=True):
+        for length, tokens in zip(self.stage_block_tokens, self.stage_budget_tokens, strict=True):
             candidates = -(-left // length)
             most_candidates = max(most_candidates, candidates)
             most_kept = max(most_kept, min(candidates, tokens // length))
@@ -162,10 +172,13 @@ class HipDecode(BatchDecodeMethod):
         context = keys.context_tokens
         standing = self.first_due(context) if memory.context_tokens == context - 1 else 0
         search = DecodeSearch(
-            [Stage(length, tokens) for length, tokens in zip(self.stage_chunks, self.stage_tokens, strict=True)],
-            self.sink,
-            self.window,
-            self.refresh[0],
+            [
+                Stage(length, tokens)
+                for length, tokens in zip(self.stage_block_tokens, self.stage_budget_tokens, strict=True)
+            ],
+            self.sink_tokens,
+            self.recent_tokens,
+            self.refresh_steps[0],
         )
         memory.stages, leaves = decode_leaves(query, keys, memory.stages[:standing], search)
         memory.context_tokens = context

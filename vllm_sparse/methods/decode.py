@@ -1,16 +1,16 @@
-"""What a sparse method is: one file, one frozen dataclass of knobs, one choice."""
+"""The contracts of decode methods: for the newest token of a request, the tokens that it may read."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from pydantic import ConfigDict, Field
 
-from vllm_sparse.kernels.page_list import chunk_lists
+from vllm_sparse.methods.knobs import KnobError
+from vllm_sparse.methods.method import Method
 
 if TYPE_CHECKING:
     import torch
@@ -19,143 +19,6 @@ if TYPE_CHECKING:
     from vllm_sparse.keys import PagedKeys
     from vllm_sparse.pages import PageList
     from vllm_sparse.step.rows import DecodeMemory, DecodeRows, RowsPlace, ServerSize, TokenLists
-
-# Knobs are checked strictly: a string is no number, a typo is no knob.
-KNOBS = ConfigDict(extra="forbid", strict=True)
-
-# Knobs that all prefill methods have; their defaults are the method's own.
-DenseLayers = Annotated[int, Field(ge=0, le=1024, description="first layers, left dense")]
-QueryBlock = Annotated[Literal[64, 128], Field(description="query tokens that share a list")]
-Rows = Annotated[
-    Literal["query_head", "kv_head"],
-    Field(description="heads that share a list; kv_head reads what any query head of its group chose"),
-]
-# Knobs that methods with a budget have.
-SinkTokens = Annotated[int, Field(ge=0, le=1 << 16, description="first tokens, always read")]
-DenseTail = Annotated[
-    int, Field(ge=0, le=1 << 16, description="last queries of each chunk, whose query blocks read everything")
-]
-ScoreHeads = Annotated[
-    Literal["query_head", "kv_head", "layer"],
-    Field(description="heads that share scores: none, a KV head's query heads, all"),
-]
-
-
-def heads_with_scores(heads: str, query_heads: int, kv_heads: int) -> int:
-    """Heads that have scores of their own, as the knob `ScoreHeads` says."""
-    return {"query_head": query_heads, "kv_head": kv_heads, "layer": 1}[heads]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Where in the model a selection happens.
-
-    Attributes:
-        index: of the attention layer.
-        first_query_head: the model's number of this process's first query head; not 0 under tensor parallelism.
-    """
-
-    index: int
-    first_query_head: int
-
-
-class KnobError(ValueError):
-    """A knob's value does not go with the model or with another knob.
-
-    Attributes:
-        knob: its name.
-        value: its value.
-    """
-
-    def __init__(self, knob: str, value: object, message: str) -> None:
-        super().__init__(message)
-        self.knob = knob
-        self.value = value
-
-
-class Method(ABC):
-    """What methods of both phases are: a name, and knobs of a server and of its requests."""
-
-    name: ClassVar[str]
-    server_knobs: ClassVar[tuple[str, ...]] = ()
-    """Knobs that the server's configuration may set and a request may not."""
-
-    @property
-    def fingerprint(self) -> str:
-        """What the choice depends on beside the knobs, such as a file's content; cached blocks are kept apart by it."""
-        return ""
-
-    def check_defaults(self, num_layers: int, num_query_heads: int) -> None:  # noqa: B027
-        """Check knobs as the server's configuration sets them: against the model and against one another.
-
-        Args:
-            num_layers: attention layers of the model.
-            num_query_heads: query heads of the whole model.
-
-        Raises:
-            KnobError: a knob does not go with the model, or would never count.
-        """
-
-
-class PrefillMethod(Method):
-    """Chooses the pages that each query block of a prefill chunk may read."""
-
-    page_tokens: ClassVar[int]
-    """Granularity of the choice, a power of two; the executor's pages are at most this, where it can."""
-    dense_layers: int
-    """The first layers, left dense."""
-    query_block: int
-    """Query tokens that share one list."""
-    rows: str
-    """Heads that share one list: ``query_head`` or ``kv_head``."""
-
-    @property
-    @abstractmethod
-    def exactly_dense(self) -> bool:
-        """These knobs select everything, for every prompt."""
-
-    @property
-    def min_query_tokens(self) -> int:
-        """Shorter chunks run dense: the sample would cost as much as the chunk."""
-        return 2 * self.query_block
-
-    def list_heads(self, query_heads: int, kv_heads: int) -> int:
-        """Heads that have lists of their own."""
-        return kv_heads if self.rows == "kv_head" else query_heads
-
-    @abstractmethod
-    def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
-        """Choose blocks of `page_tokens` keys for one request's chunk; arguments as in `select`.
-
-        Returns:
-            bool ``[heads, ceil(chunk / query_block), ceil(context / page_tokens)]`` on a key grid from token 0. There
-            may be more heads than lists, which are then merged, or fewer, which then share; blocks of the future do
-            not matter.
-        """
-
-    def select(
-        self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, layer: Layer
-    ) -> PageList:
-        """Choose pages for one request's chunk.
-
-        Args:
-            query: ``[chunk, query_heads, head_size]``, at the last positions of the context.
-            keys: the request's keys, the chunk's included.
-            scale: the model's softmax scale.
-            page_size_tokens: page size of the executor.
-            layer: where.
-
-        Returns:
-            Lists of ``heads * ceil(chunk / query_block)`` rows, head-major, with `heads` as `rows` says.
-        """
-        chunk, query_heads, _ = query.shape
-        having = self.list_heads(query_heads, keys.num_kv_heads)
-        mask = self.block_mask(query, keys, scale, layer)
-        if mask.shape[0] < having:
-            mask = mask.repeat_interleave(having // mask.shape[0], dim=0)
-        return chunk_lists(
-            mask, self.page_tokens, chunk, keys.context_tokens, self.query_block, page_size_tokens, having
-        )
 
 
 @dataclass
@@ -189,6 +52,13 @@ class DecodeMethod(Method):
     @abstractmethod
     def budget_tokens(self) -> int:
         """Tokens read by a sparse layer; a request with no more context than this runs dense."""
+
+    @classmethod
+    def with_budget(cls, budget_tokens: int) -> DecodeMethod:
+        """The method with a budget of so many tokens, or a little less, for comparisons at equal budgets."""
+        method: Any = cls
+        built: DecodeMethod = method(budget_tokens=budget_tokens)
+        return built
 
     @property
     def summaries(self) -> SummaryKind | None:
@@ -280,8 +150,6 @@ class TopTokensMethod(BatchDecodeMethod):
     As `kernels.top_tokens.top_pages` chooses them.
     """
 
-    budget: int
-    """Tokens read, the forced ones included."""
     sink_tokens: int
     """First tokens, always read."""
     recent_tokens: int
@@ -298,21 +166,17 @@ class TopTokensMethod(BatchDecodeMethod):
         Raises:
             KnobError: it does not.
         """
-        if self.sink_tokens + self.recent_tokens > self.budget:
+        if self.sink_tokens + self.recent_tokens > self.budget_tokens:
             raise KnobError(
-                "budget",
-                self.budget,
-                f"{self.budget} tokens do not hold sink_tokens {self.sink_tokens} and recent_tokens "
+                "budget_tokens",
+                self.budget_tokens,
+                f"{self.budget_tokens} tokens do not hold sink_tokens {self.sink_tokens} and recent_tokens "
                 f"{self.recent_tokens}; raise it or lower them",
             )
 
-    @property
-    def budget_tokens(self) -> int:
-        return self.budget
-
     def list_tokens(self, context_tokens: np.ndarray) -> np.ndarray:
         unit = self.unit_tokens
-        sink_tokens, budget = (-(-tokens // unit) * unit for tokens in (self.sink_tokens, self.budget))
+        sink_tokens, budget = (-(-tokens // unit) * unit for tokens in (self.sink_tokens, self.budget_tokens))
         # Whole units that are left out: of all but the budget, at most those between what is forced.
         left_out = (context_tokens + (unit - 1 - budget)) // unit
         between = (context_tokens - (max(self.recent_tokens, 1) + sink_tokens)) // unit
@@ -324,7 +188,7 @@ class TopTokensMethod(BatchDecodeMethod):
         unit = self.unit_tokens
         # The last tokens are most where the first of them ends a unit.
         forced_tokens = -(-self.sink_tokens // unit) * unit + max(self.recent_tokens, 1) + unit - 1
-        return max(-(-self.budget // unit) * unit, forced_tokens)
+        return max(-(-self.budget_tokens // unit) * unit, forced_tokens)
 
     def row_knobs(self) -> tuple[int, ...]:
-        return self.budget, self.sink_tokens, self.recent_tokens
+        return self.budget_tokens, self.sink_tokens, self.recent_tokens

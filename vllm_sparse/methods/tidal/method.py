@@ -8,11 +8,12 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vllm_sparse.calibration.policy import load
 from vllm_sparse.kernels.token_scores import token_scores
 from vllm_sparse.kernels.top_tokens import TokenBudget, top_pages, top_tokens
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import KNOBS, DecodeMethod, KnobError, LayerMemory, TopTokensMethod
+from vllm_sparse.methods.decode import DecodeMethod, LayerMemory, TopTokensMethod
+from vllm_sparse.methods.knobs import KNOBS, BudgetTokens, KnobError, RecentTokens, SinkTokens
+from vllm_sparse.methods.tidal.policy import load
 from vllm_sparse.pages import PageList
 from vllm_sparse.step.rows import DecodeRows, RowsPlace, TokenLists
 
@@ -32,16 +33,21 @@ class Tidal(TopTokensMethod):
     A layer that selects has scored all keys. Reading its own list beside that, which the paper does not do, costs it
     half of what reading everything does, and keeps more of its attention than the later layers keep of theirs.
 
-    Which layers choose is told by `full_layers` and `reselect_layers`, or by a server's `policy`, which does not count
+    Which layers choose is told by `dense_layers` and `reselect_layers`, or by a server's `policy`, which does not count
     for a request that sets one of the two.
     """
 
     name: ClassVar[str] = "tidal"
     scores_tokens: ClassVar[bool] = True
     server_knobs: ClassVar[tuple[str, ...]] = ("policy",)
+    former_names: ClassVar[dict[str, str]] = {
+        "budget": "budget_tokens",
+        "full_layers": "dense_layers",
+        "lists": "list_per",
+    }
 
-    budget: Annotated[int, Field(ge=16, le=1 << 24, description="tokens read by a sparse layer")] = 2048
-    full_layers: Annotated[
+    budget_tokens: BudgetTokens = 2048
+    dense_layers: Annotated[
         int | None,
         Field(ge=0, le=1024, description="first layers, dense; the next one selects; by default 2, or the policy's"),
     ] = None
@@ -52,9 +58,9 @@ class Tidal(TopTokensMethod):
     policy: Annotated[
         str, Field(description="file of each layer's role, from vllm-sparse calibrate tidal or written by hand")
     ] = ""
-    sink_tokens: Annotated[int, Field(ge=0, le=65536, description="first tokens, always read")] = 16
-    recent_tokens: Annotated[int, Field(ge=0, le=65536, description="last tokens, always read")] = 64
-    lists: Annotated[Literal["kv_head", "query_head"], Field(description="heads that share a list")] = "kv_head"
+    sink_tokens: SinkTokens = 16
+    recent_tokens: RecentTokens = 64
+    list_per: Annotated[Literal["kv_head", "query_head"], Field(description="heads that share a list")] = "kv_head"
     selection_reads: Annotated[
         Literal["everything", "list"],
         Field(description="what a layer that selects reads itself: everything, as in the paper, or the list it chose"),
@@ -73,7 +79,7 @@ class Tidal(TopTokensMethod):
     @property
     def follows_policy(self) -> bool:
         """The policy tells the layers' roles."""
-        return bool(self.policy) and self.full_layers is None and not self.reselect_layers
+        return bool(self.policy) and self.dense_layers is None and not self.reselect_layers
 
     @property
     def fingerprint(self) -> str:
@@ -82,7 +88,7 @@ class Tidal(TopTokensMethod):
     def check_defaults(self, num_layers: int, num_query_heads: int) -> None:
         if not self.policy:
             return
-        for knob, value in (("full_layers", self.full_layers), ("reselect_layers", list(self.reselect_layers))):
+        for knob, value in (("dense_layers", self.dense_layers), ("reselect_layers", list(self.reselect_layers))):
             if value not in (None, []):
                 raise KnobError(
                     knob, value, f"policy {self.policy!r} would never be used beside it; drop one of the two"
@@ -96,16 +102,16 @@ class Tidal(TopTokensMethod):
     def _paper_roles(self, num_layers: int) -> list[str]:
         """Roles where layers that select read everything."""
         if self.follows_policy:
-            roles = load(self.policy).policy.roles
+            roles = load(self.policy).contents.roles
             if len(roles) != num_layers:
                 raise KnobError(
                     "policy", self.policy, f"the file holds roles of {len(roles)} layers; the model has {num_layers}"
                 )
             return list(roles)
-        first = PAPER_FULL_LAYERS if self.full_layers is None else self.full_layers
+        first = PAPER_FULL_LAYERS if self.dense_layers is None else self.dense_layers
         if first >= num_layers:
             raise KnobError(
-                "full_layers", first, f"this model has {num_layers} layers, so 0 to {num_layers - 1} are allowed"
+                "dense_layers", first, f"this model has {num_layers} layers, so 0 to {num_layers - 1} are allowed"
             )
         for layer in self.reselect_layers:
             if not first < layer < num_layers:
@@ -125,18 +131,18 @@ class Tidal(TopTokensMethod):
         self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory
     ) -> PageList:
         context = keys.context_tokens
-        scores = token_scores(query, keys, scale, merge_heads=self.lists == "kv_head")
+        scores = token_scores(query, keys, scale, merge_heads=self.list_per == "kv_head")
         if page_size_tokens > 1:
             # Coarser pages: a page is worth its best token.
             padding = -context % page_size_tokens
             scores = torch.nn.functional.pad(scores, (0, padding), value=float("-inf"))
             scores = scores.view(scores.shape[0], -1, page_size_tokens).amax(2)
         page = page_size_tokens
-        budget = TokenBudget(self.budget, self.sink_tokens, self.recent_tokens)
+        budget = TokenBudget(self.budget_tokens, self.sink_tokens, self.recent_tokens)
         return top_pages(scores, context, page, page, budget)
 
     def serves(self, method: DecodeMethod, most_context_tokens: int) -> bool:
-        return isinstance(method, Tidal) and method.lists == "kv_head"
+        return isinstance(method, Tidal) and method.list_per == "kv_head"
 
     def choose_rows(self, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
         # Imported here: there is Triton only where there is a GPU.

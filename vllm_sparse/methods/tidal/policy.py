@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from vllm_sparse.calibration.file import read
+from vllm_sparse.methods.file import MethodFile, read
 
 Role = Literal["dense", "select", "reuse"]
 CHECKED = ConfigDict(extra="forbid", strict=True)
@@ -72,24 +72,11 @@ class Policy:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
-@dataclass(frozen=True)
-class PolicyFile:
-    """A policy as it was read.
-
-    Attributes:
-        policy: its contents.
-        digest: SHA-256 of its bytes.
-    """
-
-    policy: Policy
-    digest: str
-
-
 @functools.lru_cache
-def load(path: str) -> PolicyFile:
+def load(path: str) -> MethodFile[Policy]:
     """Read a policy file, once per process: a file that changes under a running server changes nothing.
 
     Raises:
         ValueError: it cannot be read or is no policy file.
     """
-    return PolicyFile(*read(path, Policy, "layer policy"))
+    return read(path, Policy, "layer policy")

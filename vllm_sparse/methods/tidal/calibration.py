@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from vllm_sparse.calibration.policy import Role
 from vllm_sparse.keys import PlainKeys, plain_keys
-from vllm_sparse.methods.base import LayerMemory
+from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.methods.tidal.policy import Role
 
 
 class ReuseRecall:

@@ -9,10 +9,11 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vllm_sparse.calibration.sale import load, log_thresholds
 from vllm_sparse.kernels.low_bit_scores import PAGE_TOKENS, LowBitScoring, kept_map
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.base import KNOBS, DenseLayers, KnobError, Layer, PrefillMethod, QueryBlock, Rows
+from vllm_sparse.methods.knobs import KNOBS, DenseLayers, KnobError, ListPer, QueryBlockTokens
+from vllm_sparse.methods.prefill import Layer, PrefillMethod
+from vllm_sparse.methods.sale.thresholds import load, log_thresholds
 
 DEFAULT_TAU = 0.004
 
@@ -22,9 +23,10 @@ class Sale(PrefillMethod):
     """Keep a page of 32 keys if one of them scores at least `tau` of a row's attention to the sink and local window.
 
     The score is the paper's Relative Attention Score: ``exp(score - m) / l``, with the row's largest score `m` and its
-    sum `l` over the first `sink` and the last `local` tokens, which are always kept and scored exactly. All other keys
-    are scored by integers: in the paper's groups, but less the mean of their page, whose share is added exactly, where
-    the paper removes a mean that looks into the future. A page is kept if one row of the query block asks for it.
+    sum `l` over the first `sink_tokens` and the last `recent_tokens`, which are always kept and scored exactly. All
+    other keys are scored by integers: in the paper's groups, but less the mean of their page, whose share is added
+    exactly, where the paper removes a mean that looks into the future. A page is kept if one row of the query block
+    asks for it.
 
     With 8 bits each score is raised by what its rounding may hide, so no key with a probability of `tau` or more is
     ever dropped: the score is relative to a part of the keys and thus at least the probability. 4 bits are the paper's
@@ -33,12 +35,18 @@ class Sale(PrefillMethod):
     page in which an exact score passes.
 
     The choice looks at single rows, so it does not depend on the chunking if chunks start at multiples of
-    `query_block`.
+    `query_block_tokens`.
     """
 
     name: ClassVar[str] = "sale"
     page_tokens: ClassVar[int] = PAGE_TOKENS
     server_knobs: ClassVar[tuple[str, ...]] = ("calibration",)
+    former_names: ClassVar[dict[str, str]] = {
+        "sink": "sink_tokens",
+        "local": "recent_tokens",
+        "query_block": "query_block_tokens",
+        "rows": "list_per",
+    }
 
     tau: Annotated[
         float | None,
@@ -52,16 +60,18 @@ class Sale(PrefillMethod):
     ] = None
     bits: Annotated[Literal[4, 8], Field(description="of the integers; 8 never loses a key, 4 is the paper's")] = 8
     page_bounds: Annotated[bool, Field(description="score only keys of pages that the mean key leaves open")] = True
-    sink: Annotated[
+    sink_tokens: Annotated[
         int, Field(ge=32, le=1 << 16, multiple_of=32, description="first tokens, always read; a multiple of 32")
     ] = 32
-    local: Annotated[int, Field(ge=0, le=1 << 16, description="tokens to the end of a query block, always read")] = 128
+    recent_tokens: Annotated[
+        int, Field(ge=0, le=1 << 16, description="tokens to the end of a query block, always read")
+    ] = 128
     calibration: Annotated[
         str, Field(description="file of thresholds per layer and head, from vllm-sparse calibrate sale")
     ] = ""
     dense_layers: DenseLayers = 0
-    query_block: QueryBlock = 64
-    rows: Rows = "query_head"
+    query_block_tokens: QueryBlockTokens = 64
+    list_per: ListPer = "query_head"
 
     def __post_init__(self) -> None:
         if self.calibration:
@@ -85,7 +95,7 @@ class Sale(PrefillMethod):
             raise KnobError(
                 "tau", self.tau, f"calibration {self.calibration!r} would never be used beside it; drop one of the two"
             )
-        found = load(self.calibration).calibration
+        found = load(self.calibration).contents
         if (found.layers, found.heads) != (num_layers, num_query_heads):
             raise KnobError(
                 "calibration",
@@ -101,7 +111,7 @@ class Sale(PrefillMethod):
             keys,
             scale,
             _log_thresholds(self.thresholds(layer, query.shape[1]), query.device),
-            LowBitScoring(self.bits, self.page_bounds, self.sink, self.local, self.query_block),
+            LowBitScoring(self.bits, self.page_bounds, self.sink_tokens, self.recent_tokens, self.query_block_tokens),
         )
 
     def thresholds(self, layer: Layer, query_heads: int) -> tuple[float, ...]:
@@ -112,7 +122,7 @@ class Sale(PrefillMethod):
         """
         if self.tau is not None or not self.calibration:
             return (DEFAULT_TAU if self.tau is None else self.tau,) * query_heads
-        found = load(self.calibration).calibration
+        found = load(self.calibration).contents
         last_head = layer.first_query_head + query_heads
         if layer.index >= found.layers or last_head > found.heads:
             raise ValueError(
