@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_command import run
+from tests.test_command import run_installed
 from vllm_sparse.config.messages import SparseParamsError
 from vllm_sparse.config.request import SparseParams, resolve
 from vllm_sparse.config.salt import cache_salt
@@ -145,7 +145,7 @@ def test_a_server_has_one_threshold_or_a_file_of_them(file: Path) -> None:
 
 def test_the_command_calibrates_the_bundled_model(tmp_path: Path) -> None:
     output = tmp_path / "found.json"
-    ended = run("calibrate", "sale", str(MODEL), "--output", str(output), "--tokens", "600", "--count", "2")
+    ended = run_installed("calibrate", "sale", str(MODEL), "--output", str(output), "--tokens", "600", "--count", "2")
     assert ended.returncode == 0, ended.stderr
     assert "prompt 2 of 2" in ended.stdout
     assert "layer 8 of 8" in ended.stdout
@@ -155,9 +155,11 @@ def test_the_command_calibrates_the_bundled_model(tmp_path: Path) -> None:
 
 
 def test_the_command_names_what_is_wrong(tmp_path: Path) -> None:
-    missing = run("calibrate", "sale", str(MODEL), "--output", str(tmp_path / "a.json"), "--prompts", "nowhere.jsonl")
+    missing = run_installed(
+        "calibrate", "sale", str(MODEL), "--output", str(tmp_path / "a.json"), "--prompts", "nowhere.jsonl"
+    )
     assert missing.returncode == 2
     assert "nowhere.jsonl" in missing.stderr
-    folder = run("calibrate", "sale", str(MODEL), "--output", str(tmp_path / "none" / "a.json"))
+    folder = run_installed("calibrate", "sale", str(MODEL), "--output", str(tmp_path / "none" / "a.json"))
     assert folder.returncode == 2
     assert "there is no folder" in folder.stderr

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import oracle
-from tests.test_command import run
+from tests.test_command import run_installed
 from vllm_sparse.config.messages import SparseParamsError
 from vllm_sparse.config.request import SparseParams, deserialize, resolve
 from vllm_sparse.config.salt import cache_salt
@@ -266,7 +266,7 @@ def test_a_file_of_another_model_is_refused_at_start(file: str) -> None:
 def test_the_command_calibrates_the_bundled_model(tmp_path: Path) -> None:
     output = tmp_path / "found.json"
     sizes = ["--tokens", "600", "--count", "2", "--budget", "128", "--selections", "2", "--full-layers", "1"]
-    ended = run("calibrate", "tidal", str(MODEL), "--output", str(output), *sizes)
+    ended = run_installed("calibrate", "tidal", str(MODEL), "--output", str(output), *sizes)
     assert ended.returncode == 0, ended.stderr
     assert "prompt 2 of 2" in ended.stdout
     assert "layer 8 of 8" in ended.stdout

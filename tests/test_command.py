@@ -24,6 +24,13 @@ def run(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str
     return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
+def run_installed(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """The installed command ``vllm-sparse``, likewise."""
+    script = shutil.which("vllm-sparse", path=str(Path(sys.executable).parent))
+    assert script is not None, "the package is installed without its command"
+    return run(script, *arguments, folder=folder)
+
+
 @pytest.mark.parametrize("arguments", [[], ["bench"], ["bench", "prefil"], ["--version"]])
 def test_an_unknown_verb_is_named_with_those_that_exist(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
@@ -74,8 +81,6 @@ def test_a_verb_that_is_not_installed_names_the_module_to_run_instead(
 
 
 def test_the_installed_command_runs_a_verb_anywhere(tmp_path: Path) -> None:
-    script = shutil.which("vllm-sparse", path=str(Path(sys.executable).parent))
-    assert script is not None, "the package is installed without its command"
-    ended = run(script, "inspect", "--help", folder=tmp_path)
+    ended = run_installed("inspect", "--help", folder=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert "vllm-sparse inspect" in ended.stdout
