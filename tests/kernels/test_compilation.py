@@ -78,7 +78,8 @@ def test_no_chunk_waits_for_the_compiler(name: str, heads: int, kv_heads: int, l
     def select(tokens: int, context_tokens: int) -> None:
         query = torch.zeros(tokens, heads, HEAD_SIZE, dtype=torch.bfloat16)
         keys = PlainKeys(cache, table[: -(-context_tokens // BLOCK)], context_tokens)
-        method.select(query, keys, HEAD_SIZE**-0.5, BLOCK, Layer(method.dense_layers, 0))
+        page_size_tokens = min(BLOCK, method.page_tokens)
+        method.select(query, keys, HEAD_SIZE**-0.5, page_size_tokens, Layer(method.dense_layers, 0))
 
     for chunk in warm_up_chunks(method, STEP, SHORTEST, LONGEST):
         select(chunk.tokens, chunk.context_tokens)
