@@ -133,8 +133,8 @@ class TrueMass(PrefillMethod):
     mass: torch.Tensor
     density: float
     dense_layers: int = 0
-    query_block: int = 64
-    rows: str = "query_head"
+    query_block_tokens: int = 64
+    list_per: str = "query_head"
 
     @property
     def exactly_dense(self) -> bool:
@@ -143,7 +143,7 @@ class TrueMass(PrefillMethod):
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         halves = torch.nn.functional.pad(self.mass, (0, self.mass.shape[2] % 2))
         mass = halves.view(*halves.shape[:2], -1, 2).sum(3)
-        _, last = query_blocks(query.shape[0], keys.context_tokens, self.query_block, query.device)
+        _, last = query_blocks(query.shape[0], keys.context_tokens, self.query_block_tokens, query.device)
         candidate = torch.arange(mass.shape[2], device=query.device) * self.page_tokens <= last.unsqueeze(1)
         count = max(round(float(candidate.sum()) * mass.shape[0] * self.density), 1)
         threshold = mass.masked_fill(~candidate, -1.0).flatten().topk(count).values[-1]
