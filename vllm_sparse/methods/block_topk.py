@@ -15,6 +15,7 @@ from vllm_sparse.kernels.top_tokens import top_pages, top_tokens
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.base import KNOBS, DenseLayers, KnobError, LayerMemory, TopTokensMethod
 from vllm_sparse.pages import PageList
+from vllm_sparse.step.roles import Role
 from vllm_sparse.step.rows import DecodeRows, RowsPlace, TokenLists
 
 
@@ -53,14 +54,14 @@ class BlockTopk(TopTokensMethod):
     def summaries(self) -> SummaryKind:
         return SummaryKind(self.block, self.scores == "bounds")
 
-    def layer_roles(self, num_layers: int) -> list[str]:
+    def layer_roles(self, num_layers: int) -> list[Role]:
         if self.dense_layers >= num_layers:
             raise KnobError(
                 "dense_layers",
                 self.dense_layers,
                 f"this model has {num_layers} layers, so 0 to {num_layers - 1} are allowed",
             )
-        return ["dense"] * self.dense_layers + ["choose"] * (num_layers - self.dense_layers)
+        return [Role.DENSE] * self.dense_layers + [Role.WRITE_AND_READ] * (num_layers - self.dense_layers)
 
     def select(
         self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory

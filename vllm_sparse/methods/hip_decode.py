@@ -34,6 +34,7 @@ from vllm_sparse.methods.hip import (
     check_stages,
 )
 from vllm_sparse.pages import PageList
+from vllm_sparse.step.roles import Role
 from vllm_sparse.step.rows import DecodeRows, RowsPlace, ServerSize, TokenLists
 
 # What the knobs of a row have room for (`backend.decode.MOST_KNOBS`).
@@ -89,8 +90,9 @@ class HipDecode(BatchDecodeMethod):
         window = self.window + self.refresh[0] + LEAF_TOKENS - 1
         return search_start(self.sink) + self.stage_tokens[-1] + window
 
-    def layer_roles(self, num_layers: int) -> list[str]:
-        return ["dense" if layer < self.dense_layers else "choose" for layer in range(num_layers)]
+    def layer_roles(self, num_layers: int) -> list[Role]:
+        dense = min(self.dense_layers, num_layers)
+        return [Role.DENSE] * dense + [Role.WRITE_AND_READ] * (num_layers - dense)
 
     def first_due(self, context_tokens: int) -> int:
         """The first stage that is searched anew at a step, with all later ones; the number of stages if none is."""
