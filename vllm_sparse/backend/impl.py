@@ -11,7 +11,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm_sparse.backend import decode_batch, decode_single, prefill
 from vllm_sparse.backend.execution import LayerWork, StepExecution
 from vllm_sparse.backend.layer import LayerCall, LayerPlatform
-from vllm_sparse.backend.summaries import StoredSummaries, summarise
+from vllm_sparse.backend.summaries import StoredSummaries
 from vllm_sparse.backend.support import check_layer
 
 
@@ -50,7 +50,8 @@ class SparseAttentionImpl(LayerPlatform):
             self.stock_forward(call, query, attn_metadata, output)
         elif work.dense:
             self._forward_dense(call, work)
-        summarise(self, call, work.summarising)
+        for summary in work.summarising:
+            self.summaries.summarise(summary, self.row_keys(call, summary.span), kv_cache)
         if step.serves_at_once:
             batch = step.batch(attn_metadata.seq_lens, attn_metadata.block_table)
             decode_batch.serve_rows(self, call, batch, step.record)

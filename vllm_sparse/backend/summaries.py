@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from vllm_sparse.kernels.page_summaries import SummaryKind, store_summaries
 from vllm_sparse.metrics import WorkerMetrics
 
 if TYPE_CHECKING:
-    from vllm_sparse.backend.layer import LayerCall, LayerPlatform
+    from vllm_sparse.keys import PagedKeys
     from vllm_sparse.step.plan import SummaryRow
 
 logger = logging.getLogger("vllm.sparse")
@@ -50,12 +49,15 @@ class StoredSummaries:
             _log_memory(kind, stored.nbytes, kv_cache.nbytes)
         return stored
 
+    def summarise(self, row: SummaryRow, keys: PagedKeys, kv_cache: torch.Tensor) -> None:
+        """Summarise a row's new keys.
 
-def summarise(platform: LayerPlatform, call: LayerCall, rows: Sequence[SummaryRow]) -> None:
-    """Summarise the new keys of rows in a layer."""
-    for row in rows:
-        keys = platform.row_keys(call, row.span)
-        keys.summaries = platform.summaries.of(row.kind, call.kv_cache)
+        Args:
+            row: the row.
+            keys: of its request, which read these summaries from now on.
+            kv_cache: as in `of`.
+        """
+        keys.summaries = self.of(row.kind, kv_cache)
         store_summaries(keys, row.kind, row.span.seq_len - row.span.query_tokens)
 
 
