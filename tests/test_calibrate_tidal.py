@@ -22,10 +22,11 @@ from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.methods.tidal.calibration import ReuseRecall, choose_roles, recall_of, worst_recall
 from vllm_sparse.methods.tidal.policy import Measured, Policy, load
+from vllm_sparse.step.roles import Role
 
 MODEL = Path(__file__).parents[1] / "loadtest" / "model" / "weights"
 HEADS, KV_HEADS, HEAD_SIZE, SCALE = 4, 2, 32, 0.17
-ROLES = ["dense", "select", "reuse", "reuse"]
+ROLES = [Role.DENSE, Role.DENSE_AND_WRITE, Role.READ, Role.READ]
 LAYERS = len(ROLES)
 
 
@@ -103,18 +104,21 @@ def test_a_layer_that_attends_alike_is_served_and_another_is_not(generator: torc
 # The dynamic programme
 
 
-def every_policy(layers: int, full_layers: int, selections: int) -> list[list[str]]:
+def every_policy(layers: int, full_layers: int, selections: int) -> list[list[Role]]:
     """All ways to place the selecting layers, the first of them after the full ones."""
     policies = []
     for others in itertools.combinations(range(full_layers + 1, layers), selections - 1):
         selecting = (full_layers, *others)
         policies.append(
-            ["dense" if n < full_layers else "select" if n in selecting else "reuse" for n in range(layers)]
+            [
+                Role.DENSE if n < full_layers else Role.DENSE_AND_WRITE if n in selecting else Role.READ
+                for n in range(layers)
+            ]
         )
     return policies
 
 
-def value(policy: list[str], recall: list[list[float]]) -> tuple[float, float]:
+def value(policy: list[Role], recall: list[list[float]]) -> tuple[float, float]:
     """Worst, then mean."""
     found = [one for one in recall_of(policy, recall) if one is not None]
     return min(found), sum(found) / len(found)
@@ -142,10 +146,10 @@ def test_the_policy_has_the_best_worst_and_then_the_best_mean_recall(
     roles = choose_roles(recall, full_layers, selections)
     best = max(value(policy, recall) for policy in every_policy(len(recall), full_layers, selections))
     assert value(list(roles), recall) == pytest.approx(best)
-    assert roles.count("reuse") == len(recall) - full_layers - selections
-    assert roles[:full_layers] == ["dense"] * full_layers
+    assert roles.count(Role.READ) == len(recall) - full_layers - selections
+    assert roles[:full_layers] == [Role.DENSE] * full_layers
     for role, following in itertools.zip_longest(roles, roles[1:]):
-        assert (role == "select") <= (following == "reuse"), "a list is chosen that no layer reads"
+        assert (role == Role.DENSE_AND_WRITE) <= (following == Role.READ), "a list is chosen that no layer reads"
     assert Policy(roles).roles == roles
 
 
@@ -164,7 +168,7 @@ def test_a_floor_is_reached_with_the_fewest_layers(drawn: tuple[list[list[float]
         return
     roles = choose_roles(recall, full_layers, 1, floor)
     assert worst_recall(roles, recall) >= floor
-    assert roles.count("reuse") == layers - full_layers - reached[0]
+    assert roles.count(Role.READ) == layers - full_layers - reached[0]
 
 
 # The file
@@ -172,7 +176,7 @@ def test_a_floor_is_reached_with_the_fewest_layers(drawn: tuple[list[list[float]
 
 def test_the_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
     measured = Measured("m", 2048, 16, 64, "kv_head", [100, 90], 32, [None, None, 0.5, 0.25])
-    policy = Policy(ROLES, measured)  # type: ignore[arg-type]
+    policy = Policy(ROLES, measured)
     policy.save(tmp_path / "tidal.json")
     assert load(str(tmp_path / "tidal.json")).contents == policy
 
@@ -190,13 +194,16 @@ def test_a_policy_tells_the_roles(file: str) -> None:
 @pytest.mark.parametrize(
     ("extras", "expected"),
     [
-        ({"tidal_dense_layers": 2}, ["dense", "dense", "select", "reuse"]),
-        ({"tidal_dense_layers": 0, "tidal_reselect_layers": [2]}, ["select", "reuse", "select", "reuse"]),
-        ({"tidal_reselect_layers": [3]}, ["dense", "dense", "select", "select"]),
+        ({"tidal_full_layers": 2}, [Role.DENSE, Role.DENSE, Role.DENSE_AND_WRITE, Role.READ]),
+        (
+            {"tidal_full_layers": 0, "tidal_reselect_layers": [2]},
+            [Role.DENSE_AND_WRITE, Role.READ, Role.DENSE_AND_WRITE, Role.READ],
+        ),
+        ({"tidal_reselect_layers": [3]}, [Role.DENSE, Role.DENSE, Role.DENSE_AND_WRITE, Role.DENSE_AND_WRITE]),
     ],
 )
 def test_a_request_that_sets_layers_does_not_follow_the_policy(
-    file: str, extras: dict[str, Any], expected: list[str]
+    file: str, extras: dict[str, Any], expected: list[Role]
 ) -> None:
     params = resolve({"sparse_decode": "tidal", **extras}, configured(file), LAYERS)
     assert params.decode is not None
@@ -222,7 +229,7 @@ def test_another_content_is_another_cache_identity(tmp_path: Path) -> None:
     """Workers and caches know the file by its name, and a server that starts again may find another content there."""
     path = tmp_path / "tidal.json"
     salts = set()
-    for roles in (ROLES, ["dense", "select", "reuse", "dense"]):
+    for roles in (ROLES, [Role.DENSE, Role.DENSE_AND_WRITE, Role.READ, Role.DENSE]):
         load.cache_clear()
         salts.add(cache_salt(SparseParams(decode=Tidal(policy=save(path, roles))), None))
     assert len(salts) == 2
@@ -238,10 +245,19 @@ def test_another_content_is_another_cache_identity(tmp_path: Path) -> None:
         ("[]", "no layer policy"),
         ('{"role": []}', "no layer policy: roles"),
         (json.dumps({"roles": ROLES, "layers": 4}), "no layer policy: layers"),
-        (json.dumps({"roles": ["dense", "select", "reuse", "sparse"]}), "roles.3: Input should be 'dense', 'select'"),
-        (json.dumps({"roles": ["dense", "reuse", "select", "reuse"]}), "layer 1 has the role reuse, but no layer"),
-        (json.dumps({"roles": ["dense", "select", "dense", "dense"]}), "no layer has the role reuse"),
-        (json.dumps({"roles": []}), "no layer has the role reuse"),
+        (
+            json.dumps({"roles": [Role.DENSE, "dense_and_write", "read", "sparse"]}),
+            "roles.3: .*dense, dense_and_write, read are",
+        ),
+        (
+            json.dumps({"roles": [Role.DENSE, Role.READ, Role.DENSE_AND_WRITE, Role.READ]}),
+            "layer 1 has the role read, but no layer",
+        ),
+        (
+            json.dumps({"roles": [Role.DENSE, Role.DENSE_AND_WRITE, Role.DENSE, Role.DENSE]}),
+            "no layer has the role read",
+        ),
+        (json.dumps({"roles": []}), "no layer has the role read"),
         (json.dumps({"roles": ROLES, "version": 2}), "version"),
     ],
 )
@@ -271,11 +287,11 @@ def test_the_command_calibrates_the_bundled_model(tmp_path: Path) -> None:
     assert "prompt 2 of 2" in ended.stdout
     assert "layer 8 of 8" in ended.stdout
     policy = load(str(output)).contents
-    assert (len(policy.roles), policy.roles[0], policy.roles.count("reuse")) == (8, "dense", 5)
+    assert (len(policy.roles), policy.roles[0], policy.roles.count(Role.READ)) == (8, Role.DENSE, 5)
     assert policy.measured is not None
     assert (policy.measured.budget, len(policy.measured.prompts)) == (128, 2)
     for role, recall in zip(policy.roles, policy.measured.recall, strict=True):
-        assert (role == "reuse") == (recall is not None)
+        assert (role == Role.READ) == (recall is not None)
     rows = [line.split("|") for line in ended.stdout.splitlines() if line.startswith("| ")][1:]
     assert [row[2].strip() for row in rows] == policy.roles
     parse_server_config({"sparse": {"tidal": {"policy": str(output)}}}, 8, 4)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.oracle import live_pages
-from vllm_sparse.pages import PageList, concatenate, to_logical, to_physical
+from vllm_sparse.kernels.page_list import to_physical
+from vllm_sparse.pages import PageList, concatenate, to_logical
 
 
 @given(

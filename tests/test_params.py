@@ -283,7 +283,7 @@ def test_a_method_that_is_not_enabled_is_refused() -> None:
 
 
 def test_a_method_that_takes_memory_is_enabled_by_the_server_only() -> None:
-    message = r'is \'blocktopk\' \(this.*not enable it; its "methods" list.*allowed are dense, tidal, hip, streaming$'
+    message = r'is \'blocktopk\' \(this.*not enable it; its "methods" list.*allowed are dense, tidal, hip$'
     with pytest.raises(SparseParamsError, match=message):
         resolve({"sparse_decode": "blocktopk"}, DEFAULT, LAYERS)
 

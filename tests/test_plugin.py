@@ -63,6 +63,19 @@ def test_the_backend_unpickles_where_no_plugin_was_loaded(library: str) -> None:
     assert out == f"SPARSE {plugin.BACKEND_PATH}"
 
 
+def test_workers_do_not_load_the_servers_room() -> None:
+    """What a worker loads: the plugin, the backend, and the logits processor with the hooks of runner V2."""
+    out = fresh(
+        "import sys\n"
+        "from vllm_sparse import plugin\n"
+        "plugin.register()\n"
+        "import vllm_sparse.backend, vllm_sparse.hooks.logits_processor\n"
+        "from vllm_sparse.hooks import gpu_model_runner, model_cuda_graph_manager\n"
+        "print([name for name in sys.modules if name.startswith('vllm_sparse.server')])"
+    )
+    assert out == "[]"
+
+
 def test_backends_copy_to_themselves() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 

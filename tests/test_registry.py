@@ -21,17 +21,20 @@ from vllm_sparse.methods.streaming import Streaming
 @dataclass(frozen=True, config=KNOBS)
 class Sink(Streaming):
     name: ClassVar[str] = "sink"
+    enabled_by_default: ClassVar[bool] = True
     last_tokens: Annotated[int, Field(ge=0, description="a knob that begins like another method")] = 1
 
 
 @dataclass(frozen=True, config=KNOBS)
 class SinkLast(Streaming):
     name: ClassVar[str] = "sink_last"
+    enabled_by_default: ClassVar[bool] = True
     former_names: ClassVar[dict[str, str]] = {"old_name": "tokens"}
     tokens: Annotated[int, Field(ge=0, description="made up")] = 2
 
 
 registry.PREFILL_METHODS |= {"sink": Sink, "sink_last": SinkLast}
+registry.DEFAULT_METHODS += ("sink", "sink_last")
 
 from vllm_sparse.config.messages import SparseParamsError
 from vllm_sparse.config.names import is_sparse_key, split_key
@@ -64,8 +67,7 @@ schema = jsonschema.Draft202012Validator(extras_schema(config))
 assert schema.is_valid({"sink_last_tokens": 9}) and schema.is_valid({"sink_last_old_name": 9})
 assert not schema.is_valid({"sink_last_tokens": "9"}) and not schema.is_valid({"sink_last_token": 9})
 
-sys.path.insert(0, "deploy/helm")
-import generate
+from deploy.helm import generate
 
 chart = generate.sparse_schema()["properties"]
 assert chart["sink_last"]["properties"]["tokens"]["default"] == 2

@@ -2,7 +2,8 @@
 
 A *row* is one unit that shares one list: in prefill a (head, query block) of one request's chunk, in decode a
 (request, head). A list holds **logical** page numbers of the request (page ``n`` holds tokens ``n * page_size`` to
-``(n + 1) * page_size - 1``); `to_physical` is the only place that turns them into addresses in the KV cache.
+``(n + 1) * page_size - 1``); `vllm_sparse.kernels.page_list.to_physical` is the only place that turns
+them into addresses in the KV cache.
 """
 
 from __future__ import annotations
@@ -71,52 +72,13 @@ def page_mask(page_list: PageList, pages: int) -> torch.Tensor:
     return mask[:, :pages]
 
 
-def to_physical(
-    page_list: PageList,
-    block_table: torch.Tensor,
-    row_kv_head: torch.Tensor,
-    block_size_tokens: int,
-    num_kv_heads: int,
-) -> torch.Tensor:
-    """Translate logical pages to page numbers of the per-head view of a head-major (LBHNC) KV cache.
-
-    The cache ``[blocks, kv_heads, block_size, 2 * head_size]`` is a plain view of
-    ``blocks * kv_heads * (block_size / page_size)`` pages of one head each.
-
-    Args:
-        page_list: lists of ``rows`` rows; the page size divides the block size.
-        block_table: int32 ``[blocks]`` of the one request that all rows belong to, or ``[rows, blocks]``.
-        row_kv_head: integer ``[rows]`` KV head that the row reads.
-        block_size_tokens: tokens of a KV-cache block.
-        num_kv_heads: KV heads in the cache.
-
-    Returns:
-        ``[rows, width]`` int32. Entries past a row's live part are valid page numbers or never read.
-
-    Raises:
-        ValueError: the page size does not divide the block size.
-    """
-    page_size = page_list.page_size_tokens
-    if block_size_tokens % page_size:
-        raise ValueError(
-            f"a page of {page_size} tokens does not divide a KV-cache block of {block_size_tokens} tokens; "
-            "choose a page size that does"
-        )
-    # Imported here because both implementations know `PageList`.
-    if page_list.pages.is_cuda:
-        from vllm_sparse.kernels.page_list.triton import to_physical
-    else:
-        from vllm_sparse.kernels.page_list.reference import to_physical
-    return to_physical(page_list, block_table, row_kv_head, block_size_tokens // page_size, num_kv_heads)
-
-
 def to_logical(
     slots: torch.Tensor, block_table: torch.Tensor, block_size_tokens: int, num_kv_heads: int
 ) -> torch.Tensor:
     """Translate places of single tokens in the per-head view of a cache back to positions of their request.
 
     Args:
-        slots: int32 ``[rows, width]``, as `to_physical` gives them for pages of one token.
+        slots: int32 ``[rows, width]``, as `kernels.page_list.to_physical` gives them for pages of one token.
         block_table: int32 ``[blocks]`` of the request, as many as its context fills.
         block_size_tokens: tokens of a KV-cache block.
         num_kv_heads: KV heads in the cache.

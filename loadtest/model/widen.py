@@ -36,6 +36,7 @@ from torch import Tensor
 from loadtest.model.network import NORM_EPSILON, Architecture, write_configuration
 from loadtest.text.tokenizer import build_tokenizer, save_tokenizer
 from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.step.roles import Role
 
 BUNDLED = Path(__file__).parent / "weights"
 NOISE_DEVIATION = 0.02
@@ -84,11 +85,12 @@ def _sources(small: Architecture, wide: Architecture) -> list[tuple[int, bool]]:
     return [(source, place > 0 and numbers[place - 1] == source) for place, source in enumerate(numbers)]
 
 
-def tidal_roles(small: Architecture, wide: Architecture) -> list[str]:
+def tidal_roles(small: Architecture, wide: Architecture) -> list[Role]:
     """TidalDecode's role of each wide layer: real ones have those that the small model's default gives them."""
     roles = Tidal().layer_roles(small.layers)
     return [
-        "reuse" if is_copy and roles[source] == "select" else roles[source] for source, is_copy in _sources(small, wide)
+        Role.READ if is_copy and roles[source] is Role.DENSE_AND_WRITE else roles[source]
+        for source, is_copy in _sources(small, wide)
     ]
 
 

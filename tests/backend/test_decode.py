@@ -16,7 +16,8 @@ from tests import oracle
 from tests.cuda_graph import captured
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from tests.oracle import Paged, Platform
-from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
+from vllm_sparse.backend.decode_batch import BatchLayer, DecodeStep
+from vllm_sparse.backend.decode_buffers import DecodeBuffers
 from vllm_sparse.backend.executors.flash_attention import FlashAttentionExecutor
 from vllm_sparse.kernels.page_summaries import page_summaries, read_summaries, store_summaries
 from vllm_sparse.methods.block_topk import BlockTopk
@@ -24,6 +25,8 @@ from vllm_sparse.methods.decode import BatchDecodeMethod, LayerMemory
 from vllm_sparse.methods.hip import HipDecode
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.step.launch import Executor, Launch
+from vllm_sparse.step.requests import RowSetting
+from vllm_sparse.step.roles import Role
 from vllm_sparse.step.rows import ServerSize
 
 pytest.importorskip("triton")
@@ -142,7 +145,7 @@ def run_step(
 ) -> list[torch.Tensor]:
     """Each layer's output."""
     settings = settings_of(rows)
-    buffers.say(settings)
+    buffers.tell(settings)
     contexts = torch.tensor([row.context for row in rows] + [0] * padding, dtype=torch.int32, device=DEVICE)
     table = torch.nn.functional.pad(data[0].block_table, (0, 0, 0, padding))
     launches = buffers.launches(settings, all_sparse)
@@ -152,16 +155,8 @@ def run_step(
         stored = stored_summaries(data[layer])
         query = torch.nn.functional.pad(queries[layer], (0, 0, 0, 0, 0, padding))
         output = torch.full_like(query, oracle.NAN)
-        step.attend(
-            layer,
-            query,
-            data[layer].kv_cache,
-            SCALE,
-            output,
-            executor(),
-            Dense(data[layer], table),
-            {BLOCKS.summaries: stored},
-        )
+        dense, summaries = Dense(data[layer], table), {BLOCKS.summaries: stored}
+        step.attend(BatchLayer(layer, query, data[layer].kv_cache, SCALE, output, executor(), dense, summaries))
         check_newest(rows, data[layer], stored, layer)
         outputs.append(output[: len(rows)])
     return outputs
@@ -229,8 +224,8 @@ def expected(
             sparse = (
                 setting.method is not None and row.context > setting.least_context_tokens and index not in dense_rows
             )
-            role = setting.roles[layer] if sparse else "dense"
-            if role in ("select", "choose"):
+            role = setting.roles[layer] if sparse else Role.DENSE
+            if role.writes_list:
                 assert setting.method is not None
                 chosen = setting.method.select(query, data[layer].reader(index), SCALE, 1, LayerMemory())
                 kept = [oracle.kept_positions(chosen, head, row.context) for head in range(KV_HEADS)]
@@ -238,7 +233,7 @@ def expected(
                 assert not bool(lists[index].all())
                 (most_tokens,) = setting.method.list_tokens(np.array([row.context]))
                 assert bool((chosen.kept_tokens <= int(most_tokens)).all())
-            allowed = lists[index] if role in ("reuse", "choose") else torch.ones(row.context, dtype=torch.bool)
+            allowed = lists[index] if role.reads_list else torch.ones(row.context, dtype=torch.bool)
             layer_rows.append(
                 oracle.attention(
                     query.unsqueeze(0), data[layer].keys[index], data[layer].values[index], SCALE, allowed
@@ -311,7 +306,7 @@ def test_a_step_of_sparse_rows_launches_no_more_than_it_needs(rows: list[Row]) -
     settings = [row.setting for row in rows]
     launches = buffers.launches(settings, all_sparse=True)
     assert all(
-        launches[layer].dense == any(s.roles[layer] in ("dense", "select") for s in settings) for layer in range(LAYERS)
+        launches[layer].dense == any(s.roles[layer].reads_everything for s in settings) for layer in range(LAYERS)
     )
     data, queries, seed = draw(rows)
     outputs = run_step(buffers, rows, data, queries, padding=2, all_sparse=True)
@@ -351,12 +346,14 @@ def test_t8_a_graph_gives_what_eager_steps_give() -> None:
         for layer in range(LAYERS):
             dense = Dense(data[layer], table)
             kv_cache = data[layer].kv_cache
-            step.attend(layer, queries[layer], kv_cache, SCALE, outputs[layer], executor(), dense, summaries[layer])
+            step.attend(
+                BatchLayer(layer, queries[layer], kv_cache, SCALE, outputs[layer], executor(), dense, summaries[layer])
+            )
 
     replay = captured(attend)
     for _ in range(4):
         order = torch.randperm(len(ROWS), generator=generator).tolist()
-        buffers.say([settings[index] for index in order])
+        buffers.tell([settings[index] for index in order])
         lengths = [int(torch.randint(1, row.context + 1, (1,), generator=generator)) for row in ROWS]
         lengths[-1] = 0
         contexts.copy_(torch.tensor(lengths, dtype=torch.int32))

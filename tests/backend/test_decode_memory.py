@@ -20,23 +20,23 @@ from tests.backend.test_forward import Row, common_metadata
 from tests.cuda_graph import captured
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from tests.oracle import Paged, Platform
-from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
+from vllm_sparse.backend.decode_batch import BatchLayer, DecodeStep
+from vllm_sparse.backend.decode_buffers import DecodeBuffers
+from vllm_sparse.backend.decode_graphs import MIXED, DecodeGraphs
+from vllm_sparse.backend.execution import StepExecution
 from vllm_sparse.backend.executors.flash_attention import FlashAttentionExecutor
-from vllm_sparse.backend.graphs import MIXED, DecodeGraphs
 from vllm_sparse.config.request import ALL_DENSE, RESOLVED_KEY, SparseParams
 from vllm_sparse.kernels.hip_decode import HipMemory
-from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.methods.hip import HipDecode
 from vllm_sparse.methods.tidal import Tidal
-from vllm_sparse.metrics import WorkerMetrics
-from vllm_sparse.metrics.batch_recall import EagerRecall
-from vllm_sparse.metrics.recall import attention_recall
-from vllm_sparse.metrics.worker import Sampling
-from vllm_sparse.pages import PageList
+from vllm_sparse.metrics import Sampling, StepRecord, WorkerMetrics
+from vllm_sparse.metrics.recall import RecallSample
+from vllm_sparse.metrics.row_recall import EagerRecall
 from vllm_sparse.step.launch import Executor, Launch
-from vllm_sparse.step.plan import BatchRow, StepPlan, plan_step
-from vllm_sparse.step.requests import RequestTable
+from vllm_sparse.step.plan import BatchRow, PlanLimits, plan_step
+from vllm_sparse.step.requests import RequestTable, RowSetting
+from vllm_sparse.step.roles import Role
 from vllm_sparse.step.rows import ServerSize
 
 pytest.importorskip("triton")
@@ -83,18 +83,9 @@ class Recalls(WorkerMetrics):
     def observe_batch(self, batch: Sequence[BatchRow]) -> None:
         self.counted += batch
 
-    def observe_recall(
-        self,
-        phase: str,
-        method: str,
-        query: torch.Tensor,
-        keys: PagedKeys,
-        lists: PageList,
-        query_block: int,
-        scale: float,
-    ) -> None:
+    def observe_recall(self, phase: str, method: str, sample: RecallSample) -> None:
         assert phase == "decode"
-        self.found.append(attention_recall(query, keys, lists, query_block, scale))
+        self.found.append(sample.recall())
 
 
 @pytest.fixture(autouse=True)
@@ -162,13 +153,12 @@ class Server:
         """A step of all rows, at full contexts while it is captured, which must leave no trace."""
         self.contexts.fill_(LONGEST)
         self.graphs.capturing = MIXED
-        plan = self.graphs.capture_plan(self.contexts, self.blocks, EVERYTHING)
+        execution = self.graphs.capture_step(self.contexts, self.blocks, EVERYTHING)
         self.graphs.capturing = None
-        assert plan.batch_step is not None
-        step = plan.batch_step.step
+        step = execution.batch(self.contexts, self.blocks).step
 
         def attend() -> None:
-            self.attend(step, self.queries, self.outputs, self.blocks, plan)
+            self.attend(step, self.queries, self.outputs, self.blocks, execution.record, [])
 
         if DEVICE == "cpu":
             attend()
@@ -176,9 +166,15 @@ class Server:
         return captured(attend)
 
     def attend(
-        self, step: DecodeStep, queries: torch.Tensor, outputs: torch.Tensor, blocks: torch.Tensor, plan: StepPlan
+        self,
+        step: DecodeStep,
+        queries: torch.Tensor,
+        outputs: torch.Tensor,
+        blocks: torch.Tensor,
+        record: StepRecord,
+        names: Sequence[str],
     ) -> None:
-        """All layers, measured as the plan says; queries and outputs ``[layers, rows, heads, head_size]``."""
+        """All layers, measured as the record says; queries and outputs ``[layers, rows, heads, head_size]``."""
         executor: Executor = FlashAttentionExecutor(3) if DEVICE == "cuda" else Gather()
         for layer, cache in enumerate(self.caches):
 
@@ -193,10 +189,11 @@ class Server:
                 shape = lists, HEADS // KV_HEADS, HEAD_SIZE
                 executor.run(launch, query.reshape(shape), output.view(shape), cache.kv_cache, SCALE)
 
-            mark = plan.timer.marks(layer, plan.batch_methods)
-            step.attend(layer, queries[layer], cache.kv_cache, SCALE, outputs[layer], executor, dense, {}, mark)
-            if plan.recall is not None and plan.recall.layer == layer:
-                plan.recall.take(step, queries[layer], cache.kv_cache, SCALE)
+            mark = record.timer.marks(layer, names)
+            at = BatchLayer(layer, queries[layer], cache.kv_cache, SCALE, outputs[layer], executor, dense, {}, mark)
+            step.attend(at)
+            if record.batch_recall is not None and record.batch_recall.layer == layer:
+                record.batch_recall.take(*step.layer_lists(at))
 
     def enter(self, request: Request) -> None:
         """The runner gives a request its slot, for the first time or after a preemption."""
@@ -226,41 +223,43 @@ class Server:
         common = common_metadata(rows, blocks, [request.runner_slot for request in requests])
         queries = 2 * eighths(self.generator, LAYERS, len(rows), HEADS, HEAD_SIZE)
         sparse_rows = self.table.sparse_rows(common.req_idx, len(rows))
-        plan = plan_step(common, sparse_rows, LAYERS, False, WorkerMetrics.get(), capacity, self.buffers)
-        assert plan is not None
-        assert isinstance(plan.metrics, Recalls)
+        plan = plan_step(common, sparse_rows, PlanLimits(LAYERS, False, capacity, self.buffers.serves))
+        metrics = WorkerMetrics.get()
+        assert isinstance(metrics, Recalls)
         assert not plan.decode
         contexts = torch.tensor([request.context for request in requests], dtype=torch.int32, device=DEVICE)
         outputs = torch.full_like(queries, oracle.NAN)
         served = [row.span.row for row in plan.batch]
         layer = int(torch.randint(LAYERS, (1,), generator=self.generator))
         place = int(torch.randint(len(served), (1,), generator=self.generator))
-        plan.recall = EagerRecall(layer, plan.batch[place], place, plan.metrics)
+        record = StepRecord(metrics, plan)
+        record.batch_recall = EagerRecall(layer, plan.batch[place], place, metrics.observe_recall)
+        execution = StepExecution(plan, record, self.buffers)
         if full_graph:
             self.contexts.zero_()
             self.contexts[: len(rows)] = contexts
             self.blocks[: len(rows)] = blocks
             self.queries[:, : len(rows)] = queries
-            self.graphs.plan = plan
+            self.graphs.step = execution
             assert self.graphs.prepare() is not None
             self.replay()
-            assert not plan.metrics.counted, "counting before the graph is queued would lengthen the step"
-            self.graphs.measure(MIXED, ROWS)
-            assert plan.metrics.counted == plan.batch
-            plan.metrics.counted.clear()
+            assert not metrics.counted, "counting before the graph is queued would lengthen the step"
+            self.graphs.replayed(MIXED, ROWS)
+            assert metrics.counted == list(plan.batch)
+            metrics.counted.clear()
             layer = RECALL_LAYER
             outputs.copy_(self.outputs[:, : len(rows)])
             compared = list(range(len(rows)))
         else:
-            batch = plan.start_batch(contexts, blocks)
+            batch = execution.batch(contexts, blocks)
             gathered = outputs[:, served]
-            self.attend(batch.step, queries[:, served], gathered, blocks[served], plan)
+            self.attend(batch.step, queries[:, served], gathered, blocks[served], record, batch.method_names)
             outputs[:, served] = gathered
             compared = served
         for row in compared:
             kept = self.check(requests[row], numbers[row], row in served, queries[:, row], outputs[:, row])
             if row == served[place]:
-                assert (plan.metrics.found.pop().cpu() - kept[layer]).abs().max() < RECALL_TOLERANCE, f"layer {layer}"
+                assert (metrics.found.pop().cpu() - kept[layer]).abs().max() < RECALL_TOLERANCE, f"layer {layer}"
         for request in requests:
             request.context += 1
         return {numbers[row] for row in served}
@@ -408,7 +407,7 @@ def test_captures_and_idle_rows_leave_no_trace(generator: torch.Generator) -> No
     kept = [(layer.key_blocks.clone(), layer.context_tokens.clone()) for layer in server.memory.layers]
     server.replay = server.capture()
     server.contexts.zero_()
-    server.buffers.say([RowSetting(HIP, 0, ("choose",) * LAYERS, slot, True) for slot in range(ROWS)])
+    server.buffers.tell([RowSetting(HIP, 0, (Role.WRITE_AND_READ,) * LAYERS, slot, True) for slot in range(ROWS)])
     server.replay()
     for layer, (key_blocks, contexts) in zip(server.memory.layers, kept, strict=True):
         assert torch.equal(layer.key_blocks, key_blocks)

@@ -127,7 +127,7 @@ def run_stock(engine: Engine, step: Step) -> list[torch.Tensor]:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 
     metadata = CPUAttentionMetadataBuilder.build(engine.builder, 0, step.common)
-    assert not hasattr(metadata, "sparse_plan")
+    assert not hasattr(metadata, "sparse_step")
     return [
         forward(engine.stock, layer, query, data.kv_cache, metadata)
         for layer, query, data in zip(engine.layers, step.queries, step.data, strict=True)

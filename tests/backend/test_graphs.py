@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from tests.backend.test_forward import Row, common_metadata
-from vllm_sparse.backend import graphs as graphs_module
-from vllm_sparse.backend.decode import (
+from vllm_sparse.backend.decode_buffers import (
     FRESH,
     KNOBS,
     LEAST_CONTEXT,
@@ -20,11 +19,12 @@ from vllm_sparse.backend.decode import (
     MOST_KNOBS,
     SLOT,
     DecodeBuffers,
-    RowSetting,
 )
-from vllm_sparse.backend.graphs import MIXED, DecodeGraphs, beside_dense, set_graphs
+from vllm_sparse.backend.decode_graphs import MIXED, DecodeGraphs, beside_dense, set_graphs
+from vllm_sparse.backend.execution import StepExecution
 from vllm_sparse.config.request import SparseParams
 from vllm_sparse.config.settings import ServerConfig
+from vllm_sparse.hooks import gpu_model_runner, model_cuda_graph_manager
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.decode import BatchDecodeMethod, DecodeMethod
 from vllm_sparse.methods.flexprefill import FlexPrefill
@@ -32,9 +32,10 @@ from vllm_sparse.methods.hip import HipDecode
 from vllm_sparse.methods.hip.decode import MOST_STAGES
 from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.methods.tidal import Tidal
-from vllm_sparse.metrics import WorkerMetrics
-from vllm_sparse.step.plan import BatchRow, RowSpan, StepPlan, SummaryRow, plan_step
-from vllm_sparse.step.requests import SparseRequest
+from vllm_sparse.metrics import StepRecord, WorkerMetrics
+from vllm_sparse.step.plan import BatchRow, PlanLimits, RowSpan, StepPlan, SummaryRow, plan_step
+from vllm_sparse.step.requests import RowSetting, SparseRequest
+from vllm_sparse.step.roles import Role
 from vllm_sparse.step.rows import ServerSize
 
 LAYERS, MOST_ROWS, LIST_TOKENS = 6, 8, 512
@@ -81,7 +82,7 @@ def test_a_graph_holds_requests_that_its_methods_have_room_for() -> None:
     graphs = DecodeGraphs(buffers, [configured], LAYERS, speculative=False)
     graphs.most_rows = 4
     assert graphs.launches["hip"] == graphs.buffers.launches(
-        [RowSetting(configured, 0, ("choose",) * LAYERS, 0, True)], True
+        [RowSetting(configured, 0, (Role.WRITE_AND_READ,) * LAYERS, 0, True)], True
     )
     narrow = replace(
         configured, stage_block_tokens=(64,), stage_budget_tokens=(128,), refresh_steps=(3,), recent_tokens=7
@@ -105,12 +106,11 @@ def test_requests_that_are_not_served_at_once_are_served_one_by_one() -> None:
     rows = [Row(1, 1000, SparseParams(None, method)) for method in methods]
     requests = {row: SparseRequest(SparseParams(None, method), row) for row, method in enumerate(methods)}
     common = common_metadata(rows, torch.zeros(len(rows), 64, dtype=torch.int32))
-    plan = plan_step(common, requests, LAYERS, False, WorkerMetrics(recording=False), 1 << 20, buffers)
-    assert plan is not None
+    limits = PlanLimits(LAYERS, scored_tokens=1 << 20, serves_at_once=buffers.serves)
+    plan = plan_step(common, requests, limits)
     assert [row.span.row for row in plan.batch] == [0, 3]
     assert [row.span.row for row in plan.decode] == [1, 2]
-    plan = plan_step(common, requests, LAYERS, False, WorkerMetrics(recording=False), 0, None)
-    assert plan is not None
+    plan = plan_step(common, requests, PlanLimits(LAYERS))
     assert [row.span.row for row in plan.decode] == [0, 1, 2, 3]
 
 
@@ -133,14 +133,18 @@ def test_launches_of_a_graph_follow_the_roles(graphs: DecodeGraphs) -> None:
     assert all(layer.dense for layer in mixed)
     for launches in (alone, mixed):
         assert [layer.reading for layer in launches] == [False, False, True, False, True, True]
-        assert [layer.selecting for layer in launches] == [(), (0,), (), (0,), (), ()]
-        assert all(layer.choosing == () for layer in launches)
+        assert [layer.writing_ahead for layer in launches] == [(), (0,), (), (0,), (), ()]
+        assert all(layer.writing_here == () for layer in launches)
 
 
-def plan_of(graphs: DecodeGraphs, rows: int, sparse: dict[int, RowSetting]) -> StepPlan:
-    spans = [RowSpan(row, row, 1, 1000) for row in range(rows)]
-    batch = [BatchRow(spans[row], setting) for row, setting in sparse.items()]
-    return StepPlan(spans, [], [], [], batch, graphs.buffers, LAYERS, WorkerMetrics(recording=False))
+def plan_of(rows: int, sparse: dict[int, RowSetting]) -> StepPlan:
+    spans = tuple(RowSpan(row, row, 1, 1000) for row in range(rows))
+    batch = tuple(BatchRow(spans[row], setting) for row, setting in sparse.items())
+    return StepPlan(LAYERS, spans, batch=batch)
+
+
+def step_of(plan: StepPlan) -> StepExecution:
+    return StepExecution(plan, StepRecord(WorkerMetrics(recording=False), plan))
 
 
 def setting(slot: int, fresh: bool = False, method: Tidal = CONFIGURED) -> RowSetting:
@@ -149,7 +153,7 @@ def setting(slot: int, fresh: bool = False, method: Tidal = CONFIGURED) -> RowSe
 
 def test_a_step_is_told_to_the_device(graphs: DecodeGraphs) -> None:
     graphs.buffers.settings.fill_(-5)
-    graphs.plan = plan_of(graphs, 4, {1: setting(7), 3: setting(2, True, replace(CONFIGURED, budget_tokens=99))})
+    graphs.step = step_of(plan_of(4, {1: setting(7), 3: setting(2, True, replace(CONFIGURED, budget_tokens=99))}))
     assert graphs.prepare() == beside_dense("tidal")
     said = graphs.buffers.settings
     assert said[:4, METHOD].tolist() == [-1, 0, -1, 0]
@@ -160,18 +164,18 @@ def test_a_step_is_told_to_the_device(graphs: DecodeGraphs) -> None:
     assert said[3, KNOBS : KNOBS + 3].tolist() == [99, 16, 64]
     assert graphs.buffers.roles[3].tolist() == [0, 1, 2, 1, 2, 2]
     # A step alike in all but who is fresh is told again.
-    graphs.plan = plan_of(graphs, 4, {1: setting(7), 3: setting(2, False, replace(CONFIGURED, budget_tokens=99))})
+    graphs.step = step_of(plan_of(4, {1: setting(7), 3: setting(2, False, replace(CONFIGURED, budget_tokens=99))}))
     graphs.prepare()
     assert said[[1, 3], FRESH].tolist() == [0, 0]
 
 
 def test_the_graph_follows_the_rows(graphs: DecodeGraphs) -> None:
     assert graphs.prepare() is None, "no sparse rows"
-    graphs.plan = plan_of(graphs, 2, {})
+    graphs.step = step_of(plan_of(2, {}))
     assert graphs.prepare() is None
-    graphs.plan = plan_of(graphs, 2, {0: setting(0), 1: setting(1)})
+    graphs.step = step_of(plan_of(2, {0: setting(0), 1: setting(1)}))
     assert graphs.prepare() == "tidal"
-    graphs.plan = plan_of(graphs, 3, {0: setting(0), 1: setting(1)})
+    graphs.step = step_of(plan_of(3, {0: setting(0), 1: setting(1)}))
     assert graphs.prepare() == beside_dense("tidal")
 
 
@@ -183,21 +187,21 @@ def test_rows_that_only_keep_summaries_are_dense_but_known(graphs: DecodeGraphs)
     both = DecodeGraphs(buffers, [CONFIGURED, method], LAYERS, speculative=False)
     both.captured = {name: {} for name in both.launches}
     assert set(both.launches) == {"tidal", "blocktopk", beside_dense("tidal"), beside_dense("blocktopk"), MIXED}
-    assert any(layer.choosing == (1,) for layer in both.launches[MIXED])
-    assert all(layer.choosing == () for layer in both.launches[beside_dense("tidal")]), "launches of another method"
-    plan = plan_of(both, 3, {0: setting(0)})
-    plan.summarising.append(SummaryRow(plan.spans[2], method, method.summaries, roles))
-    both.plan = plan
+    assert any(layer.writing_here == (1,) for layer in both.launches[MIXED])
+    assert all(layer.writing_here == () for layer in both.launches[beside_dense("tidal")]), "launches of another method"
+    plan = plan_of(3, {0: setting(0)})
+    plan = replace(plan, summarising=(SummaryRow(plan.spans[2], method, method.summaries, roles),))
+    both.step = step_of(plan)
     assert both.prepare() == MIXED
     assert buffers.settings[:3, METHOD].tolist() == [0, -1, 1]
     assert int(buffers.settings[2, LEAST_CONTEXT]) == 2**31 - 1
     # One that is long enough is in the batch too.
-    plan.batch.append(BatchRow(plan.spans[2], RowSetting(method, 64, roles, 3, True)))
+    long_enough = BatchRow(plan.spans[2], RowSetting(method, 64, roles, 3, True))
+    both.step = step_of(replace(plan, batch=(*plan.batch, long_enough)))
     both.prepare()
     assert buffers.settings[2, [LEAST_CONTEXT, SLOT]].tolist() == [64, 3]
-    alone = plan_of(both, 1, {})
-    alone.summarising.append(SummaryRow(alone.spans[0], method, method.summaries, roles))
-    both.plan = alone
+    alone = plan_of(1, {})
+    both.step = step_of(replace(alone, summarising=(SummaryRow(alone.spans[0], method, method.summaries, roles),)))
     assert both.prepare() == beside_dense("blocktopk")
 
 
@@ -250,9 +254,10 @@ def hooks(graphs: DecodeGraphs) -> Iterator[None]:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     own = GPUModelRunner.gather_batch_req_state, ModelCudaGraphManager.capture, ModelCudaGraphManager.run_fullgraph
-    graphs_module.install()
+    gpu_model_runner.install()
+    model_cuda_graph_manager.install()
     once = ModelCudaGraphManager.run_fullgraph
-    graphs_module.install()
+    model_cuda_graph_manager.install()
     assert ModelCudaGraphManager.run_fullgraph is once, "hooks must not pile up"
     set_graphs(graphs)
     yield
@@ -278,9 +283,9 @@ def test_runner_v2_replays_the_graph_of_the_step(graphs: DecodeGraphs) -> None:
     manager.hidden_states = torch.arange(8)
     for name in graphs.captured:
         graphs.captured[name] = {shape: Replayed(name, log)}
-    plans = [None, plan_of(graphs, 2, {0: setting(0), 1: setting(1)}), None, plan_of(graphs, 2, {1: setting(1)})]
+    plans = [None, plan_of(2, {0: setting(0), 1: setting(1)}), None, plan_of(2, {1: setting(1)})]
     for plan in plans:
-        graphs.plan = plan
+        graphs.step = None if plan is None else step_of(plan)
         assert manager.run_fullgraph(shape).tolist() == [0, 1, 2, 3]
     assert log == ["own", "tidal", "own", beside_dense("tidal")]
     assert manager.graphs[shape].name == "own"
@@ -294,12 +299,12 @@ def test_steps_without_a_graph_are_reported_as_mixed(graphs: DecodeGraphs) -> No
     TABLE.put(1, request(CONFIGURED))
     TABLE.put(2, request(replace(CONFIGURED, dense_layers=0)))
     try:
-        assert graphs_module._graphs_hold(np.array([0, 5]))
-        assert graphs_module._graphs_hold(np.array([0, 1]))
-        assert not graphs_module._graphs_hold(np.array([0, 1, 2]))
-        assert not graphs_module._graphs_hold(np.array([0, 1, 3, 4, 5]))
+        assert gpu_model_runner.graphs_hold(np.array([0, 5]))
+        assert gpu_model_runner.graphs_hold(np.array([0, 1]))
+        assert not gpu_model_runner.graphs_hold(np.array([0, 1, 2]))
+        assert not gpu_model_runner.graphs_hold(np.array([0, 1, 3, 4, 5]))
         set_graphs(None)
-        assert not graphs_module._graphs_hold(np.array([1]))
-        assert graphs_module._graphs_hold(np.array([0]))
+        assert not gpu_model_runner.graphs_hold(np.array([1]))
+        assert gpu_model_runner.graphs_hold(np.array([0]))
     finally:
         TABLE.attach(slots_in_metadata=False)

@@ -24,6 +24,7 @@ from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.methods.prefill import Layer
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.step.requests import TABLE, SparseRequest
+from vllm_sparse.step.roles import Role
 
 BLOCKS, WIDEST_TABLE = 120, 40
 MEANS = SparseParams(None, BlockTopk(budget_tokens=160, dense_layers=1, scores="mean", recent_tokens=20))
@@ -66,7 +67,7 @@ class Worker:
             assert params.decode is not None
             assert params.decode.summaries is not None
             for layer, cache in zip(engine.layers, self.caches, strict=True):
-                layer.impl._stored_summaries(params.decode.summaries, cache).fill_(oracle.NAN)
+                layer.impl.summaries.of(params.decode.summaries, cache).fill_(oracle.NAN)
 
     def random(self, *shape: int, spread: float = 1.0) -> torch.Tensor:
         return oracle.random_tensor(PLATFORM, self.generator, *shape, spread=spread)
@@ -150,7 +151,7 @@ class Worker:
 def worker(engine: Engine, generator: torch.Generator) -> Iterator[Worker]:
     yield Worker(engine, generator)
     for layer in engine.layers:
-        layer.impl._summaries.clear()
+        layer.impl.summaries.by_kind.clear()
 
 
 def test_chunks_and_decode_steps_of_a_mixed_batch(worker: Worker) -> None:
@@ -266,14 +267,14 @@ def test_neighbours_do_not_pay(worker: Worker) -> None:
     assert MEANS.decode is not None
     assert MEANS.decode.summaries is not None
     for index, layer in enumerate(worker.engine.layers):
-        stored = layer.impl._stored_summaries(MEANS.decode.summaries, worker.caches[index])
-        chooses = MEANS.decode.layer_roles(LAYERS)[index] == "choose"
+        stored = layer.impl.summaries.of(MEANS.decode.summaries, worker.caches[index])
+        chooses = MEANS.decode.layer_roles(LAYERS)[index] is Role.WRITE_AND_READ
         assert bool(stored[summarised.blocks[:6]].isfinite().all()) == chooses
         assert bool(stored[dense.blocks + tidal.blocks].isnan().all())
     TABLE.attach(slots_in_metadata=False)
     rows = [Row(1, dense.context)]
     metadata = worker.engine.builder.build(0, common_metadata(rows, torch.tensor([dense.blocks], dtype=torch.int32)))
-    assert not hasattr(metadata, "sparse_plan")
+    assert not hasattr(metadata, "sparse_step")
 
 
 def test_another_cache_gets_summaries_of_its_size(worker: Worker) -> None:
@@ -281,10 +282,10 @@ def test_another_cache_gets_summaries_of_its_size(worker: Worker) -> None:
     assert MEANS.decode is not None
     assert MEANS.decode.summaries is not None
     kind, cache = MEANS.decode.summaries, worker.caches[0]
-    stored = impl._stored_summaries(kind, cache)
+    stored = impl.summaries.of(kind, cache)
     assert stored.shape == (BLOCKS, KV_HEADS, BLOCK // 16, HEAD_SIZE)
-    assert impl._stored_summaries(kind, cache) is stored
-    assert impl._stored_summaries(kind, cache[:7]).shape[0] == 7
+    assert impl.summaries.of(kind, cache) is stored
+    assert impl.summaries.of(kind, cache[:7]).shape[0] == 7
 
 
 @pytest.mark.parametrize(
@@ -307,7 +308,7 @@ def test_caches_that_cannot_be_summarised_are_refused(
 ) -> None:
     from vllm.config import KVTransferConfig
 
-    from vllm_sparse.backend.metadata import check_summaries
+    from vllm_sparse.backend.support import check_summaries
 
     config = copy.copy(engine.config)
     del config._sparse_server_config

@@ -26,6 +26,7 @@ from vllm_sparse.methods.hip import Hip
 from vllm_sparse.methods.prefill import Layer, PrefillMethod
 from vllm_sparse.methods.sale import Sale
 from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.step.roles import Role
 
 HEADS, KV_HEADS, HEAD_SIZE, SCALE = 4, 2, 32, 0.2
 
@@ -181,18 +182,21 @@ def test_darker_cells_have_more_attention(generator: torch.Generator) -> None:
             assert len(set(ordered.tolist())) > 3
 
 
-DECODE_METHODS: list[tuple[Any, list[str]]] = [
-    (Tidal(budget_tokens=64, sink_tokens=4, recent_tokens=8, dense_layers=1), ["dense", "select", "reuse", "reuse"]),
+DECODE_METHODS: list[tuple[Any, list[Role]]] = [
+    (
+        Tidal(budget_tokens=64, sink_tokens=4, recent_tokens=8, dense_layers=1),
+        [Role.DENSE, Role.DENSE_AND_WRITE, Role.READ, Role.READ],
+    ),
     (
         Tidal(budget_tokens=96, list_per="query_head", selection_reads="list", dense_layers=0),
-        ["choose", "reuse", "reuse", "choose"],
+        [Role.WRITE_AND_READ, Role.READ, Role.READ, Role.WRITE_AND_READ],
     ),
-    (BlockTopk(budget_tokens=96, dense_layers=2), ["dense", "dense", "choose", "choose"]),
+    (BlockTopk(budget_tokens=96, dense_layers=2), [Role.DENSE, Role.DENSE, Role.WRITE_AND_READ, Role.WRITE_AND_READ]),
 ]
 
 
 @pytest.mark.parametrize(("method", "roles"), DECODE_METHODS, ids=str)
-def test_a_decode_steps_page_is_what_was_kept(method: Any, roles: list[str], generator: torch.Generator) -> None:
+def test_a_decode_steps_page_is_what_was_kept(method: Any, roles: list[Role], generator: torch.Generator) -> None:
     """Layers differ, so that a reused list is not the layer's own."""
     tokens = 250
     inspection = DecodeInspection(method, roles)
@@ -200,12 +204,12 @@ def test_a_decode_steps_page_is_what_was_kept(method: Any, roles: list[str], gen
     for index, role in enumerate(roles):
         query, key = inputs(tokens, generator)
         layers.append(inspection.observe(index, query, key, SCALE))
-        if role in ("select", "choose"):
+        if role.writes_list:
             data = oracle.paged(oracle.PLAIN, [key], [key], 16, generator)
             lists = method.select(query[:, -1], data.reader(0), SCALE, 1, LayerMemory())
             rows = torch.stack([oracle.kept_positions(lists, row, tokens) for row in range(len(lists.pages))])
             last = rows.repeat_interleave(HEADS // len(rows), dim=0)
-        if role != "dense":
+        if role is not Role.DENSE:
             expected[index] = last
             whole = torch.ones(tokens, dtype=torch.bool)
             attention[index] = oracle.probabilities(query[:, -1].unsqueeze(0), key, SCALE, whole)[:, 0]

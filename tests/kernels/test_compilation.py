@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, LayerLaunches, RowSetting
-from vllm_sparse.backend.graphs import DENSE_ROW
+from vllm_sparse.backend.decode_batch import BatchLayer, DecodeStep
+from vllm_sparse.backend.decode_buffers import DecodeBuffers
+from vllm_sparse.backend.decode_graphs import DENSE_ROW
 from vllm_sparse.backend.warm_up import warm_up_chunks
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.methods.decode import BatchDecodeMethod
 from vllm_sparse.methods.prefill import Layer, PrefillMethod
 from vllm_sparse.methods.registry import DECODE_METHODS, PREFILL_METHODS
-from vllm_sparse.step.launch import Executor, Launch
+from vllm_sparse.step.launch import Executor, Launch, LayerLaunches
 from vllm_sparse.step.plan import layer_roles
+from vllm_sparse.step.requests import RowSetting
 from vllm_sparse.step.rows import ServerSize, padded_rows
 
 triton = pytest.importorskip("triton")
@@ -137,14 +139,14 @@ def test_no_decode_step_waits_for_the_compiler(heads: int, kv_heads: int, launch
         for layer in range(LAYERS):
             query = torch.zeros(count, heads, HEAD_SIZE, dtype=cache.dtype)
             output = torch.zeros_like(query)
-            step.attend(layer, query, cache, 0.1, output, Nothing(), lambda *_: None, summaries)
+            step.attend(BatchLayer(layer, query, cache, 0.1, output, Nothing(), lambda *_: None, summaries))
 
     mixtures = [[method] for method in served] + [served]
     for mixture in mixtures:
         for all_sparse in (True, False):
             launches = buffers.launches([setting(method, 0) for method in mixture], all_sparse)
             for count in GRAPH_ROWS:
-                buffers.say([DENSE_ROW] * count)
+                buffers.tell([DENSE_ROW] * count)
                 serve(launches, slice(0, count), most_rows * longest)
     captured = set(launched)
     assert captured
@@ -152,7 +154,7 @@ def test_no_decode_step_waits_for_the_compiler(heads: int, kv_heads: int, launch
         count = random.randint(1, most_rows)
         mixture = random.choice(mixtures)
         settings = [setting(random.choice(mixture), slot) for slot in range(count)]
-        buffers.say(settings)
+        buffers.tell(settings)
         first = random.randint(0, most_rows - count)
         rows = random.choice((slice(first, first + count), torch.randperm(most_rows)[:count]))
         serve(buffers.launches(settings, all_sparse=True), rows, random.randint(count * 5000, count * longest))

@@ -10,6 +10,7 @@ import torch
 from tests.kernels.hopper import compile_for_hopper
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from vllm_sparse.kernels.decode_roles import LayerContexts, RowSettings, reference
+from vllm_sparse.step.roles import Role
 
 pytest.importorskip("triton")
 
@@ -86,11 +87,9 @@ def test_a_row_is_dense_or_reads_a_list() -> None:
     decode_roles.layer_contexts(settings, context, 8 * 4000 + 1, contexts)
     for row in range(20):
         for layer in range(6):
-            role = reference.ROLES[int(settings.roles[row, layer])] if row < 8 else "dense"
-            assert int(contexts.dense[layer, row]) == (0 if role in ("reuse", "choose") else 4000), f"seed {seed}"
-            assert int(contexts.choosing[1, layer, row]) == (4000 if role in ("select", "choose") else 0), (
-                f"seed {seed}"
-            )
+            role = list(Role)[int(settings.roles[row, layer])] if row < 8 else Role.DENSE
+            assert int(contexts.dense[layer, row]) == (0 if role.reads_list else 4000), f"seed {seed}"
+            assert int(contexts.choosing[1, layer, row]) == (4000 if role.writes_list else 0), f"seed {seed}"
     assert not bool(contexts.choosing[0].any())
     assert contexts.starts[:8].tolist() == [4000 * row for row in range(8)]
 

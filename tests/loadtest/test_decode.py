@@ -21,6 +21,7 @@ from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.pages import PageList, concatenate
+from vllm_sparse.step.roles import Role
 
 needs_executor = pytest.mark.skipif(
     not oracle.CPU_KERNEL and not oracle.has_hopper(), reason="needs vLLM's CPU kernel or a Hopper GPU"
@@ -97,7 +98,7 @@ def test_dense_and_full_lists_equal_float64(generator: torch.Generator) -> None:
         exact = torch.einsum("hk,hkd->hd", probabilities(batch, row), values)
         oracle.assert_close(dense[row], exact)
         oracle.assert_close(listed[row], exact)
-    density, recall, error = decode.quality(Tidal(budget_tokens=1024), [batch], ["choose"])
+    density, recall, error = decode.quality(Tidal(budget_tokens=1024), [batch], [Role.WRITE_AND_READ])
     assert density == pytest.approx(1)
     assert recall == pytest.approx(1, abs=1e-5)
     assert error < 0.01
@@ -108,7 +109,7 @@ def test_a_layer_is_judged_by_the_list_that_it_reads(generator: torch.Generator)
     """Layer 2 reads what layer 1 chose, of other keys."""
     first, second = (write_batch(heads_of(generator, 2, 640), 2, BLOCK, EVERYTHING, seed=4) for _ in range(2))
     method = Tidal(budget_tokens=192)
-    _, recall, error = decode.quality(method, [first, second], ["select", "reuse"])
+    _, recall, error = decode.quality(method, [first, second], [Role.DENSE_AND_WRITE, Role.READ])
     lists = lists_of(method, first)
     assert recall == pytest.approx(expected_mass(lists, second), abs=1e-4)
     assert recall < expected_mass(lists_of(method, second), second)
@@ -166,12 +167,12 @@ def test_steps_follow_one_another(generator: torch.Generator) -> None:
 
 
 def test_a_step_is_the_sum_of_its_layers() -> None:
-    def step(roles: list[str]) -> float:
+    def step(roles: list[Role]) -> float:
         parts = (8.0, 2.0, 1.0, 10.0)
         return decode.Measurement("h", 9, 1, 1, "m", 4, 0.5, *parts, roles, 0.9, 0.1).step_seconds
 
-    assert step(["dense", "select", "reuse", "reuse"]) == 10 + (8 + 10) + 2 * 2
-    assert step(["dense", "choose", "choose"]) == 10 + 2 * (8 + 2)
+    assert step([Role.DENSE, Role.DENSE_AND_WRITE, Role.READ, Role.READ]) == 10 + (8 + 10) + 2 * 2
+    assert step([Role.DENSE, Role.WRITE_AND_READ, Role.WRITE_AND_READ]) == 10 + 2 * (8 + 2)
 
 
 def test_the_mean_of_calls_counts_the_dear_ones() -> None:

@@ -8,9 +8,10 @@ import torch
 
 from tests import oracle
 from tests.oracle import Paged, Platform
-from vllm_sparse.backend import chunk as backend_chunk
+from vllm_sparse.backend.prefill import PromptChunk, attend_prompt_chunk
+from vllm_sparse.kernels.page_list import to_physical
 from vllm_sparse.methods.prefill import Layer, PrefillMethod
-from vllm_sparse.pages import PageList, to_physical
+from vllm_sparse.pages import PageList
 from vllm_sparse.step.launch import Executor, Launch
 
 FIRST_LAYER = Layer(0, 0)
@@ -45,7 +46,7 @@ def attend_chunk(
     executor = Poisoning(data.platform.executor())
     output = torch.full(query.shape, oracle.NAN, dtype=query.dtype, device=query.device)
     table = data.block_table[request]
-    backend_chunk.attend_chunk(executor, method, lists, query, output, data.kv_cache, table, SCALE)
+    attend_prompt_chunk(executor, method, lists, PromptChunk(query, output, data.kv_cache, table, SCALE))
     return output
 
 

@@ -16,6 +16,7 @@ from vllm_sparse.kernels.page_summaries import read_summaries, store_summaries
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.methods.knobs import KnobError
+from vllm_sparse.step.roles import Role
 
 SCALE = 0.15
 both_scores = pytest.mark.parametrize("scores", ["mean", "bounds"])
@@ -221,8 +222,8 @@ def test_only_summaries_are_read_where_they_are_kept(scores: Any, generator: tor
 
 
 def test_roles_follow_the_knob() -> None:
-    assert BlockTopk().layer_roles(4) == ["dense", "dense", "choose", "choose"]
-    assert BlockTopk(dense_layers=0).layer_roles(2) == ["choose", "choose"]
+    assert BlockTopk().layer_roles(4) == [Role.DENSE, Role.DENSE, Role.WRITE_AND_READ, Role.WRITE_AND_READ]
+    assert BlockTopk(dense_layers=0).layer_roles(2) == [Role.WRITE_AND_READ, Role.WRITE_AND_READ]
     with pytest.raises(KnobError, match="2 layers, so 0 to 1 are allowed") as caught:
         BlockTopk().layer_roles(2)
     assert caught.value.knob == "dense_layers"

@@ -21,6 +21,7 @@ from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.methods.hip import Hip, HipDecode
 from vllm_sparse.methods.knobs import UNBOUNDED_TOKENS, KnobError
 from vllm_sparse.pages import PageList
+from vllm_sparse.step.roles import Role
 from vllm_sparse.step.rows import ServerSize
 
 LEAF = 16
@@ -356,9 +357,9 @@ def test_the_budget_is_sharp() -> None:
 
 
 def test_knobs_choose_layers() -> None:
-    assert HipDecode(dense_layers=2).layer_roles(5) == ["dense", "dense", "choose", "choose", "choose"]
-    assert HipDecode().layer_roles(2) == ["choose", "choose"]
-    assert HipDecode(dense_layers=7).layer_roles(3) == ["dense"] * 3
+    assert HipDecode(dense_layers=2).layer_roles(5) == [Role.DENSE, Role.DENSE, *[Role.WRITE_AND_READ] * 3]
+    assert HipDecode().layer_roles(2) == [Role.WRITE_AND_READ, Role.WRITE_AND_READ]
+    assert HipDecode(dense_layers=7).layer_roles(3) == [Role.DENSE] * 3
 
 
 def test_intervals_halve_from_stage_to_stage_by_default() -> None:

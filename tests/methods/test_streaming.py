@@ -13,6 +13,7 @@ from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.methods.knobs import UNBOUNDED_TOKENS
 from vllm_sparse.methods.streaming import PAGE_TOKENS, Streaming, StreamingDecode
+from vllm_sparse.step.roles import Role
 
 
 def rounded_down(tokens: int, page: int) -> int:
@@ -98,12 +99,12 @@ def test_l5_every_query_reads_at_least_the_papers_mask(generator: torch.Generato
 
 
 def test_one_list_serves_all_layers() -> None:
-    assert StreamingDecode().layer_roles(4) == ["choose", "reuse", "reuse", "reuse"]
-    assert StreamingDecode(dense_layers=2).layer_roles(4) == ["dense", "dense", "choose", "reuse"]
-    assert StreamingDecode(dense_layers=4).layer_roles(4) == ["dense"] * 4
+    assert StreamingDecode().layer_roles(4) == [Role.WRITE_AND_READ, *[Role.READ] * 3]
+    assert StreamingDecode(dense_layers=2).layer_roles(4) == [Role.DENSE, Role.DENSE, Role.WRITE_AND_READ, Role.READ]
+    assert StreamingDecode(dense_layers=4).layer_roles(4) == [Role.DENSE] * 4
 
 
 def test_an_unbounded_window_is_dense() -> None:
     extras = {"sparse_prefill": "streaming", "streaming_recent_tokens": UNBOUNDED_TOKENS}
-    assert resolve(extras, ServerConfig(), 8).is_dense
-    assert not resolve({**extras, "streaming_recent_tokens": UNBOUNDED_TOKENS - 1}, ServerConfig(), 8).is_dense
+    assert resolve(extras, ServerConfig(methods=("streaming",)), 8).is_dense
+    assert not resolve({**extras, "streaming_recent_tokens": UNBOUNDED_TOKENS - 1}, ServerConfig(methods=("streaming",)), 8).is_dense

@@ -14,6 +14,7 @@ from tests.oracle import EXECUTING, PLAIN, SELECTING, Paged, Platform
 from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.methods.knobs import KnobError
 from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.step.roles import Role
 
 SCALE = 0.15
 
@@ -186,7 +187,7 @@ def test_t7_a_page_is_worth_its_best_token(platform: Platform, page: int, genera
 def test_default_roles_scale_the_papers_layers(layers: int, select: set[int]) -> None:
     roles = Tidal().layer_roles(layers)
     first = min(select)
-    expected = ["dense"] * first + ["select" if n in select else "reuse" for n in range(first, layers)]
+    expected = [Role.DENSE] * first + [Role.DENSE_AND_WRITE if n in select else Role.READ for n in range(first, layers)]
     assert roles == expected
 
 
@@ -194,17 +195,19 @@ def test_default_roles_scale_the_papers_layers(layers: int, select: set[int]) ->
 def test_a_list_is_chosen_before_it_is_read(layers: int) -> None:
     roles = Tidal().layer_roles(layers)
     assert len(roles) == layers
-    assert roles[0] == "dense"
-    assert set(roles) <= {"dense", "select", "reuse"}
-    assert "select" in roles
-    if "reuse" in roles:
-        assert roles.index("select") < roles.index("reuse")
-    assert "dense" not in roles[roles.index("select") :]
+    assert roles[0] is Role.DENSE
+    assert set(roles) <= {Role.DENSE, Role.DENSE_AND_WRITE, Role.READ}
+    assert Role.DENSE_AND_WRITE in roles
+    if Role.READ in roles:
+        assert roles.index(Role.DENSE_AND_WRITE) < roles.index(Role.READ)
+    assert Role.DENSE not in roles[roles.index(Role.DENSE_AND_WRITE) :]
 
 
 def test_roles_follow_the_knobs() -> None:
     roles = Tidal(dense_layers=0, reselect_layers=(3, 5)).layer_roles(7)
-    assert roles == ["select", "reuse", "reuse", "select", "reuse", "select", "reuse"]
+    assert roles == [
+        Role.DENSE_AND_WRITE, Role.READ, Role.READ, Role.DENSE_AND_WRITE, Role.READ, Role.DENSE_AND_WRITE, Role.READ,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,15 @@ import torch
 from tests import oracle
 from tests.cuda_graph import captured
 from tests.kernels.hopper import compile_for_hopper
-from vllm_sparse.backend.decode import LayerLaunches
 from vllm_sparse.metrics import graph_timing
 from vllm_sparse.metrics.graph_timing import GraphTimer
 from vllm_sparse.metrics.timing import ASIDE, ATTENTION, SELECTION, ignore
+from vllm_sparse.step.launch import LayerLaunches
 
-DENSE = LayerLaunches(dense=True, selecting=(), choosing=(), reading=False)
-SELECT = LayerLaunches(dense=True, selecting=(0,), choosing=(), reading=False)
-READ = LayerLaunches(dense=False, selecting=(), choosing=(), reading=True)
-MERGE = LayerLaunches(dense=True, selecting=(), choosing=(1,), reading=True)
+DENSE = LayerLaunches(dense=True, writing_ahead=(), writing_here=(), reading=False)
+SELECT = LayerLaunches(dense=True, writing_ahead=(0,), writing_here=(), reading=False)
+READ = LayerLaunches(dense=False, writing_ahead=(), writing_here=(), reading=True)
+MERGE = LayerLaunches(dense=True, writing_ahead=(), writing_here=(1,), reading=True)
 # What is marked of each kind, and the milliseconds of each part.
 PARTS: dict[LayerLaunches, list[tuple[str, float]]] = {
     DENSE: [(ASIDE, 70)],

@@ -31,21 +31,22 @@ print("directory", directory)
 WORKER = """
 from collections import Counter
 import torch
-from vllm_sparse.backend.decode import LayerLaunches, RowSetting
+from vllm_sparse.step.eligibility import DenseReason
+from vllm_sparse.step.launch import LayerLaunches
 from vllm_sparse.step.plan import BatchRow, DecodeRow, StepPlan, layer_roles
+from vllm_sparse.step.requests import RowSetting
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.tidal import Tidal
-from vllm_sparse.metrics import Geometry
+from vllm_sparse.metrics import Geometry, Sampling
 from vllm_sparse.metrics.directory import write_to_announced_directory
-from vllm_sparse.metrics.worker import Sampling
 from vllm_sparse.metrics.graph_timing import GraphTimer
 from vllm_sparse.metrics.timing import ASIDE, ATTENTION, SELECTION
 from vllm_sparse.step.plan import RowSpan
 from vllm_sparse.metrics import RowDensity, WorkerMetrics
 write_to_announced_directory()
 metrics = WorkerMetrics(recording=True)
-metrics.count_fallback("prefill", "flexprefill", "short_chunk")
-metrics.count_fallback("prefill", "flexprefill", "short_chunk")
+metrics.count_fallbacks({("prefill", "flexprefill", DenseReason.SHORT_PROMPT_CHUNK): 1})
+metrics.count_fallbacks({("prefill", "flexprefill", DenseReason.SHORT_PROMPT_CHUNK): 1})
 newest = RowDensity("decode", "tidal")
 newest.add(5, torch.tensor([64, 64], dtype=torch.int32), RowSpan(3, 900, 1, 256), 1, 2)
 density = RowDensity("prefill", "flexprefill")
@@ -67,16 +68,17 @@ rows = [BatchRow(RowSpan(row, row, 1, context), setting) for row, context in enu
 metrics.observe_batch(rows)
 # A setting by which no layer reads a list.
 method = Tidal(dense_layers=3)
-dense = DecodeRow(rows[0].span, method, layer_roles(method, 4), RowDensity("decode", "tidal"), {})
+dense = DecodeRow(rows[0].span, method, layer_roles(method, 4), {})
 for decode, batch in (([dense], []), ([], rows)):
-    plan = StepPlan([], [], [], decode, batch, None, 4, metrics)
-    metrics.sample(plan)
-    assert plan.timer.rows.total() == len(decode) + len(batch)
-    assert (plan.recall is None) == (not batch)
-assert plan.recall.layer in (2, 3)
-assert plan.recall.row is rows[plan.recall.place]
+    plan = StepPlan(4, decode=tuple(decode), batch=tuple(batch))
+    record = metrics.start_step(plan)
+    assert record.timer.rows.total() == len(decode) + len(batch)
+    assert (record.batch_recall is None) == (not batch)
+    assert not record.recall_layers
+assert record.batch_recall.layer in (2, 3)
+assert record.batch_recall.row is rows[record.batch_recall.place]
 silent = WorkerMetrics(recording=False)
-silent.count_fallback("decode", "tidal", "short_context")
+silent.count_fallbacks({("decode", "tidal", DenseReason.SHORT_CONTEXT): 1})
 silent.finish_step([density])
 """
 

@@ -21,6 +21,7 @@ from loadtest.model.widen import BUNDLED, GeometryError, bundled_sizes, check_ge
 from loadtest.text.needles import needle_prompt, score  # noqa: E402
 from loadtest.text.tokenizer import build_tokenizer, chat_text, count_tokens  # noqa: E402
 from vllm_sparse.methods.tidal import Tidal  # noqa: E402
+from vllm_sparse.step.roles import Role  # noqa: E402
 
 SMALL = bundled_sizes()
 # No size is a power of two times the bundled model's throughout, and the layers do not divide evenly.
@@ -98,7 +99,7 @@ def test_what_is_added_is_neither_zero_nor_read(folder: Path) -> None:
 def test_tidal_chooses_in_the_layers_in_which_the_bundled_model_does(folder: Path) -> None:
     roles = json.loads((folder / "tidal.json").read_text())["roles"]
     # The bundled model chooses in layers 2 and 3, which are layers 3 and 5 of 11.
-    assert roles == ["dense"] * 3 + ["select", "reuse", "select"] + ["reuse"] * 5
+    assert roles == [Role.DENSE] * 3 + [Role.DENSE_AND_WRITE, Role.READ, Role.DENSE_AND_WRITE] + [Role.READ] * 5
     method = Tidal(policy=str(folder / "tidal.json"))
     assert method.layer_roles(WIDE.layers) == roles
 

@@ -17,14 +17,15 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 from vllm_sparse.config.request import RESOLVED_KEY, deserialize
 from vllm_sparse.config.server import server_config
-from vllm_sparse.server.admission import admit, check_before_streaming
+from vllm_sparse.hooks import request_protocol
+from vllm_sparse.server.admission import admit
 from vllm_sparse.server.runtime_config import DIRECTORY_VARIABLE, Served, change_config
 
 os.environ[DIRECTORY_VARIABLE] = sys.argv[2]
 vllm_config = EngineArgs(
     model=sys.argv[1], attention_backend="sparse", additional_config={"sparse": {"prefill": "flexprefill"}}
 ).create_engine_config()
-check_before_streaming(vllm_config)
+request_protocol.install(vllm_config)
 extras = {"flexprefill_gamma": 0.5}
 
 def parse():

@@ -16,10 +16,10 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from vllm_sparse.backend.declarations import SparseDeclarations
 from vllm_sparse.backend.executors.cpu import CpuExecutor
 from vllm_sparse.backend.impl import SparseAttentionImpl
 from vllm_sparse.backend.metadata import SparseMetadataBuilder
+from vllm_sparse.backend.support import SparseDeclarations, check_packing
 from vllm_sparse.keys import InterleavedPairKeys, PagedKeys, TransposedKeys
 from vllm_sparse.step.launch import Executor
 from vllm_sparse.step.plan import RowSpan
@@ -40,11 +40,7 @@ class SparseCpuMetadataBuilder(SparseMetadataBuilder, CPUAttentionMetadataBuilde
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        if self.isa not in PACKINGS:
-            raise ValueError(
-                f"attention backend sparse cannot read keys as this processor's kernel packs them ({self.isa}); "
-                f"it reads {', '.join(PACKINGS)}; serve without it"
-            )
+        check_packing(self.isa, PACKINGS)
 
 
 class SparseCpuImpl(SparseAttentionImpl, CPUAttentionBackendImpl):
@@ -53,8 +49,8 @@ class SparseCpuImpl(SparseAttentionImpl, CPUAttentionBackendImpl):
     def make_executor(self, layer: Any) -> Executor:
         return CpuExecutor(layer.isa, self.kv_cache_dtype)
 
-    def keys_of(self, layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor, context_tokens: int) -> PagedKeys:
-        return PACKINGS[layer.isa](kv_cache, block_table, context_tokens)
+    def keys_of(self, layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_len: int) -> PagedKeys:
+        return PACKINGS[layer.isa](kv_cache, block_table, seq_len)
 
     def prefill_page_size(self, wanted_tokens: int, block_size_tokens: int) -> int:
         return block_size_tokens
@@ -70,7 +66,7 @@ class SparseCpuImpl(SparseAttentionImpl, CPUAttentionBackendImpl):
         lengths = torch.tensor([0, *(span.query_tokens for span in spans)])
         subset.num_actual_tokens = int(lengths.sum())
         subset.max_query_len = max(span.query_tokens for span in spans)
-        subset.max_seq_len = max(span.context_tokens for span in spans)
+        subset.max_seq_len = max(span.seq_len for span in spans)
         subset.query_start_loc = lengths.cumsum(0).to(torch.int32)
         subset.seq_lens = metadata.seq_lens[rows]
         subset.block_table = metadata.block_table[rows]

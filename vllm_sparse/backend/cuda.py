@@ -16,12 +16,13 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from vllm_sparse.backend.declarations import SparseDeclarations
-from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep
+from vllm_sparse.backend.decode_buffers import DecodeBuffers
+from vllm_sparse.backend.decode_graphs import DecodeGraphs, set_graphs
+from vllm_sparse.backend.execution import StepExecution
 from vllm_sparse.backend.executors.flash_attention import FlashAttentionExecutor
-from vllm_sparse.backend.graphs import DecodeGraphs, set_graphs
 from vllm_sparse.backend.impl import SparseAttentionImpl
 from vllm_sparse.backend.metadata import SparseMetadataBuilder
+from vllm_sparse.backend.support import SparseDeclarations
 from vllm_sparse.backend.warm_up import PrefillWarmUp
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.server import server_config
@@ -29,7 +30,7 @@ from vllm_sparse.keys import PagedKeys, PlainKeys
 from vllm_sparse.methods.decode import BatchDecodeMethod
 from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.step.launch import Executor
-from vllm_sparse.step.plan import RowSpan, StepPlan
+from vllm_sparse.step.plan import RowSpan
 from vllm_sparse.step.rows import ServerSize
 
 PREFERRED_BLOCK_TOKENS = 128
@@ -40,7 +41,7 @@ MOST_ROWS = 256
 class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionMetadataBuilder):
     """FlashAttention's builder with a plan for sparse rows."""
 
-    # Decode batches run in FULL graphs: vLLM's own hold dense attention only, others sparse steps (graphs.py).
+    # Decode batches run in FULL graphs: vLLM's own hold dense attention only, others sparse steps (decode_graphs.py).
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
@@ -79,15 +80,15 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
             )
         set_graphs(self._graphs)
 
-    def planned(self, plan: StepPlan) -> None:
+    def step_starts(self, step: StepExecution) -> None:
         if self._graphs is not None:
-            self._graphs.plan = plan
+            self._graphs.step = step
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         """vLLM's own graphs hold dense attention only, those of `DecodeGraphs` what is being captured."""
         metadata = super().build_for_cudagraph_capture(common_attn_metadata)
         if self._graphs is not None and self._graphs.capturing is not None:
-            metadata.sparse_plan = self._graphs.capture_plan(
+            metadata.sparse_step = self._graphs.capture_step(
                 metadata.seq_lens, metadata.block_table, self.batch_capacity_tokens
             )
         return metadata
@@ -110,19 +111,11 @@ class SparseFlashAttentionImpl(SparseAttentionImpl, FlashAttentionImpl):
 
     supports_dcp = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.vllm_flash_attn_version != 3:
-            raise ValueError(
-                "attention backend sparse needs FlashAttention 3 on CUDA, this configuration resolves to version "
-                f"{self.vllm_flash_attn_version}; set --attention-config.flash_attn_version 3 or serve without it"
-            )
-
     def make_executor(self, layer: Any) -> Executor:
         return FlashAttentionExecutor(self.vllm_flash_attn_version)
 
-    def keys_of(self, layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor, context_tokens: int) -> PagedKeys:
-        return PlainKeys(kv_cache, block_table, context_tokens)
+    def keys_of(self, layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_len: int) -> PagedKeys:
+        return PlainKeys(kv_cache, block_table, seq_len)
 
     def prefill_page_size(self, wanted_tokens: int, block_size_tokens: int) -> int:
         # The kernel is as efficient with small pages as with large ones; they have to divide a block.
@@ -141,7 +134,7 @@ class SparseFlashAttentionImpl(SparseAttentionImpl, FlashAttentionImpl):
         lengths = torch.tensor([0, *(span.query_tokens for span in spans)])
         subset.num_actual_tokens = int(lengths.sum())
         subset.max_query_len = max(span.query_tokens for span in spans)
-        subset.max_seq_len = max(span.context_tokens for span in spans)
+        subset.max_seq_len = max(span.seq_len for span in spans)
         subset.query_start_loc = lengths.cumsum(0).to(device=device, dtype=torch.int32)
         subset.seq_lens = metadata.seq_lens[rows]
         subset.block_table = metadata.block_table[rows]
@@ -150,15 +143,18 @@ class SparseFlashAttentionImpl(SparseAttentionImpl, FlashAttentionImpl):
         return subset
 
     def dense_rows(
-        self, metadata: FlashAttentionMetadata, context_tokens: torch.Tensor, step: DecodeStep
+        self,
+        metadata: FlashAttentionMetadata,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        query_starts: torch.Tensor,
     ) -> FlashAttentionMetadata:
         subset = copy.copy(metadata)
-        rows = context_tokens.shape[0]
-        subset.num_actual_tokens = rows
+        subset.num_actual_tokens = seq_lens.shape[0]
         subset.max_query_len = 1
-        subset.query_start_loc = step.query_starts[: rows + 1]
-        subset.seq_lens = context_tokens
-        subset.block_table = step.block_table
+        subset.query_start_loc = query_starts
+        subset.seq_lens = seq_lens
+        subset.block_table = block_table
         # As above: the stored schedule is for other lengths.
         subset.scheduler_metadata = None
         return subset

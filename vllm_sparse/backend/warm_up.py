@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
 
+from vllm_sparse.backend import prefill
+from vllm_sparse.backend.layer import LayerCall
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.server import server_config
 from vllm_sparse.methods.prefill import PrefillMethod
 from vllm_sparse.methods.registry import PREFILL_METHODS
-from vllm_sparse.metrics import RowDensity, WorkerMetrics
+from vllm_sparse.metrics import StepRecord, WorkerMetrics
 from vllm_sparse.step.plan import PrefillRow, RowSpan, StepPlan
 
 if TYPE_CHECKING:
@@ -72,11 +75,12 @@ class PrefillWarmUp(VllmJitKernel[WarmUpChunk]):
         shape = compile_key.tokens, layer.impl.num_heads, kv_cache.shape[3] // 2
         query = torch.randn(shape, device=kv_cache.device).to(self._config.model_config.dtype)
         span = RowSpan(0, 0, compile_key.tokens, compile_key.context_tokens)
-        row = PrefillRow(span, compile_key.method, RowDensity("prefill", compile_key.method.name))
-        plan = StepPlan([span], [], [row], [], [], None, 1, WorkerMetrics.get())
-        layer.impl.forward_chunk(
-            plan, row, layer, 0, query, kv_cache, block_table.unsqueeze(0), torch.empty_like(query)
-        )
+        row = PrefillRow(span, compile_key.method)
+        metadata = SimpleNamespace(block_table=block_table.unsqueeze(0))
+        call = LayerCall(layer, 0, query, query, query, kv_cache, metadata, torch.empty_like(query))
+        # Nothing of it is counted: the step never finishes.
+        record = StepRecord(WorkerMetrics.get(), StepPlan(1, (span,), prefill=(row,)))
+        prefill.serve_row(layer.impl, call, row, record)
 
 
 def warm_up_chunks(method: PrefillMethod, step_tokens: int, min_tokens: int, longest_tokens: int) -> list[WarmUpChunk]:

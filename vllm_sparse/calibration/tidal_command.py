@@ -20,6 +20,7 @@ from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.methods.tidal.calibration import ReuseRecall, choose_roles, recall_of, worst_recall
 from vllm_sparse.methods.tidal.method import PAPER_FULL_LAYERS
 from vllm_sparse.methods.tidal.policy import Measured, Policy
+from vllm_sparse.step.roles import Role
 
 # Last tokens of a prompt: with the random prompts, the value that is copied out of thousands of pairs.
 POSITIONS = 32
@@ -104,7 +105,7 @@ def main(arguments: list[str]) -> None:
     )
 
 
-def table(roles: Sequence[str], default: Sequence[str], recall: list[list[float]], mass: list[list[float]]) -> str:
+def table(roles: Sequence[Role], default: Sequence[Role], recall: list[list[float]], mass: list[list[float]]) -> str:
     """Markdown: each layer's role, recall and mean attention kept, of a policy and of the default one.
 
     Args:

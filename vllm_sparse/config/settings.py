@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 
 from vllm_sparse.config.names import DENSE, METHODS
-from vllm_sparse.methods.registry import SUMMARISING_METHODS
+from vllm_sparse.methods.registry import DEFAULT_METHODS
 
 
 class ServerSettings(BaseModel):
@@ -16,7 +16,8 @@ class ServerSettings(BaseModel):
     Attributes:
         prefill: method of requests that name none.
         decode: likewise for decoding.
-        methods: methods that requests may choose; by default those that need no memory beside the KV cache.
+        methods: methods that requests may choose; by default those that say so of themselves
+            (`Method.enabled_by_default`).
         min_tokens: contexts shorter than this run dense, unless the request says otherwise.
         decode_in_batches: on a GPU, serve the sparse decode rows of a step at once, inside CUDA graphs; false saves
             their memory and start-up time, and serves one request after the other between PIECEWISE graphs.
@@ -31,9 +32,7 @@ class ServerSettings(BaseModel):
 
     prefill: str = DENSE
     decode: str = DENSE
-    methods: tuple[str, ...] = Field(
-        default=tuple(method for method in METHODS if method not in SUMMARISING_METHODS), strict=False
-    )
+    methods: tuple[str, ...] = Field(default=DEFAULT_METHODS, strict=False)
     min_tokens: int = Field(default=8192, ge=0)
     decode_in_batches: bool = True
     decode_list_tokens: int = Field(default=4352, ge=16, le=1 << 24)

@@ -23,9 +23,11 @@ class SparseParamsProcessor(LogitsProcessor):
     def __init__(self, vllm_config: VllmConfig, state_or_device: Any, is_pin_memory: bool | None = None) -> None:
         TABLE.attach(slots_in_metadata=is_pin_memory is None)
         if is_pin_memory is None:
-            from vllm_sparse.backend.graphs import install
+            # Imported here: only runner V2 has these classes' graphs.
+            from vllm_sparse.hooks import gpu_model_runner, model_cuda_graph_manager
 
-            install()
+            gpu_model_runner.install()
+            model_cuda_graph_manager.install()
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:

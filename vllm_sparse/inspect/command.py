@@ -29,6 +29,7 @@ from vllm_sparse.inspect.page import Inspected, render
 from vllm_sparse.methods.decode import DecodeMethod
 from vllm_sparse.methods.method import Method
 from vllm_sparse.methods.prefill import PrefillMethod
+from vllm_sparse.step.eligibility import why_decode_is_dense
 
 # Divides every query block.
 CHUNK_UNIT_TOKENS = 128
@@ -210,7 +211,7 @@ def decode_inspection(params: SparseParams, tokens: int, layers: int) -> tuple[D
     method = params.decode
     if method is None:
         return None, "The settings leave decoding dense."
-    if tokens < params.min_tokens or tokens <= method.budget_tokens:
+    if why_decode_is_dense(method, params.min_tokens, tokens) is not None:
         return None, (
             f"Decoding is dense, because the context of {tokens} tokens is shorter than sparse_min_tokens "
             f"{params.min_tokens} or no longer than the {method.budget_tokens} tokens that {method.name} reads: give a "

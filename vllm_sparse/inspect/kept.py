@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from vllm_sparse.keys import plain_keys
-from vllm_sparse.methods.decode import CHOOSING_ROLES, READING_ROLES, DecodeMethod, LayerMemory
+from vllm_sparse.methods.decode import DecodeMethod, LayerMemory
 from vllm_sparse.methods.prefill import Layer, PrefillMethod
 from vllm_sparse.pages import page_mask
+from vllm_sparse.step.eligibility import why_prefill_is_dense
+from vllm_sparse.step.roles import Role
 
 # Cells of a map along a side, so that the map of a long prompt stays a picture.
 MOST_CELLS = 256
@@ -41,12 +44,12 @@ class KeptLayer:
 
     Attributes:
         index: of the layer.
-        role: ``sparse`` or ``dense`` in a prompt, as of `DecodeMethod.layer_roles` in a decode step.
-        heads: one map per query head; none where no list is read or chosen.
+        role: ``sparse`` or `Role.DENSE` in a prompt, as of `DecodeMethod.layer_roles` in a decode step.
+        heads: one map per query head; none where no list is read or written.
     """
 
     index: int
-    role: str
+    role: Role | Literal["sparse"]
     heads: list[KeptMap]
 
 
@@ -68,7 +71,7 @@ class PromptInspection:
 
     def runs_dense(self, start: int, stop: int) -> bool:
         """Whether the chunk of tokens `start` to ``stop - 1`` runs dense for its length."""
-        return stop < self.min_tokens or stop - start < self.method.min_query_tokens
+        return why_prefill_is_dense(self.method, self.min_tokens, stop - start, stop) is not None
 
     def chunks(self, tokens: int) -> list[tuple[int, int]]:
         """First token of each chunk of a prompt, and the one after its last."""
@@ -84,7 +87,7 @@ class PromptInspection:
             scale: softmax scale.
         """
         if index < self.method.dense_layers:
-            return KeptLayer(index, "dense", [])
+            return KeptLayer(index, Role.DENSE, [])
         listed = self._listed(index, query, key, scale)
         heads, tokens, _ = query.shape
         block, page = self.method.query_block_tokens, self.method.page_tokens
@@ -136,7 +139,7 @@ class DecodeInspection:
     """
 
     method: DecodeMethod
-    roles: list[str]
+    roles: list[Role]
     lists: torch.Tensor | None = None
 
     def observe(self, index: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> KeptLayer:
@@ -144,10 +147,10 @@ class DecodeInspection:
         role = self.roles[index]
         heads, tokens, head_size = query.shape
         newest = query[:, -1]
-        if role in CHOOSING_ROLES:
+        if role.writes_list:
             chosen = self.method.select(newest, plain_keys(key), scale, 1, LayerMemory())
             self.lists = page_mask(chosen, tokens)
-        if role not in CHOOSING_ROLES + READING_ROLES or self.lists is None:
+        if role is Role.DENSE or self.lists is None:
             return KeptLayer(index, role, [])
         logits = newest.view(key.shape[0], -1, head_size).float() @ key.float().transpose(1, 2) * scale
         mass = logits.softmax(2).flatten(0, 1).double()

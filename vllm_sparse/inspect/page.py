@@ -20,6 +20,7 @@ from vllm_sparse.inspect.picture import (
     data_url,
     kept_picture,
 )
+from vllm_sparse.step.roles import Role
 
 # Of an overview's cell, in the units of its drawing.
 CELL_WIDTH, CELL_HEIGHT, LABEL_WIDTH = 40, 22, 34
@@ -152,17 +153,14 @@ def strip_picture(kept: KeptMap) -> torch.Tensor:
     return torch.cat([kept_picture(read), kept_picture(missed)])
 
 
-ROLE_WORDS = {
-    "dense": "reads everything",
-    "select": "reads everything; its list, for layers below",
-    "choose": "chooses what it reads",
-    "reuse": "reads what was chosen last",
-}
+def _meaning(layer: KeptLayer) -> str | None:
+    """What a layer's role means; None where only the numbers say what it reads."""
+    return layer.role.meaning if isinstance(layer.role, Role) else None
 
 
 def _summary(layer: KeptLayer) -> str:
     """What a layer's heading says beside its number."""
-    words = ROLE_WORDS.get(layer.role)
+    words = _meaning(layer)
     if not layer.heads:
         return f' <span class="muted">· {words}</span>'
     density = [head.density for head in layer.heads]
@@ -218,7 +216,7 @@ def _overview(
         top = row * CELL_HEIGHT
         cells.append(f'<text x="{LABEL_WIDTH - 6}" y="{top + 15}" text-anchor="end">{layer.index}</text>')
         if not layer.heads:
-            cells.append(f'<text x="{LABEL_WIDTH + 4}" y="{top + 15}" fill="#5a6875">{ROLE_WORDS[layer.role]}</text>')
+            cells.append(f'<text x="{LABEL_WIDTH + 4}" y="{top + 15}" fill="#5a6875">{_meaning(layer)}</text>')
         for column, head in enumerate(layer.heads):
             found = value(head)
             depth = 1 - found if low_is_dark else found

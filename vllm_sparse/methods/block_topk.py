@@ -16,6 +16,7 @@ from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.decode import LayerMemory, TopTokensMethod
 from vllm_sparse.methods.knobs import KNOBS, BudgetTokens, DenseLayers, KnobError, RecentTokens, SinkTokens
 from vllm_sparse.pages import PageList
+from vllm_sparse.step.roles import Role
 from vllm_sparse.step.rows import DecodeRows, RowsPlace, TokenLists
 
 
@@ -35,6 +36,8 @@ class BlockTopk(TopTokensMethod):
     """
 
     name: ClassVar[str] = "blocktopk"
+    # Its page summaries take memory beside the KV cache.
+    enabled_by_default: ClassVar[bool] = False
     server_knobs: ClassVar[tuple[str, ...]] = ("page_tokens", "scores")
     scores_tokens: ClassVar[bool] = True
     former_names: ClassVar[dict[str, str]] = {
@@ -58,14 +61,14 @@ class BlockTopk(TopTokensMethod):
     def summaries(self) -> SummaryKind:
         return SummaryKind(self.page_tokens, self.scores == "bounds")
 
-    def layer_roles(self, num_layers: int) -> list[str]:
+    def layer_roles(self, num_layers: int) -> list[Role]:
         if self.dense_layers >= num_layers:
             raise KnobError(
                 "dense_layers",
                 self.dense_layers,
                 f"this model has {num_layers} layers, so 0 to {num_layers - 1} are allowed",
             )
-        return ["dense"] * self.dense_layers + ["choose"] * (num_layers - self.dense_layers)
+        return [Role.DENSE] * self.dense_layers + [Role.WRITE_AND_READ] * (num_layers - self.dense_layers)
 
     def select(
         self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory

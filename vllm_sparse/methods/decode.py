@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.page_summaries import SummaryKind
     from vllm_sparse.keys import PagedKeys
     from vllm_sparse.pages import PageList
+    from vllm_sparse.step.roles import Role
     from vllm_sparse.step.rows import DecodeMemory, DecodeRows, RowsPlace, ServerSize, TokenLists
 
 
@@ -32,17 +32,6 @@ class LayerMemory:
 
     stages: list[torch.Tensor] = field(default_factory=list)
     context_tokens: int = 0
-
-
-# Roles of a layer, as of `DecodeMethod.layer_roles`, in which a list is chosen, and in which one is read.
-CHOOSING_ROLES = ("select", "choose")
-READING_ROLES = ("reuse", "choose")
-
-
-@lru_cache(maxsize=1024)
-def reading_layers(roles: tuple[str, ...]) -> list[int]:
-    """Layers in which a decode row reads a list, by the layers' roles."""
-    return [layer for layer, role in enumerate(roles) if role in READING_ROLES]
 
 
 class DecodeMethod(Method):
@@ -69,11 +58,8 @@ class DecodeMethod(Method):
         return None
 
     @abstractmethod
-    def layer_roles(self, num_layers: int) -> list[str]:
-        """Role of each layer: what it reads, and whether it chooses a list.
-
-        ``dense`` reads everything; ``select`` too, and chooses a list for the layers that follow; ``choose`` chooses a
-        list and reads it, and so may the layers that follow; ``reuse`` reads the list chosen last.
+    def layer_roles(self, num_layers: int) -> list[Role]:
+        """Role of each layer: what a row reads there, and whether it writes a list.
 
         Raises:
             KnobError: a knob names a layer that the model does not have.

@@ -13,6 +13,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     """As requests say it; a prefill and a decode method may have the same."""
+    enabled_by_default: ClassVar[bool] = True
+    """Requests may choose it where the server's configuration does not list `methods`."""
     server_knobs: ClassVar[tuple[str, ...]] = ()
     """Knobs that the server's configuration may set and a request may not."""
     former_names: ClassVar[Mapping[str, str]] = MappingProxyType({})

@@ -27,5 +27,7 @@ PREFILL_METHODS: dict[str, type[PrefillMethod]] = {
 DECODE_METHODS: dict[str, type[DecodeMethod]] = {
     method.name: method for method in _CLASSES if issubclass(method, DecodeMethod)
 }
-# Their summaries take memory beside the KV cache and need blocks that this process wrote: a server has to enable them.
+_OPTIONAL = {method.name for method in _CLASSES if not method.enabled_by_default}
+DEFAULT_METHODS = tuple(dict.fromkeys(method.name for method in _CLASSES if method.name not in _OPTIONAL))
+# Their summaries need blocks that this process wrote.
 SUMMARISING_METHODS = tuple(name for name, method in DECODE_METHODS.items() if method().summaries is not None)

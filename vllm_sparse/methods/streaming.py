@@ -15,6 +15,7 @@ from vllm_sparse.methods.decode import LayerMemory, TopTokensMethod
 from vllm_sparse.methods.knobs import KNOBS, UNBOUNDED_TOKENS, DenseLayers, ListPer, QueryBlockTokens, SinkTokens
 from vllm_sparse.methods.prefill import Layer, PrefillMethod
 from vllm_sparse.pages import PageList
+from vllm_sparse.step.roles import Role
 from vllm_sparse.step.rows import DecodeRows, RowScores, RowsPlace, TokenLists
 
 PAGE_TOKENS = 32
@@ -36,6 +37,8 @@ class Streaming(PrefillMethod):
     """
 
     name: ClassVar[str] = "streaming"
+    # A baseline to compare with. Each decode method takes CUDA graphs of its own, and so time at start-up.
+    enabled_by_default: ClassVar[bool] = False
     page_tokens: ClassVar[int] = PAGE_TOKENS
 
     sink_tokens: SinkTokens = 4
@@ -66,6 +69,8 @@ class StreamingDecode(TopTokensMethod):
     """
 
     name: ClassVar[str] = "streaming"
+    # A baseline to compare with. Each decode method takes CUDA graphs of its own, and so time at start-up.
+    enabled_by_default: ClassVar[bool] = False
 
     sink_tokens: SinkTokens = 4
     recent_tokens: WindowTokens = 4096
@@ -79,9 +84,10 @@ class StreamingDecode(TopTokensMethod):
     def with_budget(cls, budget_tokens: int) -> StreamingDecode:
         return cls(recent_tokens=budget_tokens - cls.sink_tokens)
 
-    def layer_roles(self, num_layers: int) -> list[str]:
-        sparse = ["choose" if layer == self.dense_layers else "reuse" for layer in range(self.dense_layers, num_layers)]
-        return ["dense"] * min(self.dense_layers, num_layers) + sparse
+    def layer_roles(self, num_layers: int) -> list[Role]:
+        first = self.dense_layers
+        sparse = [Role.WRITE_AND_READ if layer == first else Role.READ for layer in range(first, num_layers)]
+        return [Role.DENSE] * min(first, num_layers) + sparse
 
     def select(
         self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory

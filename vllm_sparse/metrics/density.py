@@ -72,8 +72,8 @@ class RowDensity:
             list_heads: heads that have a list of their own, one per query block.
         """
         if not self.kept:
-            first = span.context_tokens - span.query_tokens + query_block_tokens
-            self.candidates = sum(range(first, span.context_tokens, query_block_tokens)) + span.context_tokens
+            first = span.seq_len - span.query_tokens + query_block_tokens
+            self.candidates = sum(range(first, span.seq_len, query_block_tokens)) + span.seq_len
             self.list_heads = list_heads
         if not self.kept or self.kept[-1] is not kept_tokens:
             self.kept.append(kept_tokens)

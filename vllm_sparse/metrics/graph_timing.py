@@ -9,15 +9,12 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from vllm_sparse.metrics.timing import ATTENTION, SELECTION, Mark, NoTimer, ignore
-
-if TYPE_CHECKING:
-    from vllm_sparse.backend.decode import LayerLaunches
+from vllm_sparse.step.launch import LayerLaunches
 
 # Of one layer, the first one, where rows are arranged too; the others have fewer.
 MOST_STAMPS = 6
@@ -38,7 +35,7 @@ class GraphTimer(NoTimer):
         super().__init__()
         kinds: dict[LayerLaunches, list[int]] = defaultdict(list)
         for layer, kind in enumerate(launches):
-            if kind.selecting or kind.choosing or kind.reading:
+            if kind.writing_ahead or kind.writing_here or kind.reading:
                 kinds[kind].append(layer)
         self._alike = {layers[len(layers) // 2]: len(layers) for layers in kinds.values()}
         self._parts: dict[int, list[str]] = {layer: [] for layer in self._alike}

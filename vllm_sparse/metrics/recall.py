@@ -2,18 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import prometheus_client
 import torch
 
+from vllm_sparse.metrics.histogram import observe_all
 from vllm_sparse.pages import PageList, page_mask
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from vllm_sparse.keys import PagedKeys
 
 SAMPLED_QUERIES = 4
+RECALL_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.99, 0.995, 1.0)
 # Keys that are scored at a time, so that the room needed does not grow with the context.
 SEGMENT_TOKENS = 8192
+
+
+class RecallMetrics:
+    """Prometheus histogram of sampled recalls."""
+
+    def __init__(self) -> None:
+        self._ratio = prometheus_client.Histogram(
+            "vllm_sparse_recall_ratio",
+            "Attention mass that the lists keep, of sampled queries in one sampled layer of a sampled chunk or decode "
+            "step; one observation per query head.",
+            ["phase", "method"],
+            buckets=RECALL_BUCKETS,
+        )
+
+    def observe(self, phase: str, method: str, recall: np.ndarray) -> None:
+        """Recall of each query head of a row: float32 ``[query_heads]``."""
+        observe_all(self._ratio.labels(phase, method), recall.tolist())
+
+
+@dataclass(frozen=True)
+class RecallSample:
+    """A row in one layer, whose recall is measured; attributes as the arguments of `attention_recall`."""
+
+    query: torch.Tensor
+    keys: PagedKeys
+    lists: PageList
+    query_block: int
+    scale: float
+
+    def recall(self) -> torch.Tensor:
+        """Attention-mass recall: float32 ``[query_heads]``."""
+        return attention_recall(self.query, self.keys, self.lists, self.query_block, self.scale)
 
 
 def attention_recall(

@@ -1,12 +1,12 @@
 """Admission of requests: check and resolve their sparse settings, count them, salt the prefix cache.
 
-`admit` runs where vLLM turns any request, online or offline, into an engine request. HTTP streams have begun by
-then, so `check_before_streaming` puts the same check where a request is still answered with a status code.
+`admit` runs where vLLM turns any request, online or offline, into an engine request (`hooks.input_processor`). HTTP
+streams have begun by then, so `check_parsed` is the same check where a request is still answered with a status code
+(`hooks.request_protocol`).
 """
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import prometheus_client
@@ -27,8 +27,7 @@ REQUESTS = prometheus_client.Counter(
     "vllm_sparse_requests", "Requests admitted, by the method that each phase asks for.", ["phase", "method"]
 )
 
-# On sampling parameters: what a request was found to ask for when it was parsed. It keeps that if the server's
-# configuration changes before it is admitted, when a stream can no longer be refused.
+# On sampling parameters (`keep_checked`).
 CHECKED_ATTRIBUTE = "_sparse_checked"
 
 
@@ -116,54 +115,37 @@ def _may_become_sparse(request: Any, resolved: SparseParams) -> bool:
     return bool(len(request.prompt_token_ids) + request.sampling_params.max_tokens >= resolved.min_tokens)
 
 
-def check_at_admission() -> None:
-    """Make vLLM's input processor admit through `admit`; idempotent."""
-    from vllm.v1.engine.input_processor import InputProcessor
+def check_parsed(
+    vllm_config: VllmConfig, extras: Mapping[str, Any], salt: str | None, beam_search: bool
+) -> SparseParams:
+    """Check a request's settings while it is parsed, when a stream too can still be answered HTTP 400.
 
-    original = InputProcessor.process_inputs
-    if hasattr(original, "__wrapped__"):
-        return
+    Args:
+        vllm_config: the server's configuration.
+        extras: the request's ``vllm_xargs``.
+        salt: its ``cache_salt``.
+        beam_search: it asks for beam search, which drops sampling extras.
 
-    @functools.wraps(original)
-    def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        return admit(self.vllm_config, params, lambda: original(self, request_id, prompt, params, *args, **kwargs))
-
-    InputProcessor.process_inputs = process_inputs
-
-
-def check_before_streaming(vllm_config: VllmConfig) -> None:
-    """In the API server: check settings while a request is parsed, so that streams too are answered HTTP 400.
-
-    Beam search drops sampling extras, so a request that asks for both is refused. Idempotent.
+    Raises:
+        VLLMValidationError: the settings are wrong.
     """
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    try:
+        resolved = resolve_for(vllm_config, extras)
+        if uses_sparse_backend(vllm_config):
+            _check_salt(salt)
+        keys = _sparse_keys(extras) if beam_search else []
+        if keys:
+            raise SparseParamsError(
+                keys[0], extras[keys[0]], f"{keys[0]} does not work with beam search; drop one of the two"
+            )
+    except SparseParamsError as error:
+        raise _as_vllm_error(error) from error
+    return resolved
 
-    def wrap(original: Callable[..., Any], beam_search: bool) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-            extras = self.vllm_xargs or {}
-            try:
-                resolved = resolve_for(vllm_config, extras)
-                if uses_sparse_backend(vllm_config):
-                    _check_salt(getattr(self, "cache_salt", None))
-                keys = _sparse_keys(extras) if beam_search else []
-                if keys:
-                    raise SparseParamsError(
-                        keys[0], extras[keys[0]], f"{keys[0]} does not work with beam search; drop one of the two"
-                    )
-            except SparseParamsError as error:
-                raise _as_vllm_error(error) from error
-            params = original(self, *args, **kwargs)
-            if not beam_search:
-                setattr(params, CHECKED_ATTRIBUTE, resolved)
-            return params
 
-        return checked
+def keep_checked(params: Any, resolved: SparseParams) -> None:
+    """Let a request's sampling parameters keep what it was found to ask for when it was parsed.
 
-    for request_class in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
-        for name in ("to_sampling_params", "to_beam_search_params"):
-            original = getattr(request_class, name, None)
-            if original is not None and not hasattr(original, "__wrapped__"):
-                setattr(request_class, name, wrap(original, name == "to_beam_search_params"))
+    It keeps that if the server's configuration changes before it is admitted, when a stream can no longer be refused.
+    """
+    setattr(params, CHECKED_ATTRIBUTE, resolved)

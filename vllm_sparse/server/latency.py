@@ -1,13 +1,11 @@
 """Tokens and latency of requests by the methods that they ask for, as the API server sees them.
 
-vLLM's stat loggers see latencies without the requests that they belong to. What a request asks for is therefore kept
-with vLLM's state of it (`request_params`); a value is taken from vLLM where it has just been worked out, so that these
-histograms lie over vLLM's own.
+vLLM's stat loggers see latencies without the requests that they belong to, so `hooks.output_processor` lets an
+iteration's statistics carry them by the methods of their requests.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +13,18 @@ import prometheus_client
 
 from vllm_sparse.config.names import DENSE
 from vllm_sparse.metrics.histogram import observe_all
-from vllm_sparse.server.request_params import keep_params_of_requests, params_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from vllm_sparse.config.request import SparseParams
 
 # Of a request, by the methods of its prompt and its generation.
 Methods = tuple[str, str]
 
 
 @dataclass
-class _Observed:
+class Observed:
     """What one iteration brought requests of the same methods."""
 
     first_token_seconds: list[float] = field(default_factory=list)
@@ -69,7 +68,7 @@ class RequestMetrics:
         Args:
             iteration_stats: vLLM's, or None.
         """
-        observed: dict[Methods, _Observed] = getattr(iteration_stats, "sparse_observed", {})
+        observed: dict[Methods, Observed] = getattr(iteration_stats, "sparse_observed", {})
         for methods, values in observed.items():
             for histogram, seconds in (
                 (self._first_token, values.first_token_seconds),
@@ -85,52 +84,15 @@ class RequestMetrics:
                     self._tokens.labels(phase, method).inc(tokens)
 
 
-def _methods_of(state: Any) -> Methods | None:
-    params = params_of(state)
-    if params is None:
-        return None
-    return params.prefill.name if params.prefill else DENSE, params.decode.name if params.decode else DENSE
+def observed_of(iteration_stats: Any, params: SparseParams) -> Observed:
+    """Where an iteration's values of requests with these settings go.
 
-
-def _observed(iteration_stats: Any, methods: Methods) -> _Observed:
-    """Where an iteration's values for these methods go."""
-    by_methods: dict[Methods, _Observed] | None = getattr(iteration_stats, "sparse_observed", None)
+    Args:
+        iteration_stats: vLLM's, which carries them to `RequestMetrics.record`.
+        params: of the request.
+    """
+    by_methods: dict[Methods, Observed] | None = getattr(iteration_stats, "sparse_observed", None)
     if by_methods is None:
         by_methods = iteration_stats.sparse_observed = {}
-    return by_methods.setdefault(methods, _Observed())
-
-
-def observe_requests() -> None:
-    """Make vLLM's iteration statistics carry latencies by methods; idempotent."""
-    from vllm.v1.engine.output_processor import OutputProcessor
-
-    keep_params_of_requests()
-    update, finish = OutputProcessor._update_stats_from_output, OutputProcessor._update_stats_from_finished
-    if hasattr(update, "__wrapped__"):
-        return
-
-    @functools.wraps(update)
-    def update_from_output(self: Any, state: Any, output: Any, timestamp: Any, iteration_stats: Any) -> None:
-        update(self, state, output, timestamp, iteration_stats)
-        methods = _methods_of(state)
-        if methods is None or iteration_stats is None:
-            return
-        observed = _observed(iteration_stats, methods)
-        observed.generated_tokens += len(output.new_token_ids)
-        if not state.is_prefilling:
-            observed.inter_token_seconds.append(iteration_stats.inter_token_latencies_iter[-1])
-            return
-        observed.first_token_seconds.append(iteration_stats.time_to_first_tokens_iter[-1])
-        if output.prefill_stats is not None:
-            observed.prompt_tokens += output.prefill_stats.num_computed_tokens
-
-    @functools.wraps(finish)
-    def update_from_finished(self: Any, state: Any, finish_reason: Any, iteration_stats: Any) -> None:
-        finish(self, state, finish_reason, iteration_stats)
-        methods = _methods_of(state)
-        if methods is not None and iteration_stats is not None:
-            seconds = iteration_stats.finished_requests[-1].e2e_latency
-            _observed(iteration_stats, methods).request_seconds.append(seconds)
-
-    OutputProcessor._update_stats_from_output = update_from_output
-    OutputProcessor._update_stats_from_finished = update_from_finished
+    methods = params.prefill.name if params.prefill else DENSE, params.decode.name if params.decode else DENSE
+    return by_methods.setdefault(methods, Observed())

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from vllm_sparse.config.names import DENSE
-from vllm_sparse.config.request import ALL_DENSE, SparseParams
-from vllm_sparse.methods.decode import BatchDecodeMethod
-from vllm_sparse.server.request_params import keep_params_of_requests, params_of
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+from vllm_sparse.config.request import SparseParams
+from vllm_sparse.methods.decode import BatchDecodeMethod, DecodeMethod
+from vllm_sparse.step.eligibility import (
+    DenseReason,
+    least_context_tokens,
+    why_decode_is_dense,
+    why_prefill_is_dense,
+)
 
 PREFIX = "vllm_sparse"
-_REQUEST_ATTRIBUTES: ContextVar[dict[str, Any] | None] = ContextVar("sparse request attributes", default=None)
 
 
 def span_attributes(params: SparseParams, prompt_tokens: int, context_tokens: int, token_lists: bool) -> dict[str, Any]:
@@ -46,45 +45,16 @@ def span_attributes(params: SparseParams, prompt_tokens: int, context_tokens: in
             if value is not None:
                 attributes[f"{PREFIX}.{phase}.{knob}"] = value
         attributes[f"{PREFIX}.{phase}.min_tokens"] = params.min_tokens
-        if tokens < params.min_tokens or tokens <= getattr(method, "budget_tokens", 0):
-            attributes[f"{PREFIX}.{phase}.fallback"] = "short_context"
+        if isinstance(method, DecodeMethod):
+            reason = why_decode_is_dense(method, params.min_tokens, tokens)
+        else:
+            # Taken as one chunk: how the scheduler cuts a prompt is known to the workers alone.
+            reason = why_prefill_is_dense(method, params.min_tokens, tokens, tokens)
+        if reason is DenseReason.SHORT_CONTEXT:
+            attributes[f"{PREFIX}.{phase}.fallback"] = reason.value
     if token_lists and isinstance(params.decode, BatchDecodeMethod):
-        contexts = np.arange(prompt_tokens + 1, context_tokens + 1)
-        sparse = contexts[(contexts >= params.min_tokens) & (contexts > params.decode.budget_tokens)]
+        first_sparse = least_context_tokens(params.decode, params.min_tokens) + 1
+        sparse = np.arange(max(prompt_tokens + 1, first_sparse), context_tokens + 1)
         if sparse.size:
             attributes[f"{PREFIX}.decode.density"] = float((params.decode.list_tokens(sparse) / sparse).mean())
     return attributes
-
-
-def trace_requests(vllm_config: VllmConfig) -> None:
-    """Make vLLM's request spans carry `span_attributes`; idempotent."""
-    from vllm.platforms import current_platform
-    from vllm.v1.engine import output_processor
-    from vllm.v1.engine.output_processor import OutputProcessor
-
-    keep_params_of_requests()
-    trace, make_span = OutputProcessor.do_tracing, output_processor.instrument_manual
-    if hasattr(trace, "__wrapped__"):
-        return
-
-    # Verification steps of speculative decoding run dense.
-    token_lists = current_platform.is_cuda() and vllm_config.speculative_config is None
-
-    @functools.wraps(trace)
-    def do_tracing(self: Any, engine_core_output: Any, req_state: Any, iteration_stats: Any) -> None:
-        # The newest token that was generated is in no context yet.
-        context_tokens = req_state.prompt_len + req_state.stats.num_generation_tokens - 1
-        params = params_of(req_state) or ALL_DENSE
-        attributes = span_attributes(params, req_state.prompt_len, context_tokens, token_lists)
-        token = _REQUEST_ATTRIBUTES.set(attributes)
-        try:
-            trace(self, engine_core_output, req_state, iteration_stats)
-        finally:
-            _REQUEST_ATTRIBUTES.reset(token)
-
-    @functools.wraps(make_span)
-    def instrument_manual(*args: Any, attributes: dict[str, Any], **kwargs: Any) -> Any:
-        return make_span(*args, attributes={**attributes, **(_REQUEST_ATTRIBUTES.get() or {})}, **kwargs)
-
-    OutputProcessor.do_tracing = do_tracing
-    output_processor.instrument_manual = instrument_manual

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_sparse.metrics.worker import WorkerMetrics
+from vllm_sparse.hooks.worker_base import WORKER_METHOD
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vllm.engine.protocol import EngineClient
-
-WORKER_METHOD = "sparse_stats"
-
-
-def answer_in_workers() -> None:
-    """Give vLLM's workers the method that `collect` calls; idempotent."""
-    from vllm.v1.worker.worker_base import WorkerBase
-
-    setattr(WorkerBase, WORKER_METHOD, lambda worker: WorkerMetrics.get().stats())
 
 
 async def collect(engine_client: EngineClient) -> dict[str, Any]:

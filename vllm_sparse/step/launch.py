@@ -19,7 +19,7 @@ class Launch:
     Attributes:
         query_starts: int32 ``[rows + 1]`` first query token of each row.
         max_query_tokens: longest row.
-        pages: int32 ``[rows, width]`` physical pages of the per-head view (`vllm_sparse.pages.to_physical`).
+        pages: int32 ``[rows, width]`` pages of the cache's per-head view (`vllm_sparse.kernels.page_list.to_physical`).
         kept_tokens: int32 ``[rows]``.
         page_size_tokens: tokens of a page.
     """
@@ -47,3 +47,20 @@ class Executor(ABC):
             kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]``, contiguous (LBHNC).
             scale: softmax scale.
         """
+
+
+@dataclass(frozen=True)
+class LayerLaunches:
+    """What is launched in one layer for decode rows that are served at once.
+
+    Attributes:
+        dense: the stock kernel over whole contexts.
+        writing_ahead: numbers of the methods by which rows may write lists for later layers.
+        writing_here: numbers of the methods by which rows may write lists that they read here; some may be in both.
+        reading: the stock kernel over lists.
+    """
+
+    dense: bool
+    writing_ahead: tuple[int, ...]
+    writing_here: tuple[int, ...]
+    reading: bool

@@ -1,23 +1,46 @@
-"""From a request to the rows of a step: which slot of the model runner holds which sparse parameters.
+"""Which slot of the model runner holds which request that is not all dense.
 
-vLLM hands sampling parameters to logits processors on both model runners, so one is registered that touches no
-logits. Runner V2 calls `add_request` with a slot and names each row's slot in the attention metadata (`req_idx`);
-runner V1 reports batch changes, and row ``i`` of the metadata is index ``i``.
+vLLM hands sampling parameters to logits processors on both model runners, so one is registered that touches no logits
+(`vllm_sparse.hooks.logits_processor`) and feeds `TABLE`. Runner V2 calls `add_request` with a slot and names each row's
+slot in the attention metadata (`req_idx`); runner V1 reports batch changes, and row ``i`` of the metadata is index
+``i``.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from vllm_sparse.config.request import ALL_DENSE, RESOLVED_KEY, SparseParams, deserialize
+from vllm_sparse.methods.decode import BatchDecodeMethod
+from vllm_sparse.step.eligibility import least_context_tokens
 
 if TYPE_CHECKING:
     import numpy as np
     from vllm.sampling_params import SamplingParams
 
     from vllm_sparse.methods.decode import LayerMemory
+    from vllm_sparse.step.roles import Role
+
+
+@dataclass(frozen=True)
+class RowSetting:
+    """What the host tells the device of a decode row that is served at once with others.
+
+    Attributes:
+        method: the request's, or None for a dense row.
+        least_context_tokens: the row is dense unless its context, with this step's token, is longer.
+        roles: role of each layer.
+        slot: place of the request in what methods keep from step to step.
+        fresh: another request held the slot before this step.
+    """
+
+    method: BatchDecodeMethod | None
+    least_context_tokens: int
+    roles: tuple[Role, ...]
+    slot: int
+    fresh: bool
 
 
 @dataclass
@@ -27,14 +50,27 @@ class SparseRequest:
     Attributes:
         params: its resolved parameters.
         slot: of this request alone while it is held, the lowest that was free.
-        fresh: it has not decoded sparsely in its slot.
-        memory: what its decode method keeps from step to step, by layer.
+        setting: of its row in the steps after its first sparse one in its slot.
+        memory: what its decode method keeps from step to step, by layer, where it is served alone.
     """
 
     params: SparseParams
     slot: int = 0
-    fresh: bool = True
+    setting: RowSetting | None = None
     memory: dict[int, LayerMemory] = field(default_factory=dict)
+
+    def first_setting(self, roles: tuple[Role, ...]) -> RowSetting:
+        """The setting of its row in its first sparse step; from now on its slot holds what it keeps.
+
+        Args:
+            roles: of its decode method in the model's layers.
+        """
+        method = self.params.decode
+        assert isinstance(method, BatchDecodeMethod)
+        least = least_context_tokens(method, self.params.min_tokens)
+        fresh = RowSetting(method, least, roles, self.slot, True)
+        self.setting = replace(fresh, fresh=False)
+        return fresh
 
 
 class RequestTable:
@@ -100,5 +136,6 @@ class RequestTable:
         return [request for request in requests if request is not None and request.params.decode is not None]
 
 
-# One model runner a process: vLLM runs each worker in its own.
+# A singleton, because vLLM makes the logits processor that feeds it and the metadata builder that reads it without
+# telling either of the other; it runs one model runner a process.
 TABLE = RequestTable()

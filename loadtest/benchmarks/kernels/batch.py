@@ -9,9 +9,10 @@ import torch
 
 from loadtest.benchmarks.kernels.cache import DenseAttention, executor_of, keys_of, new_cache, store
 from loadtest.benchmarks.kernels.heads import Heads
+from vllm_sparse.kernels.page_list import to_physical
 from vllm_sparse.kernels.page_summaries import SummaryKind, store_summaries
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.pages import PageList, to_physical
+from vllm_sparse.pages import PageList
 from vllm_sparse.step.launch import Launch
 
 # Of the free memory, what caches may take; the rest is for scores, outputs and others.

@@ -44,6 +44,7 @@ from vllm_sparse.methods.decode import BatchDecodeMethod, DecodeMethod, LayerMem
 from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.pages import PageList, concatenate
 from vllm_sparse.step.launch import Launch
+from vllm_sparse.step.roles import Role
 from vllm_sparse.step.rows import DecodeRows, RowsPlace, ServerSize, TokenLists
 
 # Copies of memory run at this speed on an H200; on other devices a copy is measured.
@@ -99,24 +100,24 @@ class Measurement:
     attention_seconds: float
     floor_seconds: float
     dense_seconds: float
-    roles: list[str]
+    roles: list[Role]
     recall: float
     error: float
 
     @property
     def choosing_seconds(self) -> float:
         """Of a layer that chooses: a selecting layer reads everything, another its list."""
-        reads = self.attention_seconds if "choose" in self.roles else self.dense_seconds
+        reads = self.attention_seconds if Role.WRITE_AND_READ in self.roles else self.dense_seconds
         return self.selection_seconds + reads
 
     @property
     def step_seconds(self) -> float:
         """Of all layers by their roles."""
         by_role = {
-            "dense": self.dense_seconds,
-            "select": self.choosing_seconds,
-            "choose": self.choosing_seconds,
-            "reuse": self.attention_seconds,
+            Role.DENSE: self.dense_seconds,
+            Role.DENSE_AND_WRITE: self.choosing_seconds,
+            Role.WRITE_AND_READ: self.choosing_seconds,
+            Role.READ: self.attention_seconds,
         }
         return sum(by_role[role] for role in self.roles)
 
@@ -196,7 +197,7 @@ def selection_by_request(method: DecodeMethod, batch: DecodeBatch, steps: int = 
     return choose
 
 
-def quality(method: DecodeMethod, layers: list[DecodeBatch], roles: list[str]) -> tuple[float, float, float]:
+def quality(method: DecodeMethod, layers: list[DecodeBatch], roles: list[Role]) -> tuple[float, float, float]:
     """Density, recall and relative error, means over the layers that read a list.
 
     Args:
@@ -207,9 +208,9 @@ def quality(method: DecodeMethod, layers: list[DecodeBatch], roles: list[str]) -
     found: list[tuple[float, float, float]] = []
     launch: Launch | None = None
     for batch, role in zip(layers, roles, strict=True):
-        if role in ("select", "choose"):
+        if role.writes_list:
             launch = selection_of(method, batch)()
-        if role in ("reuse", "choose"):
+        if role.reads_list:
             assert launch is not None
             dense = batch.dense()().float()
             error = (batch.attend(launch).float() - dense).norm() / dense.norm()
@@ -243,7 +244,7 @@ def measure(
         for method_name in methods:
             method = DECODE_METHODS[method_name].with_budget(budget)
             roles = method.layer_roles(num_layers)
-            density, recall, error = quality(method, layers, roles if len(layers) > 1 else ["choose"])
+            density, recall, error = quality(method, layers, roles if len(layers) > 1 else [Role.WRITE_AND_READ])
             launch = selection_of(method, timed)()
             list_bytes = float(launch.kept_tokens.sum()) * timed.kv_cache.shape[3] * element_bytes
             yield Measurement(

@@ -32,22 +32,23 @@ from loadtest.benchmarks.kernels.timing import graph_seconds, mean_seconds
 from loadtest.load.report.statistics import interval_of_median
 from loadtest.load.report.words import interval_in_words
 from loadtest.offline import engine
-from vllm_sparse.backend.decode import DecodeBuffers, DecodeStep, RowSetting
+from vllm_sparse.backend.decode_batch import DecodeStep
+from vllm_sparse.backend.decode_buffers import DecodeBuffers
 from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.keys import PlainKeys
-from vllm_sparse.methods.decode import reading_layers
 from vllm_sparse.methods.tidal import Tidal
-from vllm_sparse.metrics import Geometry, RowDensity, WorkerMetrics
-from vllm_sparse.metrics.batch_recall import GraphRecall, TakenRow
+from vllm_sparse.metrics import Geometry, Sampling, StepRecord, WorkerMetrics
 from vllm_sparse.metrics.directory import write_to_announced_directory
 from vllm_sparse.metrics.graph_timing import GraphTimer
 from vllm_sparse.metrics.memory import MemoryMetrics
 from vllm_sparse.metrics.recall import attention_recall
+from vllm_sparse.metrics.row_recall import GraphRecall, TakenRow
 from vllm_sparse.metrics.timing import ASIDE, ATTENTION, SELECTION, StepTimer
-from vllm_sparse.metrics.worker import Sampling
 from vllm_sparse.pages import PageList
 from vllm_sparse.step.plan import BatchRow, DecodeRow, RowSpan, StepPlan, layer_roles
-from vllm_sparse.step.rows import ServerSize
+from vllm_sparse.step.requests import RowSetting
+from vllm_sparse.step.roles import reading_layers
+from vllm_sparse.step.rows import DecodeRows, ServerSize, TokenLists
 
 CALLS, REPEATS = 50, 9
 BLOCK_TOKENS = 32
@@ -88,7 +89,7 @@ class Step:
         self._model = model
         self._metrics = metrics
         self._device = device
-        self._spans = [RowSpan(row, row, 1, context_tokens) for row in range(rows)]
+        self._spans = tuple(RowSpan(row, row, 1, context_tokens) for row in range(rows))
         self._method = Tidal()
         self._roles = layer_roles(self._method, model.layers)
         blocks = -(-context_tokens // BLOCK_TOKENS)
@@ -100,38 +101,33 @@ class Step:
         kept = torch.full((model.kv_heads,), context_tokens, dtype=torch.int32, device=device)
         self._lists = PageList(pages, kept, BLOCK_TOKENS)
 
-    def _plan(self, decode: list[DecodeRow], batch: list[BatchRow]) -> StepPlan:
-        return StepPlan(self._spans, [], [], decode, batch, None, self._model.layers, self._metrics)
-
     def one_by_one(self) -> None:
         """Rows that are served one after the other, with lists of their own in two layers."""
-        rows = [DecodeRow(span, self._method, self._roles, RowDensity("decode", "tidal"), {}) for span in self._spans]
+        rows = tuple(DecodeRow(span, self._method, self._roles, {}) for span in self._spans)
         self._metrics.collect_finished()
-        self._metrics.sample(self._plan(rows, []))
+        record = self._metrics.start_step(StepPlan(self._model.layers, self._spans, decode=rows))
         for row in rows:
-            kept = self._lists.kept_tokens
-            for layer, role in enumerate(self._roles):
-                if role == "reuse":
-                    row.density.add(layer, kept, row.span, 1, self._model.kv_heads)
-        self._metrics.finish_step([row.density for row in rows])
+            for layer in reading_layers(self._roles):
+                record.count(layer, row.span, self._lists.kept_tokens, 1, self._model.kv_heads)
+        record.finish()
 
     def at_once(self) -> None:
         """Rows that are served at once, as in CUDA graphs."""
         setting = RowSetting(self._method, 0, self._roles, 0, False)
-        rows = [BatchRow(span, setting) for span in self._spans]
+        rows = tuple(BatchRow(span, setting) for span in self._spans)
         self._metrics.collect_finished()
-        self._metrics.sample(self._plan([], rows))
+        self._metrics.start_step(StepPlan(self._model.layers, self._spans, batch=rows))
         self._metrics.observe_batch(rows)
 
     def timing(self) -> None:
         """What a timed step has more."""
         timer = StepTimer(torch.cuda.is_available(), [("decode", "tidal")] * len(self._spans))
         for role in self._roles:
-            if role == "select":
+            if role.writes_list:
                 for _ in self._spans:
                     with timer.serving("decode", ["tidal"]):
                         pass
-            elif role == "reuse":
+            elif role.reads_list:
                 # The launch's own two marks, and those of the rows that share it.
                 for _ in range(2):
                     with timer.serving("decode", ["tidal"] * len(self._spans)):
@@ -170,9 +166,12 @@ class Graph:
         self._cache = torch.randn(
             blocks, model.kv_heads, BLOCK_TOKENS, 2 * model.head_size, device=device, dtype=torch.bfloat16
         )
+        self._rows = DecodeRows(self._query, self._cache, table, contexts, SCALE)
         self._metrics = metrics
         self._timer = GraphTimer(launches, device)
-        self._recall = GraphRecall(reading_layers(roles)[0], TakenRow(buffers))
+        self._recall = GraphRecall(reading_layers(roles)[0], TakenRow(buffers.lists, model.kv_heads))
+        layer_lists = self._step.contexts.kept_tokens[self._recall.layer]
+        self._lists = TokenLists(self._step.lists.slots, layer_lists)
         self._row = BatchRow(RowSpan(0, 0, 1, context_tokens), setting)
 
     def replayed(self) -> None:
@@ -180,12 +179,12 @@ class Graph:
         for layer, launches in enumerate(self._step.launches):
             mark = self._timer.marks(layer, [])
             mark(ASIDE)
-            if launches.selecting:
+            if launches.writing_ahead:
                 mark(SELECTION)
             if launches.reading:
                 mark(ATTENTION)
             if layer == self._recall.layer:
-                self._recall.take(self._step, self._query, self._cache, SCALE)
+                self._recall.take(self._rows, self._lists)
 
     def timing(self) -> None:
         """What a timed step has more."""
@@ -194,7 +193,7 @@ class Graph:
 
     def recall(self) -> None:
         """What a step has more in which recall is measured."""
-        self._recall.observe(self._row, self._metrics)
+        self._recall.observe(self._row, self._metrics.observe_recall)
         self._metrics.collect_finished()
 
 
@@ -225,9 +224,13 @@ class MeasuredStep:
 def leave_metrics_out(_worker: object, left_out: bool) -> None:
     """Run in a worker: leave out what the metrics do in each step, or do it again."""
     metrics = WorkerMetrics.get()
-    for name in ("collect_finished", "observe_batch", "sample", "finish_step"):
+    without: dict[str, Callable[..., object]] = {
+        **dict.fromkeys(("collect_finished", "observe_batch", "finish_step"), lambda *_: None),
+        "start_step": lambda plan: StepRecord(metrics, plan),
+    }
+    for name, nothing in without.items():
         if left_out:
-            setattr(metrics, name, lambda *_: None)
+            setattr(metrics, name, nothing)
         else:
             vars(metrics).pop(name, None)
 

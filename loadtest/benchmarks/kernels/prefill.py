@@ -25,7 +25,7 @@ from loadtest.benchmarks.kernels.cache import Cache, write_cache
 from loadtest.benchmarks.kernels.heads import Heads, recorded_heads, synthetic_heads
 from loadtest.benchmarks.kernels.timing import median_seconds
 from loadtest.benchmarks.kernels.truth import TrueMass, block_mass, recall
-from vllm_sparse.backend.chunk import attend_chunk
+from vllm_sparse.backend.prefill import PromptChunk, attend_prompt_chunk
 from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.hip import Hip
@@ -126,17 +126,8 @@ def measure(
         for method in [*methods, TrueMass(mass, density)]:
             lists = select(method, cache)
             output = torch.empty_like(heads.query)
-            attend = functools.partial(
-                attend_chunk,
-                executor,
-                method,
-                lists,
-                heads.query,
-                output,
-                cache.kv_cache,
-                cache.block_table,
-                heads.scale,
-            )
+            chunk = PromptChunk(heads.query, output, cache.kv_cache, cache.block_table, heads.scale)
+            attend = functools.partial(attend_prompt_chunk, executor, method, lists, chunk)
             attend()
             error = (output.float() - dense_output.float()).norm() / dense_output.float().norm()
             yield Measurement(

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Names of `DecodeMethod.layer_roles`; a role's index is its number on the device.
-ROLES = ("dense", "select", "reuse", "choose")
-SELECT, REUSE, CHOOSE = 1, 2, 3
+# Numbers of `vllm_sparse.step.roles.Role` on the device.
+DENSE, DENSE_AND_WRITE, READ, WRITE_AND_READ = range(4)
 
 
 @dataclass(frozen=True)
@@ -17,9 +16,9 @@ class RowSettings:
 
     Attributes:
         method: int32 ``[rows]`` number of the row's method, -1 for none.
-        least_context: int32 ``[rows]`` tokens; the row is sparse only if its context is longer.
-        scored: int32 ``[rows]`` 1 if the row's method scores all cached tokens, which needs room for scores, else 0.
-        roles: int8 ``[rows, layers]`` role of each layer for this row, an index into `ROLES`.
+        least_context: int32 ``[rows]`` the row is dense unless its context is longer.
+        scored: int32 ``[rows]`` 1 if its method scores all cached tokens, which takes room, else 0.
+        roles: int8 ``[rows, layers]`` numbers of the layers' roles, as above.
     """
 
     method: torch.Tensor
@@ -68,9 +67,9 @@ def layer_contexts(
     sparse &= starts + needed <= capacity_tokens
     contexts.starts.copy_(starts)
     roles = settings.roles.T
-    reading = sparse & ((roles == REUSE) | (roles == CHOOSE))
+    reading = sparse & ((roles == READ) | (roles == WRITE_AND_READ))
     contexts.dense.copy_(torch.where(reading, 0, context_tokens))
-    chooses = sparse & ((roles == SELECT) | (roles == CHOOSE))
+    chooses = sparse & ((roles == DENSE_AND_WRITE) | (roles == WRITE_AND_READ))
     for method in range(contexts.choosing.shape[0]):
         contexts.members[method] = torch.where(settings.method == method, context_tokens, 0)
         contexts.choosing[method] = torch.where(chooses & (settings.method == method), context_tokens, 0)
@@ -80,7 +79,7 @@ def layer_contexts(
 def pass_on(
     settings: RowSettings, layer: int, choosing: torch.Tensor, kept_tokens: torch.Tensor, contexts: LayerContexts
 ) -> None:
-    """Give the lengths of the lists that a layer selected to the later layers that reuse these lists.
+    """Tell the layers that read lists written in a layer how long these are.
 
     Args:
         settings: settings of the rows.
@@ -93,7 +92,7 @@ def pass_on(
     kv_heads = kept_tokens.shape[0] // rows
     active = choosing > 0
     for later in range(layer + 1, settings.roles.shape[1]):
-        active = active & (settings.roles[:, later] == REUSE)
+        active = active & (settings.roles[:, later] == READ)
         lists = active.repeat_interleave(kv_heads)
         contexts.kept_tokens[later] = torch.where(lists, kept_tokens, contexts.kept_tokens[later])
 

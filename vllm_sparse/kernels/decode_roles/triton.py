@@ -9,7 +9,9 @@ import triton.language as tl
 from vllm_sparse.kernels.decode_roles import reference
 from vllm_sparse.kernels.decode_roles.reference import LayerContexts, RowSettings
 
-SELECT, REUSE, CHOOSE = (tl.constexpr(role) for role in (reference.SELECT, reference.REUSE, reference.CHOOSE))
+DENSE_AND_WRITE = tl.constexpr(reference.DENSE_AND_WRITE)
+READ = tl.constexpr(reference.READ)
+WRITE_AND_READ = tl.constexpr(reference.WRITE_AND_READ)
 OUTPUT_TILE = 2048
 
 
@@ -52,9 +54,9 @@ def layer_contexts_kernel(
     b_sparse = b_sparse & (b_end <= capacity)
     if i_layer == 0:
         tl.store(start_pointer + o_row, b_end - b_needed, mask=live)
-    b_reads = b_sparse & ((b_role == REUSE) | (b_role == CHOOSE))
+    b_reads = b_sparse & ((b_role == READ) | (b_role == WRITE_AND_READ))
     tl.store(dense_pointer + i_layer * dense_stride + o_row, tl.where(b_reads, 0, b_context), mask=live)
-    b_chooses = b_sparse & ((b_role == SELECT) | (b_role == CHOOSE))
+    b_chooses = b_sparse & ((b_role == DENSE_AND_WRITE) | (b_role == WRITE_AND_READ))
     for method in tl.static_range(METHODS):
         if i_layer == 0:
             p_member = member_pointer + method * dense_stride + o_row
@@ -118,7 +120,7 @@ def pass_on_kernel(
     o_layer = tl.arange(0, LAYER_TILE)
     later = (o_layer > layer) & (o_layer < layers)
     b_role = tl.load(role_pointer + i_row * role_row_stride + o_layer, mask=later, other=0)
-    b_ends = tl.cumsum((later & (b_role != REUSE)).to(tl.int32), axis=0)
+    b_ends = tl.cumsum((later & (b_role != READ)).to(tl.int32), axis=0)
     for head in tl.static_range(KV_HEADS):
         kept = tl.load(kept_pointer + i_row * KV_HEADS + head)
         p_kept = layer_kept_pointer + o_layer * kept_stride + i_row * KV_HEADS + head

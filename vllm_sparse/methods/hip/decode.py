@@ -35,6 +35,7 @@ from vllm_sparse.methods.hip.stages import (
 )
 from vllm_sparse.methods.knobs import KNOBS, DenseLayers, KnobError, SinkTokens
 from vllm_sparse.pages import PageList
+from vllm_sparse.step.roles import Role
 from vllm_sparse.step.rows import DecodeRows, RowsPlace, ServerSize, TokenLists
 
 # What the knobs of a row have room for (`backend.decode.MOST_KNOBS`).
@@ -107,8 +108,9 @@ class HipDecode(BatchDecodeMethod):
             recent_tokens=budget_tokens // 4,
         )
 
-    def layer_roles(self, num_layers: int) -> list[str]:
-        return ["dense" if layer < self.dense_layers else "choose" for layer in range(num_layers)]
+    def layer_roles(self, num_layers: int) -> list[Role]:
+        dense = min(self.dense_layers, num_layers)
+        return [Role.DENSE] * dense + [Role.WRITE_AND_READ] * (num_layers - dense)
 
     def first_due(self, context_tokens: int) -> int:
         """The first stage that is searched anew at a step, with all later ones; the number of stages if none is."""

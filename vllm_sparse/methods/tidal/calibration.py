@@ -14,7 +14,7 @@ import torch
 from vllm_sparse.keys import PlainKeys, plain_keys
 from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.methods.tidal import Tidal
-from vllm_sparse.methods.tidal.policy import Role
+from vllm_sparse.step.roles import Role
 
 
 class ReuseRecall:
@@ -156,10 +156,10 @@ def _best_split(
 def roles_of(selecting: tuple[int, ...], layers: int) -> list[Role]:
     """Roles of all layers; a selecting layer whose list no layer would read is only dense."""
     first = selecting[0]
-    roles: list[Role] = ["dense" if layer < first else "reuse" for layer in range(layers)]
+    roles = [Role.DENSE if layer < first else Role.READ for layer in range(layers)]
     for layer in selecting:
         read = layer + 1 < layers and layer + 1 not in selecting
-        roles[layer] = "select" if read else "dense"
+        roles[layer] = Role.DENSE_AND_WRITE if read else Role.DENSE
     return roles
 
 
@@ -192,12 +192,12 @@ def choose_roles(
     )
 
 
-def worst_recall(roles: Sequence[str], recall: list[list[float]]) -> float:
+def worst_recall(roles: Sequence[Role], recall: list[list[float]]) -> float:
     """Of the layers that read a list; arguments as in `recall_of`."""
     return min(found for found in recall_of(roles, recall) if found is not None)
 
 
-def recall_of(roles: Sequence[str], recall: list[list[float]]) -> list[float | None]:
+def recall_of(roles: Sequence[Role], recall: list[list[float]]) -> list[float | None]:
     """Recall of each layer that reads a list, None for the others.
 
     Args:
@@ -207,7 +207,7 @@ def recall_of(roles: Sequence[str], recall: list[list[float]]) -> list[float | N
     found: list[float | None] = []
     selecting = -1
     for layer, role in enumerate(roles):
-        if role == "select":
+        if role is Role.DENSE_AND_WRITE:
             selecting = layer
-        found.append(recall[selecting][layer] if role == "reuse" else None)
+        found.append(recall[selecting][layer] if role is Role.READ else None)
     return found

@@ -15,6 +15,7 @@ from vllm_sparse.methods.decode import DecodeMethod, LayerMemory, TopTokensMetho
 from vllm_sparse.methods.knobs import KNOBS, BudgetTokens, KnobError, RecentTokens, SinkTokens
 from vllm_sparse.methods.tidal.policy import load
 from vllm_sparse.pages import PageList
+from vllm_sparse.step.roles import Role
 from vllm_sparse.step.rows import DecodeRows, RowsPlace, TokenLists
 
 # The paper's re-selection layer of a 32-layer Llama, scaled to a model's depth. Its two full layers are not scaled:
@@ -95,11 +96,11 @@ class Tidal(TopTokensMethod):
                 )
         self.layer_roles(num_layers)
 
-    def layer_roles(self, num_layers: int) -> list[str]:
-        selecting = "select" if self.selection_reads == "everything" else "choose"
-        return [selecting if role == "select" else role for role in self._paper_roles(num_layers)]
+    def layer_roles(self, num_layers: int) -> list[Role]:
+        writing = Role.DENSE_AND_WRITE if self.selection_reads == "everything" else Role.WRITE_AND_READ
+        return [writing if role.writes_list else role for role in self._paper_roles(num_layers)]
 
-    def _paper_roles(self, num_layers: int) -> list[str]:
+    def _paper_roles(self, num_layers: int) -> list[Role]:
         """Roles where layers that select read everything."""
         if self.follows_policy:
             roles = load(self.policy).contents.roles
@@ -123,7 +124,7 @@ class Tidal(TopTokensMethod):
                 )
         again = self.reselect_layers or (round(PAPER_RESELECT_LAYER * num_layers / PAPER_LAYERS),)
         return [
-            "dense" if layer < first else "select" if layer == first or layer in again else "reuse"
+            Role.DENSE if layer < first else Role.DENSE_AND_WRITE if layer == first or layer in again else Role.READ
             for layer in range(num_layers)
         ]
 

@@ -1,23 +1,52 @@
 """Roles of a model's layers in decoding, and the file that holds them: found by calibration, or written by hand.
 
-A file written by hand needs the roles only: ``{"roles": ["dense", "dense", "select", "reuse", ...]}``.
+A file written by hand needs the roles only: ``{"roles": ["dense", "dense", "dense_and_write", "read", ...]}``.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, PlainValidator
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from vllm_sparse.methods.file import MethodFile, read
+from vllm_sparse.step.roles import Role
 
-Role = Literal["dense", "select", "reuse"]
+logger = logging.getLogger("vllm.sparse")
+
 CHECKED = ConfigDict(extra="forbid", strict=True)
+# Layers that write the list which they read themselves are the knob `selection_reads`, not a policy's.
+ROLES = {role.value: role for role in (Role.DENSE, Role.DENSE_AND_WRITE, Role.READ)}
+# Names in files of earlier releases.
+FORMER_NAMES = {"select": Role.DENSE_AND_WRITE, "reuse": Role.READ}
+
+
+def _role(name: object) -> Role:
+    """A layer's role by its present or former name."""
+    if isinstance(name, str) and name in FORMER_NAMES:
+        _say_former_names()
+        return FORMER_NAMES[name]
+    if not isinstance(name, str) or name not in ROLES:
+        raise ValueError(f"{name!r} is no role of a layer; {', '.join(ROLES)} are allowed")
+    return ROLES[name]
+
+
+@functools.lru_cache
+def _say_former_names() -> None:
+    """Once a process."""
+    logger.warning(
+        "A layer policy names roles as earlier releases did: select is dense_and_write now, reuse is read. "
+        "The old names still work in this release; rewrite the file."
+    )
+
+
+PolicyRole = Annotated[Role, PlainValidator(_role)]
 
 
 @checked_dataclass(frozen=True, config=CHECKED)
@@ -50,22 +79,22 @@ class Policy:
     """Contents of a policy file.
 
     Attributes:
-        roles: of each layer: ``dense`` reads everything, ``select`` too and chooses a list, ``reuse`` reads the list
-            chosen last.
+        roles: of each layer: ``dense`` reads everything, ``dense_and_write`` too and writes a list, ``read`` reads the
+            list that was written last.
         measured: what the policy was found with; absent if a person wrote it.
         version: of the format.
     """
 
-    roles: list[Role]
+    roles: list[PolicyRole]
     measured: Measured | None = None
     version: Literal[1] = 1
 
     def __post_init__(self) -> None:
-        if "reuse" not in self.roles:
-            raise ValueError("no layer has the role reuse, so every layer would be dense")
-        first = self.roles.index("reuse")
-        if "select" not in self.roles[:first]:
-            raise ValueError(f"layer {first} has the role reuse, but no layer before it has the role select")
+        if Role.READ not in self.roles:
+            raise ValueError("no layer has the role read, so every layer would be dense")
+        first = self.roles.index(Role.READ)
+        if Role.DENSE_AND_WRITE not in self.roles[:first]:
+            raise ValueError(f"layer {first} has the role read, but no layer before it has the role dense_and_write")
 
     def save(self, path: Path) -> None:
         """Write the file."""

@@ -1,4 +1,7 @@
-"""What a request asks for, kept with vLLM's own state of it in the API server, and gone when that goes."""
+"""vLLM's `RequestState`: what a request asks for, kept with its state in the API server, and gone when that goes.
+
+Spans and latencies by method need it. Not needed any more once the state keeps the sampling parameters themselves.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from typing import Any
 from vllm_sparse.config.request import ALL_DENSE, RESOLVED_KEY, SparseParams, deserialize
 
 
-def keep_params_of_requests() -> None:
-    """Make vLLM's request states carry what the request asks for; idempotent."""
+def install() -> None:
+    """Make request states carry what the request asks for."""
     from vllm.v1.engine.output_processor import RequestState
 
     make = RequestState.__dict__["from_new_request"].__func__
@@ -28,7 +31,7 @@ def keep_params_of_requests() -> None:
 
 
 def params_of(state: Any) -> SparseParams | None:
-    """What a request asks for; None where it generates nothing, or came before `keep_params_of_requests`.
+    """What a request asks for; None where it generates nothing, or came before `install`.
 
     Args:
         state: vLLM's `RequestState`.

@@ -1,0 +1,117 @@
+"""What the parts of a layer's forward get: of the call, and of the platform that serves it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_sparse.backend.summaries import StoredSummaries
+    from vllm_sparse.keys import PagedKeys
+    from vllm_sparse.step.launch import Executor
+    from vllm_sparse.step.plan import RowSpan
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One forward of one attention layer.
+
+    Attributes:
+        layer: vLLM's attention layer.
+        index: of the layer in the model.
+        query: ``[tokens, query_heads, head_size]``.
+        key: ``[tokens, kv_heads, head_size]``; the stock paged kernels read the cache and only pass this through.
+        value: likewise.
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]``, head-major (LBHNC).
+        metadata: vLLM's attention metadata of the step.
+        output: as the query, written.
+    """
+
+    layer: Any
+    index: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    kv_cache: torch.Tensor
+    metadata: Any
+    output: torch.Tensor
+
+    @property
+    def block_table(self) -> torch.Tensor:
+        """int32 ``[batch, blocks]``."""
+        table: torch.Tensor = self.metadata.block_table
+        return table
+
+    @property
+    def block_size_tokens(self) -> int:
+        """Tokens of a KV-cache block."""
+        return self.kv_cache.shape[2]
+
+
+class LayerPlatform:
+    """What differs between the platforms, and what a layer keeps; a mixin before a stock implementation."""
+
+    num_heads: int
+    num_kv_heads: int
+    scale: float
+    summaries: StoredSummaries
+    first_query_head: int
+    """The model's number of this process's first query head."""
+    _executor: Executor | None = None
+
+    @abstractmethod
+    def make_executor(self, layer: Any) -> Executor:
+        """The platform's executor for this layer."""
+
+    @abstractmethod
+    def keys_of(self, layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_len: int) -> PagedKeys:
+        """A request's keys, read in the platform's packing."""
+
+    @abstractmethod
+    def prefill_page_size(self, wanted_tokens: int, block_size_tokens: int) -> int:
+        """Page size of the executor for a method that chooses `wanted_tokens` at a time, given the cache's block."""
+
+    @abstractmethod
+    def decode_page_size(self, block_size_tokens: int) -> int:
+        """Page size of the executor in decoding, given the cache's block size."""
+
+    @abstractmethod
+    def dense_subset(self, layer: Any, query: torch.Tensor, metadata: Any, spans: list[RowSpan]) -> Any:
+        """Stock metadata for some rows of the step, whose query tokens are gathered in that order."""
+
+    def dense_rows(
+        self, metadata: Any, seq_lens: torch.Tensor, block_table: torch.Tensor, query_starts: torch.Tensor
+    ) -> Any:
+        """Stock metadata for decode rows that are served at once, with lengths of their own.
+
+        Args:
+            metadata: of the whole step.
+            seq_lens: int32 ``[rows]``.
+            block_table: int32 ``[rows, blocks]``.
+            query_starts: int32 ``[rows + 1]``: 0, 1 and so on.
+        """
+        raise NotImplementedError(f"{type(self).__name__} serves decode rows one by one")
+
+    @abstractmethod
+    def stock_forward(self, call: LayerCall, query: torch.Tensor, metadata: Any, output: torch.Tensor) -> None:
+        """The stock kernel over some rows of a call.
+
+        Args:
+            call: of the layer.
+            query: ``[tokens, query_heads, head_size]`` of these rows.
+            metadata: stock metadata of these rows.
+            output: as the query, written.
+        """
+
+    def executor(self, layer: Any) -> Executor:
+        """The layer's executor, made on first use: the layer must have its cache by then."""
+        if self._executor is None:
+            self._executor = self.make_executor(layer)
+        return self._executor
+
+    def row_keys(self, call: LayerCall, span: RowSpan) -> PagedKeys:
+        """The keys of a row's request, this step's included."""
+        return self.keys_of(call.layer, call.kv_cache, call.block_table[span.row], span.seq_len)

@@ -1,0 +1,279 @@
+"""Everything that this backend refuses at start-up, with its reason and what to do instead.
+
+`SparseDeclarations` is what vLLM itself asks of a backend and refuses; the tables hold what vLLM does not ask for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from vllm import envs
+from vllm.v1.attention.backend import AttentionType
+
+from vllm_sparse.config.request import configured_method
+from vllm_sparse.config.server import server_config
+from vllm_sparse.methods.decode import DecodeMethod
+from vllm_sparse.methods.registry import SUMMARISING_METHODS
+from vllm_sparse.step.requests import TABLE
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_sparse.kernels.page_summaries import SummaryKind
+
+FLASH_ATTENTION_VERSION = 3
+ADVICE = "serve without --attention-backend sparse, or change that setting"
+
+Subject = TypeVar("Subject")
+
+
+@dataclass(frozen=True)
+class Refusal(Generic[Subject]):
+    """Something that is not supported.
+
+    Attributes:
+        applies: whether the subject asks for it.
+        message: what is said then.
+    """
+
+    applies: Callable[[Subject], bool]
+    message: Callable[[Subject], str]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that starts.
+
+    Attributes:
+        config: vLLM's configuration.
+        cache_layers: attention layers of the cache group that the backend is to serve.
+    """
+
+    config: VllmConfig
+    cache_layers: int
+
+    @property
+    def model_layers(self) -> int:
+        """Attention layers of the model."""
+        layers: int = self.config.model_config.get_total_num_hidden_layers()
+        return layers
+
+
+@dataclass(frozen=True)
+class Summarised:
+    """An enabled decode method that keeps summaries, and the cache that it would summarise.
+
+    Attributes:
+        config: vLLM's configuration.
+        method: name of the method.
+        kind: of its summaries, as the server's configuration sets it.
+        block_size_tokens: tokens of a KV-cache block.
+    """
+
+    config: VllmConfig
+    method: str
+    kind: SummaryKind
+    block_size_tokens: int
+
+
+SERVER_REFUSALS: tuple[Refusal[Server], ...] = (
+    Refusal(
+        lambda server: server.config.parallel_config.pipeline_parallel_size > 1,
+        lambda server: f"attention backend sparse does not support pipeline parallelism yet; {ADVICE}",
+    ),
+    Refusal(
+        lambda server: server.config.parallel_config.enable_dbo,
+        lambda server: f"attention backend sparse does not support dual-batch overlap yet; {ADVICE}",
+    ),
+    Refusal(
+        lambda server: server.config.speculative_config is not None and not server.config.use_v2_model_runner,
+        lambda server: (
+            "attention backend sparse does not support speculative decoding on model runner V1, which hands no "
+            f"sampling parameters to plugins then; {ADVICE}"
+        ),
+    ),
+    Refusal(
+        lambda server: envs.VLLM_USE_RUST_FRONTEND,
+        lambda server: (
+            "attention backend sparse checks and resolves requests in vLLM's Python frontend; "
+            "unset VLLM_USE_RUST_FRONTEND"
+        ),
+    ),
+    Refusal(
+        lambda server: server.cache_layers != server.model_layers,
+        lambda server: (
+            f"attention backend sparse needs all {server.model_layers} layers of the model, this cache group has "
+            f"{server.cache_layers}: hybrid models are not supported yet; {ADVICE}"
+        ),
+    ),
+    Refusal(
+        lambda server: not TABLE.attached,
+        lambda server: (
+            "attention backend sparse receives request parameters through the entry point 'sparse' of the group "
+            "vllm.logits_processors, which was not loaded; reinstall vllm-sparse"
+        ),
+    ),
+)
+
+SUMMARY_REFUSALS: tuple[Refusal[Summarised], ...] = (
+    Refusal(
+        lambda cache: cache.config.kv_transfer_config is not None,
+        lambda cache: (
+            f"{cache.method} keeps summaries of the blocks that this process writes, and blocks that the configured KV "
+            f"connector {cache.config.kv_transfer_config.kv_connector} loads would have none; serve without the "
+            f'connector (or KV offloading), or without {cache.method} in "methods" of --additional-config, object '
+            "sparse"
+        ),
+    ),
+    Refusal(
+        lambda cache: cache.block_size_tokens % cache.kind.page_tokens != 0,
+        lambda cache: (
+            f"{cache.method} scores pages of {cache.kind.page_tokens} tokens, which do not divide a KV-cache block of "
+            f"{cache.block_size_tokens}; set --block-size to a multiple, or block in --additional-config, object "
+            f"sparse.{cache.method}"
+        ),
+    ),
+)
+
+# Of a stock implementation of a layer, as it was made.
+LAYER_REFUSALS: tuple[Refusal[Any], ...] = (
+    Refusal(
+        lambda impl: getattr(impl, "alibi_slopes", None) is not None,
+        lambda impl: "attention backend sparse does not support ALiBi; serve this model without it",
+    ),
+    Refusal(
+        lambda impl: bool(getattr(impl, "logits_soft_cap", 0)),
+        lambda impl: (
+            "attention backend sparse does not support a soft cap on attention logits; serve this model without it"
+        ),
+    ),
+    Refusal(
+        lambda impl: getattr(impl, "vllm_flash_attn_version", FLASH_ATTENTION_VERSION) != FLASH_ATTENTION_VERSION,
+        lambda impl: (
+            f"attention backend sparse needs FlashAttention {FLASH_ATTENTION_VERSION} on CUDA, this configuration "
+            f"resolves to version {impl.vllm_flash_attn_version}; set --attention-config.flash_attn_version "
+            f"{FLASH_ATTENTION_VERSION} or serve without it"
+        ),
+    ),
+)
+
+
+def _refuse(refusals: Iterable[Refusal[Subject]], subject: Subject) -> None:
+    for refusal in refusals:
+        if refusal.applies(subject):
+            raise ValueError(refusal.message(subject))
+
+
+def check_server(vllm_config: VllmConfig, layer_names: Collection[str]) -> None:
+    """Refuse a server that the backend cannot serve.
+
+    Args:
+        vllm_config: the server's configuration.
+        layer_names: attention layers of the cache group that the backend is to serve.
+
+    Raises:
+        ValueError: with the reason and what to do instead.
+    """
+    _refuse(SERVER_REFUSALS, Server(vllm_config, len(layer_names)))
+
+
+def check_summaries(vllm_config: VllmConfig, block_size_tokens: int) -> None:
+    """Refuse a cache whose pages cannot be summarised as an enabled method wants them.
+
+    Args:
+        vllm_config: the server's configuration.
+        block_size_tokens: tokens of a KV-cache block.
+
+    Raises:
+        ValueError: with the reason and what to do instead, or the plugin's configuration is wrong.
+    """
+    config = server_config(vllm_config)
+    for name in SUMMARISING_METHODS:
+        if name not in config.methods:
+            continue
+        method = configured_method(config, "decode", name)
+        assert isinstance(method, DecodeMethod)
+        assert method.summaries is not None
+        _refuse(SUMMARY_REFUSALS, Summarised(vllm_config, name, method.summaries, block_size_tokens))
+
+
+def check_layer(impl: Any) -> None:
+    """Refuse a layer whose stock implementation does what sparse rows cannot.
+
+    Args:
+        impl: the implementation, made.
+
+    Raises:
+        ValueError: with the reason and what to do instead.
+    """
+    _refuse(LAYER_REFUSALS, impl)
+
+
+def check_packing(packing: str, readable: Collection[str]) -> None:
+    """Refuse a processor whose kernel packs keys in a way that selection cannot read.
+
+    Args:
+        packing: vLLM's name of the instruction set.
+        readable: those that selection reads.
+
+    Raises:
+        ValueError: with the reason and what to do instead.
+    """
+    if packing not in readable:
+        raise ValueError(
+            f"attention backend sparse cannot read keys as this processor's kernel packs them ({packing}); "
+            f"it reads {', '.join(readable)}; serve without it"
+        )
+
+
+class SparseDeclarations:
+    """Mixin before a stock backend: withdraws what the stock kernel can do and sparse rows cannot yet."""
+
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "SPARSE"
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
+        return kv_cache_dtype is None or kv_cache_dtype in cls.supported_kv_cache_dtypes
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return bool(attn_type == AttentionType.DECODER)
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """Plans are made from the host's query lengths."""
+        return False

@@ -1,0 +1,51 @@
+"""vLLM's `CpuPlatform`: it knows one attention backend and one block size.
+
+Not needed any more once the CPU platform looks registered backends up, and asks a backend for its preferred block size,
+as the CUDA platform does.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+
+def install(name: str) -> None:
+    """Let the CPU platform select the backend.
+
+    Args:
+        name: of its member in `AttentionBackendEnum`.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    sparse = AttentionBackendEnum.__members__[name]
+    select = CpuPlatform.__dict__["get_attn_backend_cls"].__func__
+    configure = CpuPlatform.__dict__["check_and_update_config"].__func__
+    if hasattr(select, "__wrapped__"):
+        return
+
+    @functools.wraps(select)
+    def get_attn_backend_cls(cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: Any = None) -> Any:
+        if selected_backend is not sparse:
+            return select(cls, selected_backend, attn_selector_config, num_heads)
+        backend = sparse.get_class()
+        reasons = backend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
+        if reasons:
+            raise ValueError(
+                f"attention backend sparse does not support this configuration: {', '.join(reasons)}; "
+                "serve without --attention-backend sparse"
+            )
+        return sparse.get_path()
+
+    @functools.wraps(configure)
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        configure(cls, vllm_config)
+        cache = vllm_config.cache_config
+        if vllm_config.attention_config.backend is sparse and not cache.user_specified_block_size:
+            from vllm_sparse.backend.cpu import DEFAULT_BLOCK_TOKENS
+
+            cache.block_size = DEFAULT_BLOCK_TOKENS
+
+    CpuPlatform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)

@@ -1,0 +1,47 @@
+"""vLLM's `GPUModelRunner` (runner V2): it keeps a sparse step that no graph holds out of FULL CUDA graphs.
+
+A batch is eligible for a FULL decode graph when its rows have a uniform token count. Where no graph was captured for a
+sparse step, none is reported: that makes it a mixed batch, for which PIECEWISE graphs run with the attention between
+them; data-parallel ranks agree on that value, so all of them follow. Not needed any more once vLLM asks the metadata
+builder, step by step, whether a FULL graph may run.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from vllm_sparse.backend.decode_graphs import current_graphs
+from vllm_sparse.step.requests import TABLE
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def install() -> None:
+    """Wrap `gather_batch_req_state`, which sees a step before its graph is chosen."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    gather = GPUModelRunner.gather_batch_req_state
+    if hasattr(gather, "__wrapped__"):
+        return
+
+    @functools.wraps(gather)
+    def gather_batch_req_state(self: Any, scheduler_output: Any, dummy_run: bool) -> tuple[Any, int | None]:
+        batch, uniform_tokens = gather(self, scheduler_output, dummy_run)
+        TABLE.dummy_step = dummy_run
+        graphs = current_graphs()
+        if graphs is not None:
+            graphs.step = None
+        if batch is not None and uniform_tokens is not None and not graphs_hold(batch.idx_mapping_np):
+            uniform_tokens = None
+        return batch, uniform_tokens
+
+    GPUModelRunner.gather_batch_req_state = gather_batch_req_state
+
+
+def graphs_hold(slots: np.ndarray) -> bool:
+    """Whether a step of the requests in these slots may replay a FULL graph."""
+    requests = TABLE.sparse_decodes(slots)
+    graphs = current_graphs()
+    return not requests or (graphs is not None and graphs.holds(requests, len(slots)))

@@ -1,0 +1,142 @@
+"""What sparse rows read of what was in reach: densities, bytes, and late densities of each layer and head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import prometheus_client
+
+from vllm_sparse.metrics.density import Geometry, RecentDensity, RowDensity
+from vllm_sparse.metrics.histogram import observe_all
+from vllm_sparse.step.roles import reading_layers
+
+if TYPE_CHECKING:
+    from vllm_sparse.step.plan import BatchRow
+    from vllm_sparse.step.requests import RowSetting
+
+DENSITY_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
+LABELS = ["phase", "method"]
+
+
+@dataclass(frozen=True)
+class _MethodReads:
+    """Prometheus metrics of one phase and method."""
+
+    density: prometheus_client.Histogram
+    read_bytes: prometheus_client.Counter
+    saved_bytes: prometheus_client.Counter
+
+
+class _ReadCounters:
+    """Prometheus metrics of all phases and methods."""
+
+    def __init__(self) -> None:
+        self._density = prometheus_client.Histogram(
+            "vllm_sparse_density_ratio",
+            "KV tokens read over KV tokens in reach, in the layers that a method makes sparse; one observation per "
+            "prefill chunk or decode step of a request.",
+            LABELS,
+            buckets=DENSITY_BUCKETS,
+        )
+        self._read = prometheus_client.Counter(
+            "vllm_sparse_kv_read_bytes",
+            "KV-cache bytes that sparse prefill chunks and decode steps of one rank read, in all layers: of each query "
+            "block and head that has a list, the list, and the whole context in dense layers.",
+            LABELS,
+        )
+        self._saved = prometheus_client.Counter(
+            "vllm_sparse_kv_saved_bytes",
+            "KV-cache bytes in reach of the same chunks and steps that they did not read.",
+            LABELS,
+        )
+        self._of_methods: dict[tuple[str, str], _MethodReads] = {}
+
+    def of(self, phase: str, method: str) -> _MethodReads:
+        """What is counted in every step; looking labels up takes longer than counting."""
+        found = self._of_methods.get((phase, method))
+        if found is None:
+            key = phase, method
+            found = _MethodReads(self._density.labels(*key), self._read.labels(*key), self._saved.labels(*key))
+            self._of_methods[phase, method] = found
+        return found
+
+
+class ReadMetrics:
+    """What rows read.
+
+    Args:
+        recording: in Prometheus metrics too; other ranks than the first of a tensor-parallel group keep late densities
+            of their own heads only.
+    """
+
+    def __init__(self, recording: bool) -> None:
+        self._counters = _ReadCounters() if recording else None
+        self._geometry: Geometry | None = None
+        self._recent: RecentDensity | None = None
+
+    def start_serving(self, geometry: Geometry) -> None:
+        """The model is there; before that neither bytes nor late densities are counted."""
+        if geometry != self._geometry:
+            self._geometry, self._recent = geometry, RecentDensity(geometry)
+
+    def recent(self) -> dict[str, Any]:
+        """Densities of late rows in each layer and query head, as JSON."""
+        return {} if self._recent is None else self._recent.as_json()
+
+    def observe_lists(self, kept: np.ndarray, densities: Sequence[RowDensity]) -> None:
+        """Rows whose lists were counted on the device.
+
+        Args:
+            kept: int32, the rows' `RowDensity.kept` one after the other, on the host.
+            densities: of the rows.
+        """
+        start = 0
+        for row in densities:
+            tokens = row.kept_by_head(kept[start : start + row.numbers])
+            start += row.numbers
+            kept_tokens, reach = int(tokens.sum()), row.candidates * tokens.size
+            if self._counters is not None:
+                self._counters.of(row.phase, row.method).density.observe(kept_tokens / reach)
+            if self._geometry is not None:
+                all_layers = row.candidates * row.list_heads * self._geometry.layers
+                self._count_bytes(row.phase, row.method, all_layers, reach - kept_tokens)
+            if self._recent is not None:
+                self._recent.observe(row.phase, row.method, row.layers, tokens / row.candidates)
+
+    def observe_batch(self, batch: Sequence[BatchRow]) -> None:
+        """Decode rows that are served at once, whose lists' lengths the host knows (`WorkerMetrics.observe_batch`)."""
+        # Requests of equal settings share their method, and one cannot afford to compare settings.
+        groups: dict[int, tuple[RowSetting, list[int]]] = {}
+        for row in batch:
+            setting = row.setting
+            group = groups.get(id(setting.method))
+            if group is None:
+                groups[id(setting.method)] = setting, [row.span.seq_len]
+            else:
+                group[1].append(row.span.seq_len)
+        for setting, seq_lens in groups.values():
+            assert setting.method is not None
+            name, reach = setting.method.name, np.array(seq_lens)
+            kept = setting.method.list_tokens(reach)
+            densities = (kept / reach).tolist()
+            layers = reading_layers(setting.roles)
+            if self._counters is not None:
+                observe_all(self._counters.of("decode", name).density, densities)
+            if self._geometry is None:
+                continue
+            reach_tokens = sum(seq_lens)
+            saved_tokens = (reach_tokens - sum(kept.tolist())) * len(layers)
+            all_tokens, kv_heads = reach_tokens * self._geometry.layers, self._geometry.kv_heads
+            self._count_bytes("decode", name, all_tokens * kv_heads, saved_tokens * kv_heads)
+            if self._recent is not None:
+                self._recent.observe_alike("decode", name, layers, sum(densities) / len(seq_lens))
+
+    def _count_bytes(self, phase: str, method: str, reach_tokens: int, saved_tokens: int) -> None:
+        if self._counters is None or self._geometry is None:
+            return
+        counters, token_bytes = self._counters.of(phase, method), self._geometry.token_bytes
+        counters.read_bytes.inc((reach_tokens - saved_tokens) * token_bytes)
+        counters.saved_bytes.inc(saved_tokens * token_bytes)

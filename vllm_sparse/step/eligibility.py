@@ -1,0 +1,108 @@
+"""Why a row that asked for a sparse method runs dense: the one place that decides it.
+
+The device decides the same of decode rows that are served at once (`vllm_sparse.kernels.decode_roles`), from the number
+that `least_context_tokens` gives and from the order of the rows; `tests/step/test_eligibility.py` compares the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from vllm_sparse.methods.decode import BatchDecodeMethod, DecodeMethod
+    from vllm_sparse.methods.prefill import PrefillMethod
+
+
+class DenseReason(StrEnum):
+    """Why a row runs dense; the value is the metric's label.
+
+    Attributes:
+        sentence: for the log, after "a request ran a step dense:".
+    """
+
+    sentence: str
+
+    SHORT_CONTEXT = (
+        "short_context",
+        "its context is shorter than sparse_min_tokens, or no longer than what the method reads",
+    )
+    SHORT_PROMPT_CHUNK = "short_chunk", "the prompt chunk holds fewer tokens than the method needs"
+    NO_ROOM = "no_room", "other requests of the step left no room to score its cached tokens"
+    SPECULATIVE = "speculative", "verification steps of speculative decoding are not supported yet"
+
+    def __new__(cls, value: str, sentence: str) -> DenseReason:
+        """A member."""
+        reason = str.__new__(cls, value)
+        reason._value_ = value
+        reason.sentence = sentence
+        return reason
+
+
+@dataclass
+class ScoringRoom:
+    """Room to score cached tokens of decode rows that are served at once, given to the rows in their order.
+
+    Attributes:
+        left_tokens: tokens that there is still room for; negative from the first row on that found too little.
+    """
+
+    left_tokens: int
+
+    def take(self, tokens: int) -> bool:
+        """Give room to a row. Rows behind one that found too little would fit only by chance, and get none."""
+        self.left_tokens -= tokens
+        return self.left_tokens >= 0
+
+
+def why_prefill_is_dense(method: PrefillMethod, min_tokens: int, query_tokens: int, seq_len: int) -> DenseReason | None:
+    """Why a prompt chunk runs dense; None if it is sparse.
+
+    Args:
+        method: of the request's prompt.
+        min_tokens: the request's ``sparse_min_tokens``.
+        query_tokens: tokens of the prompt chunk.
+        seq_len: tokens in the request's cache, this step's included.
+    """
+    if seq_len < min_tokens:
+        return DenseReason.SHORT_CONTEXT
+    if query_tokens < method.min_query_tokens:
+        return DenseReason.SHORT_PROMPT_CHUNK
+    return None
+
+
+def least_context_tokens(method: DecodeMethod, min_tokens: int) -> int:
+    """The longest context, in tokens with this step's, with which a decode row still runs dense.
+
+    Args:
+        method: of the request's decoding.
+        min_tokens: the request's ``sparse_min_tokens``.
+    """
+    return max(min_tokens - 1, method.budget_tokens)
+
+
+def why_decode_is_dense(
+    method: DecodeMethod,
+    min_tokens: int,
+    seq_len: int,
+    speculative: bool = False,
+    room: ScoringRoom | None = None,
+) -> DenseReason | None:
+    """Why a decode row runs dense; None if it is sparse.
+
+    Args:
+        method: of the request's decoding.
+        min_tokens: the request's ``sparse_min_tokens``.
+        seq_len: tokens in the request's cache, the newest included.
+        speculative: the row verifies drafted tokens.
+        room: of rows that are served at once, asked in their order; None for a row that is served alone.
+    """
+    if speculative:
+        return DenseReason.SPECULATIVE
+    if seq_len <= least_context_tokens(method, min_tokens):
+        return DenseReason.SHORT_CONTEXT
+    # Rows that are served at once have methods of this kind.
+    if room is not None and not room.take(seq_len if cast("BatchDecodeMethod", method).scores_tokens else 0):
+        return DenseReason.NO_ROOM
+    return None
