@@ -107,4 +107,6 @@ def test_one_list_serves_all_layers() -> None:
 def test_an_unbounded_window_is_dense() -> None:
     extras = {"sparse_prefill": "streaming", "streaming_recent_tokens": UNBOUNDED_TOKENS}
     assert resolve(extras, ServerConfig(methods=("streaming",)), 8).is_dense
-    assert not resolve({**extras, "streaming_recent_tokens": UNBOUNDED_TOKENS - 1}, ServerConfig(methods=("streaming",)), 8).is_dense
+    assert not resolve(
+        {**extras, "streaming_recent_tokens": UNBOUNDED_TOKENS - 1}, ServerConfig(methods=("streaming",)), 8
+    ).is_dense
