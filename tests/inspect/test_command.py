@@ -11,7 +11,7 @@ import pytest
 
 from tests.inspect.test_page import PageReader
 from tests.serving.server import prompt_of
-from tests.test_command import run
+from tests.test_command import run_installed
 from vllm_sparse.inspect.command import main
 
 MODEL = Path(__file__).parents[2] / "loadtest" / "model" / "weights"
@@ -34,7 +34,7 @@ def prompt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_page_is_written_and_progress_is_shown(prompt: Path, tmp_path: Path) -> None:
     output = tmp_path / "page.html"
-    ended = run("inspect", *arguments_of(prompt, BOTH, output, "--chunk", "512"))
+    ended = run_installed("inspect", *arguments_of(prompt, BOTH, output, "--chunk", "512"))
     assert ended.returncode == 0, ended.stderr
     assert "layer 8 of 8: prefill density" in ended.stdout
     text = output.read_text()
