@@ -17,8 +17,8 @@ class PagedKeys(ABC):
 
     Args:
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]``, head-major (LBHNC).
-        block_table: int32 ``[>= ceil(context_tokens / block_size)]`` physical blocks of the request.
-        context_tokens: tokens in the cache, those of this step included.
+        block_table: int32 ``[>= ceil(seq_len / block_size)]`` physical blocks of the request.
+        seq_len: tokens in the cache, those of this step included.
 
     Attributes:
         summaries: page summaries of the layer (`vllm_sparse.kernels.page_summaries`), stored by physical block:
@@ -27,10 +27,10 @@ class PagedKeys(ABC):
 
     summaries: torch.Tensor | None = None
 
-    def __init__(self, kv_cache: torch.Tensor, block_table: torch.Tensor, context_tokens: int) -> None:
+    def __init__(self, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_len: int) -> None:
         self.kv_cache = kv_cache
         self.block_table = block_table
-        self.context_tokens = context_tokens
+        self.seq_len = seq_len
         self.num_kv_heads = kv_cache.shape[1]
         self.block_size_tokens = kv_cache.shape[2]
         self.head_size = kv_cache.shape[3] // 2
@@ -41,8 +41,8 @@ class PagedKeys(ABC):
         Raises:
             ValueError: the range is empty or reaches outside of the context.
         """
-        if not 0 <= start < stop <= self.context_tokens:
-            raise ValueError(f"keys {start} to {stop} asked for, the context holds 0 to {self.context_tokens}")
+        if not 0 <= start < stop <= self.seq_len:
+            raise ValueError(f"keys {start} to {stop} asked for, the context holds 0 to {self.seq_len}")
         first_block = start // self.block_size_tokens
         last_block = (stop - 1) // self.block_size_tokens
         blocks = self.block_table[first_block : last_block + 1].long()

@@ -192,7 +192,7 @@ class Dense:
     data: Paged
     table: torch.Tensor
 
-    def __call__(self, query: torch.Tensor, context_tokens: torch.Tensor, output: torch.Tensor) -> None:
+    def __call__(self, query: torch.Tensor, seq_lens: torch.Tensor, output: torch.Tensor) -> None:
         rows, _, head_size = query.shape
         position = torch.arange(self.table.shape[1] * BLOCK, device=DEVICE)
         head = torch.arange(KV_HEADS, device=DEVICE).view(1, -1, 1)
@@ -201,7 +201,7 @@ class Dense:
             torch.arange(rows * KV_HEADS + 1, dtype=torch.int32, device=DEVICE),
             1,
             slots.flatten(0, 1).int().contiguous(),
-            context_tokens.repeat_interleave(KV_HEADS),
+            seq_lens.repeat_interleave(KV_HEADS),
             1,
         )
         lists = rows * KV_HEADS
@@ -222,7 +222,7 @@ def expected(
             query = queries[layer][index]
             setting = row.setting
             sparse = (
-                setting.method is not None and row.context > setting.least_context_tokens and index not in dense_rows
+                setting.method is not None and row.context > setting.longest_dense_seq_len and index not in dense_rows
             )
             role = setting.roles[layer] if sparse else Role.DENSE
             if role.writes_list:

@@ -404,13 +404,13 @@ def test_captures_and_idle_rows_leave_no_trace(generator: torch.Generator) -> No
         server.enter(request)
     server.step(running, True)
     server.step({0: running[0]}, True)
-    kept = [(layer.key_blocks.clone(), layer.context_tokens.clone()) for layer in server.memory.layers]
+    kept = [(layer.key_blocks.clone(), layer.seq_lens.clone()) for layer in server.memory.layers]
     server.replay = server.capture()
     server.contexts.zero_()
     server.buffers.tell([RowSetting(HIP, 0, (Role.WRITE_AND_READ,) * LAYERS, slot, True) for slot in range(ROWS)])
     server.replay()
     for layer, (key_blocks, contexts) in zip(server.memory.layers, kept, strict=True):
         assert torch.equal(layer.key_blocks, key_blocks)
-        assert torch.equal(layer.context_tokens, contexts)
+        assert torch.equal(layer.seq_lens, contexts)
     assert not bool(server.memory.scratch.arrived.any())
     server.step(running, True)

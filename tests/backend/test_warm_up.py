@@ -41,7 +41,7 @@ def test_each_method_serves_a_chunk_of_each_length(engine: Engine, monkeypatch: 
 
     @functools.wraps(select)
     def counted(self: PrefillMethod, query: torch.Tensor, keys: Any, *args: Any) -> PageList:
-        served[self.name, query.shape[0], keys.context_tokens] += 1
+        served[self.name, query.shape[0], keys.seq_len] += 1
         lists = select(self, query, keys, *args)
         attended.append(int(lists.kept_tokens.sum()))
         return lists

@@ -77,21 +77,21 @@ def test_no_chunk_waits_for_the_compiler(name: str, heads: int, kv_heads: int, l
     cache = torch.zeros(LONGEST // BLOCK, kv_heads, BLOCK, 2 * HEAD_SIZE, dtype=torch.bfloat16)
     table = torch.arange(cache.shape[0], dtype=torch.int32)
 
-    def select(tokens: int, context_tokens: int) -> None:
+    def select(tokens: int, seq_len: int) -> None:
         query = torch.zeros(tokens, heads, HEAD_SIZE, dtype=torch.bfloat16)
-        keys = PlainKeys(cache, table[: -(-context_tokens // BLOCK)], context_tokens)
+        keys = PlainKeys(cache, table[: -(-seq_len // BLOCK)], seq_len)
         page_size_tokens = min(BLOCK, method.page_tokens)
         method.select(query, keys, HEAD_SIZE**-0.5, page_size_tokens, Layer(method.dense_layers, 0))
 
     for chunk in warm_up_chunks(method, STEP, SHORTEST, LONGEST):
-        select(chunk.tokens, chunk.context_tokens)
+        select(chunk.tokens, chunk.seq_len)
     at_start = set(launched)
     assert at_start
     for _ in range(CHUNKS):
         tokens = random.choice((STEP, random.randint(method.min_query_tokens, STEP)))
-        context_tokens = random.randint(SHORTEST, LONGEST)
-        select(tokens, context_tokens)
-        assert launched <= at_start, f"{tokens} of {context_tokens} tokens"
+        seq_len = random.randint(SHORTEST, LONGEST)
+        select(tokens, seq_len)
+        assert launched <= at_start, f"{tokens} of {seq_len} tokens"
 
 
 class Nothing(Executor):
@@ -133,9 +133,9 @@ def test_no_decode_step_waits_for_the_compiler(heads: int, kv_heads: int, launch
         return RowSetting(method, 0, layer_roles(method, LAYERS), slot, False)
 
     def serve(launches: list[LayerLaunches], rows: slice | torch.Tensor, capacity_tokens: int) -> None:
-        context_tokens = contexts[rows]
-        count = context_tokens.shape[0]
-        step = DecodeStep(buffers, count, launches, context_tokens, table[rows], capacity_tokens)
+        seq_len = contexts[rows]
+        count = seq_len.shape[0]
+        step = DecodeStep(buffers, count, launches, seq_len, table[rows], capacity_tokens)
         for layer in range(LAYERS):
             query = torch.zeros(count, heads, HEAD_SIZE, dtype=cache.dtype)
             output = torch.zeros_like(query)

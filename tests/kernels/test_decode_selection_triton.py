@@ -31,8 +31,8 @@ def test_under_the_interpreter() -> None:
 
 def rows_of(data: Paged, query: torch.Tensor, takes_part: list[bool]) -> DecodeRows:
     contexts = [keys.shape[1] if part else 0 for keys, part in zip(data.keys, takes_part, strict=True)]
-    context_tokens = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
-    return DecodeRows(query, data.kv_cache, data.block_table, context_tokens, SCALE)
+    seq_len = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
+    return DecodeRows(query, data.kv_cache, data.block_table, seq_len, SCALE)
 
 
 def empty_lists(lists: int, width: int) -> TokenLists:
@@ -133,9 +133,9 @@ def test_long_lists_equal_the_reference_in_clusters_of_any_size(rows: int) -> No
     contexts = [int(torch.randint(5000, 300_000, (1,), generator=generator)) for _ in range(rows)]
     table = torch.randint(0, 1 << 20, (rows, 300_000 // block_size + 1), generator=generator, dtype=torch.int32).cuda()
     kv_cache = torch.empty(1, kv_heads, block_size, 1, device="cuda")
-    context_tokens = torch.tensor(contexts, dtype=torch.int32, device="cuda")
-    decode_rows = DecodeRows(torch.zeros(rows, kv_heads, 1, device="cuda"), kv_cache, table, context_tokens, SCALE)
-    starts = context_tokens.cumsum(0) - context_tokens
+    seq_len = torch.tensor(contexts, dtype=torch.int32, device="cuda")
+    decode_rows = DecodeRows(torch.zeros(rows, kv_heads, 1, device="cuda"), kv_cache, table, seq_len, SCALE)
+    starts = seq_len.cumsum(0) - seq_len
     # Logarithms of probabilities, many of them equal.
     values = -torch.rand(kv_heads, sum(contexts), device="cuda").mul(1 << 14).round() / 1000
     scores = RowScores(values, starts, sum(contexts), unit)

@@ -40,8 +40,8 @@ def test_lists_equal_the_reference(
     generator = torch.Generator().manual_seed(seed)
     shape = (heads, -(-chunk // query_block), -(-context // block))
     mask = (torch.rand(*shape, generator=generator) < 0.3).to(DEVICE)
-    arguments = (mask, block, chunk, context, query_block, page, list_heads)
-    expected, actual = reference.chunk_lists(*arguments), page_list_triton.chunk_lists(*arguments)
+    grid = reference.ListGrid(chunk, context, query_block, block, page, list_heads)
+    expected, actual = reference.block_lists(mask, grid), page_list_triton.block_lists(mask, grid)
     assert torch.equal(actual.kept_tokens, expected.kept_tokens), f"seed {seed}"
     assert torch.equal(actual.pages, expected.pages), f"seed {seed}"
 
@@ -73,7 +73,7 @@ def test_kernels_compile_for_hopper() -> None:
     from vllm_sparse.kernels.page_list import triton as page_list_triton
 
     compile_for_hopper(
-        page_list_triton.chunk_lists_kernel,
+        page_list_triton.block_lists_kernel,
         {
             **dict.fromkeys(("chunk", "context", "query_block_count", "key_blocks", "width"), "i32"),
             "mask_pointer": "*u8",

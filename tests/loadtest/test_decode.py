@@ -39,7 +39,7 @@ def heads_of(generator: torch.Generator, queries: int, context: int, query_heads
 
 def probabilities(batch: DecodeBatch, row: int) -> torch.Tensor:
     """A row's attention in float64: ``[query_heads, context]``."""
-    context = batch.context_tokens[row]
+    context = batch.seq_lens[row]
     everything = torch.ones(context, dtype=torch.bool)
     keys = batch.heads.keys[:, :context]
     return oracle.probabilities(batch.query[row : row + 1], keys, batch.heads.scale, everything)[:, 0]
@@ -48,7 +48,7 @@ def probabilities(batch: DecodeBatch, row: int) -> torch.Tensor:
 def lists_of(method: Tidal, batch: DecodeBatch) -> list[PageList]:
     scale, page_size = batch.heads.scale, batch.page_size_tokens
     return [
-        method.select(batch.query[row], batch.keys(row, batch.context_tokens[row]), scale, page_size, LayerMemory())
+        method.select(batch.query[row], batch.keys(row, batch.seq_lens[row]), scale, page_size, LayerMemory())
         for row in range(batch.rows)
     ]
 
@@ -72,7 +72,7 @@ def test_recall_is_the_mass_of_the_listed_tokens(
     """With a copy of the text for each row, and with one that all rows share."""
     batch = write_batch(heads_of(generator, 5, 700), 3, BLOCK, most_bytes, seed=1)
     assert batch.copies == (3 if most_bytes else 1)
-    assert batch.context_tokens == [698, 699, 700]
+    assert batch.seq_lens == [698, 699, 700]
     method = Tidal(budget_tokens=192, list_per=lists)
     launch = decode.selection_of(method, batch)()
     expected = expected_mass(lists_of(method, batch), batch)
@@ -94,7 +94,7 @@ def test_dense_and_full_lists_equal_float64(generator: torch.Generator) -> None:
     batch = write_batch(heads_of(generator, 3, 417), 3, BLOCK, EVERYTHING, seed=3)
     dense, listed = batch.dense()(), batch.attend(decode.selection_of(Tidal(budget_tokens=1024), batch)())
     for row in range(3):
-        values = oracle.expand(batch.heads.values[:, : batch.context_tokens[row]], 4)
+        values = oracle.expand(batch.heads.values[:, : batch.seq_lens[row]], 4)
         exact = torch.einsum("hk,hkd->hd", probabilities(batch, row), values)
         oracle.assert_close(dense[row], exact)
         oracle.assert_close(listed[row], exact)
@@ -135,7 +135,7 @@ def test_measuring_gives_a_line_per_budget(name: str, generator: torch.Generator
     # A page is twice what hip keeps or drops at a time.
     assert 0.8 * 512 / 1500 < many.density < (1.9 if name == "hip" else 1.1) * 512 / 1500
     # Two rows, two KV heads of 64, two bytes, keys and values.
-    kept = round(many.density * sum(batch.context_tokens))
+    kept = round(many.density * sum(batch.seq_lens))
     assert many.floor_seconds == pytest.approx(kept * 2 * 64 * 2 * 2 / 1e10, rel=1e-3)
     assert min(few.selection_seconds, few.attention_seconds, few.dense_seconds) > 0
     assert decode.line(few).count("|") == decode.HEADER.split("\n")[0].count("|")
@@ -156,7 +156,7 @@ def test_steps_follow_one_another(generator: torch.Generator) -> None:
         def select(
             self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory
         ) -> PageList:
-            seen.append(keys.context_tokens)
+            seen.append(keys.seq_len)
             return super().select(query, keys, scale, page_size_tokens, memory)
 
     batch = write_batch(heads_of(generator, 2, 400), 2, BLOCK, EVERYTHING, seed=6)

@@ -428,7 +428,7 @@ def test_short_contexts_need_less_room() -> None:
 
 def test_memory_has_the_size_that_it_says() -> None:
     """Two stages of 32 chunks and a count, for 2 heads of 5 requests, in 3 layers, and scores of 48 chunks."""
-    size = ServerSize(requests=5, context_tokens=1000, num_layers=3, kv_heads=2)
+    size = ServerSize(requests=5, max_seq_len=1000, num_layers=3, kv_heads=2)
     layers, scratch = 4 * 5 * (2 * 2 * 33 + 1), 4 * 5 * 2 * 49
     assert SERVED.allocate(size, torch.device("cpu")).bytes == 3 * layers + scratch
 

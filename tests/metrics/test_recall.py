@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_sparse.kernels.page_list.reference import chunk_lists
+from vllm_sparse.kernels.page_list.reference import ListGrid, block_lists
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.metrics import recall
 from vllm_sparse.metrics.recall import SAMPLED_QUERIES, attention_recall
@@ -24,7 +24,7 @@ def make_keys(context: int, kv_heads: int, generator: torch.Generator) -> PlainK
 def true_recall(query: torch.Tensor, keys: PlainKeys, allowed: torch.Tensor, tokens: list[int]) -> torch.Tensor:
     """Per query head, mean over query tokens; `allowed` is bool ``[list_heads, chunk, context]``."""
     chunk, query_heads, _ = query.shape
-    context = keys.context_tokens
+    context = keys.seq_len
     every = keys.read(0, context).double().repeat_interleave(query_heads // keys.num_kv_heads, dim=0)
     logits = torch.einsum("thd,hnd->htn", query.double(), every) * SCALE
     future = torch.arange(context) > (context - chunk + torch.arange(chunk)).unsqueeze(1)
@@ -65,7 +65,7 @@ def test_chunk(
     keys = make_keys(context, kv_heads, generator)
     query = torch.randn(chunk, query_heads, HEAD_SIZE, generator=generator) * 2
     mask = torch.rand(list_heads, -(-chunk // 64), -(-context // page), generator=generator) < 0.4
-    lists = chunk_lists(mask, page, chunk, context, 64, page, list_heads)
+    lists = block_lists(mask, ListGrid(chunk, context, 64, page, page, list_heads))
     sampled = min(SAMPLED_QUERIES, chunk)
     tokens = [(2 * index + 1) * chunk // (2 * sampled) for index in range(sampled)]
     expected = true_recall(query, keys, allowed_by(lists, chunk, context, 64), tokens)
@@ -91,5 +91,5 @@ def test_everything_kept_is_one() -> None:
     generator = torch.Generator().manual_seed(4)
     keys = make_keys(500, 2, generator)
     query = torch.randn(100, 4, HEAD_SIZE, generator=generator)
-    lists = chunk_lists(torch.ones(2, 2, 16, dtype=torch.bool), 32, 100, 500, 64, 32, 2)
+    lists = block_lists(torch.ones(2, 2, 16, dtype=torch.bool), ListGrid(100, 500, 64, 32, 32, 2))
     assert attention_recall(query, keys, lists, 64, SCALE).tolist() == pytest.approx([1.0] * 4)

@@ -17,7 +17,7 @@ from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.step.eligibility import (
     DenseReason,
     ScoringRoom,
-    least_context_tokens,
+    longest_dense_seq_len,
     why_decode_is_dense,
     why_prefill_is_dense,
 )
@@ -90,7 +90,7 @@ def test_the_device_decides_the_same() -> None:
         roles = [[role.number for role in layer_roles(methods[pick], LAYERS)] for pick, _, _ in rows]
         settings = RowSettings(
             integers([numbers[pick] for pick, _, _ in rows]),
-            integers([least_context_tokens(methods[pick], min_tokens) for pick, min_tokens, _ in rows]),
+            integers([longest_dense_seq_len(methods[pick], min_tokens) for pick, min_tokens, _ in rows]),
             integers([methods[pick].scores_tokens for pick, _, _ in rows]),
             torch.tensor(roles, dtype=torch.int8),
         )

@@ -57,7 +57,7 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
         methods = [
             method
             for method in configured
-            if isinstance(method, BatchDecodeMethod) and method.serves(method, size.context_tokens)
+            if isinstance(method, BatchDecodeMethod) and method.serves(method, size.max_seq_len)
         ]
         if vllm_config.kernel_config.enable_jit_warmup:
             PrefillWarmUp(vllm_config, layer_names[0]).register_warmup()

@@ -94,7 +94,7 @@ class DecodeBuffers:
             knobs = row.method.row_knobs()
             settings[index, :KNOBS] = (
                 self._numbers[type(row.method)],
-                row.least_context_tokens,
+                row.longest_dense_seq_len,
                 row.method.scores_tokens,
                 row.slot,
                 row.fresh,
@@ -112,7 +112,7 @@ class DecodeBuffers:
         number = self._numbers.get(type(method))
         if method is None or number is None:
             return False
-        return self.methods[number].serves(method, self.size.context_tokens)
+        return self.methods[number].serves(method, self.size.max_seq_len)
 
     def holds(self, rows: int, list_tokens: int) -> bool:
         """Whether there is room for a step of so many rows with lists of so many tokens."""

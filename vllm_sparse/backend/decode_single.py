@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_sparse.backend.execution import DecodeLaunch, places
+from vllm_sparse.backend.execution import DecodeLaunch, gather_index
 from vllm_sparse.kernels.page_list import to_physical
 from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.metrics.recall import RecallSample
@@ -76,7 +76,7 @@ def _launches(platform: LayerPlatform, call: LayerCall, step: StepExecution, wor
             kv_heads,
         )
         starts = torch.arange(page_list.kept_tokens.shape[0] + 1, dtype=torch.int32, device=device)
-        tokens = places([row.span.query_start for row in members], device)
+        tokens = gather_index([row.span.query_start for row in members], device)
         launch = Launch(starts, 1, pages, page_list.kept_tokens, page_list.page_size_tokens)
         launches.append(DecodeLaunch(tokens, launch))
     return launches

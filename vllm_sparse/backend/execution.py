@@ -138,7 +138,7 @@ def _start_batch(
     methods = [setting.method for setting in settings if setting.method is not None]
     buffers = buffers.for_step(len(settings), max(method.longest_list_tokens for method in methods))
     buffers.tell(settings)
-    rows = places([row.span.row for row in plan.batch], seq_lens.device)
+    rows = gather_index([row.span.row for row in plan.batch], seq_lens.device)
     step = DecodeStep(
         buffers,
         len(settings),
@@ -147,11 +147,11 @@ def _start_batch(
         block_table[rows],
         sum(row.span.seq_len for row in plan.batch),
     )
-    tokens = places([row.span.query_start for row in plan.batch], seq_lens.device)
+    tokens = gather_index([row.span.query_start for row in plan.batch], seq_lens.device)
     return BatchStep(step, tokens, [method.name for method in methods])
 
 
-def places(indices: Sequence[int], device: torch.device) -> slice | torch.Tensor:
+def gather_index(indices: Sequence[int], device: torch.device) -> slice | torch.Tensor:
     """Indices to gather by: a slice where they are adjacent, which copies nothing."""
     first = indices[0]
     if list(indices) == list(range(first, first + len(indices))):

@@ -29,12 +29,12 @@ class WarmUpChunk:
     Attributes:
         method: with the knobs that the server's configuration gives it.
         tokens: of the chunk.
-        context_tokens: of the prompt.
+        seq_len: of the prompt.
     """
 
     method: PrefillMethod
     tokens: int
-    context_tokens: int
+    seq_len: int
 
 
 class PrefillWarmUp(VllmJitKernel[WarmUpChunk]):
@@ -70,11 +70,11 @@ class PrefillWarmUp(VllmJitKernel[WarmUpChunk]):
         """Serve the chunk."""
         layer = self._config.compilation_config.static_forward_context[self._layer_name]
         kv_cache = layer.kv_cache
-        blocks = -(-compile_key.context_tokens // kv_cache.shape[2])
+        blocks = -(-compile_key.seq_len // kv_cache.shape[2])
         block_table = torch.arange(blocks, dtype=torch.int32, device=kv_cache.device) % kv_cache.shape[0]
         shape = compile_key.tokens, layer.impl.num_heads, kv_cache.shape[3] // 2
         query = torch.randn(shape, device=kv_cache.device).to(self._config.model_config.dtype)
-        span = RowSpan(0, 0, compile_key.tokens, compile_key.context_tokens)
+        span = RowSpan(0, 0, compile_key.tokens, compile_key.seq_len)
         row = PrefillRow(span, compile_key.method)
         metadata = SimpleNamespace(block_table=block_table.unsqueeze(0))
         call = LayerCall(layer, 0, query, query, query, kv_cache, metadata, torch.empty_like(query))

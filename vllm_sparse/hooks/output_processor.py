@@ -38,9 +38,9 @@ def trace_requests(vllm_config: VllmConfig) -> None:
     @functools.wraps(trace)
     def do_tracing(self: Any, engine_core_output: Any, req_state: Any, iteration_stats: Any) -> None:
         # The newest token that was generated is in no context yet.
-        context_tokens = req_state.prompt_len + req_state.stats.num_generation_tokens - 1
+        seq_len = req_state.prompt_len + req_state.stats.num_generation_tokens - 1
         params = request_state.params_of(req_state) or ALL_DENSE
-        attributes = span_attributes(params, req_state.prompt_len, context_tokens, token_lists)
+        attributes = span_attributes(params, req_state.prompt_len, seq_len, token_lists)
         token = _REQUEST_ATTRIBUTES.set(attributes)
         try:
             trace(self, engine_core_output, req_state, iteration_stats)

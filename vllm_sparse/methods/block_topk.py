@@ -73,7 +73,7 @@ class BlockTopk(TopTokensMethod):
     def select(
         self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory
     ) -> PageList:
-        context = keys.context_tokens
+        context = keys.seq_len
         unit: int = self.page_tokens
         scores = page_scores(query, read_summaries(keys, self.summaries), scale)
         if unit % page_size_tokens:
@@ -92,16 +92,16 @@ class BlockTopk(TopTokensMethod):
         from vllm_sparse.kernels.page_summaries.triton import store_newest_summaries
 
         assert place.summaries is not None
-        store_newest_summaries(replace(rows, context_tokens=place.members), self.summaries, place.summaries)
+        store_newest_summaries(replace(rows, seq_lens=place.members), self.summaries, place.summaries)
         scores = page_scores.page_scores(rows, self.summaries, place.summaries, place.starts, place.capacity_tokens)
         top_tokens(scores, rows, knobs, lists)
 
 
-def _best_overlapped(scores: torch.Tensor, block: int, page_size_tokens: int, context_tokens: int) -> torch.Tensor:
+def _best_overlapped(scores: torch.Tensor, block: int, page_size_tokens: int, seq_len: int) -> torch.Tensor:
     """Of the scores of blocks, the largest that each page overlaps; neither size has to divide the other."""
-    first_token = torch.arange(0, context_tokens, page_size_tokens, device=scores.device)
+    first_token = torch.arange(0, seq_len, page_size_tokens, device=scores.device)
     first = first_token // block
-    last = (first_token + page_size_tokens - 1).clamp(max=context_tokens - 1) // block
+    last = (first_token + page_size_tokens - 1).clamp(max=seq_len - 1) // block
     best = scores[:, first]
     for step in range(1, page_size_tokens // block + 2):
         best = torch.maximum(best, scores[:, torch.minimum(first + step, last)])

@@ -27,11 +27,11 @@ class LayerMemory:
 
     Attributes:
         stages: results of a search's stages, earlier ones first.
-        context_tokens: context at the step that used it last.
+        seq_len: context at the step that used it last.
     """
 
     stages: list[torch.Tensor] = field(default_factory=list)
-    context_tokens: int = 0
+    seq_len: int = 0
 
 
 class DecodeMethod(Method):
@@ -89,12 +89,12 @@ class BatchDecodeMethod(DecodeMethod):
     scores_tokens: ClassVar[bool] = False
     """`choose_rows` scores whole contexts and needs room for that."""
 
-    def serves(self, method: DecodeMethod, most_context_tokens: int) -> bool:
+    def serves(self, method: DecodeMethod, max_seq_len: int) -> bool:
         """Whether `choose_rows` serves a request; otherwise it is served one by one, on a GPU too.
 
         Args:
             method: the request's, or this one itself: a server whose own is not served keeps nothing for it.
-            most_context_tokens: of the longest request, for which `allocate` has made room.
+            max_seq_len: of the longest request, for which `allocate` has made room.
         """
         return type(method) is type(self)
 
@@ -103,7 +103,7 @@ class BatchDecodeMethod(DecodeMethod):
         return None
 
     @abstractmethod
-    def list_tokens(self, context_tokens: np.ndarray) -> np.ndarray:
+    def list_tokens(self, seq_lens: np.ndarray) -> np.ndarray:
         """Tokens in lists of single tokens, at most, for contexts longer than `budget_tokens`; int64 of any shape."""
 
     @property
@@ -152,21 +152,21 @@ class TopTokensMethod(BatchDecodeMethod):
         Raises:
             KnobError: it does not.
         """
-        if self.sink_tokens + self.recent_tokens > self.budget_tokens:
+        if self.sink_tokens + max(self.recent_tokens, 1) > self.budget_tokens:
             raise KnobError(
                 "budget_tokens",
                 self.budget_tokens,
                 f"{self.budget_tokens} tokens do not hold sink_tokens {self.sink_tokens} and recent_tokens "
-                f"{self.recent_tokens}; raise it or lower them",
+                f"{self.recent_tokens} (the newest token is always read); raise it or lower them",
             )
 
-    def list_tokens(self, context_tokens: np.ndarray) -> np.ndarray:
+    def list_tokens(self, seq_lens: np.ndarray) -> np.ndarray:
         unit = self.unit_tokens
         sink_tokens, budget = (-(-tokens // unit) * unit for tokens in (self.sink_tokens, self.budget_tokens))
         # Whole units that are left out: of all but the budget, at most those between what is forced.
-        left_out = (context_tokens + (unit - 1 - budget)) // unit
-        between = (context_tokens - (max(self.recent_tokens, 1) + sink_tokens)) // unit
-        kept: np.ndarray = context_tokens - np.maximum(np.minimum(left_out, between), 0) * unit
+        left_out = (seq_lens + (unit - 1 - budget)) // unit
+        between = (seq_lens - (max(self.recent_tokens, 1) + sink_tokens)) // unit
+        kept: np.ndarray = seq_lens - np.maximum(np.minimum(left_out, between), 0) * unit
         return kept
 
     @property

@@ -96,7 +96,7 @@ class Dhsa(PrefillMethod):
         return self.budget_tokens == UNBOUNDED_TOKENS or (self.budget_tokens == 0 and self.density >= 1)
 
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
-        context = keys.context_tokens
+        context = keys.seq_len
         key_chunks = self.key_chunks(keys)
         first_query, last_query = query_blocks(query.shape[0], context, self.query_block_tokens, query.device)
         decided = (last_query + 1 - key_chunks.look_ahead_tokens).clamp(min=0)
@@ -118,5 +118,5 @@ class Dhsa(PrefillMethod):
             return adaptive_blocks(keys, self.boundary_threshold)
         mean = page_summaries(keys, SummaryKind(self.key_block_tokens, bounds=False))
         start = torch.arange(0, (mean.shape[1] + 1) * self.key_block_tokens, self.key_block_tokens, device=mean.device)
-        length = (keys.context_tokens - start[:-1]).clamp(max=self.key_block_tokens)
+        length = (keys.seq_len - start[:-1]).clamp(max=self.key_block_tokens)
         return KeyBlocks(mean * length.sqrt().unsqueeze(1), start, 0)

@@ -75,7 +75,7 @@ class FlexPrefill(PrefillMethod):
 
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         chunk, heads, head_size = query.shape
-        context = keys.context_tokens
+        context = keys.seq_len
         causal = self._causal(chunk, context, query.device)
         if self.exactly_dense:
             return causal.expand(heads, -1, -1)
@@ -124,7 +124,7 @@ class FlexPrefill(PrefillMethod):
     ) -> torch.Tensor:
         """Line counts from token profiles and one block a band, as the official code takes them."""
         profiles = token_profiles(query[-BLOCK_TOKENS:], keys, scale)
-        context = keys.context_tokens
+        context = keys.seq_len
         blocks = estimate.column_mass.shape[1]
         # The official code pools the distance profile from its far end.
         far_first = torch.nn.functional.pad(profiles.distance.flip(1), (0, blocks * BLOCK_TOKENS - context))

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from vllm_sparse.kernels.page_list import chunk_lists
+from vllm_sparse.kernels.page_list import ListGrid, block_lists
 from vllm_sparse.methods.method import Method
 
 if TYPE_CHECKING:
@@ -85,6 +85,5 @@ class PrefillMethod(Method):
         mask = self.block_mask(query, keys, scale, layer)
         if mask.shape[0] < having:
             mask = mask.repeat_interleave(having // mask.shape[0], dim=0)
-        return chunk_lists(
-            mask, self.page_tokens, chunk, keys.context_tokens, self.query_block_tokens, page_size_tokens, having
-        )
+        grid = ListGrid(chunk, keys.seq_len, self.query_block_tokens, self.page_tokens, page_size_tokens, having)
+        return block_lists(mask, grid)

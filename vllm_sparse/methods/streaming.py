@@ -53,7 +53,7 @@ class Streaming(PrefillMethod):
 
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         """Kept pages of 32 tokens, perhaps some of the future: bool ``[1, query_blocks, pages]``."""
-        context = keys.context_tokens
+        context = keys.seq_len
         first_query, _ = query_blocks(query.shape[0], context, self.query_block_tokens, query.device)
         first_token = torch.arange(0, context, PAGE_TOKENS, device=query.device)
         window_start = (first_query - (self.recent_tokens - 1)).unsqueeze(1)
@@ -92,7 +92,7 @@ class StreamingDecode(TopTokensMethod):
     def select(
         self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory
     ) -> PageList:
-        context, page = keys.context_tokens, page_size_tokens
+        context, page = keys.seq_len, page_size_tokens
         scores = torch.zeros(keys.num_kv_heads, -(-context // page), device=query.device)
         budget = TokenBudget(self.budget_tokens, self.sink_tokens, self.recent_tokens)
         return top_pages(scores, context, page, page, budget)

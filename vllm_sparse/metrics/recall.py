@@ -72,7 +72,7 @@ def attention_recall(
         float32 ``[query_heads]``, 0 to 1, mean over the sampled queries.
     """
     chunk, query_heads, head_size = query.shape
-    context, device = keys.context_tokens, query.device
+    context, device = keys.seq_len, query.device
     sampled = min(SAMPLED_QUERIES, chunk)
     # The middle of each of as many equal parts.
     token = (torch.arange(sampled, device=device) * 2 + 1) * chunk // (2 * sampled)
@@ -92,10 +92,10 @@ def attention_recall(
     return (mass[0] - mass[1]).exp().mean(0)
 
 
-def _page_mask(lists: PageList, block: torch.Tensor, blocks: int, context_tokens: int) -> torch.Tensor:
+def _page_mask(lists: PageList, block: torch.Tensor, blocks: int, seq_len: int) -> torch.Tensor:
     """Pages in the lists of some query blocks of each head: bool ``[blocks asked for, list_heads, pages]``."""
     list_heads = lists.kept_tokens.shape[0] // blocks
     row = (torch.arange(list_heads, device=block.device) * blocks + block.unsqueeze(1)).flatten()
     of_rows = PageList(lists.pages[row], lists.kept_tokens[row], lists.page_size_tokens)
-    pages = -(-context_tokens // lists.page_size_tokens)
+    pages = -(-seq_len // lists.page_size_tokens)
     return page_mask(of_rows, pages).view(-1, list_heads, pages)

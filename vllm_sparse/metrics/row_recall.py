@@ -130,7 +130,7 @@ def _observe(
     assert row.setting.method is not None
     table = rows.block_table[place]
     keys = PlainKeys(rows.kv_cache, table, row.span.seq_len)
-    blocks = table[: -(-keys.context_tokens // keys.block_size_tokens)]
+    blocks = table[: -(-keys.seq_len // keys.block_size_tokens)]
     tokens = to_logical(lists.slots, blocks, keys.block_size_tokens, keys.num_kv_heads)
     sample = RecallSample(query.unsqueeze(0), keys, PageList(tokens, lists.kept_tokens, 1), 1, rows.scale)
     observed("decode", row.setting.method.name, sample)

@@ -73,14 +73,14 @@ class Served:
         start: the configuration of the command line.
         num_layers: attention layers of the model.
         num_query_heads: query heads of the model, those of all processes.
-        context_tokens: of the longest request.
+        max_seq_len: of the longest request.
         decode_graphs: sparse decode steps have CUDA graphs.
     """
 
     start: ServerConfig
     num_layers: int
     num_query_heads: int
-    context_tokens: int
+    max_seq_len: int
     decode_graphs: bool
 
 
@@ -213,9 +213,9 @@ def _check_graphs(served: Served, config: ServerConfig) -> None:
         if name not in config.methods or not isinstance(before, BatchDecodeMethod):
             continue
         assert isinstance(after, BatchDecodeMethod)
-        if not before.serves(before, served.context_tokens):
+        if not before.serves(before, served.max_seq_len):
             continue
-        if not before.serves(after, served.context_tokens):
+        if not before.serves(after, served.max_seq_len):
             found = "this server's CUDA graphs and their memory do not serve these knobs"
         elif before.layer_roles(served.num_layers) != after.layer_roles(served.num_layers):
             found = "with these knobs other layers choose or read lists than in this server's CUDA graphs"

@@ -12,7 +12,7 @@ from vllm_sparse.config.request import SparseParams
 from vllm_sparse.methods.decode import BatchDecodeMethod, DecodeMethod
 from vllm_sparse.step.eligibility import (
     DenseReason,
-    least_context_tokens,
+    longest_dense_seq_len,
     why_decode_is_dense,
     why_prefill_is_dense,
 )
@@ -20,13 +20,13 @@ from vllm_sparse.step.eligibility import (
 PREFIX = "vllm_sparse"
 
 
-def span_attributes(params: SparseParams, prompt_tokens: int, context_tokens: int, token_lists: bool) -> dict[str, Any]:
+def span_attributes(params: SparseParams, prompt_tokens: int, seq_len: int, token_lists: bool) -> dict[str, Any]:
     """What a request's span says of sparse attention.
 
     Args:
         params: what the request asked for, defaults applied.
         prompt_tokens: of its prompt.
-        context_tokens: of its last decode step.
+        seq_len: of its last decode step.
         token_lists: decode steps read lists of single tokens, so that settings and context tell how many they read.
 
     Returns:
@@ -36,7 +36,7 @@ def span_attributes(params: SparseParams, prompt_tokens: int, context_tokens: in
     attributes: dict[str, Any] = {}
     for phase, method, tokens in (
         ("prefill", params.prefill, prompt_tokens),
-        ("decode", params.decode, context_tokens),
+        ("decode", params.decode, seq_len),
     ):
         attributes[f"{PREFIX}.{phase}.method"] = DENSE if method is None else method.name
         if method is None:
@@ -53,8 +53,8 @@ def span_attributes(params: SparseParams, prompt_tokens: int, context_tokens: in
         if reason is DenseReason.SHORT_CONTEXT:
             attributes[f"{PREFIX}.{phase}.fallback"] = reason.value
     if token_lists and isinstance(params.decode, BatchDecodeMethod):
-        first_sparse = least_context_tokens(params.decode, params.min_tokens) + 1
-        sparse = np.arange(max(prompt_tokens + 1, first_sparse), context_tokens + 1)
+        first_sparse = longest_dense_seq_len(params.decode, params.min_tokens) + 1
+        sparse = np.arange(max(prompt_tokens + 1, first_sparse), seq_len + 1)
         if sparse.size:
             attributes[f"{PREFIX}.decode.density"] = float((params.decode.list_tokens(sparse) / sparse).mean())
     return attributes

@@ -1,7 +1,7 @@
 """Why a row that asked for a sparse method runs dense: the one place that decides it.
 
 The device decides the same of decode rows that are served at once (`vllm_sparse.kernels.decode_roles`), from the number
-that `least_context_tokens` gives and from the order of the rows; `tests/step/test_eligibility.py` compares the two.
+that `longest_dense_seq_len` gives and from the order of the rows; `tests/step/test_eligibility.py` compares the two.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def why_prefill_is_dense(method: PrefillMethod, min_tokens: int, query_tokens: i
     return None
 
 
-def least_context_tokens(method: DecodeMethod, min_tokens: int) -> int:
+def longest_dense_seq_len(method: DecodeMethod, min_tokens: int) -> int:
     """The longest context, in tokens with this step's, with which a decode row still runs dense.
 
     Args:
@@ -100,7 +100,7 @@ def why_decode_is_dense(
     """
     if speculative:
         return DenseReason.SPECULATIVE
-    if seq_len <= least_context_tokens(method, min_tokens):
+    if seq_len <= longest_dense_seq_len(method, min_tokens):
         return DenseReason.SHORT_CONTEXT
     # Rows that are served at once have methods of this kind.
     if room is not None and not room.take(seq_len if cast("BatchDecodeMethod", method).scores_tokens else 0):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from vllm_sparse.config.request import ALL_DENSE, RESOLVED_KEY, SparseParams, deserialize
 from vllm_sparse.methods.decode import BatchDecodeMethod
-from vllm_sparse.step.eligibility import least_context_tokens
+from vllm_sparse.step.eligibility import longest_dense_seq_len
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,14 +30,14 @@ class RowSetting:
 
     Attributes:
         method: the request's, or None for a dense row.
-        least_context_tokens: the row is dense unless its context, with this step's token, is longer.
+        longest_dense_seq_len: the row is dense unless its context, with this step's token, is longer.
         roles: role of each layer.
         slot: place of the request in what methods keep from step to step.
         fresh: another request held the slot before this step.
     """
 
     method: BatchDecodeMethod | None
-    least_context_tokens: int
+    longest_dense_seq_len: int
     roles: tuple[Role, ...]
     slot: int
     fresh: bool
@@ -67,7 +67,7 @@ class SparseRequest:
         """
         method = self.params.decode
         assert isinstance(method, BatchDecodeMethod)
-        least = least_context_tokens(method, self.params.min_tokens)
+        least = longest_dense_seq_len(method, self.params.min_tokens)
         fresh = RowSetting(method, least, roles, self.slot, True)
         self.setting = replace(fresh, fresh=False)
         return fresh

@@ -21,7 +21,7 @@ class DecodeRows:
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]``, head-major (LBHNC), a token's key and value side by
             side.
         block_table: int32 ``[rows, blocks]``; entries past a row's context are stale.
-        context_tokens: int32 ``[rows]`` tokens in the row's cache, the newest included; 0 for a row that does not
+        seq_lens: int32 ``[rows]`` tokens in the row's cache, the newest included; 0 for a row that does not
             choose here, whose list stays as it is.
         scale: softmax scale of the model.
     """
@@ -29,7 +29,7 @@ class DecodeRows:
     query: torch.Tensor
     kv_cache: torch.Tensor
     block_table: torch.Tensor
-    context_tokens: torch.Tensor
+    seq_lens: torch.Tensor
     scale: float
 
 
@@ -62,13 +62,13 @@ class ServerSize:
 
     Attributes:
         requests: most that the server holds, each in a slot of its own.
-        context_tokens: of the longest request.
+        max_seq_len: of the longest request.
         num_layers: attention layers.
         kv_heads: of one process.
     """
 
     requests: int
-    context_tokens: int
+    max_seq_len: int
     num_layers: int
     kv_heads: int
 

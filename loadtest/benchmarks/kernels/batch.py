@@ -31,7 +31,7 @@ class DecodeBatch:
         heads: the text's, with at least as many queries as rows.
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]``, head-major (LBHNC).
         block_table: int32 ``[rows, blocks]``, in random order.
-        context_tokens: of each row.
+        seq_lens: of each row.
         isa: packing of vLLM's CPU kernel, or None on CUDA.
         copies: of the text in the cache.
     """
@@ -39,14 +39,14 @@ class DecodeBatch:
     heads: Heads
     kv_cache: torch.Tensor
     block_table: torch.Tensor
-    context_tokens: list[int]
+    seq_lens: list[int]
     isa: str | None
     copies: int
 
     @property
     def rows(self) -> int:
         """Requests."""
-        return len(self.context_tokens)
+        return len(self.seq_lens)
 
     @property
     def query(self) -> torch.Tensor:
@@ -58,20 +58,20 @@ class DecodeBatch:
         """The executor's page size in decoding, as the backends pick it."""
         return 1 if self.isa is None else self.kv_cache.shape[2]
 
-    def keys(self, row: int, context_tokens: int) -> PagedKeys:
+    def keys(self, row: int, seq_len: int) -> PagedKeys:
         """A row's first keys, as selection methods see them."""
-        return keys_of(self.isa, self.kv_cache, self.block_table[row], context_tokens)
+        return keys_of(self.isa, self.kv_cache, self.block_table[row], seq_len)
 
     def contexts_of(self, steps: int) -> list[list[int]]:
         """Contexts of the rows in each of the last steps, which end with the batch's own."""
-        return [[context - before for context in self.context_tokens] for before in reversed(range(steps))]
+        return [[context - before for context in self.seq_lens] for before in reversed(range(steps))]
 
     def summaries(self, kind: SummaryKind) -> torch.Tensor:
         """Summaries of all rows' keys, by physical block, as a server has stored them by the time that it decodes."""
         blocks, kv_heads, block_size, double_head_size = self.kv_cache.shape
         shape = blocks, kv_heads, block_size // kind.page_tokens, kind.width(double_head_size // 2)
         stored = torch.empty(shape, dtype=self.kv_cache.dtype, device=self.kv_cache.device)
-        for row, context in enumerate(self.context_tokens):
+        for row, context in enumerate(self.seq_lens):
             keys = self.keys(row, context)
             keys.summaries = stored
             store_summaries(keys, kind, 0)
@@ -99,7 +99,7 @@ class DecodeBatch:
         """Attention over everything by the backend that vLLM would use; what it prepares once a step is done here."""
         device = self.kv_cache.device
         starts = torch.arange(self.rows + 1, dtype=torch.int32, device=device)
-        lengths = torch.tensor(self.context_tokens, dtype=torch.int32, device=device)
+        lengths = torch.tensor(self.seq_lens, dtype=torch.int32, device=device)
         return DenseAttention(
             self.query.contiguous(),
             self.kv_cache,
@@ -107,7 +107,7 @@ class DecodeBatch:
             starts,
             lengths,
             1,
-            max(self.context_tokens),
+            max(self.seq_lens),
             self.heads.scale,
             self.isa,
         )

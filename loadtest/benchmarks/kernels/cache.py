@@ -56,13 +56,13 @@ class Cache:
         return DenseAttention(query, self.kv_cache, table, starts, lengths, chunk, context, scale, self.isa)()
 
 
-def keys_of(isa: str | None, kv_cache: torch.Tensor, block_table: torch.Tensor, context_tokens: int) -> PagedKeys:
+def keys_of(isa: str | None, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_len: int) -> PagedKeys:
     """A request's keys as selection methods see them; `isa` as in `Cache`, the rest as in `PagedKeys`."""
     if isa is None:
-        return PlainKeys(kv_cache, block_table, context_tokens)
+        return PlainKeys(kv_cache, block_table, seq_len)
     from vllm_sparse.backend.cpu import PACKINGS
 
-    return PACKINGS[isa](kv_cache, block_table, context_tokens)
+    return PACKINGS[isa](kv_cache, block_table, seq_len)
 
 
 def executor_of(isa: str | None) -> Executor:
@@ -81,7 +81,7 @@ class DenseAttention:
         kv_cache: as in `Cache`.
         block_table: int32 ``[requests, blocks]``.
         query_starts: int32 ``[requests + 1]`` first query token of each request.
-        context_tokens: int32 ``[requests]``.
+        seq_lens: int32 ``[requests]``.
         longest_query: the most tokens of a request's query; known to the host, which does not wait for the device.
         longest_context: likewise of a request's context.
         scale: softmax scale.
@@ -94,7 +94,7 @@ class DenseAttention:
         kv_cache: torch.Tensor,
         block_table: torch.Tensor,
         query_starts: torch.Tensor,
-        context_tokens: torch.Tensor,
+        seq_lens: torch.Tensor,
         longest_query: int,
         longest_context: int,
         scale: float,
@@ -103,7 +103,7 @@ class DenseAttention:
         self.query = query
         self.block_table = block_table
         self.query_starts = query_starts
-        self.context_tokens = context_tokens
+        self.seq_lens = seq_lens
         self.scale = scale
         self.isa = isa
         self.longest_query = longest_query
@@ -122,11 +122,11 @@ class DenseAttention:
         packed = kv_cache.view(blocks, kv_heads, 2 * block_size, double_head_size // 2)
         self.keys, self.values = packed.chunk(2, dim=2)
         self.schedule = ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=context_tokens.shape[0],
+            num_reqs=seq_lens.shape[0],
             num_heads=query.shape[1],
             num_kv_heads=kv_heads,
             head_dim=query.shape[2],
-            seq_lens=context_tokens,
+            seq_lens=seq_lens,
             dtype=query.dtype,
             query_start_loc=query_starts,
             causal=True,
@@ -140,13 +140,13 @@ class DenseAttention:
         from vllm.v1.attention.backends.fa_utils import get_scheduler_metadata
 
         return get_scheduler_metadata(
-            batch_size=self.context_tokens.shape[0],
+            batch_size=self.seq_lens.shape[0],
             max_seqlen_q=self.longest_query,
             max_seqlen_k=self.longest_context,
             num_heads_q=self.query.shape[1],
             num_heads_kv=kv_heads,
             headdim=self.query.shape[2],
-            cache_seqlens=self.context_tokens,
+            cache_seqlens=self.seq_lens,
             qkv_dtype=self.query.dtype,
             cu_seqlens_q=self.query_starts,
             page_size=block_size_tokens,
@@ -167,7 +167,7 @@ class DenseAttention:
                 out=output,
                 cu_seqlens_q=self.query_starts,
                 max_seqlen_q=self.longest_query,
-                seqused_k=self.context_tokens,
+                seqused_k=self.seq_lens,
                 max_seqlen_k=self.longest_context,
                 softmax_scale=self.scale,
                 causal=True,
@@ -185,7 +185,7 @@ class DenseAttention:
             value_cache=self.values,
             output=output,
             query_start_loc=self.query_starts,
-            seq_lens=self.context_tokens,
+            seq_lens=self.seq_lens,
             scale=self.scale,
             causal=True,
             alibi_slopes=None,

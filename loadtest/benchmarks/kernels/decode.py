@@ -135,8 +135,8 @@ def selection_of(method: DecodeMethod, batch: DecodeBatch, steps: int = 1) -> Se
         batch: the batch.
         steps: calls are so many steps that end with the batch's own contexts, over and over.
     """
-    most_context_tokens = max(batch.context_tokens)
-    if batch.kv_cache.is_cuda and isinstance(method, BatchDecodeMethod) and method.serves(method, most_context_tokens):
+    max_seq_len = max(batch.seq_lens)
+    if batch.kv_cache.is_cuda and isinstance(method, BatchDecodeMethod) and method.serves(method, max_seq_len):
         return selection_at_once(method, batch, steps)
     return selection_by_request(method, batch, steps)
 
@@ -152,7 +152,7 @@ def selection_at_once(method: BatchDecodeMethod, batch: DecodeBatch, steps: int 
     slots = torch.arange(batch.rows, dtype=torch.int32, device=device)
     fresh = torch.ones_like(slots)
     summaries = None if method.summaries is None else batch.summaries(method.summaries)
-    memory = method.allocate(ServerSize(batch.rows, max(batch.context_tokens), 1, kv_heads), device)
+    memory = method.allocate(ServerSize(batch.rows, max(batch.seq_lens), 1, kv_heads), device)
     lists = TokenLists(
         torch.zeros(batch.rows * kv_heads, method.longest_list_tokens, dtype=torch.int32, device=device),
         torch.zeros(batch.rows * kv_heads, dtype=torch.int32, device=device),
@@ -160,9 +160,9 @@ def selection_at_once(method: BatchDecodeMethod, batch: DecodeBatch, steps: int 
     queries = torch.arange(batch.rows * kv_heads + 1, dtype=torch.int32, device=device)
     launch = Launch(queries, 1, lists.slots, lists.kept_tokens, 1)
 
-    def choose_at(context_tokens: torch.Tensor) -> None:
-        rows = DecodeRows(query, batch.kv_cache, batch.block_table, context_tokens, batch.heads.scale)
-        place = RowsPlace(starts, sum(batch.context_tokens), slots, fresh, context_tokens, 0, summaries, memory)
+    def choose_at(seq_lens: torch.Tensor) -> None:
+        rows = DecodeRows(query, batch.kv_cache, batch.block_table, seq_lens, batch.heads.scale)
+        place = RowsPlace(starts, sum(batch.seq_lens), slots, fresh, seq_lens, 0, summaries, memory)
         method.choose_rows(rows, knobs, place, lists)
 
     choose_at(contexts[-1])
@@ -214,7 +214,7 @@ def quality(method: DecodeMethod, layers: list[DecodeBatch], roles: list[Role]) 
             assert launch is not None
             dense = batch.dense()().float()
             error = (batch.attend(launch).float() - dense).norm() / dense.norm()
-            in_reach = sum(batch.context_tokens) * len(launch.kept_tokens) // batch.rows
+            in_reach = sum(batch.seq_lens) * len(launch.kept_tokens) // batch.rows
             found.append((float(launch.kept_tokens.sum()) / in_reach, kept_mass(batch, launch), float(error)))
     density, recall, error_share = (sum(column) / len(found) for column in zip(*found, strict=True))
     return density, recall, error_share

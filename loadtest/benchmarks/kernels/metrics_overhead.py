@@ -80,25 +80,25 @@ class Step:
     Args:
         model: geometry.
         rows: requests.
-        context_tokens: of each.
+        seq_len: of each.
         metrics: that record.
         device: of the model.
     """
 
-    def __init__(self, model: Model, rows: int, context_tokens: int, metrics: WorkerMetrics, device: str) -> None:
+    def __init__(self, model: Model, rows: int, seq_len: int, metrics: WorkerMetrics, device: str) -> None:
         self._model = model
         self._metrics = metrics
         self._device = device
-        self._spans = tuple(RowSpan(row, row, 1, context_tokens) for row in range(rows))
+        self._spans = tuple(RowSpan(row, row, 1, seq_len) for row in range(rows))
         self._method = Tidal()
         self._roles = layer_roles(self._method, model.layers)
-        blocks = -(-context_tokens // BLOCK_TOKENS)
+        blocks = -(-seq_len // BLOCK_TOKENS)
         cache = torch.randn(blocks, model.kv_heads, BLOCK_TOKENS, 2 * model.head_size, device=device)
         table = torch.arange(blocks, dtype=torch.int32, device=device)
-        self._keys = PlainKeys(cache, table, context_tokens)
+        self._keys = PlainKeys(cache, table, seq_len)
         self._query = torch.randn(1, model.query_heads, model.head_size, device=device)
         pages = torch.arange(blocks, dtype=torch.int32, device=device).repeat(model.kv_heads, 1)
-        kept = torch.full((model.kv_heads,), context_tokens, dtype=torch.int32, device=device)
+        kept = torch.full((model.kv_heads,), seq_len, dtype=torch.int32, device=device)
         self._lists = PageList(pages, kept, BLOCK_TOKENS)
 
     def one_by_one(self) -> None:
@@ -146,20 +146,20 @@ class Graph:
     Args:
         model: geometry.
         rows: requests.
-        context_tokens: of each.
+        seq_len: of each.
         metrics: that record.
     """
 
-    def __init__(self, model: Model, rows: int, context_tokens: int, metrics: WorkerMetrics) -> None:
+    def __init__(self, model: Model, rows: int, seq_len: int, metrics: WorkerMetrics) -> None:
         device = torch.device("cuda")
         method = Tidal()
         roles = layer_roles(method, model.layers)
         setting = RowSetting(method, 0, roles, 0, False)
-        size = ServerSize(rows, context_tokens, model.layers, model.kv_heads)
+        size = ServerSize(rows, seq_len, model.layers, model.kv_heads)
         buffers = DecodeBuffers(rows, size, [method], ServerConfig().decode_list_tokens, device)
-        blocks = -(-context_tokens // BLOCK_TOKENS)
+        blocks = -(-seq_len // BLOCK_TOKENS)
         table = torch.arange(blocks, dtype=torch.int32, device=device).repeat(rows, 1)
-        contexts = torch.full((rows,), context_tokens, dtype=torch.int32, device=device)
+        contexts = torch.full((rows,), seq_len, dtype=torch.int32, device=device)
         launches = buffers.launches([setting], all_sparse=True)
         self._step = DecodeStep(buffers, rows, launches, contexts, table, 0)
         self._query = torch.randn(rows, model.query_heads, model.head_size, device=device, dtype=torch.bfloat16)
@@ -172,7 +172,7 @@ class Graph:
         self._recall = GraphRecall(reading_layers(roles)[0], TakenRow(buffers.lists, model.kv_heads))
         layer_lists = self._step.contexts.kept_tokens[self._recall.layer]
         self._lists = TokenLists(self._step.lists.slots, layer_lists)
-        self._row = BatchRow(RowSpan(0, 0, 1, context_tokens), setting)
+        self._row = BatchRow(RowSpan(0, 0, 1, seq_len), setting)
 
     def replayed(self) -> None:
         """What each replay does."""
@@ -235,13 +235,13 @@ def leave_metrics_out(_worker: object, left_out: bool) -> None:
             vars(metrics).pop(name, None)
 
 
-def measure_step(llm: Any, rows: int, context_tokens: int, tokens: int, pairs: int) -> MeasuredStep:
+def measure_step(llm: Any, rows: int, seq_len: int, tokens: int, pairs: int) -> MeasuredStep:
     """Time of a decode step: from the first token of the request that starts last to its last one, by its tokens."""
     from vllm import SamplingParams
 
     extras = {"sparse_decode": "tidal", "sparse_min_tokens": 0}
     params = SamplingParams(max_tokens=tokens + 1, ignore_eos=True, temperature=0, extra_args=extras)
-    prompts = [{"prompt_token_ids": [10 + row] + [20] * (context_tokens - 1)} for row in range(rows)]
+    prompts = [{"prompt_token_ids": [10 + row] + [20] * (seq_len - 1)} for row in range(rows)]
 
     def step_seconds() -> float:
         found = [output.metrics for output in llm.generate(prompts, params, use_tqdm=False)]
@@ -288,13 +288,13 @@ def main() -> None:
     raise SystemExit(child.exitcode)
 
 
-def print_table(model: Model, batches: list[int], context_tokens: int, steps: list[MeasuredStep]) -> None:
+def print_table(model: Model, batches: list[int], seq_len: int, steps: list[MeasuredStep]) -> None:
     """Measure the metrics of decode steps and print them beside the steps.
 
     Args:
         model: geometry.
         batches: requests of each step.
-        context_tokens: of each request.
+        seq_len: of each request.
         steps: of the engine, one a batch.
     """
     write_to_announced_directory()
@@ -307,12 +307,12 @@ def print_table(model: Model, batches: list[int], context_tokens: int, steps: li
     print("| rows | served | counting us | timing us | recall us | in the graph us | step ms | share | longer by us |")
     print("|---|---|---|---|---|---|---|---|---|")
     for rows, measured in zip(batches, steps, strict=True):
-        step = Step(model, rows, context_tokens, metrics, device)
+        step = Step(model, rows, seq_len, metrics, device)
         sampled: Step | Graph = step
         replayed = 0.0
         for name, call in (("one by one", step.one_by_one), ("at once", step.at_once)):
             if name == "at once" and device == "cuda":
-                sampled = graph = Graph(model, rows, context_tokens, metrics)
+                sampled = graph = Graph(model, rows, seq_len, metrics)
                 replayed = graph_seconds(graph.replayed, GRAPH_REPLAYS)
             parts = (
                 host_seconds(call),

@@ -86,7 +86,7 @@ def kept_tokens_of(batch: DecodeBatch, launch: Launch, row: int) -> torch.Tensor
     mine = slice(row * lists, (row + 1) * lists)
     pages, kept_tokens = launch.pages[mine].long(), launch.kept_tokens[mine].long()
     device = pages.device
-    context = batch.context_tokens[row]
+    context = batch.seq_lens[row]
     used = -(-context // block_size)
     logical = torch.full((blocks,), -1, device=device)
     logical[batch.block_table[row, :used].long()] = torch.arange(used, device=device)
@@ -110,7 +110,7 @@ def kept_mass(batch: DecodeBatch, launch: Launch) -> float:
     """Share of the rows' attention that their lists hold, mean over rows and query heads."""
     kv_heads, _, head_size = batch.heads.keys.shape
     total = 0.0
-    for row, context in enumerate(batch.context_tokens):
+    for row, context in enumerate(batch.seq_lens):
         query = batch.query[row].view(kv_heads, -1, head_size).float()
         scores = query @ batch.heads.keys[:, :context].float().transpose(1, 2) * batch.heads.scale
         weight = scores.softmax(-1).flatten(0, 1)
@@ -143,7 +143,7 @@ class TrueMass(PrefillMethod):
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         halves = torch.nn.functional.pad(self.mass, (0, self.mass.shape[2] % 2))
         mass = halves.view(*halves.shape[:2], -1, 2).sum(3)
-        _, last = query_blocks(query.shape[0], keys.context_tokens, self.query_block_tokens, query.device)
+        _, last = query_blocks(query.shape[0], keys.seq_len, self.query_block_tokens, query.device)
         candidate = torch.arange(mass.shape[2], device=query.device) * self.page_tokens <= last.unsqueeze(1)
         count = max(round(float(candidate.sum()) * mass.shape[0] * self.density), 1)
         threshold = mass.masked_fill(~candidate, -1.0).flatten().topk(count).values[-1]

@@ -27,7 +27,7 @@ def boundary_scores(keys: PagedKeys) -> torch.Tensor:
     ``p + 3``, all KV heads concatenated. Minus infinity where no key block can start: at the first 8 positions and the
     last 3.
     """
-    context, window = keys.context_tokens, WINDOW_TOKENS
+    context, window = keys.seq_len, WINDOW_TOKENS
     scores = torch.full((context,), float("-inf"), device=keys.kv_cache.device)
     for begin in range(SHORTEST_TOKENS, context - window + 1, TILE_TOKENS):
         end = min(begin + TILE_TOKENS, context - window + 1)
@@ -84,7 +84,7 @@ def representations(keys: PagedKeys, start: torch.Tensor) -> torch.Tensor:
         keys: the request's keys.
         start: int64 ``[key_blocks + 1]`` as `block_starts` returns it.
     """
-    context = keys.context_tokens
+    context = keys.seq_len
     key_blocks = start.shape[0] - 1
     device = start.device
     key_block = torch.searchsorted(start, torch.arange(context, device=device), right=True) - 1

@@ -75,7 +75,7 @@ def boundary_scores_kernel(
 
 def boundary_scores(keys: PlainKeys) -> torch.Tensor:
     """Equal to `reference.boundary_scores` but for rounding; arguments as there."""
-    cache, context = keys.kv_cache, keys.context_tokens
+    cache, context = keys.kv_cache, keys.seq_len
     scores = torch.empty(context, dtype=torch.float32, device=cache.device)
     boundary_scores_kernel[(triton.cdiv(context, SCORE_TILE - 2 * WINDOW_TOKENS),)](
         cache,

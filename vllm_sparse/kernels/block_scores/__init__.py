@@ -38,7 +38,7 @@ def pooled_queries(query: torch.Tensor, query_block_tokens: int) -> torch.Tensor
 def kept_pages(
     query: torch.Tensor,
     key_blocks: KeyBlocks,
-    context_tokens: int,
+    seq_len: int,
     band_start: torch.Tensor,
     selection: PageSelection,
 ) -> torch.Tensor:
@@ -54,7 +54,7 @@ def kept_pages(
     Args:
         query: ``[query_tokens, query_heads, head_size]`` of a prompt chunk, at the last positions of the context.
         key_blocks: the context's keys in key blocks.
-        context_tokens: tokens in the request's cache.
+        seq_len: tokens in the request's cache.
         band_start: integer ``[query_blocks]`` position from which on, up to its last query, a query block's pages are
             forced.
         selection: sizes of query blocks and pages, the heads that share scores, sink and budget.
@@ -64,12 +64,12 @@ def kept_pages(
     """
     implementation = _implementation(query)
     page_tokens = selection.page_tokens
-    pages = -(-context_tokens // page_tokens)
-    page_start = torch.arange(0, context_tokens, page_tokens, device=query.device)
-    page_end = (page_start + (page_tokens - 1)).clamp(max=context_tokens - 1)
+    pages = -(-seq_len // page_tokens)
+    page_start = torch.arange(0, seq_len, page_tokens, device=query.device)
+    page_end = (page_start + (page_tokens - 1)).clamp(max=seq_len - 1)
     edges = torch.searchsorted(key_blocks.start, torch.stack((page_start, page_end)), right=True, out_int32=True) - 1
     first_key_block, last_key_block = edges.unbind(0)
-    _, last_query = query_blocks(query.shape[0], context_tokens, selection.query_block_tokens, query.device)
+    _, last_query = query_blocks(query.shape[0], seq_len, selection.query_block_tokens, query.device)
 
     queries = reference.merge_heads(pooled_queries(query, selection.query_block_tokens), selection.score_heads)
     key_heads = min(key_blocks.representation.shape[0], selection.score_heads)

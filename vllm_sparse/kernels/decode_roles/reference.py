@@ -48,7 +48,7 @@ class LayerContexts:
 
 
 def layer_contexts(
-    settings: RowSettings, context_tokens: torch.Tensor, capacity_tokens: int, contexts: LayerContexts
+    settings: RowSettings, seq_lens: torch.Tensor, capacity_tokens: int, contexts: LayerContexts
 ) -> None:
     """Compute a step's contexts.
 
@@ -56,23 +56,23 @@ def layer_contexts(
 
     Args:
         settings: settings of the rows.
-        context_tokens: int32 ``[rows]``; 0 for rows that pad the batch.
+        seq_lens: int32 ``[rows]``; 0 for rows that pad the batch.
         capacity_tokens: tokens for whose scores there is room.
         contexts: written; `starts` is undefined for rows that take no room.
     """
-    sparse = (settings.method >= 0) & (context_tokens > settings.least_context)
-    needed = torch.where(sparse & (settings.scored > 0), context_tokens, 0)
+    sparse = (settings.method >= 0) & (seq_lens > settings.least_context)
+    needed = torch.where(sparse & (settings.scored > 0), seq_lens, 0)
     starts = needed.cumsum(0) - needed
     # All rows after one that found no room are dense too: whether one fitted would depend on its neighbours.
     sparse &= starts + needed <= capacity_tokens
     contexts.starts.copy_(starts)
     roles = settings.roles.T
     reading = sparse & ((roles == READ) | (roles == WRITE_AND_READ))
-    contexts.dense.copy_(torch.where(reading, 0, context_tokens))
+    contexts.dense.copy_(torch.where(reading, 0, seq_lens))
     chooses = sparse & ((roles == DENSE_AND_WRITE) | (roles == WRITE_AND_READ))
     for method in range(contexts.choosing.shape[0]):
-        contexts.members[method] = torch.where(settings.method == method, context_tokens, 0)
-        contexts.choosing[method] = torch.where(chooses & (settings.method == method), context_tokens, 0)
+        contexts.members[method] = torch.where(settings.method == method, seq_lens, 0)
+        contexts.choosing[method] = torch.where(chooses & (settings.method == method), seq_lens, 0)
     contexts.kept_tokens.zero_()
 
 

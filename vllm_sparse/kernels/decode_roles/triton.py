@@ -69,7 +69,7 @@ def layer_contexts_kernel(
 
 
 def layer_contexts(
-    settings: RowSettings, context_tokens: torch.Tensor, capacity_tokens: int, contexts: LayerContexts
+    settings: RowSettings, seq_lens: torch.Tensor, capacity_tokens: int, contexts: LayerContexts
 ) -> None:
     """Equal to `reference.layer_contexts`; arguments as there, 1 to 1024 rows."""
     rows, layers = settings.roles.shape
@@ -80,7 +80,7 @@ def layer_contexts(
         settings.least_context,
         settings.scored,
         settings.roles,
-        context_tokens,
+        seq_lens,
         contexts.starts,
         contexts.dense,
         contexts.members,

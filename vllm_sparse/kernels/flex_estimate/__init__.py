@@ -26,6 +26,6 @@ def flex_estimate(sample: torch.Tensor, keys: PagedKeys, scale: float, block_siz
         from vllm_sparse.kernels.flex_estimate import triton
 
         masses = triton.block_masses(sample, keys, scale, block_size_tokens)
-        return triton.combine(masses, keys.context_tokens, block_size_tokens)
+        return triton.combine(masses, keys.seq_len, block_size_tokens)
     masses = reference.block_masses(sample, keys, scale, block_size_tokens)
-    return reference.combine(masses, keys.context_tokens, block_size_tokens)
+    return reference.combine(masses, keys.seq_len, block_size_tokens)

@@ -61,12 +61,12 @@ def _score_tiles(
     """Yield ``(start, keys [kv_heads, n, head_size], scores [kv_heads, group, rows, n])`` per key tile, causal."""
     rows, heads, head_size = sample.shape
     num_kv_heads = keys.num_kv_heads
-    first_position = keys.context_tokens - rows
+    first_position = keys.seq_len - rows
     # [kv_heads, group * rows, head_size]: all query heads of a group share one pass over the keys.
     grouped = (sample.permute(1, 0, 2).float() * scale).reshape(num_kv_heads, -1, head_size)
-    positions = torch.arange(first_position, keys.context_tokens, device=sample.device)
-    for start in range(0, keys.context_tokens, TILE_TOKENS):
-        stop = min(start + TILE_TOKENS, keys.context_tokens)
+    positions = torch.arange(first_position, keys.seq_len, device=sample.device)
+    for start in range(0, keys.seq_len, TILE_TOKENS):
+        stop = min(start + TILE_TOKENS, keys.seq_len)
         tile = keys.read(start, stop)
         scores = torch.bmm(grouped, tile.float().transpose(1, 2)).view(
             num_kv_heads, heads // num_kv_heads, rows, stop - start
@@ -107,7 +107,7 @@ def block_masses(sample: torch.Tensor, keys: PagedKeys, scale: float, block_size
     rows, heads, _ = sample.shape
     block = block_size_tokens
     device = sample.device
-    positions = torch.arange(keys.context_tokens - rows, keys.context_tokens, device=device)
+    positions = torch.arange(keys.seq_len - rows, keys.seq_len, device=device)
     nearer_mask = (torch.arange(block, device=device) <= (positions % block).unsqueeze(1)).float()
     maxima, totals, nearer, means = [], [], [], []
     for _, tile, scores in _score_tiles(sample, keys, scale):
@@ -128,11 +128,11 @@ def block_masses(sample: torch.Tensor, keys: PagedKeys, scale: float, block_size
     )
 
 
-def combine(masses: BlockMasses, context_tokens: int, block_size_tokens: int) -> FlexEstimate:
+def combine(masses: BlockMasses, seq_len: int, block_size_tokens: int) -> FlexEstimate:
     """Normalise block masses and sum them over the rows, by key block and by distance band."""
     heads, rows, blocks = masses.total.shape
     block = block_size_tokens
-    first_position = context_tokens - rows
+    first_position = seq_len - rows
     reachable = masses.total > 0
     maximum = masses.maximum.masked_fill(~reachable, float("-inf")).amax(dim=-1, keepdim=True)
     # The row's maximum is at least every block's, so rescaling never overflows.
@@ -144,7 +144,7 @@ def combine(masses: BlockMasses, context_tokens: int, block_size_tokens: int) ->
     line_mass = torch.zeros(2, heads, blocks, dtype=torch.float32, device=total.device)
     column_mass, band_mass = line_mass
     column_mass.copy_(total.sum(1))
-    for query_block in range(first_position // block, (context_tokens - 1) // block + 1):
+    for query_block in range(first_position // block, (seq_len - 1) // block + 1):
         begin = max(query_block * block - first_position, 0)
         end = min((query_block + 1) * block - first_position, rows)
         # Key block J lies in bands query_block - J (nearer part) and query_block - J - 1 (farther part).
@@ -156,7 +156,7 @@ def combine(masses: BlockMasses, context_tokens: int, block_size_tokens: int) ->
 def token_profiles(sample: torch.Tensor, keys: PagedKeys, scale: float) -> TokenProfiles:
     """Token-level column and distance profiles, in two passes over the keys; arguments as in `block_masses`."""
     rows, heads, _ = sample.shape
-    context = keys.context_tokens
+    context = keys.seq_len
     log_sums = [torch.logsumexp(scores, dim=-1) for _, _, scores in _score_tiles(sample, keys, scale)]
     log_sum = torch.logsumexp(torch.stack(log_sums), dim=0).unsqueeze(-1)
     column = torch.empty(heads, context, dtype=torch.float32, device=sample.device)

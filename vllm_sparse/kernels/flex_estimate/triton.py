@@ -89,7 +89,7 @@ def block_masses_kernel(
 def block_masses(sample: torch.Tensor, keys: PlainKeys, scale: float, block_size_tokens: int) -> BlockMasses:
     """Equal to `reference.block_masses`; arguments as there, `scale` positive, blocks a power of two of at least 16."""
     rows, heads, head_size = sample.shape
-    blocks = -(-keys.context_tokens // block_size_tokens)
+    blocks = -(-keys.seq_len // block_size_tokens)
     sample = sample if sample.stride(2) == 1 else sample.contiguous()
     cache = keys.kv_cache
     # The rows of a block are adjacent in memory, so that a program writes whole cache lines.
@@ -99,7 +99,7 @@ def block_masses(sample: torch.Tensor, keys: PlainKeys, scale: float, block_size
         cache,
         keys.block_table,
         *masses.unbind(0),
-        keys.context_tokens,
+        keys.seq_len,
         rows,
         blocks,
         scale,
@@ -211,7 +211,7 @@ def combine_kernel(
     tl.store(band_pointer + o_head + o_block, b_band, mask=o_block < blocks)
 
 
-def combine(masses: BlockMasses, context_tokens: int, block_size_tokens: int) -> FlexEstimate:
+def combine(masses: BlockMasses, seq_len: int, block_size_tokens: int) -> FlexEstimate:
     """Equal to `reference.combine` for what `block_masses` returns; arguments as there."""
     heads, rows, blocks = masses.total.shape
     maximum, total, nearer = (part.transpose(1, 2) for part in (masses.maximum, masses.total, masses.nearer))
@@ -228,7 +228,7 @@ def combine(masses: BlockMasses, context_tokens: int, block_size_tokens: int) ->
         normaliser,
         line_mass[0],
         line_mass[1],
-        context_tokens,
+        seq_len,
         rows,
         blocks,
         BLOCK=block_size_tokens,

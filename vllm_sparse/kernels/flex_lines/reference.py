@@ -15,20 +15,20 @@ class BlockGrid:
 
     Attributes:
         query_tokens: tokens of the prompt chunk, which ends the context.
-        context_tokens: tokens in the request's cache, the prompt chunk included.
+        seq_len: tokens in the request's cache, the prompt chunk included.
         query_block_tokens: tokens of a query block, at most `key_block_tokens`.
         key_block_tokens: tokens of a key block, and width of a band.
     """
 
     query_tokens: int
-    context_tokens: int
+    seq_len: int
     query_block_tokens: int
     key_block_tokens: int
 
 
 def line_map(columns: torch.Tensor, bands: torch.Tensor, pooled: torch.Tensor | None, grid: BlockGrid) -> torch.Tensor:
     """Columns, bands and pooled pairs as one map; arguments and result as in the public function."""
-    first, last = query_blocks(grid.query_tokens, grid.context_tokens, grid.query_block_tokens, columns.device)
+    first, last = query_blocks(grid.query_tokens, grid.seq_len, grid.query_block_tokens, columns.device)
     touched = band_blocks(bands, first, last, grid.key_block_tokens) | columns.unsqueeze(1)
     return with_forced(touched if pooled is None else touched | pooled, first, last, grid.key_block_tokens)
 

@@ -64,7 +64,7 @@ def line_map(columns: torch.Tensor, bands: torch.Tensor, pooled: torch.Tensor | 
         touched if pooled is None else pooled.contiguous().view(torch.uint8),
         touched.view(torch.uint8),
         grid.query_tokens,
-        grid.context_tokens,
+        grid.seq_len,
         query_block_count,
         key_blocks,
         QUERY_BLOCK=grid.query_block_tokens,

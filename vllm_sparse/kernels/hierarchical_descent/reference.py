@@ -244,7 +244,7 @@ def _split(start: torch.Tensor, length: int, part_length: int) -> torch.Tensor:
 def hierarchical_descent(query: torch.Tensor, keys: PagedKeys, arguments: DescentArguments) -> torch.Tensor:
     """Select leaves; arguments and result as in the public function."""
     query_tokens, query_heads, _ = query.shape
-    context, device = keys.context_tokens, query.device
+    context, device = keys.seq_len, query.device
     query_block_tokens, heads = arguments.query_block_tokens, arguments.heads
     begin = search_start(arguments.sink_tokens)
     range_tokens = search_stop(query_tokens, context, query_block_tokens, arguments.window_tokens) - begin

@@ -432,7 +432,7 @@ def best_key_blocks_kernel(
 def hierarchical_descent(query: torch.Tensor, keys: PlainKeys, arguments: DescentArguments) -> torch.Tensor:
     """Equal to `reference.hierarchical_descent` up to float32 rounding of scores; arguments as there."""
     query_tokens, query_heads, head_size = query.shape
-    context, cache = keys.context_tokens, keys.kv_cache
+    context, cache = keys.seq_len, keys.kv_cache
     query_block_tokens, heads = arguments.query_block_tokens, arguments.heads
     begin = search_start(arguments.sink_tokens)
     range_tokens = search_stop(query_tokens, context, query_block_tokens, arguments.window_tokens) - begin

@@ -19,12 +19,12 @@ class StageMemory:
     Attributes:
         key_blocks: int32 ``[stages, slots, kv_heads, 1 + most_key_blocks]``: the number of key blocks, then their first
             tokens, ascending.
-        context_tokens: int32 ``[slots]`` the request's context at the last step that used the slot; undefined if no
+        seq_lens: int32 ``[slots]`` the request's context at the last step that used the slot; undefined if no
             step did.
     """
 
     key_blocks: torch.Tensor
-    context_tokens: torch.Tensor
+    seq_lens: torch.Tensor
 
     @classmethod
     def allocate(
@@ -97,5 +97,5 @@ class HipMemory:
         """Bytes of device memory."""
         tensors = [self.scratch.scores, self.scratch.arrived]
         for layer in self.layers:
-            tensors += [layer.key_blocks, layer.context_tokens]
+            tensors += [layer.key_blocks, layer.seq_lens]
         return sum(tensor.nbytes for tensor in tensors)

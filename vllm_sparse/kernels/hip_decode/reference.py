@@ -45,7 +45,7 @@ def decode_leaves(
     query: torch.Tensor, keys: PagedKeys, kept: Sequence[torch.Tensor], search: DecodeSearch
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Select leaves; arguments and results as in the public function."""
-    context, kv_heads, stages = keys.context_tokens, keys.num_kv_heads, search.stages
+    context, kv_heads, stages = keys.seq_len, keys.num_kv_heads, search.stages
     begin = search_start(search.sink_tokens)
     end = search_end(context, search.window_tokens, search.first_refresh_steps)
     stop = torch.full((kv_heads, 1), end, device=query.device)

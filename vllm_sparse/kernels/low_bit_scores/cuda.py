@@ -88,7 +88,7 @@ def kept_map(
     assert KEY_GROUPS * 2 == 8, "a group is the two columns of eight that a thread of a warp holds"
     local_tokens, query_block_tokens = scoring.local_tokens, scoring.query_block_tokens
     query_tokens, heads, _ = query.shape
-    context = keys.context_tokens
+    context = keys.seq_len
     query_block_count, key_pages = -(-query_tokens // query_block_tokens), -(-context // PAGE_TOKENS)
     pages = middle_end(query_tokens, context, local_tokens, query_block_tokens)
     if pages <= scoring.sink_tokens // PAGE_TOKENS:

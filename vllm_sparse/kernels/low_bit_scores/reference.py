@@ -173,7 +173,7 @@ def thresholds(
     """
     local_tokens, query_block_tokens = scoring.local_tokens, scoring.query_block_tokens
     heads, query_tokens, head_size = query.shape
-    kv_heads, context = keys.num_kv_heads, keys.context_tokens
+    kv_heads, context = keys.num_kv_heads, keys.seq_len
     device = query.device
     sink = keys.read(0, min(scoring.sink_tokens, context)).float()
     sink_key = torch.arange(sink.shape[1], device=device)
@@ -228,12 +228,12 @@ def kept_map(
     query_tokens, heads, _ = query.shape
     device = query.device
     rows = query.transpose(0, 1).float()
-    starts = local_starts(query_tokens, keys.context_tokens, scoring.local_tokens, query_block_tokens, device)
+    starts = local_starts(query_tokens, keys.seq_len, scoring.local_tokens, query_block_tokens, device)
     sink_pages = scoring.sink_tokens // PAGE_TOKENS
-    page = torch.arange(-(-keys.context_tokens // PAGE_TOKENS), device=device)
+    page = torch.arange(-(-keys.seq_len // PAGE_TOKENS), device=device)
     near = (page < sink_pages) | (page >= starts.unsqueeze(1))
     kept = near.repeat(heads, 1, 1)
-    pages = middle_end(query_tokens, keys.context_tokens, scoring.local_tokens, query_block_tokens)
+    pages = middle_end(query_tokens, keys.seq_len, scoring.local_tokens, query_block_tokens)
     if pages <= sink_pages:
         return kept
     least = thresholds(rows, keys, scale, log_tau, scoring)

@@ -279,7 +279,7 @@ def quantise_rows(
         levels,
         numbers,
         query_tokens,
-        keys.context_tokens,
+        keys.seq_len,
         scoring.sink_tokens // PAGE_TOKENS,
         scoring.local_tokens,
         scale,
@@ -420,7 +420,7 @@ def kept_map(
     """Equal to `reference.kept_map` up to rounding; arguments as there, the context at least as long as the sink."""
     local_tokens, query_block_tokens = scoring.local_tokens, scoring.query_block_tokens
     query_tokens, heads, head_size = query.shape
-    context = keys.context_tokens
+    context = keys.seq_len
     query_block_count, key_blocks = triton.cdiv(query_tokens, query_block_tokens), triton.cdiv(context, PAGE_TOKENS)
     shape = heads, query_block_count, key_blocks
     pages = middle_end(query_tokens, context, local_tokens, query_block_tokens)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from vllm_sparse.pages import PageList
 
 
 def blocks_to_pages(
-    block_mask: torch.Tensor, block_size_tokens: int, page_size_tokens: int, context_tokens: int
+    block_mask: torch.Tensor, block_size_tokens: int, page_size_tokens: int, seq_len: int
 ) -> torch.Tensor:
     """Widen a map over selection blocks to a map over pages: a page is kept if it overlaps a kept block.
 
@@ -16,16 +18,16 @@ def blocks_to_pages(
         block_mask: bool ``[..., ceil(context / block)]``.
         block_size_tokens: tokens of a selection block.
         page_size_tokens: tokens of a page; neither size has to divide the other.
-        context_tokens: tokens in the request's cache.
+        seq_len: tokens in the request's cache.
 
     Returns:
         bool ``[..., ceil(context / page)]``, a superset of the blocks in tokens.
     """
     if block_size_tokens == page_size_tokens:
         return block_mask
-    num_pages = -(-context_tokens // page_size_tokens)
+    num_pages = -(-seq_len // page_size_tokens)
     first_token = torch.arange(num_pages, device=block_mask.device) * page_size_tokens
-    last_token = (first_token + page_size_tokens - 1).clamp(max=context_tokens - 1)
+    last_token = (first_token + page_size_tokens - 1).clamp(max=seq_len - 1)
     first_block = first_token // block_size_tokens
     last_block = last_token // block_size_tokens
     page_mask = block_mask[..., first_block]
@@ -34,31 +36,57 @@ def blocks_to_pages(
     return page_mask
 
 
-def query_blocks(chunk: int, context: int, query_block: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and last absolute position of each query block of a chunk: two int64 ``[ceil(chunk / query_block)]``."""
-    first = torch.arange(context - chunk, context, query_block, device=device)
-    return first, (first + query_block - 1).clamp(max=context - 1)
+def query_blocks(
+    query_tokens: int, seq_len: int, query_block_tokens: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and last absolute position of each query block of a prompt chunk.
+
+    Args:
+        query_tokens: of the prompt chunk, which ends the context.
+        seq_len: tokens in the request's cache.
+        query_block_tokens: tokens of a query block.
+        device: of the result.
+
+    Returns:
+        Two int64 ``[ceil(query_tokens / query_block_tokens)]``.
+    """
+    first = torch.arange(seq_len - query_tokens, seq_len, query_block_tokens, device=device)
+    return first, (first + query_block_tokens - 1).clamp(max=seq_len - 1)
 
 
-def chunk_lists(
-    block_mask: torch.Tensor,
-    block_size_tokens: int,
-    chunk: int,
-    context: int,
-    query_block: int,
-    page_size_tokens: int,
-    list_heads: int,
-) -> PageList:
-    """The lists of a prefill chunk from its map over key blocks; arguments as in the public function."""
-    first, last = query_blocks(chunk, context, query_block, block_mask.device)
-    if list_heads != block_mask.shape[0]:
-        block_mask = block_mask.view(list_heads, -1, *block_mask.shape[1:]).any(1)
+@dataclass(frozen=True)
+class ListGrid:
+    """Queries and keys that a map over key blocks covers, and the form of the lists that come of it.
+
+    Attributes:
+        query_tokens: queries of the prompt chunk, which ends the context; 1 in decoding.
+        seq_len: tokens in the request's cache.
+        query_block_tokens: query tokens that share a list.
+        key_block_tokens: tokens of a key block of the map.
+        page_size_tokens: page size of the executor.
+        list_heads: heads with lists of their own; divides the query heads.
+    """
+
+    query_tokens: int
+    seq_len: int
+    query_block_tokens: int
+    key_block_tokens: int
+    page_size_tokens: int
+    list_heads: int
+
+
+def block_lists(block_mask: torch.Tensor, grid: ListGrid) -> PageList:
+    """The lists of a map over key blocks; arguments as in the public function."""
+    block_size_tokens, page_size_tokens = grid.key_block_tokens, grid.page_size_tokens
+    first, last = query_blocks(grid.query_tokens, grid.seq_len, grid.query_block_tokens, block_mask.device)
+    if grid.list_heads != block_mask.shape[0]:
+        block_mask = block_mask.view(grid.list_heads, -1, *block_mask.shape[1:]).any(1)
     block = torch.arange(block_mask.shape[-1], device=block_mask.device)
     own = (block >= (first // block_size_tokens).unsqueeze(1)) & (block <= (last // block_size_tokens).unsqueeze(1))
-    page_mask = blocks_to_pages(block_mask | own, block_size_tokens, page_size_tokens, context)
+    page_mask = blocks_to_pages(block_mask | own, block_size_tokens, page_size_tokens, grid.seq_len)
     page = torch.arange(page_mask.shape[-1], device=block_mask.device)
     page_mask = page_mask & (page <= (last // page_size_tokens).unsqueeze(1))
-    return compact_pages(page_mask.flatten(0, 1), last.repeat(list_heads), page_size_tokens)
+    return compact_pages(page_mask.flatten(0, 1), last.repeat(grid.list_heads), page_size_tokens)
 
 
 def compact_pages(page_mask: torch.Tensor, last_position: torch.Tensor, page_size_tokens: int) -> PageList:

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.page_list.reference import ListGrid
 from vllm_sparse.pages import PageList
 
 PAGE_TILE = 1024
@@ -13,7 +14,7 @@ PAGE_TILE = 1024
 
 # Lengths change with every chunk; specialising on them would compile in the middle of serving.
 @triton.jit(do_not_specialize=["chunk", "context", "query_block_count", "key_blocks", "width"])
-def chunk_lists_kernel(
+def block_lists_kernel(
     mask_pointer,
     pages_pointer,
     kept_tokens_pointer,
@@ -51,37 +52,29 @@ def chunk_lists_kernel(
     tl.store(kept_tokens_pointer + i_list, ((kept_pages - 1) * PAGE + last % PAGE + 1).to(tl.int32))
 
 
-def chunk_lists(
-    block_mask: torch.Tensor,
-    block_size_tokens: int,
-    chunk: int,
-    context: int,
-    query_block: int,
-    page_size_tokens: int,
-    list_heads: int,
-) -> PageList:
-    """Equal to `reference.chunk_lists`; arguments as there, the page divides the block."""
+def block_lists(block_mask: torch.Tensor, grid: ListGrid) -> PageList:
+    """Equal to `reference.block_lists`; arguments as there, the page divides the block."""
     heads, query_block_count, key_blocks = block_mask.shape
-    rows, width = list_heads * query_block_count, -(-context // page_size_tokens)
+    rows, width = grid.list_heads * query_block_count, -(-grid.seq_len // grid.page_size_tokens)
     pages = torch.zeros(rows, width, dtype=torch.int32, device=block_mask.device)
     kept_tokens = torch.empty(rows, dtype=torch.int32, device=block_mask.device)
-    chunk_lists_kernel[(rows,)](
+    block_lists_kernel[(rows,)](
         block_mask.contiguous().view(torch.uint8),
         pages,
         kept_tokens,
-        chunk,
-        context,
+        grid.query_tokens,
+        grid.seq_len,
         query_block_count,
         key_blocks,
         width,
-        QUERY_BLOCK=query_block,
-        BLOCK=block_size_tokens,
-        PAGE=page_size_tokens,
-        GROUP=heads // list_heads,
+        QUERY_BLOCK=grid.query_block_tokens,
+        BLOCK=grid.key_block_tokens,
+        PAGE=grid.page_size_tokens,
+        GROUP=heads // grid.list_heads,
         TILE=PAGE_TILE,
         num_warps=4,
     )
-    return PageList(pages, kept_tokens, page_size_tokens)
+    return PageList(pages, kept_tokens, grid.page_size_tokens)
 
 
 @triton.jit(do_not_specialize=["width", "table_row_stride"])

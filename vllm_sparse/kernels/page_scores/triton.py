@@ -166,7 +166,7 @@ def page_scores(
         capacity_tokens: tokens for which there is room.
 
     Returns:
-        Scores of pages; those of rows whose `context_tokens` is 0 are not written.
+        Scores of pages; those of rows whose `seq_len` is 0 are not written.
     """
     count, query_heads, head_size = rows.query.shape
     kv_heads, pages_per_block = summaries.shape[1:3]
@@ -187,7 +187,7 @@ def page_scores(
         rows.query,
         summaries,
         rows.block_table,
-        rows.context_tokens,
+        rows.seq_lens,
         starts,
         logits,
         largest,
@@ -212,7 +212,7 @@ def page_scores(
         logits,
         largest,
         total,
-        rows.context_tokens,
+        rows.seq_lens,
         starts,
         scores,
         capacity,

@@ -64,6 +64,6 @@ def read_summaries(keys: PagedKeys, kind: SummaryKind) -> torch.Tensor:
     """
     if keys.summaries is None:
         return page_summaries(keys, kind).to(keys.kv_cache.dtype)
-    blocks = keys.block_table[: -(-keys.context_tokens // keys.block_size_tokens)].long()
-    pages = -(-keys.context_tokens // kind.page_tokens)
+    blocks = keys.block_table[: -(-keys.seq_len // keys.block_size_tokens)].long()
+    pages = -(-keys.seq_len // kind.page_tokens)
     return keys.summaries[blocks].transpose(0, 1).flatten(1, 2)[:, :pages]

@@ -32,8 +32,8 @@ class SummaryKind:
 def page_summaries(keys: PagedKeys, kind: SummaryKind, first_token: int = 0) -> torch.Tensor:
     """Summarise the pages from `first_token` on, which begins one; arguments as in the public function."""
     summaries: list[torch.Tensor] = []
-    for start in range(first_token, keys.context_tokens, TILE_TOKENS):
-        tile = keys.read(start, min(start + TILE_TOKENS, keys.context_tokens)).float()
+    for start in range(first_token, keys.seq_len, TILE_TOKENS):
+        tile = keys.read(start, min(start + TILE_TOKENS, keys.seq_len)).float()
         whole = tile.shape[1] // kind.page_tokens * kind.page_tokens
         if whole:
             summaries.append(_summary(tile[:, :whole].unflatten(1, (-1, kind.page_tokens)), kind))  # type: ignore[no-untyped-call]

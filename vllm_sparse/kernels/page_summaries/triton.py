@@ -179,12 +179,12 @@ def _constants(kv_cache: torch.Tensor, kind: SummaryKind) -> dict[str, Any]:
 
 def _run(keys: PlainKeys, kind: SummaryKind, out: torch.Tensor, first_page: int, stored: bool) -> None:
     cache = keys.kv_cache
-    pages = triton.cdiv(keys.context_tokens, kind.page_tokens)
+    pages = triton.cdiv(keys.seq_len, kind.page_tokens)
     page_summaries_kernel[(pages - first_page, keys.num_kv_heads)](
         cache,
         keys.block_table,
         out,
-        keys.context_tokens,
+        keys.seq_len,
         first_page,
         pages,
         cache.stride(0),
@@ -197,7 +197,7 @@ def _run(keys: PlainKeys, kind: SummaryKind, out: torch.Tensor, first_page: int,
 
 def page_summaries(keys: PlainKeys, kind: SummaryKind) -> torch.Tensor:
     """Equal to `reference.page_summaries` up to float32 rounding; arguments as there."""
-    pages = triton.cdiv(keys.context_tokens, kind.page_tokens)
+    pages = triton.cdiv(keys.seq_len, kind.page_tokens)
     shape = keys.num_kv_heads, pages, kind.width(keys.head_size)
     summaries = torch.empty(shape, dtype=torch.float32, device=keys.kv_cache.device)
     _run(keys, kind, summaries, 0, stored=False)
@@ -215,8 +215,8 @@ def store_newest_summaries(rows: DecodeRows, kind: SummaryKind, summaries: torch
     """Store the summaries of the newest token of each row, as `store_summaries` does, in one launch for CUDA graphs.
 
     The whole block that holds the token is summarised, because at a request's first step it may be a copy of another
-    request's block. Rows whose `context_tokens` is 0 are left out. Rows that select only in later steps must not be
-    left out, so their `context_tokens` is not 0 here.
+    request's block. Rows whose `seq_len` is 0 are left out. Rows that select only in later steps must not be
+    left out, so their `seq_len` is not 0 here.
 
     Args:
         rows: the rows; the query is not read.
@@ -224,11 +224,11 @@ def store_newest_summaries(rows: DecodeRows, kind: SummaryKind, summaries: torch
         summaries: ``[blocks, kv_heads, block_size / page_tokens, width]``, contiguous, written.
     """
     cache = rows.kv_cache
-    newest_summaries_kernel[(cache.shape[2] // kind.page_tokens, cache.shape[1], rows.context_tokens.shape[0])](
+    newest_summaries_kernel[(cache.shape[2] // kind.page_tokens, cache.shape[1], rows.seq_lens.shape[0])](
         cache,
         rows.block_table,
         summaries,
-        rows.context_tokens,
+        rows.seq_lens,
         rows.block_table.stride(0),
         cache.stride(0),
         cache.stride(1),

@@ -29,8 +29,8 @@ def token_scores(query: torch.Tensor, keys: PagedKeys, scale: float, merge_heads
     num_kv_heads = keys.num_kv_heads
     grouped = query.reshape(num_kv_heads, -1, query.shape[-1])
     tiles = []
-    for start in range(0, keys.context_tokens, TILE_TOKENS):
-        tile = keys.read(start, min(start + TILE_TOKENS, keys.context_tokens))
+    for start in range(0, keys.seq_len, TILE_TOKENS):
+        tile = keys.read(start, min(start + TILE_TOKENS, keys.seq_len))
         if query.is_cuda:
             tiles.append(torch.bmm(grouped, tile.transpose(1, 2), out_dtype=torch.float32))
         else:

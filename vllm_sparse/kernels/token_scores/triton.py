@@ -156,7 +156,7 @@ def token_scores_of_rows(rows: DecodeRows, starts: torch.Tensor, capacity_tokens
         rows.query,
         rows.kv_cache,
         rows.block_table,
-        rows.context_tokens,
+        rows.seq_lens,
         starts,
         products,
         partials,
@@ -180,7 +180,7 @@ def token_scores_of_rows(rows: DecodeRows, starts: torch.Tensor, capacity_tokens
         num_stages=3,
     )
     merge_kernel[grid](
-        rows.context_tokens,
+        rows.seq_lens,
         starts,
         products,
         partials,

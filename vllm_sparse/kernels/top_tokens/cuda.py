@@ -16,7 +16,7 @@ def top_tokens(scores: RowScores, rows: DecodeRows, knobs: torch.Tensor, lists: 
     assert knobs.stride(1) == rows.block_table.stride(1) == lists.slots.stride(1) == 1
     count, kv_heads = rows.query.shape[0], rows.kv_cache.shape[1]
     tensors = (
-        *(scores.values, scores.starts, rows.context_tokens, knobs),
+        *(scores.values, scores.starts, rows.seq_lens, knobs),
         *(rows.block_table, lists.slots, lists.kept_tokens),
     )
     strides = scores.head_stride, knobs.stride(0), rows.block_table.stride(0), lists.slots.stride(0)

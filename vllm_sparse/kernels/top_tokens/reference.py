@@ -28,7 +28,7 @@ class TokenBudget:
 
 
 def top_pages(
-    scores: torch.Tensor, context_tokens: int, unit_tokens: int, page_size_tokens: int, budget: TokenBudget
+    scores: torch.Tensor, seq_len: int, unit_tokens: int, page_size_tokens: int, budget: TokenBudget
 ) -> PageList:
     """Keep the units that hold the first and the last tokens, then those of the highest scores while the budget lasts.
 
@@ -36,7 +36,7 @@ def top_pages(
 
     Args:
         scores: float32 ``[rows, ceil(context / unit_tokens)]``, neither NaN nor plus infinity.
-        context_tokens: tokens in the request's cache.
+        seq_len: tokens in the request's cache.
         unit_tokens: adjacent tokens that share one score.
         page_size_tokens: page size of the executor; divides `unit_tokens`.
         budget: tokens to keep.
@@ -46,7 +46,7 @@ def top_pages(
     """
     rows, units = scores.shape
     sink_units = min(-(-budget.sink_tokens // unit_tokens), units)
-    first_recent_unit = max(max(context_tokens - max(budget.recent_tokens, 1), 0) // unit_tokens, sink_units)
+    first_recent_unit = max(max(seq_len - max(budget.recent_tokens, 1), 0) // unit_tokens, sink_units)
     scores = scores.clone()
     scores[:, :sink_units] = float("inf")
     scores[:, first_recent_unit:] = float("inf")
@@ -58,8 +58,8 @@ def top_pages(
     kept = above | (equal & (equal.cumsum(1) <= count - above.sum(1, keepdim=True)))
     pages_per_unit = unit_tokens // page_size_tokens
     if pages_per_unit > 1:
-        kept = kept.repeat_interleave(pages_per_unit, dim=1)[:, : -(-context_tokens // page_size_tokens)]
-    last_position = torch.full((rows,), context_tokens - 1, device=scores.device)
+        kept = kept.repeat_interleave(pages_per_unit, dim=1)[:, : -(-seq_len // page_size_tokens)]
+    last_position = torch.full((rows,), seq_len - 1, device=scores.device)
     lists = compact_pages(kept, last_position, page_size_tokens)
     return PageList(lists.pages[:, : count * pages_per_unit].contiguous(), lists.kept_tokens, page_size_tokens)
 
@@ -76,7 +76,7 @@ def top_tokens(scores: RowScores, rows: DecodeRows, knobs: torch.Tensor, lists: 
     _, kv_heads, block_size, _ = rows.kv_cache.shape
     unit = scores.unit_tokens
     values = scores.values.flatten()
-    for row, context in enumerate(rows.context_tokens.tolist()):
+    for row, context in enumerate(rows.seq_lens.tolist()):
         if context == 0:
             continue
         start, units = int(scores.starts[row]), -(-context // unit)

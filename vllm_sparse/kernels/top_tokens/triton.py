@@ -123,7 +123,7 @@ def top_tokens(scores: RowScores, rows: DecodeRows, knobs: torch.Tensor, lists: 
     top_tokens_kernel[(rows.query.shape[0] * kv_heads,)](
         scores.values,
         scores.starts,
-        rows.context_tokens,
+        rows.seq_lens,
         knobs,
         rows.block_table,
         lists.slots,

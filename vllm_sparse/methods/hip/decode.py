@@ -20,7 +20,7 @@ from vllm_sparse.kernels.hip_decode import (
     decode_leaves,
     token_lists,
 )
-from vllm_sparse.kernels.page_list import chunk_lists
+from vllm_sparse.kernels.page_list import ListGrid, block_lists
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.decode import BatchDecodeMethod, DecodeMethod, LayerMemory
 from vllm_sparse.methods.hip.stages import (
@@ -112,18 +112,18 @@ class HipDecode(BatchDecodeMethod):
         dense = min(self.dense_layers, num_layers)
         return [Role.DENSE] * dense + [Role.WRITE_AND_READ] * (num_layers - dense)
 
-    def first_due(self, context_tokens: int) -> int:
+    def first_due(self, seq_len: int) -> int:
         """The first stage that is searched anew at a step, with all later ones; the number of stages if none is."""
-        due = (stage for stage, steps in enumerate(self.refresh_steps) if context_tokens % steps == 0)
+        due = (stage for stage, steps in enumerate(self.refresh_steps) if seq_len % steps == 0)
         return next(due, len(self.refresh_steps))
 
-    def list_tokens(self, context_tokens: np.ndarray) -> np.ndarray:
+    def list_tokens(self, seq_lens: np.ndarray) -> np.ndarray:
         """Where the last stage keeps as much as it may, and no chunk is cut by the end of the search range."""
         begin = search_start(self.sink_tokens)
         # As `search_end`, which is not negative, nor the window's start before `begin`.
-        end = context_tokens - context_tokens % self.refresh_steps[0] - (1 + self.recent_tokens)
+        end = seq_lens - seq_lens % self.refresh_steps[0] - (1 + self.recent_tokens)
         window_start = np.maximum(end // LEAF_TOKENS * LEAF_TOKENS, begin)
-        kept: np.ndarray = context_tokens - window_start + (begin + self.stage_budget_tokens[-1])
+        kept: np.ndarray = seq_lens - window_start + (begin + self.stage_budget_tokens[-1])
         return kept
 
     @property
@@ -134,15 +134,15 @@ class HipDecode(BatchDecodeMethod):
         stages = reversed(list(zip(self.stage_block_tokens, self.stage_budget_tokens, self.refresh_steps, strict=True)))
         return self.sink_tokens, self.recent_tokens, *(knob for stage in stages for knob in stage)
 
-    def serves(self, method: DecodeMethod, most_context_tokens: int) -> bool:
+    def serves(self, method: DecodeMethod, max_seq_len: int) -> bool:
         if not isinstance(method, HipDecode) or len(method.stage_block_tokens) > len(self.stage_block_tokens):
             return False
-        needed, allocated = (one.device_sizes(most_context_tokens) for one in (method, self))
+        needed, allocated = (one.device_sizes(max_seq_len) for one in (method, self))
         return all(need <= has for need, has in zip(needed, allocated, strict=True))
 
     def allocate(self, size: ServerSize, device: torch.device) -> HipMemory:
         stages = len(self.stage_block_tokens)
-        most_kept, most_candidates = self.device_sizes(size.context_tokens)
+        most_kept, most_candidates = self.device_sizes(size.max_seq_len)
         return HipMemory(
             tuple(
                 StageMemory.allocate(stages, size.requests, size.kv_heads, most_kept, device)
@@ -157,10 +157,10 @@ class HipDecode(BatchDecodeMethod):
         row_memory = RowMemory(place.slots, place.fresh, memory.layers[place.layer], memory.scratch)
         token_lists(rows, knobs, row_memory, lists)
 
-    def device_sizes(self, most_context_tokens: int) -> tuple[int, int]:
+    def device_sizes(self, max_seq_len: int) -> tuple[int, int]:
         """Most chunks that a stage keeps and that one chooses from, for contexts of up to so many tokens."""
         most_kept = most_candidates = 0
-        left = most_context_tokens
+        left = max_seq_len
         for length, tokens in zip(self.stage_block_tokens, self.stage_budget_tokens, strict=True):
             candidates = -(-left // length)
             most_candidates = max(most_candidates, candidates)
@@ -171,8 +171,8 @@ class HipDecode(BatchDecodeMethod):
     def select(
         self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory
     ) -> PageList:
-        context = keys.context_tokens
-        standing = self.first_due(context) if memory.context_tokens == context - 1 else 0
+        context = keys.seq_len
+        standing = self.first_due(context) if memory.seq_len == context - 1 else 0
         search = DecodeSearch(
             [
                 Stage(length, tokens)
@@ -183,5 +183,6 @@ class HipDecode(BatchDecodeMethod):
             self.refresh_steps[0],
         )
         memory.stages, leaves = decode_leaves(query, keys, memory.stages[:standing], search)
-        memory.context_tokens = context
-        return chunk_lists(leaves.unsqueeze(1), LEAF_TOKENS, 1, context, 1, page_size_tokens, keys.num_kv_heads)
+        memory.seq_len = context
+        grid = ListGrid(1, context, 1, LEAF_TOKENS, page_size_tokens, keys.num_kv_heads)
+        return block_lists(leaves.unsqueeze(1), grid)

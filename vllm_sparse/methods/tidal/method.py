@@ -131,7 +131,7 @@ class Tidal(TopTokensMethod):
     def select(
         self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory
     ) -> PageList:
-        context = keys.context_tokens
+        context = keys.seq_len
         scores = token_scores(query, keys, scale, merge_heads=self.list_per == "kv_head")
         if page_size_tokens > 1:
             # Coarser pages: a page is worth its best token.
@@ -142,7 +142,7 @@ class Tidal(TopTokensMethod):
         budget = TokenBudget(self.budget_tokens, self.sink_tokens, self.recent_tokens)
         return top_pages(scores, context, page, page, budget)
 
-    def serves(self, method: DecodeMethod, most_context_tokens: int) -> bool:
+    def serves(self, method: DecodeMethod, max_seq_len: int) -> bool:
         return isinstance(method, Tidal) and method.list_per == "kv_head"
 
     def choose_rows(self, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
