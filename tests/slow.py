@@ -21,6 +21,7 @@ SLOW = {
     },
     "tests/deploy/test_environment.py": {
         "test_serve_flags_are_ones_that_vllm_takes",
+        "test_the_fastest_dtype_is_served",
     },
     "tests/inspect/test_command.py": {
         "test_a_page_is_written_and_progress_is_shown",
@@ -54,10 +55,8 @@ SLOW = {
         "test_a_sweep_ends_where_the_slo_breaks",
         "test_a_thousand_streams",
         "test_an_interrupted_run_reports_what_ran",
+        "test_the_rate_is_what_the_server_sustains",
         "test_times_tokens_and_answers_are_the_servers",
-    },
-    "tests/loadtest/test_kernels.py": {
-        "test_concentration_sharpens_synthetic_heads",
     },
     "tests/loadtest/test_load_command.py": {
         "test_runs_of_other_prompts_are_compared_without_pairs",
@@ -119,10 +118,18 @@ SLOW = {
     "tests/test_calibrate_tidal.py": {
         "test_the_command_calibrates_the_bundled_model",
     },
+    "tests/test_command.py": {
+        "test_a_benchmark_prints_a_table",
+        "test_the_decode_benchmark_prints_a_table",
+    },
+    "tests/test_cpu_library.py": {
+        "test_the_library_is_the_processors",
+    },
     "tests/test_keys.py": {
         "test_keys_are_read_as_written",
     },
     "tests/test_plugin.py": {
         "test_the_backend_unpickles_where_no_plugin_was_loaded",
+        "test_workers_do_not_load_the_servers_room",
     },
 }
