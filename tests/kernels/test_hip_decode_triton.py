@@ -277,7 +277,7 @@ def test_h9_a_replayed_graph_equals_eager_steps(rows: int, generator: torch.Gene
     for step in range(steps):
         for rows_of_step, _, row_memory, _ in (eager, captured):
             rows_of_step.query.copy_(queries[step])
-            rows_of_step.seq_len.copy_(torch.where(live, starts + step, 0))
+            rows_of_step.seq_lens.copy_(torch.where(live, starts + step, 0))
             row_memory.fresh.fill_(int(step in (0, 21)))
         token_lists(*eager)
         graph.replay()
