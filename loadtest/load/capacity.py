@@ -66,9 +66,8 @@ def paced(stage: Stage, capacity: Capacity, duration_seconds: float) -> Stage:
     assert stage.arrivals_seconds is not None
     rate = stage.level * capacity.sessions_per_second(stage.sessions)
     times = [arrival / rate for arrival in stage.arrivals_seconds]
-    firsts = [0, *(place for place, (a, b) in enumerate(itertools.pairwise(stage.sessions), 1) if a.pair != b.pair)]
-    late = [place for place in firsts[1:] if times[place] > duration_seconds]
-    kept = late[0] if late else len(times)
+    pairs = enumerate(itertools.pairwise(stage.sessions), 1)
+    kept = next((n for n, (a, b) in pairs if a.pair != b.pair and times[n] > duration_seconds), len(times))
     return replace(
         stage,
         name=f"{stage.name} ({rate:.2g}/s)",
