@@ -21,7 +21,7 @@ ROOMS = (
     ("metrics",),
     ("backend",),
     ("hooks", "server"),
-    ("plugin", "inspect", "calibration", "command"),
+    ("plugin", "inspect", "calibration", "quality", "command"),
 )
 
 Imports = dict[str, set[str]]
