@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import sys
 
-# Verb to the module whose `main` takes the rest of the arguments; imported when it is asked for.
+# Verb to the module whose `main` takes the rest of the arguments and may return an exit status; imported when it is
+# asked for. A verb of two words stands before the one that it begins with.
 VERBS = {
     "calibrate sale": "vllm_sparse.calibration.sale_command",
     "calibrate tidal": "vllm_sparse.calibration.tidal_command",
     "inspect": "vllm_sparse.inspect.command",
+    "quality report": "vllm_sparse.quality.report.command",
+    "quality": "vllm_sparse.quality.command",
 }
 
 # Verbs of version 0.1, for one release: what they ran is not installed, it stands in the repository.
@@ -29,7 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: of the command line, the command's name left out; default: this process's.
 
     Returns:
-        The exit status: 2 if there is no such verb, or if a module of the repository has taken its place.
+        The exit status: the verb's own; 2 if there is no such verb, or if a module of the repository has taken its
+        place.
     """
     given = sys.argv[1:] if arguments is None else arguments
     if given in (["-h"], ["--help"]):
@@ -37,8 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     verb = _verb_of(given, VERBS)
     if verb is not None:
-        importlib.import_module(VERBS[verb]).main(given[len(verb.split()) :])
-        return 0
+        status: int | None = importlib.import_module(VERBS[verb]).main(given[len(verb.split()) :])
+        return status or 0
     moved = _verb_of(given, MOVED)
     if moved is not None:
         print(

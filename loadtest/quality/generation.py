@@ -31,7 +31,8 @@ from tokenizers import Tokenizer
 
 from loadtest.offline import DensityReader, engine
 from loadtest.quality.conversation import FREE, Conversation, conversation, is_right
-from loadtest.quality.script import SCRIPT_KEY, ScriptProcessor
+from vllm_sparse.quality.script import ScriptProcessor
+from vllm_sparse.quality.served_model import SCRIPT_KEY
 from loadtest.text.tokenizer import build_tokenizer
 
 

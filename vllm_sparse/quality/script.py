@@ -3,6 +3,8 @@
 Scripted tokens are decoded one by one like all others, so that a sparse decode method chooses for them and writes
 their keys and values, which a prompt's tokens would leave to prefill. The log probabilities that vLLM returns are those
 before the script, so their first rank is what the model itself would have said.
+
+It does on model runner V1, which is the one of CPUs, what trace replay (`--enable-trace-replay`) does on V2.
 """
 
 from __future__ import annotations
@@ -11,16 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 
+from vllm_sparse.quality.served_model import SCRIPT_KEY
+
 if TYPE_CHECKING:
     import torch
     from vllm import SamplingParams
 
-SCRIPT_KEY = "script"
-"""In `SamplingParams.extra_args`: one token id a generated token; negative where the model chooses."""
-
 
 class ScriptProcessor(LogitsProcessor):
-    """For `LLM(logits_processors=[...])` on vLLM's model runner V1, without async scheduling."""
+    """For `--logits-processors` of vLLM's model runner V1, without async scheduling; a request sends `SCRIPT_KEY`."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self._rows: dict[int, tuple[list[int], list[int]]] = {}

@@ -1,0 +1,107 @@
+"""Starts the server that a model is measured on, where none runs yet."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+LOG_NAME = "server.log"
+START_LIMIT_S = 1800
+LAST_LOG_LINES = 25
+
+
+class StartError(RuntimeError):
+    """The server did not start; the message has the end of its log."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a server is started.
+
+    Attributes:
+        model: name or folder.
+        methods: that requests will choose; each decode method takes CUDA graphs of its own, and so time at start-up.
+        arguments: further ones of ``vllm serve``.
+        by_script: tokens are told by `quality.script`, not by vLLM's trace replay, which needs model runner V2.
+    """
+
+    model: str
+    methods: Sequence[str]
+    arguments: Sequence[str]
+    by_script: bool
+
+    def command(self, port: int) -> list[str]:
+        """The command line."""
+        config = {"sparse": {"methods": list(self.methods)}}
+        told = (
+            ["--logits-processors", "vllm_sparse.quality.script:ScriptProcessor", "--no-async-scheduling"]
+            if self.by_script
+            else ["--enable-trace-replay"]
+        )
+        return [
+            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", self.model),
+            *("--attention-backend", "sparse", "--host", "127.0.0.1", "--port", str(port)),
+            *("--additional-config", json.dumps(config), "--enable-scale-out", *told, *self.arguments),
+        ]
+
+
+@contextmanager
+def serving(launch: Launch, folder: Path) -> Iterator[str]:
+    """URL of a server that ends with the block; its log is written into the folder.
+
+    Raises:
+        StartError: it ended, or was not ready in time.
+    """
+    port = _free_port()
+    log = folder / LOG_NAME
+    # Its own routes are loaded only where the plugin is named.
+    environment = {**os.environ, "VLLM_PLUGINS": "sparse"}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            launch.command(port), stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    try:
+        _wait_until_ready(process, f"http://127.0.0.1:{port}", log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    end = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise StartError(f"vllm serve ended with status {process.returncode}. The end of {log}:\n{_end_of(log)}")
+        try:
+            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    raise StartError(f"vllm serve was not ready after {START_LIMIT_S} s. The end of {log}:\n{_end_of(log)}")
+
+
+def _end_of(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LOG_LINES:])

@@ -1,0 +1,28 @@
+"""Real texts of a length in tokens, for the measures that read or continue a text."""
+
+from __future__ import annotations
+
+import random
+
+from vllm_sparse.quality.measures.context import Context
+
+TEXT_KINDS = ("code", "prose")
+
+
+def texts(context: Context, purpose: str, length_tokens: int, count: int) -> list[tuple[str, list[int]]]:
+    """Kind and token ids of texts, code and prose in turn.
+
+    Args:
+        context: of the run.
+        purpose: texts of different purposes are drawn apart.
+        length_tokens: of each.
+        count: of texts.
+    """
+    found: dict[str, list[list[int]]] = {}
+    for place, kind in enumerate(TEXT_KINDS):
+        share = (count + len(TEXT_KINDS) - 1 - place) // len(TEXT_KINDS)
+        rng = random.Random(f"{context.seed}-{purpose}-{length_tokens}-{kind}")
+        drawn = context.corpus.texts(kind, length_tokens, share, rng, lambda text: len(context.tokenizer.text(text)))
+        found[kind] = [context.tokenizer.text(text)[:length_tokens] for text in drawn]
+    kinds = [TEXT_KINDS[number % len(TEXT_KINDS)] for number in range(count)]
+    return [(kind, found[kind][number // len(TEXT_KINDS)]) for number, kind in enumerate(kinds)]

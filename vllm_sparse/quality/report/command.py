@@ -1,0 +1,27 @@
+"""``vllm-sparse quality report FOLDER ...``: the report of one journal, or of several on the same model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vllm_sparse.quality.journal import NAME, JournalError, Run, merge, read_journal
+
+
+def main(arguments: list[str]) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="vllm-sparse quality report", description=__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="FOLDER", help="of a run, with its journal.jsonl")
+    parser.add_argument("--output", type=Path, help="folder of the report (default: the first run's)")
+    parser.add_argument("--gate", action="store_true", help="end with the status of the quality gate")
+    given = parser.parse_args(arguments)
+    try:
+        run = merge([read_journal(folder / NAME) for folder in given.runs])
+    except (OSError, JournalError) as error:
+        parser.error(str(error))
+    return report(run, given.output or given.runs[0], given.gate)
+
+
+def report(run: Run, folder: Path, gate: bool) -> int:
+    """Write the report and print its tables; returns the exit status."""
+    raise NotImplementedError
