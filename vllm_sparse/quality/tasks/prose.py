@@ -1,0 +1,167 @@
+"""Facts and passages in real prose."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from random import Random
+
+from vllm_sparse.quality.corpus import Corpus
+from vllm_sparse.quality.tasks.draft import Draft, Planted, Question, depth_of, fill, in_one_text, spread
+from vllm_sparse.quality.tasks.words import Words
+
+KINDS = (
+    "one_needle",
+    "one_of_many_keys",
+    "several_values",
+    "several_keys",
+    "two_places",
+    "counting",
+    "copy_passage",
+)
+
+_KEYS = 12
+_VALUES = 4
+_BEGINNING_WORDS = 8
+_COPIED_WORDS = 20
+
+
+def draft(rng: Random, number: int, tokens: int, corpus: Corpus, kinds: Collection[str]) -> Draft:
+    """One long prose text; each kind has a wording of its own, so that no fact answers the question of another."""
+    words = Words(rng)
+    planted: list[Planted] = []
+    questions: list[Question] = []
+    passage = ""
+    if "one_needle" in kinds:
+        key, value = words.key(), words.number()
+        fact = f"The secret code of the {key} is {value}."
+        planted.append(Planted(depth_of(rng, number), fact))
+        questions.append(
+            Question(
+                "one_needle",
+                f"What is the secret code of the {key}?",
+                f"The secret code of the {key} is",
+                (value,),
+                16,
+                place=fact,
+            )
+        )
+    if "one_of_many_keys" in kinds:
+        keys = [(words.key(), words.number()) for _ in range(_KEYS)]
+        facts = [f"The price of the {key} is {value} coins." for key, value in keys]
+        # The one that is asked for stands in the stratum of the document, the others anywhere.
+        depths = [depth_of(rng, number, 3), *spread(rng, _KEYS - 1)]
+        planted += [Planted(depth, fact) for depth, fact in zip(depths, facts, strict=True)]
+        questions.append(
+            Question(
+                "one_of_many_keys",
+                f"What is the price of the {keys[0][0]}?",
+                f"The price of the {keys[0][0]} is",
+                (keys[0][1],),
+                16,
+                place=facts[0],
+            )
+        )
+    if "several_values" in kinds:
+        key, values = words.key(), tuple(words.number() for _ in range(_VALUES))
+        planted += [
+            Planted(depth, f"One of the lucky numbers of the {key} is {value}.")
+            for depth, value in zip(spread(rng, _VALUES), values, strict=True)
+        ]
+        questions.append(
+            Question(
+                "several_values",
+                f"What are the {_VALUES} lucky numbers of the {key}?",
+                f"The {_VALUES} lucky numbers of the {key} are",
+                values,
+                48,
+            )
+        )
+    if "several_keys" in kinds:
+        keys = [(words.key(), words.number()) for _ in range(_VALUES)]
+        planted += [
+            Planted(depth, f"The weight of the {key} is {value} grams.")
+            for depth, (key, value) in zip(spread(rng, _VALUES), keys, strict=True)
+        ]
+        rng.shuffle(keys)
+        named = [f"the {key}" for key, _ in keys]
+        questions.append(
+            Question(
+                "several_keys",
+                f"What is the weight of {', of '.join(named[:-1])} and of {named[-1]}?",
+                f"The weight of {named[0]} is",
+                tuple(value for _, value in keys),
+                80,
+            )
+        )
+    if "two_places" in kinds:
+        pairs = [(words.key(), words.person(), words.number()) for _ in range(3)]
+        depths = [depth_of(rng, number, 5), depth_of(rng, number, 8), *(rng.random() for _ in range(4))]
+        facts = []
+        for key, person, value in pairs:
+            facts += [f"The owner of the {key} is {person}.", f"The phone number of {person} is {value}."]
+        planted += [Planted(depth, fact) for depth, fact in zip(depths, facts, strict=True)]
+        key, person, value = pairs[0]
+        questions.append(
+            Question(
+                "two_places",
+                f"Who is the owner of the {key}, and what is the phone number of the owner?",
+                f"The owner of the {key} is",
+                (person, value),
+                40,
+            )
+        )
+    if "counting" in kinds:
+        times = rng.randint(2, 9)
+        planted += [Planted(depth, f"A bell rang in {words.person()}'s house.") for depth in spread(rng, times)]
+        questions.append(
+            Question(
+                "counting",
+                'How many times does the text say that "a bell rang"? Answer with a number.',
+                "The number of times that a bell rang is",
+                (str(times),),
+                8,
+                "number",
+            )
+        )
+    if "copy_passage" in kinds:
+        passage = _passage(rng, corpus, _forbidden(words))
+        own = passage.split()
+        beginning = " ".join(own[:_BEGINNING_WORDS])
+        planted.append(Planted(depth_of(rng, number, 1), passage))
+        questions.append(
+            Question(
+                "copy_passage",
+                f'Copy the paragraph of the text that begins with "{beginning}".',
+                beginning,
+                (" ".join(own[_BEGINNING_WORDS : _BEGINNING_WORDS + _COPIED_WORDS]),),
+                48,
+                "words_in_order",
+                place=passage,
+            )
+        )
+    forbidden = _forbidden(words)
+    if passage:
+        forbidden.append(" ".join(passage.split()[:_BEGINNING_WORDS]))
+    filler = fill(corpus.paragraphs, rng, tokens, forbidden)
+    return Draft(filler, planted, questions, in_one_text("Read this text. A question about it follows."))
+
+
+def _forbidden(words: Words) -> list[str]:
+    """What the real text must not say, because it would be an answer or the wording of a fact."""
+    return ["secret code", "lucky number", "phone number", "bell rang", *sorted(words.given)]
+
+
+def _passage(rng: Random, corpus: Corpus, forbidden: Sequence[str]) -> str:
+    """A paragraph that is long enough to be continued."""
+    needed = _BEGINNING_WORDS + _COPIED_WORDS
+    long = [
+        paragraph
+        for paragraph in corpus.paragraphs
+        if len(paragraph.split()) >= needed and not any(each.lower() in paragraph.lower() for each in forbidden)
+    ]
+    if not long:
+        raise ValueError(
+            f"{corpus.origin}: copy_passage needs a paragraph of {needed} words, none found among"
+            f" {len(corpus.paragraphs)} paragraphs; add prose"
+        )
+    return rng.choice(long)
