@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-from vllm_sparse.quality.report.summary import ALL_KINDS, Cell, Decoding, Summary
+from vllm_sparse.quality.report.results import ALL_KINDS, Cell, Decoding, Summary
 from vllm_sparse.quality.statistics import LEAST_DOCUMENTS
 from vllm_sparse.quality.variants import Variant
 

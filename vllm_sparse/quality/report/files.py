@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sparse.quality.gate import Gate
-from vllm_sparse.quality.report.summary import ALL_KINDS, Cell, Summary
+from vllm_sparse.quality.report.results import ALL_KINDS, Cell, Summary
 
 
 def write_json(path: Path, summary: Summary, gate: Gate) -> None:

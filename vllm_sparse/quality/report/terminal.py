@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vllm_sparse.quality.gate import Gate, Limits
 from vllm_sparse.quality.records import DENSE
-from vllm_sparse.quality.report.summary import ALL_KINDS, Cell, Measure, Summary
+from vllm_sparse.quality.report.results import ALL_KINDS, Cell, Measure, Summary
 from vllm_sparse.quality.report.words import (
     DASH,
     TITLES,

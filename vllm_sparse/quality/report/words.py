@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_sparse.quality.report.summary import ALL_KINDS, Cell, Phase, Summary, density_of, is_sparse
+from vllm_sparse.quality.report.results import ALL_KINDS, Cell, Phase, Summary, density_of, is_sparse
 from vllm_sparse.quality.statistics import Estimate
 from vllm_sparse.quality.variants import Variant
 
