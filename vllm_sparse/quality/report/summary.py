@@ -1,0 +1,277 @@
+"""What records say, in numbers: cells with paired intervals, and each variant against baselines of equal density."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from vllm_sparse.quality.records import (
+    DENSE,
+    DecodingRecord,
+    GenerationRecord,
+    LanguageRecord,
+    RecallRecord,
+    Record,
+    SpeedRecord,
+    TaskRecord,
+)
+from vllm_sparse.quality.report.cells import adjusted, cells_of
+from vllm_sparse.quality.report.equal_density import at_equal_density
+from vllm_sparse.quality.report.notes import both_phases, cautions, unpaired
+from vllm_sparse.quality.report.pairs import (
+    AnyRecord,
+    Key,
+    Place,
+    by_place,
+    column_means,
+    differences,
+    lengths_of,
+    numbers,
+    paired,
+    prompt_key,
+    text_key,
+    value_of,
+)
+from vllm_sparse.quality.report.results import (
+    DEPTHS,
+    Decoding,
+    Depth,
+    Generation,
+    Head,
+    Phase,
+    Positions,
+    Recall,
+    Speed,
+    Summary,
+    WorstPrompt,
+)
+from vllm_sparse.quality.statistics import Array, Value, estimate
+from vllm_sparse.quality.variants import Variant
+
+WORST_PROMPTS = 5
+"""Shown of each variant."""
+WORST_HEADS = 10
+
+
+def summarise(records: Sequence[Record], variants: Sequence[Variant], facts: Mapping[str, str]) -> Summary:
+    """Everything that a report says about records.
+
+    Raises:
+        ValueError: a record is of a variant that is not among `variants`.
+    """
+    compared = tuple(one for one in variants if one.name != DENSE)
+    unknown = {one.variant for one in records} - {one.name for one in compared} - {DENSE}
+    if unknown:
+        raise ValueError(
+            f"records of variants {sorted(unknown)}, but only {sorted(one.name for one in compared)} were described: "
+            "give every variant that was measured"
+        )
+    notes: list[str] = []
+    tasks = by_place(_of(records, TaskRecord), prompt_key, notes)
+    language = by_place(_of(records, LanguageRecord), text_key, notes)
+    decoding = by_place(_of(records, DecodingRecord), text_key, notes)
+    generations = by_place(_of(records, GenerationRecord), text_key, notes)
+    speed = _speed(_of(records, SpeedRecord), compared)
+    cells = adjusted(
+        [
+            *cells_of("tasks", numbers(tasks, lambda one: one.score), compared, speed),
+            *cells_of("language", numbers(language, lambda one: one.mean_loss), compared, speed),
+        ],
+        compared,
+    )
+    equal_density = at_equal_density(tasks, language, decoding, compared, speed)
+    found = {one.measure for one in records}
+    return Summary(
+        facts=dict(facts),
+        variants=compared,
+        cells=tuple(cells),
+        equal_density=tuple(equal_density),
+        depths=tuple(_depths(tasks, compared)),
+        positions=tuple(_positions(language, compared)),
+        decoding=tuple(_decoding(decoding)),
+        generations=tuple(_generations(generations, compared)),
+        recall=tuple(_recall(_of(records, RecallRecord))),
+        speed=tuple(speed.values()),
+        worst=tuple(_worst(tasks, compared)),
+        notes=(*notes, *unpaired(tasks, compared), *cautions(cells, compared), *both_phases(compared)),
+        not_measured=tuple(
+            name for name in ("task", "language", "decoding", "generation", "recall", "speed") if name not in found
+        ),
+    )
+
+
+def _of(records: Iterable[Record], kind: type[AnyRecord]) -> list[AnyRecord]:
+    return [one for one in records if isinstance(one, kind)]
+
+
+def _depths(tasks: Mapping[Place, Mapping[Key, TaskRecord]], variants: Sequence[Variant]) -> list[Depth]:
+    found = []
+    for variant in variants:
+        for length in lengths_of(tasks):
+            parts: list[list[float]] = [[] for _ in range(DEPTHS)]
+            pairs = paired(tasks.get((DENSE, length), {}), tasks.get((variant.name, length), {}))
+            for _, dense, one in pairs:
+                if one.depth is not None:
+                    parts[min(int(one.depth * DEPTHS), DEPTHS - 1)].append(one.score - dense.score)
+            if any(parts):
+                found += [
+                    Depth(variant.name, length, number, len(part), float(np.mean(part)) if part else None)
+                    for number, part in enumerate(parts)
+                ]
+    return found
+
+
+def _positions(language: Mapping[Place, Mapping[Key, LanguageRecord]], variants: Sequence[Variant]) -> list[Positions]:
+    found = []
+    for variant in variants:
+        for length in lengths_of(language):
+            pairs = paired(language.get((DENSE, length), {}), language.get((variant.name, length), {}))
+            rows = [differences(dense.loss_by_position, one.loss_by_position) for _, dense, one in pairs]
+            if rows:
+                found.append(Positions(variant.name, length, len(rows), column_means(rows)))
+    return found
+
+
+def _decoding(decoding: Mapping[Place, Mapping[Key, DecodingRecord]]) -> list[Decoding]:
+    return [
+        Decoding(
+            variant=variant,
+            length_tokens=length,
+            texts=len(some),
+            least_tokens=min(one.tokens for one in some.values()),
+            divergence=estimate(value_of("decoding", key, one.mean_divergence) for key, one in some.items()),
+            same_first=float(np.mean([one.same_first for one in some.values()])),
+            divergence_by_position=column_means([one.divergence_by_position for one in some.values()]),
+        )
+        for (variant, length), some in sorted(decoding.items(), key=lambda item: item[0][1])
+        if variant != DENSE
+    ]
+
+
+def _generations(
+    generations: Mapping[Place, Mapping[Key, GenerationRecord]], variants: Sequence[Variant]
+) -> list[Generation]:
+    found = []
+    for length in lengths_of(generations):
+        for variant in variants:
+            pairs = paired(generations.get((DENSE, length), {}), generations.get((variant.name, length), {}))
+            for kind in dict.fromkeys(key[0] for key, *_ in pairs):
+                some = [(dense, one) for (name, *_), dense, one in pairs if name == kind]
+                found.append(
+                    Generation(
+                        variant=variant.name,
+                        length_tokens=length,
+                        kind=kind,
+                        median_tokens=float(np.median([one.tokens for _, one in some])),
+                        median_prefix_tokens=float(np.median([one.common_prefix_tokens for _, one in some])),
+                        difference=estimate(Value(one.document, "", one.score - dense.score) for dense, one in some),
+                        difference_by_part=column_means(
+                            [differences(dense.score_by_part, one.score_by_part) for dense, one in some]
+                        ),
+                    )
+                )
+    return found
+
+
+def _recall(records: Sequence[RecallRecord]) -> list[Recall]:
+    places: defaultdict[tuple[str, int, Phase], list[RecallRecord]] = defaultdict(list)
+    for record in records:
+        if record.variant != DENSE:
+            places[record.variant, record.length_tokens, record.phase].append(record)
+    found = []
+    for (variant, length, phase), some in sorted(places.items(), key=lambda item: item[0][1:]):
+        recall: Array = np.mean([one.recall for one in some], axis=0)
+        best: Array = np.mean([one.best for one in some], axis=0)
+        heads = [
+            Head(layer, head, float(recall[layer, head]), float(best[layer, head]))
+            for layer, head in np.ndindex(*recall.shape)
+        ]
+        found.append(
+            Recall(
+                variant=variant,
+                length_tokens=length,
+                phase=phase,
+                texts=len(some),
+                recall=_nested(recall),
+                best=_nested(best),
+                density=column_means([one.density for one in some]),
+                mean=float(recall.mean()),
+                best_mean=float(best.mean()),
+                worst=tuple(sorted(heads, key=lambda one: one.recall)[:WORST_HEADS]),
+            )
+        )
+    return found
+
+
+def _nested(matrix: Array) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(float(value) for value in row) for row in matrix)
+
+
+def _speed(records: Sequence[SpeedRecord], variants: Sequence[Variant]) -> dict[Place, Speed]:
+    places: defaultdict[Place, dict[int, SpeedRecord]] = defaultdict(dict)
+    for record in records:
+        places[record.variant, record.length_tokens][record.repeat] = record
+    found = {}
+    for length in lengths_of(places):
+        dense = places.get((DENSE, length), {})
+        for name in (DENSE, *(one.name for one in variants)):
+            own = places.get((name, length), {})
+            if not own:
+                continue
+            pairs = [(dense[repeat], one) for repeat, one in own.items() if repeat in dense]
+            found[name, length] = Speed(
+                variant=name,
+                length_tokens=length,
+                repeats=len(own),
+                ttft_s=float(np.median([one.ttft_s for one in own.values()])),
+                tpot_s=float(np.median([one.tpot_s for one in own.values()])),
+                ttft_ratio=_median_ratio([(before.ttft_s, one.ttft_s) for before, one in pairs]),
+                tpot_ratio=_median_ratio([(before.tpot_s, one.tpot_s) for before, one in pairs]),
+                prefill_density=_known_mean([one.prefill_density for one in own.values()]),
+                decode_density=_known_mean([one.decode_density for one in own.values()]),
+            )
+    return found
+
+
+def _median_ratio(pairs: Iterable[tuple[float, float]]) -> float | None:
+    # An answer of one token has no time between tokens.
+    ratios = [after / before for before, after in pairs if before > 0]
+    return float(np.median(ratios)) if ratios else None
+
+
+def _known_mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _worst(tasks: Mapping[Place, Mapping[Key, TaskRecord]], variants: Sequence[Variant]) -> list[WorstPrompt]:
+    found = []
+    for variant in variants:
+        if variant.baseline:
+            continue
+        lost = [
+            (one.score - dense.score, dense, one)
+            for length in lengths_of(tasks)
+            for _, dense, one in paired(tasks.get((DENSE, length), {}), tasks.get((variant.name, length), {}))
+            if one.score < dense.score
+        ]
+        for _, dense, one in sorted(lost, key=lambda item: item[0])[:WORST_PROMPTS]:
+            found.append(
+                WorstPrompt(
+                    variant=variant.name,
+                    length_tokens=one.length_tokens,
+                    kind=one.kind,
+                    document=one.document,
+                    prompt=one.prompt,
+                    depth=one.depth,
+                    question=one.question,
+                    answers=one.answers,
+                    dense_score=dense.score,
+                    score=one.score,
+                    dense_text=dense.text,
+                    text=one.text,
+                )
+            )
+    return found
