@@ -42,8 +42,10 @@ def empty_lists(lists: int, width: int) -> TokenLists:
 
 @needs_triton
 @pytest.mark.parametrize(("heads", "kv_heads", "head_size"), [(2, 2, 64), (8, 2, 32), (7, 1, 80), (8, 1, 128)])
-@pytest.mark.parametrize("block_size", [16, 128])
-def test_scores_equal_the_reference(heads: int, kv_heads: int, head_size: int, block_size: int) -> None:
+@pytest.mark.parametrize(("block_size", "sum_heads"), [(16, False), (128, True)])
+def test_scores_equal_the_reference(
+    heads: int, kv_heads: int, head_size: int, block_size: int, sum_heads: bool
+) -> None:
     from vllm_sparse.kernels.token_scores.triton import token_scores_of_rows
 
     seed = random.randrange(1 << 30)
@@ -60,12 +62,14 @@ def test_scores_equal_the_reference(heads: int, kv_heads: int, head_size: int, b
     for row in order:
         starts[row] = taken
         taken += contexts[row] + 3
-    scores = token_scores_of_rows(rows, starts.to(DEVICE), taken)
+    scores = token_scores_of_rows(rows, starts.to(DEVICE), taken, sum_heads)
     assert scores.unit_tokens == 1
     for row, context in enumerate(contexts):
         if not takes_part[row]:
             continue
-        expected = token_scores_reference.token_scores(query[row], data.reader(row), SCALE, merge_heads=True)
+        expected = token_scores_reference.token_scores(query[row], data.reader(row), SCALE, merge_heads=not sum_heads)
+        if sum_heads:
+            expected = expected.view(kv_heads, -1, context).logsumexp(1)
         for head in range(kv_heads):
             first = int(scores.starts[row]) + head * scores.head_stride
             actual = scores.values.flatten()[first : first + context]
@@ -189,5 +193,7 @@ def test_token_scores_compile_for_hopper() -> None:
         {**constants, "TILE": token_scores_triton.KEY_TILE},
     )
     compile_for_hopper(
-        token_scores_triton.merge_kernel, types, {"SPLITS": 64, "GROUP": 4, "TILE": token_scores_triton.SCORE_TILE}
+        token_scores_triton.merge_kernel,
+        types,
+        {"SPLITS": 64, "GROUP": 4, "SUM": True, "TILE": token_scores_triton.SCORE_TILE},
     )

@@ -11,7 +11,9 @@ from vllm_sparse.methods.decode import DecodeMethod
 from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.hip import Hip, HipDecode
+from vllm_sparse.methods.oracle import Oracle, OracleDecode
 from vllm_sparse.methods.prefill import PrefillMethod
+from vllm_sparse.methods.random_pages import RandomDecode, RandomPages
 from vllm_sparse.methods.sale import Sale
 from vllm_sparse.methods.streaming import Streaming, StreamingDecode
 from vllm_sparse.methods.tidal import Tidal
@@ -132,6 +134,12 @@ PREFILL = [
     PrefillCase("streaming-small", Streaming(recent_tokens=200)),
     PrefillCase("streaming-odd", Streaming(sink_tokens=37, recent_tokens=1, query_block_tokens=64)),
     PrefillCase("streaming-window", Streaming(sink_tokens=0, recent_tokens=100, list_per="query_head"), False),
+    PrefillCase("random-default", RandomPages()),
+    PrefillCase(
+        "random-64", RandomPages(density=0.4, sink_tokens=0, recent_tokens=37, query_block_tokens=64), keeps_sink=False
+    ),
+    PrefillCase("oracle-default", Oracle()),
+    PrefillCase("oracle-kv-head", Oracle(density=0.3, sink_tokens=20, recent_tokens=0, list_per="kv_head")),
 ]
 PREFILL_DENSE = [
     PrefillCase("flex-gamma-1", FlexPrefill(gamma=1.0)),
@@ -155,6 +163,8 @@ PREFILL_DENSE = [
     ),
     PrefillCase("sale-tau-0", Sale(tau=0.0)),
     PrefillCase("streaming-window", Streaming(sink_tokens=20, recent_tokens=680)),
+    PrefillCase("random-density-1", RandomPages(density=1.0, sink_tokens=0, recent_tokens=0)),
+    PrefillCase("oracle-density-1", Oracle(density=1.0, sink_tokens=0, recent_tokens=0)),
 ]
 DECODE = [
     DecodeCase("tidal-default", Tidal(), 16, 64),
@@ -213,6 +223,10 @@ DECODE = [
     DecodeCase("streaming-default", StreamingDecode(), 4, 4096),
     DecodeCase("streaming-small", StreamingDecode(recent_tokens=100), 4, 100),
     DecodeCase("streaming-odd", StreamingDecode(sink_tokens=37, recent_tokens=1), 37, 1),
+    DecodeCase("random-default", RandomDecode(), 16, 64, unit_tokens=16),
+    DecodeCase("random-odd", RandomDecode(budget_tokens=200, sink_tokens=5, recent_tokens=129), 5, 129, unit_tokens=16),
+    DecodeCase("oracle-default", OracleDecode(), 16, 64),
+    DecodeCase("oracle-nothing-forced", OracleDecode(budget_tokens=64, sink_tokens=0, recent_tokens=0), 0, 1),
 ]
 DECODE_DENSE = [
     DecodeCase("tidal-budget", Tidal(budget_tokens=1 << 24), 16, 64),
@@ -234,6 +248,8 @@ DECODE_DENSE = [
         501,
     ),
     DecodeCase("streaming-window", StreamingDecode(sink_tokens=0, recent_tokens=1000), 0, 1000),
+    DecodeCase("random-budget", RandomDecode(budget_tokens=1000), 16, 64, unit_tokens=16),
+    DecodeCase("oracle-budget", OracleDecode(budget_tokens=1000), 16, 64),
 ]
 
 prefill_cases = pytest.mark.parametrize("case", PREFILL, ids=lambda case: case.name)

@@ -51,7 +51,7 @@ def _write_list(platform: LayerPlatform, call: LayerCall, step: StepExecution, r
     if row.method.summaries is not None:
         keys.summaries = platform.summaries.of(row.method.summaries, call.kv_cache)
     page_size = platform.decode_page_size(call.block_size_tokens)
-    memory = row.memory.setdefault(call.index, LayerMemory())
+    memory = row.memory.setdefault(call.index, LayerMemory(layer=call.index))
     with step.record.timer.serving("decode", [row.method.name]):
         lists = row.method.select(call.query[row.span.query_start], keys, platform.scale, page_size, memory)
     step.write_list(row, lists)

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from vllm_sparse.kernels.block_mass import block_mass
 from vllm_sparse.keys import plain_keys
 from vllm_sparse.methods.decode import DecodeMethod, LayerMemory
 from vllm_sparse.methods.prefill import Layer, PrefillMethod
@@ -88,20 +89,13 @@ class PromptInspection:
         """
         if index < self.method.dense_layers:
             return KeptLayer(index, Role.DENSE, [])
-        listed = self._listed(index, query, key, scale)
+        listed = self.listed(index, query, key, scale)
         heads, tokens, _ = query.shape
         block, page = self.method.query_block_tokens, self.method.page_tokens
-        first_key = torch.arange(listed.shape[2], device=query.device) * page
-        candidates = torch.stack(
-            [
-                (torch.arange(start + 1, min(start + block, tokens) + 1, device=query.device).unsqueeze(1) - first_key)
-                .clamp(0, page)
-                .sum(0)
-                .double()
-                for start in range(0, tokens, block)
-            ]
-        )
-        mass = _block_mass(query, key, scale, block, page) if self.true_attention else None
+        candidates = tokens_in_reach(tokens, block, page, query.device)
+        mass = None
+        if self.true_attention:
+            mass = block_mass(query.transpose(0, 1), plain_keys(key), scale, block, page).double()
         sizes = _block_sums(torch.ones(tokens, 1, dtype=torch.double, device=query.device), block)
         maps = []
         for head in range(heads):
@@ -110,8 +104,12 @@ class PromptInspection:
             maps.append(_kept_map(kept, candidates, head_mass, sizes))
         return KeptLayer(index, "sparse", maps)
 
-    def _listed(self, index: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-        """Pages that each query block reads, some perhaps of the future: bool ``[lists' heads, blocks, pages]``."""
+    def listed(self, index: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+        """Pages that each query block reads in a sparse layer, some perhaps of the future; arguments as in `observe`.
+
+        Returns:
+            bool ``[lists' heads, blocks, pages]``.
+        """
         heads, tokens, _ = query.shape
         having = self.method.list_heads(heads, key.shape[0])
         page = self.method.page_tokens
@@ -145,15 +143,11 @@ class DecodeInspection:
     def observe(self, index: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> KeptLayer:
         """What a layer keeps or chooses for others; layers come in order. Arguments as in `PromptInspection`."""
         role = self.roles[index]
-        heads, tokens, head_size = query.shape
-        newest = query[:, -1]
-        if role.writes_list:
-            chosen = self.method.select(newest, plain_keys(key), scale, 1, LayerMemory())
-            self.lists = page_mask(chosen, tokens)
+        heads, tokens, _ = query.shape
+        self.choose(index, query, key, scale)
         if role is Role.DENSE or self.lists is None:
             return KeptLayer(index, role, [])
-        logits = newest.view(key.shape[0], -1, head_size).float() @ key.float().transpose(1, 2) * scale
-        mass = logits.softmax(2).flatten(0, 1).double()
+        mass = newest_mass(query, key, scale)
         candidates = torch.ones(1, tokens, dtype=torch.double, device=query.device)
         maps = []
         for head in range(heads):
@@ -161,29 +155,48 @@ class DecodeInspection:
             maps.append(_kept_map(kept, candidates, mass[head].unsqueeze(0), candidates[:, :1]))
         return KeptLayer(index, role, maps)
 
+    def choose(self, index: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
+        """Let a layer write its list, if it writes one; layers come in order. Arguments as in `PromptInspection`."""
+        if self.roles[index].writes_list:
+            chosen = self.method.select(query[:, -1], plain_keys(key), scale, 1, LayerMemory(layer=index))
+            self.lists = page_mask(chosen, key.shape[1])
+
+
+def newest_mass(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    """True attention of the last query: double ``[heads, tokens]``. Arguments as in `PromptInspection`."""
+    grouped = query[:, -1].view(key.shape[0], -1, query.shape[2])
+    logits = grouped.float() @ key.float().transpose(1, 2) * scale
+    return logits.softmax(2).flatten(0, 1).double()
+
+
+def tokens_in_reach(tokens: int, block: int, page: int, device: torch.device) -> torch.Tensor:
+    """Tokens of each page that the queries of each block of a prompt can reach, summed over the block's queries.
+
+    Args:
+        tokens: of the prompt.
+        block: query tokens of a block.
+        page: tokens of a page.
+        device: of the result.
+
+    Returns:
+        double ``[blocks, pages]``.
+    """
+    first_key = torch.arange(0, tokens, page, device=device)
+    return torch.stack(
+        [
+            (torch.arange(start + 1, min(start + block, tokens) + 1, device=device).unsqueeze(1) - first_key)
+            .clamp(0, page)
+            .sum(0)
+            .double()
+            for start in range(0, tokens, block)
+        ]
+    )
+
 
 def _block_sums(values: torch.Tensor, block: int) -> torch.Tensor:
     """Sums over blocks of rows, the last of which may be short: ``[ceil(rows / block), columns]``."""
     padded = torch.nn.functional.pad(values, (0, 0, 0, -values.shape[0] % block))
     return padded.view(-1, block, values.shape[1]).sum(1)
-
-
-def _block_mass(query: torch.Tensor, key: torch.Tensor, scale: float, block: int, page: int) -> torch.Tensor:
-    """True attention of each query block to each page, summed over its queries: double ``[heads, blocks, pages]``."""
-    heads, tokens, head_size = query.shape
-    pages = -(-tokens // page)
-    transposed = key.float().transpose(1, 2)
-    position = torch.arange(tokens, device=query.device)
-    found = []
-    for start in range(0, tokens, block):
-        rows = position[start : start + block]
-        stop = start + len(rows)
-        grouped = query[:, start:stop].reshape(key.shape[0], -1, head_size).float()
-        logits = (grouped @ transposed[..., :stop] * scale).view(heads, len(rows), stop)
-        weight = logits.masked_fill(position[:stop] > rows.unsqueeze(1), float("-inf")).softmax(2)
-        padded = torch.nn.functional.pad(weight.double().sum(1), (0, pages * page - stop))
-        found.append(padded.view(heads, pages, page).sum(2))
-    return torch.stack(found, dim=1)
 
 
 def _kept_map(kept: torch.Tensor, candidates: torch.Tensor, mass: torch.Tensor | None, sizes: torch.Tensor) -> KeptMap:

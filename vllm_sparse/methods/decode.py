@@ -23,15 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class LayerMemory:
-    """What a decode method keeps of one request in one layer from step to step; empty at the request's first step.
+    """What a decode method keeps of one request in one layer from step to step; no stages at its first step.
 
     Attributes:
         stages: results of a search's stages, earlier ones first.
         seq_len: context at the step that used it last.
+        layer: index of the attention layer.
     """
 
     stages: list[torch.Tensor] = field(default_factory=list)
     seq_len: int = 0
+    layer: int = 0
 
 
 class DecodeMethod(Method):

@@ -11,7 +11,9 @@ from vllm_sparse.methods.decode import DecodeMethod
 from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.hip import Hip, HipDecode
+from vllm_sparse.methods.oracle import Oracle, OracleDecode
 from vllm_sparse.methods.prefill import PrefillMethod
+from vllm_sparse.methods.random_pages import RandomDecode, RandomPages
 from vllm_sparse.methods.sale import Sale
 from vllm_sparse.methods.streaming import Streaming, StreamingDecode
 from vllm_sparse.methods.tidal import Tidal
@@ -20,6 +22,7 @@ _CLASSES: tuple[type[PrefillMethod | DecodeMethod], ...] = (
     *(FlexPrefill, Sale, Dhsa, Hip),
     *(Tidal, HipDecode, BlockTopk),
     *(Streaming, StreamingDecode),
+    *(RandomPages, RandomDecode, Oracle, OracleDecode),
 )
 PREFILL_METHODS: dict[str, type[PrefillMethod]] = {
     method.name: method for method in _CLASSES if issubclass(method, PrefillMethod)

@@ -107,6 +107,7 @@ def merge_kernel(
     kv_heads,
     SPLITS: tl.constexpr,
     GROUP: tl.constexpr,
+    SUM: tl.constexpr,
     TILE: tl.constexpr,
 ):
     i_row = tl.program_id(0) // kv_heads
@@ -126,18 +127,25 @@ def merge_kernel(
             total = tl.sum(tl.load(p_partial + 1) * tl.exp(b_most - most), axis=0)
             p_product = product_pointer + i_query_head.to(tl.int64) * capacity + start
             b_product = tl.load(p_product + o_key, mask=live, other=0.0)
-            b_score = tl.maximum(b_score, (b_product - most) - tl.log(total))
+            b_logarithm = (b_product - most) - tl.log(total)
+            b_larger = tl.maximum(b_score, b_logarithm)
+            if SUM:
+                b_larger += tl.log(1.0 + tl.exp(tl.minimum(b_score, b_logarithm) - b_larger))
+            b_score = b_larger
         p_score = product_pointer + (i_head * GROUP).to(tl.int64) * capacity + start
         tl.store(p_score + o_key, b_score, mask=live)
 
 
-def token_scores_of_rows(rows: DecodeRows, starts: torch.Tensor, capacity_tokens: int) -> RowScores:
+def token_scores_of_rows(
+    rows: DecodeRows, starts: torch.Tensor, capacity_tokens: int, sum_heads: bool = False
+) -> RowScores:
     """Scores of each row's cached tokens, equal to those of `reference.token_scores` with merged heads.
 
     Args:
         rows: the rows; those with a context of 0 get no scores.
         starts: int64 ``[rows]`` index of each row's first score; the scores of rows with a context do not overlap.
         capacity_tokens: tokens for which there is room.
+        sum_heads: merge the query heads of a KV head by the sum of their probabilities instead of the maximum.
 
     Returns:
         Scores of single tokens, in memory of ``query_heads * capacity_tokens`` float32 numbers.
@@ -188,6 +196,7 @@ def token_scores_of_rows(rows: DecodeRows, starts: torch.Tensor, capacity_tokens
         kv_heads,
         SPLITS=splits,
         GROUP=group,
+        SUM=sum_heads,
         TILE=SCORE_TILE,
         num_warps=4,
     )
