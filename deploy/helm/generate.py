@@ -21,6 +21,7 @@ import helm_python
 import yaml
 
 from vllm_sparse.config.names import METHODS, PHASES, knob_schema
+from vllm_sparse.config.presets import PRESETS
 from vllm_sparse.config.settings import ServerConfig
 
 CHART = Path(__file__).parent / "vllm-sparse"
@@ -167,8 +168,9 @@ def sparse_schema() -> Schema:
     schema = without_titles(ServerConfig.model_json_schema())
     properties = schema["properties"]
     properties["methods"]["items"] = {"enum": list(METHODS)}
+    properties["preset"]["enum"] = ["dense", *PRESETS]
     for phase, methods in PHASES.items():
-        properties[phase]["enum"] = ["dense", *methods]
+        properties[phase] = {"enum": ["dense", *methods, None], "default": None}
     for method in METHODS:
         phases = [phase for phase, methods in PHASES.items() if method in methods]
         knobs = {knob: schema for phase in phases for knob, schema in knob_schema(phase, method).items()}
@@ -251,7 +253,7 @@ def allowed_text(schema: Schema) -> str:
     """Type and limits of a sparse setting in short."""
     schema = {**schema, **next(iter(schema.get("anyOf", ())), {})}
     if "enum" in schema:
-        return ", ".join(f"`{value}`" for value in schema["enum"])
+        return ", ".join(f"`{value}`" for value in schema["enum"] if value is not None)
     bounds = [
         f"{word} {schema[key]}"
         for key, word in (("exclusiveMinimum", "above"), ("minimum", "from"), ("maximum", "to"))

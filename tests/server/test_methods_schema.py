@@ -11,15 +11,19 @@ from hypothesis import strategies as st
 
 from vllm_sparse.config.messages import SparseParamsError
 from vllm_sparse.config.names import DENSE, METHODS, PHASES, former_keys, knob_schema
-from vllm_sparse.config.request import resolve
+from vllm_sparse.config.presets import PRESETS
+from vllm_sparse.config.request import resolve_by_length
+from vllm_sparse.config.server import check_settings
 from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.server.routes.methods import enabled, extras_schema, request_knobs
 
-LAYERS = 32
+LAYERS, HEADS = 32, 32
 CONFIGS = {
     "default": ServerConfig(),
     "all methods": ServerConfig(methods=METHODS),
     "sparse by default": ServerConfig(prefill="hip", decode="tidal", min_tokens=64, hip={"sink_tokens": 128}),
+    "preset by default": check_settings({"preset": "balanced"}, LAYERS, HEADS),
+    "preset and method by default": check_settings({"preset": "fast", "prefill": "hip"}, LAYERS, HEADS),
     "one method": ServerConfig(methods=("dhsa",), prefill="dhsa", dhsa={"density": 0.5}),
 }
 VALIDATORS = {name: jsonschema.Draft202012Validator(extras_schema(config)) for name, config in CONFIGS.items()}
@@ -27,13 +31,15 @@ VALIDATORS = {name: jsonschema.Draft202012Validator(extras_schema(config)) for n
 KNOBS = [f"{name}_{knob}" for phase, known in PHASES.items() for name in known for knob in knob_schema(phase, name)]
 FORMER = [key for phase, known in PHASES.items() for name in known for key in former_keys(phase, name)]
 KEYS = st.one_of(
-    st.sampled_from(["sparse_prefill", "sparse_decode", "sparse_min_tokens", "sparse_budget", "SparseX", "seed"]),
+    st.sampled_from(
+        ["sparse_preset", "sparse_prefill", "sparse_decode", "sparse_min_tokens", "sparse_budget", "SparseX", "seed"]
+    ),
     st.sampled_from(KNOBS),
     st.sampled_from(FORMER),
     st.from_regex(r"(sparse|hip|tidal|HIP)[_a-zA-Z-]{0,6}", fullmatch=True),
 )
 VALUES = st.one_of(
-    st.sampled_from([DENSE, *METHODS, "kv_head", "query_head", "layer", "everything", "list", "page", ""]),
+    st.sampled_from([DENSE, *METHODS, *PRESETS, "kv_head", "query_head", "layer", "everything", "list", "page", ""]),
     st.integers(-2, 200),
     # No whole ones: 1.0 is an integer in JSON schema.
     st.sampled_from([0.5, 0.25, 1.5, -0.5]),
@@ -45,7 +51,7 @@ VALUES = st.one_of(
 def taken(extras: dict[str, Any], config: ServerConfig) -> tuple[bool, str]:
     """Whether the server takes extras, and why not."""
     try:
-        resolve(extras, config, LAYERS)
+        resolve_by_length(extras, config, LAYERS)
     except SparseParamsError as error:
         return False, str(error)
     return True, ""
@@ -61,6 +67,7 @@ EXPRESSIBLE = (
     "is a knob of",
     "of the server",
     "is set too",
+    "does not enable",
 )
 BOOLEAN_KNOBS = ("flexprefill_faithful", "sale_page_bounds")
 

@@ -1,15 +1,16 @@
 """Settings of a request: what its sampling extras and the server's defaults together ask for.
 
-Extras are flat (`vllm_xargs` takes scalars and lists): ``sparse_prefill``, ``sparse_decode``, ``sparse_min_tokens``
-and ``<method>_<knob>``. Knobs, their ranges and their defaults stand in the method's own file. Where one name is a
-method of both phases, a knob sets that of each phase which has it.
+Extras are flat (`vllm_xargs` takes scalars and lists): ``sparse_preset``, ``sparse_prefill``, ``sparse_decode``,
+``sparse_min_tokens`` and ``<method>_<knob>``. Knobs, their ranges and their defaults stand in the method's own file.
+Where one name is a method of both phases, a knob sets that of each phase which has it. With a preset
+(`config.presets`) what a request runs depends on the length of its prompt.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -29,6 +30,7 @@ from vllm_sparse.config.names import (
     phases_with,
     split_key,
 )
+from vllm_sparse.config.presets import PRESETS, Choice, Tier
 from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.methods.decode import DecodeMethod
 from vllm_sparse.methods.knobs import KnobError
@@ -82,8 +84,45 @@ def deserialize(text: str) -> SparseParams:
     return SparseParams(min_tokens=fields["min_tokens"], **methods)
 
 
-def resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) -> SparseParams:
-    """Resolve a request's sampling extras against the server's configuration.
+@dataclasses.dataclass(frozen=True)
+class ParamsByLength:
+    """What one request runs, before the length of its prompt is known.
+
+    Attributes:
+        preset: that it or the server names, or ``dense``.
+        tiers: least tokens of the prompt, rising from 0, and what a prompt of this length runs.
+    """
+
+    preset: str
+    tiers: tuple[tuple[int, SparseParams], ...]
+
+    def at(self, prompt_tokens: int) -> SparseParams:
+        """What it runs with a prompt of so many tokens."""
+        return next(params for from_tokens, params in reversed(self.tiers) if from_tokens <= prompt_tokens)
+
+
+def resolve(
+    extras: Mapping[str, Any], config: ServerConfig, num_layers: int, prompt_tokens: int | None = None
+) -> SparseParams:
+    """What a request runs with a prompt of a length; arguments and errors otherwise as in `resolve_by_length`.
+
+    Args:
+        extras: as there.
+        config: as there.
+        num_layers: as there.
+        prompt_tokens: of the request's prompt; None where neither the request nor the server names a preset.
+
+    Raises:
+        ValueError: the length is not given and counts.
+    """
+    settings = resolve_by_length(extras, config, num_layers)
+    if prompt_tokens is None and len(settings.tiers) > 1:
+        raise ValueError(f"preset {settings.preset} needs the length of the prompt")
+    return settings.at(prompt_tokens or 0)
+
+
+def resolve_by_length(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) -> ParamsByLength:
+    """Resolve a request's sampling extras against the server's configuration, for prompts of every length.
 
     Args:
         extras: the request's ``vllm_xargs``; keys without a prefix of ours belong to others and are left alone.
@@ -91,8 +130,9 @@ def resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) ->
         num_layers: attention layers of the model.
 
     Raises:
-        SparseParamsError: unknown method or knob, a knob of a method that is not chosen, wrong type, out of range, or
-            a knob under its former and its present name.
+        SparseParamsError: unknown preset, method or knob, a knob of a method that is used at no length, a preset's
+            method that the server does not enable, wrong type, out of range, or a knob under its former and its present
+            name.
     """
     extras, former = present_extras(extras)
     try:
@@ -104,16 +144,25 @@ def resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) ->
         raise SparseParamsError(key, error.value, f"{key} is the former name of {error.key}: {error}") from error
 
 
-def _resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) -> SparseParams:
+def _resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) -> ParamsByLength:
     """Resolve extras whose knobs have their present names."""
-    chosen = {phase: _method_name(phase, extras, config) for phase in PHASES}
-    knobs: dict[str, dict[str, Any]] = {phase: {} for phase in PHASES}
+    preset = _preset_name(extras, config)
+    named = {phase: _named_method(phase, extras, config) for phase in PHASES}
+    for phase in PHASES:
+        if named[phase] is None and preset != DENSE:
+            _check_enabled(preset, phase, config)
+    tiers = (Tier(0), *(PRESETS[preset].tiers if preset != DENSE else ()))
+    choices = [
+        {phase: tier.choice(phase) if name is None else Choice(name) for phase, name in named.items()} for tier in tiers
+    ]
+    chosen = {phase: {choice[phase].method for choice in choices} for phase in PHASES}
+    knobs: dict[tuple[str, str], dict[str, Any]] = {}
     for key, value in extras.items():
         if not is_sparse_key(key) or key in REQUEST_KEYS:
             continue
-        knob, using = _knob_of(key, value, chosen)
+        name, knob, using = _knob_of(key, value, chosen)
         for phase in using:
-            knobs[phase][knob] = value
+            knobs.setdefault((phase, name), {})[knob] = value
     min_tokens = extras.get("sparse_min_tokens", config.min_tokens)
     if not isinstance(min_tokens, int) or isinstance(min_tokens, bool) or min_tokens < 0:
         raise SparseParamsError(
@@ -121,10 +170,31 @@ def _resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) -
             min_tokens,
             f"sparse_min_tokens is {min_tokens!r}; an integer of 0 or more is allowed (tokens of context)",
         )
-    methods: dict[str, Any] = {
-        phase: _build(phase, name, config, knobs[phase]) for phase, name in chosen.items() if name != DENSE
-    }
-    params = SparseParams(min_tokens=min_tokens, **methods)
+    params = []
+    for tier, choice in zip(tiers, choices, strict=True):
+        try:
+            methods: dict[str, Any] = {
+                phase: _build(phase, one.method, config, {**one.knobs, **knobs.get((phase, one.method), {})})
+                for phase, one in choice.items()
+                if one.method != DENSE
+            }
+            resolved = _without_dense(SparseParams(min_tokens=min_tokens, **methods), num_layers)
+        except SparseParamsError as error:
+            if preset == DENSE or error.key in extras:
+                raise
+            # The preset's knob and another one, of the request or the server, exclude each other.
+            raise SparseParamsError(
+                "sparse_preset",
+                preset,
+                f"sparse_preset is {preset!r}, which for prompts of {tier.from_tokens} tokens or more asks for "
+                f"{tier.extras()}: {error}",
+            ) from error
+        params.append((tier.from_tokens, resolved))
+    return ParamsByLength(preset, tuple(params))
+
+
+def _without_dense(params: SparseParams, num_layers: int) -> SparseParams:
+    """Parameters whose phases that read everything in each layer are dense."""
     if params.decode is not None:
         try:
             roles = params.decode.layer_roles(num_layers)
@@ -137,13 +207,13 @@ def _resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) -
     return ALL_DENSE if params.is_dense else params
 
 
-def _knob_of(key: str, value: Any, chosen: Mapping[str, str]) -> tuple[str, list[str]]:
-    """The knob that a request key sets, and the phases whose chosen method has it.
+def _knob_of(key: str, value: Any, chosen: Mapping[str, Collection[str]]) -> tuple[str, str, list[str]]:
+    """The method and the knob that a request key sets, and the phases in which the method is chosen and has it.
 
     Args:
         key: of the request.
         value: its value, for messages.
-        chosen: the request's method in each phase.
+        chosen: the request's methods in each phase, those of all lengths.
 
     Raises:
         SparseParamsError: there is no such knob, a request may not set it, or its method is not chosen.
@@ -171,7 +241,7 @@ def _knob_of(key: str, value: Any, chosen: Mapping[str, str]) -> tuple[str, list
             f"{key} is a setting of the server (--additional-config, object sparse.{name}); a request may set "
             f"{knob_list(name, of_requests=True)}",
         )
-    using = [phase for phase in having if chosen[phase] == name]
+    using = [phase for phase in having if name in chosen[phase]]
     if not using:
         used_for = "" if having == phases_of(name) else f" for {' or '.join(having)}"
         raise SparseParamsError(
@@ -180,7 +250,7 @@ def _knob_of(key: str, value: Any, chosen: Mapping[str, str]) -> tuple[str, list
             f"{key} is a knob of {name}{used_for}, which this request does not use; "
             f"add {how_to_choose(name, having)} or drop the knob",
         )
-    return knob, using
+    return name, knob, using
 
 
 def configured_method(config: ServerConfig, phase: str, name: str) -> PrefillMethod | DecodeMethod:
@@ -188,12 +258,51 @@ def configured_method(config: ServerConfig, phase: str, name: str) -> PrefillMet
     return _build(phase, name, config, {})
 
 
-def _method_name(phase: str, extras: Mapping[str, Any], config: ServerConfig) -> str:
-    """The method that a request uses in a phase, or `DENSE`."""
+def _preset_name(extras: Mapping[str, Any], config: ServerConfig) -> str:
+    """The preset that a request uses, or `DENSE`."""
+    name = extras.get("sparse_preset", config.preset)
+    if isinstance(name, str) and (name == DENSE or name in PRESETS):
+        return name
+    raise SparseParamsError(
+        "sparse_preset", name, f"sparse_preset is {name!r}; allowed are {', '.join([DENSE, *PRESETS])}"
+    )
+
+
+def _check_enabled(preset: str, phase: str, config: ServerConfig) -> None:
+    """Refuse a preset that needs a method in a phase which the server does not enable, whatever the prompt's length.
+
+    Raises:
+        SparseParamsError: it is such.
+    """
+    missing = [name for name in PRESETS[preset].methods(phase) if name not in config.methods]
+    if missing:
+        methods = json.dumps([*config.methods, *missing])
+        raise SparseParamsError(
+            "sparse_preset",
+            preset,
+            f"sparse_preset is {preset!r}, whose {phase} method {' and '.join(missing)} this server does not enable; "
+            f'start the server with "methods": {methods}, or name a sparse_{phase} beside the preset '
+            f"(allowed are {', '.join(_enabled_names(phase, config))})",
+        )
+
+
+def _enabled_names(phase: str, config: ServerConfig) -> list[str]:
+    """What ``sparse_prefill`` or ``sparse_decode`` may name: dense, and the phase's methods that the server enables."""
+    return [DENSE, *(method for method in PHASES[phase] if method in config.methods)]
+
+
+def _named_method(phase: str, extras: Mapping[str, Any], config: ServerConfig) -> str | None:
+    """The method that a request or else the server names for a phase, or `DENSE`; None: the preset chooses.
+
+    A request's preset comes before the server's method.
+    """
     key = f"sparse_{phase}"
-    name = extras.get(key, config.default_method(phase))
+    default = None if "sparse_preset" in extras else config.default_method(phase)
+    if key not in extras and default is None:
+        return None
+    name = extras.get(key, default)
     known = PHASES[phase]
-    enabled = [DENSE, *(method for method in known if method in config.methods)]
+    enabled = _enabled_names(phase, config)
     if isinstance(name, str) and name in enabled:
         return name
     hint = ""

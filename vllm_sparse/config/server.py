@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -9,13 +10,16 @@ from pydantic import ValidationError
 
 from vllm_sparse.config.former_names import present_settings
 from vllm_sparse.config.messages import SparseParamsError, knob_error, knob_list
-from vllm_sparse.config.names import METHODS, phases_of, phases_with
-from vllm_sparse.config.request import configured_method, resolve
+from vllm_sparse.config.names import METHODS, PHASES, phases_of, phases_with
+from vllm_sparse.config.presets import PRESETS
+from vllm_sparse.config.request import configured_method, resolve_by_length
 from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.methods.knobs import KnobError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.sparse")
 
 
 def parse_server_config(additional_config: object, num_layers: int, num_query_heads: int) -> ServerConfig:
@@ -51,7 +55,7 @@ def check_settings(settings: object, num_layers: int, num_query_heads: int) -> S
     except SparseParamsError as error:
         raise ValueError(f"object sparse: {error}") from error
     try:
-        config = ServerConfig.model_validate(present)
+        config = _with_methods_of_preset(ServerConfig.model_validate(present))
     except ValidationError as error:
         detail = error.errors()[0]
         key = ".".join(["sparse", *(str(part) for part in detail["loc"])])
@@ -70,10 +74,28 @@ def check_settings(settings: object, num_layers: int, num_query_heads: int) -> S
             named = knob_error(name, error) if isinstance(error, KnobError) else error
             raise ValueError(f"object sparse.{name}: {named}") from error
     try:
-        resolve({}, config, num_layers)
+        resolve_by_length({}, config, num_layers)
     except SparseParamsError as error:
         raise ValueError(f"object sparse: {error}") from error
     return config
+
+
+def _with_methods_of_preset(config: ServerConfig) -> ServerConfig:
+    """The configuration with the methods enabled that its default preset needs, where it lists no methods itself."""
+    if "methods" in config.model_fields_set or config.preset not in PRESETS:
+        return config
+    preset = PRESETS[config.preset]
+    needed = [name for phase in PHASES if config.default_method(phase) is None for name in preset.methods(phase)]
+    missing = [name for name in needed if name not in config.methods]
+    if not missing:
+        return config
+    logger.info(
+        "Sparse attention: %s is enabled because preset %s needs it and no methods are listed; it is not enabled by "
+        'default because it costs memory beside the KV cache. List "methods" to decide yourself.',
+        ", ".join(missing),
+        config.preset,
+    )
+    return config.model_copy(update={"methods": (*config.methods, *missing)})
 
 
 def uses_sparse_backend(vllm_config: VllmConfig) -> bool:

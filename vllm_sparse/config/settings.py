@@ -14,10 +14,11 @@ class ServerSettings(BaseModel):
     """What the ``"sparse"`` object holds whichever methods there are.
 
     Attributes:
-        prefill: method of requests that name none.
+        preset: preset of requests that name none, or ``dense``; what `prefill` and `decode` name wins in its phase.
+        prefill: method of requests that name none; None: the preset's.
         decode: likewise for decoding.
         methods: methods that requests may choose; by default those that say so of themselves
-            (`Method.enabled_by_default`).
+            (`Method.enabled_by_default`) and, at the start, those that `preset` needs.
         min_tokens: contexts shorter than this run dense, unless the request says otherwise.
         decode_in_batches: on a GPU, serve the sparse decode rows of a step at once, inside CUDA graphs; false saves
             their memory and start-up time, and serves one request after the other between PIECEWISE graphs.
@@ -30,8 +31,9 @@ class ServerSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    prefill: str = DENSE
-    decode: str = DENSE
+    preset: str = DENSE
+    prefill: str | None = None
+    decode: str | None = None
     methods: tuple[str, ...] = Field(default=DEFAULT_METHODS, strict=False)
     min_tokens: int = Field(default=8192, ge=0)
     decode_in_batches: bool = True
@@ -47,9 +49,10 @@ class ServerSettings(BaseModel):
                 raise ValueError(f"{method!r} is no method; there are {', '.join(METHODS)}")
         return methods
 
-    def default_method(self, phase: str) -> str:
-        """Name of the method of requests that name none, or ``dense``."""
-        return {"prefill": self.prefill, "decode": self.decode}[phase]
+    def default_method(self, phase: str) -> str | None:
+        """Name of the method of requests that name neither one nor a preset, or ``dense``; None: the preset chooses."""
+        named = {"prefill": self.prefill, "decode": self.decode}[phase]
+        return DENSE if named is None and self.preset == DENSE else named
 
     def knobs(self, method: str) -> dict[str, Any]:
         """Default knobs of a method, those of all its phases."""

@@ -45,10 +45,9 @@ def _start_server(vllm_config: Any) -> None:
     if vllm_config.observability_config.otlp_traces_endpoint is not None:
         trace_requests(vllm_config)
     logging.getLogger("vllm.sparse").info(
-        "Sparse attention: requests may choose %s; those that name no method run prefill %s and decode %s; "
+        "Sparse attention: requests may choose %s; those that name none run prefill %s and decode %s; "
         "contexts of fewer than %d tokens run dense unless a request sets sparse_min_tokens.",
         ", ".join(config.methods),
-        config.prefill,
-        config.decode,
+        *(config.default_method(phase) or f"by preset {config.preset}" for phase in ("prefill", "decode")),
         config.min_tokens,
     )

@@ -29,10 +29,10 @@ def install(vllm_config: VllmConfig) -> None:
     def wrap(original: Callable[..., Any], beam_search: bool) -> Callable[..., Any]:
         @functools.wraps(original)
         def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-            resolved = check_parsed(vllm_config, self.vllm_xargs or {}, getattr(self, "cache_salt", None), beam_search)
+            settings = check_parsed(vllm_config, self.vllm_xargs or {}, getattr(self, "cache_salt", None), beam_search)
             params = original(self, *args, **kwargs)
             if not beam_search:
-                keep_checked(params, resolved)
+                keep_checked(params, settings)
             return params
 
         return checked

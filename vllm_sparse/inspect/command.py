@@ -71,8 +71,8 @@ def main(arguments: list[str]) -> None:
         parser.error(f"--output {given.output}: there is no folder {given.output.parent}")
     text = prompt_text(parser, given.prompt)
     config = model_config(parser, given.model)
-    params = request_params(parser, given, config)
     prompt = tokens_of(parser, given.model, text, config)
+    params = request_params(parser, given, config, len(prompt))
 
     prefill, prefill_note = prompt_inspection(params, len(prompt), given.chunk, given.attention_up_to)
     decode, decode_note = decode_inspection(params, len(prompt), config.num_hidden_layers)
@@ -133,8 +133,11 @@ def model_config(parser: argparse.ArgumentParser, model: str) -> Any:
         parser.error(f"{model}: {str(error).strip().splitlines()[0]}")
 
 
-def request_params(parser: argparse.ArgumentParser, given: argparse.Namespace, config: Any) -> SparseParams:
-    """What ``--extras`` ask for; ends the command where they, or ``--additional-config``, are wrong."""
+def request_params(
+    parser: argparse.ArgumentParser, given: argparse.Namespace, config: Any, prompt_tokens: int
+) -> SparseParams:
+    """What ``--extras`` ask for, with a prompt of so many tokens; ends the command where they, or
+    ``--additional-config``, are wrong."""
     objects = {}
     for option, text in (("--extras", given.extras), ("--additional-config", given.additional_config)):
         try:
@@ -152,13 +155,13 @@ def request_params(parser: argparse.ArgumentParser, given: argparse.Namespace, c
     except ValueError as error:
         parser.error(str(error))
     try:
-        params = resolve(objects["--extras"], server, config.num_hidden_layers)
+        params = resolve(objects["--extras"], server, config.num_hidden_layers, prompt_tokens)
     except SparseParamsError as error:
         parser.error(f"--extras: {error}")
     if params.is_dense:
         parser.error(
-            f"--extras {given.extras}: nothing is sparse with them; choose a method, such as "
-            '{"sparse_prefill": "flexprefill"}, and knobs that leave something out'
+            f"--extras {given.extras}: nothing is sparse with them and {prompt_tokens} tokens; choose a method, such "
+            'as {"sparse_prefill": "flexprefill"}, and knobs that leave something out'
         )
     return params
 

@@ -13,7 +13,7 @@ import prometheus_client
 
 from vllm_sparse.config.messages import SparseParamsError
 from vllm_sparse.config.names import DENSE, is_sparse_key
-from vllm_sparse.config.request import ALL_DENSE, RESOLVED_KEY, SparseParams, resolve
+from vllm_sparse.config.request import ALL_DENSE, RESOLVED_KEY, ParamsByLength, SparseParams, resolve_by_length
 from vllm_sparse.config.salt import SALT_MARK, cache_salt
 from vllm_sparse.config.server import server_config, uses_sparse_backend
 from vllm_sparse.server.runtime_config import running_config
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 REQUESTS = prometheus_client.Counter(
     "vllm_sparse_requests", "Requests admitted, by the method that each phase asks for.", ["phase", "method"]
+)
+PRESETS_USED = prometheus_client.Counter(
+    "vllm_sparse_presets", "Requests admitted, by the preset that they or the server's configuration name.", ["preset"]
 )
 
 # On sampling parameters (`keep_checked`).
@@ -47,8 +50,8 @@ def _check_salt(salt: str | None) -> None:
         )
 
 
-def resolve_for(vllm_config: VllmConfig, extras: Mapping[str, Any]) -> SparseParams:
-    """Resolve a request's extras for a server.
+def resolve_for(vllm_config: VllmConfig, extras: Mapping[str, Any]) -> ParamsByLength:
+    """Resolve a request's extras for a server, for prompts of every length.
 
     Raises:
         SparseParamsError: the settings are wrong, or the server runs another attention backend.
@@ -62,9 +65,9 @@ def resolve_for(vllm_config: VllmConfig, extras: Mapping[str, Any]) -> SparsePar
                 f"{keys[0]} is set, but this server runs dense attention; "
                 "start it with --attention-backend sparse or drop the setting",
             )
-        return ALL_DENSE
+        return ParamsByLength(DENSE, ((0, ALL_DENSE),))
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-    return resolve(extras, running_config(server_config(vllm_config)).config, num_layers)
+    return resolve_by_length(extras, running_config(server_config(vllm_config)).config, num_layers)
 
 
 def _as_vllm_error(error: SparseParamsError) -> Exception:
@@ -89,7 +92,7 @@ def admit(vllm_config: VllmConfig, params: Any, build: Callable[[], Any]) -> Any
     if not hasattr(params, "extra_args"):
         return build()
     try:
-        resolved = getattr(params, CHECKED_ATTRIBUTE, None) or resolve_for(vllm_config, params.extra_args or {})
+        settings = getattr(params, CHECKED_ATTRIBUTE, None) or resolve_for(vllm_config, params.extra_args or {})
         request = build()
         if uses_sparse_backend(vllm_config):
             _check_salt(request.cache_salt)
@@ -97,6 +100,9 @@ def admit(vllm_config: VllmConfig, params: Any, build: Callable[[], Any]) -> Any
         raise _as_vllm_error(error) from error
     if not uses_sparse_backend(vllm_config):
         return request
+    resolved = settings.at(_prompt_tokens(request))
+    if settings.preset != DENSE:
+        PRESETS_USED.labels(settings.preset).inc()
     REQUESTS.labels("prefill", resolved.prefill.name if resolved.prefill else DENSE).inc()
     REQUESTS.labels("decode", resolved.decode.name if resolved.decode else DENSE).inc()
     if not resolved.is_dense:
@@ -108,6 +114,11 @@ def admit(vllm_config: VllmConfig, params: Any, build: Callable[[], Any]) -> Any
     return request
 
 
+def _prompt_tokens(request: Any) -> int:
+    """Length of the prompt, of which vLLM knows the tokens or their embeddings."""
+    return len(request.prompt_embeds if request.prompt_token_ids is None else request.prompt_token_ids)
+
+
 def _may_become_sparse(request: Any, resolved: SparseParams) -> bool:
     """Whether the request can reach `min_tokens`; else each of its steps is dense, and so are its cached blocks."""
     if not request.prompt_token_ids or request.resumable or request.sampling_params.max_tokens is None:
@@ -117,8 +128,10 @@ def _may_become_sparse(request: Any, resolved: SparseParams) -> bool:
 
 def check_parsed(
     vllm_config: VllmConfig, extras: Mapping[str, Any], salt: str | None, beam_search: bool
-) -> SparseParams:
+) -> ParamsByLength:
     """Check a request's settings while it is parsed, when a stream too can still be answered HTTP 400.
+
+    The prompt's length is not known yet, so a preset is checked for every length.
 
     Args:
         vllm_config: the server's configuration.
@@ -130,7 +143,7 @@ def check_parsed(
         VLLMValidationError: the settings are wrong.
     """
     try:
-        resolved = resolve_for(vllm_config, extras)
+        settings = resolve_for(vllm_config, extras)
         if uses_sparse_backend(vllm_config):
             _check_salt(salt)
         keys = _sparse_keys(extras) if beam_search else []
@@ -140,12 +153,13 @@ def check_parsed(
             )
     except SparseParamsError as error:
         raise _as_vllm_error(error) from error
-    return resolved
+    return settings
 
 
-def keep_checked(params: Any, resolved: SparseParams) -> None:
+def keep_checked(params: Any, settings: ParamsByLength) -> None:
     """Let a request's sampling parameters keep what it was found to ask for when it was parsed.
 
     It keeps that if the server's configuration changes before it is admitted, when a stream can no longer be refused.
+    Which tier of a preset it gets is decided when its prompt's length is known.
     """
-    setattr(params, CHECKED_ATTRIBUTE, resolved)
+    setattr(params, CHECKED_ATTRIBUTE, settings)

@@ -1,4 +1,5 @@
-"""``/v1/sparse/methods``: what requests may ask for, with ranges and this server's defaults, as JSON schema."""
+"""``/v1/sparse/methods``: what requests may ask for, with ranges and this server's defaults, as JSON schema; presets
+with what they pick."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 
 from vllm_sparse.config.names import DENSE, METHODS, PHASES, former_keys, knob_schema
+from vllm_sparse.config.presets import PRESETS, Preset, Tier
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.methods.method import Method
@@ -23,18 +25,40 @@ CONSTRAINTS = ("type", "enum", "items", "minimum", "exclusiveMinimum", "maximum"
 
 @router.get("/methods")
 def read_methods(served: ServedSparsely, response: Response) -> dict[str, Any]:
-    """Methods of both phases with their knobs, and a JSON schema of a request's ``vllm_xargs``."""
+    """Presets, methods of both phases with their knobs, and a JSON schema of a request's ``vllm_xargs``."""
     running = running_config(served.start)
     response.headers["ETag"] = running.etag
     return {
         "version": running.version,
+        "preset": {
+            "default": running.config.preset,
+            "presets": {name: _preset(preset, running.config) for name, preset in PRESETS.items()},
+        },
         **{phase: _phase(phase, running.config) for phase in PHASES},
         "vllm_xargs": extras_schema(running.config),
     }
 
 
+def _preset(preset: Preset, config: ServerConfig) -> dict[str, Any]:
+    """What a preset is for, what was measured of it, and what prompts of each length get by it.
+
+    ``methods_not_enabled`` are those that it needs in each phase and this server does not enable: requests can use the
+    preset only if they name a method for such a phase themselves.
+    """
+    return {
+        "description": preset.description,
+        "quality": preset.quality,
+        "tiers": [
+            {"from_prompt_tokens": tier.from_tokens, "vllm_xargs": tier.extras()} for tier in (Tier(0), *preset.tiers)
+        ],
+        "methods_not_enabled": {
+            phase: [name for name in preset.methods(phase) if name not in config.methods] for phase in PHASES
+        },
+    }
+
+
 def _phase(phase: str, config: ServerConfig) -> dict[str, Any]:
-    """A phase's default method, and what each method is and takes."""
+    """A phase's default method, None where the default preset chooses it, and what each method is and takes."""
     methods = {
         name: {
             "description": _summary(PHASES[phase][name]),
@@ -86,13 +110,20 @@ def extras_schema(config: ServerConfig) -> dict[str, Any]:
     what depends on the model's depth.
     """
     properties: dict[str, Any] = {
-        f"sparse_{phase}": {
+        "sparse_preset": {
+            "description": "methods and knobs of both phases by the prompt's length; what else is set wins over it",
+            "enum": [DENSE, *PRESETS],
+            "default": config.preset,
+        }
+    }
+    for phase, what in (("prefill", "the prompt"), ("decode", "the generation")):
+        method = config.default_method(phase)
+        properties[f"sparse_{phase}"] = {
             "description": f"method of {what}",
             "enum": [DENSE, *enabled(phase, config)],
-            "default": config.default_method(phase),
+            # Without one, the default preset chooses.
+            **({} if method is None else {"default": method}),
         }
-        for phase, what in (("prefill", "the prompt"), ("decode", "the generation"))
-    }
     properties["sparse_min_tokens"] = {
         "description": "contexts of fewer tokens run dense",
         "type": "integer",
@@ -104,10 +135,7 @@ def extras_schema(config: ServerConfig) -> dict[str, Any]:
     users: dict[str, list[dict[str, str]]] = {}
     for phase in PHASES:
         for name in enabled(phase, config):
-            chosen: dict[str, Any] = {"properties": {f"sparse_{phase}": {"const": name}}}
-            if config.default_method(phase) != name:
-                chosen["required"] = [f"sparse_{phase}"]
-            uses[f"{phase}_{name}"] = chosen
+            uses[f"{phase}_{name}"] = _uses(phase, name, config)
             knobs = request_knobs(phase, name, config)
             for former, present in former_keys(phase, name).items():
                 if present in knobs:
@@ -120,15 +148,39 @@ def extras_schema(config: ServerConfig) -> dict[str, Any]:
             for key, schema in knobs.items():
                 properties.setdefault(key, schema)
                 users.setdefault(key, []).append({"$ref": f"#/$defs/{phase}_{name}"})
+    # A preset needs its methods, or others in their place.
+    replacements = [
+        {
+            "if": {"properties": {"sparse_preset": {"const": name}}, "required": ["sparse_preset"]},
+            "then": {"required": [f"sparse_{phase}"]},
+        }
+        for name, preset in PRESETS.items()
+        for phase in PHASES
+        if not set(preset.methods(phase)) <= set(config.methods)
+    ]
     return {
         "$schema": DIALECT,
         "type": "object",
         "properties": properties,
-        # A knob needs its method, named by the request or the server's default; its former name excludes the present.
+        # A knob needs its method, named by the request or the server, or chosen by a preset; its former name excludes
+        # the present.
         "dependentSchemas": {key: {"anyOf": phases, **replaced.get(key, {})} for key, phases in users.items()},
         "propertyNames": {"anyOf": [{"enum": list(properties)}, {"not": {"pattern": _own_key_pattern()}}]},
+        **({"allOf": replacements} if replacements else {}),
         "$defs": uses,
     }
+
+
+def _uses(phase: str, name: str, config: ServerConfig) -> dict[str, Any]:
+    """A JSON schema of extras with which a request uses a method in a phase, at some length of its prompt."""
+    key = f"sparse_{phase}"
+    presets = [preset for preset, content in PRESETS.items() if name in content.methods(phase)]
+    default = config.default_method(phase)
+    is_default = config.preset in presets if default is None else default == name
+    by_preset: dict[str, Any] = {"properties": {key: False, "sparse_preset": {"enum": presets} if presets else False}}
+    if not is_default:
+        by_preset["required"] = ["sparse_preset"]
+    return {"anyOf": [{"properties": {key: {"const": name}}, "required": [key]}, by_preset]}
 
 
 def _own_key_pattern() -> str:

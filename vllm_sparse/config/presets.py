@@ -1,0 +1,111 @@
+"""Presets: methods and knobs of both phases by the prompt's length, under one name.
+
+This file is data. What a preset holds is what was measured on real checkpoints (docs/methods.md, "What real answers
+lose"); when a measurement says otherwise, it changes here and nowhere else. `config.request` resolves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_sparse.config.names import DENSE, PHASES
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a tier runs in one phase.
+
+    Attributes:
+        method: its name, or ``dense``.
+        knobs: of the method, without its name before them; they win over the server's configuration, so that a preset
+            is what was measured.
+    """
+
+    method: str = DENSE
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tier:
+    """What prompts of a length run.
+
+    Attributes:
+        from_tokens: least tokens of the prompt; the tier ends where the next one begins.
+        prefill: choice for the prompt.
+        decode: choice for the generation, however long it becomes.
+    """
+
+    from_tokens: int
+    prefill: Choice = field(default_factory=Choice)
+    decode: Choice = field(default_factory=Choice)
+
+    def choice(self, phase: str) -> Choice:
+        """What it runs in a phase, ``prefill`` or ``decode``."""
+        return {"prefill": self.prefill, "decode": self.decode}[phase]
+
+    def extras(self) -> dict[str, Any]:
+        """The sampling extras that ask for the same without a preset."""
+        extras: dict[str, Any] = {}
+        for phase in PHASES:
+            choice = self.choice(phase)
+            extras[f"sparse_{phase}"] = choice.method
+            extras |= {f"{choice.method}_{knob}": value for knob, value in choice.knobs.items()}
+        return extras
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Tiers under a name. Prompts shorter than the first tier run dense.
+
+    Attributes:
+        description: what it is for.
+        quality: what was measured of it, and on what.
+        tiers: with rising lengths.
+    """
+
+    description: str
+    quality: str
+    tiers: tuple[Tier, ...]
+
+    def methods(self, phase: str) -> list[str]:
+        """Methods that its tiers run in a phase, each once, without dense."""
+        used = dict.fromkeys(tier.choice(phase).method for tier in self.tiers)
+        return [method for method in used if method != DENSE]
+
+
+# Shorter prompts gain nothing: in the whole engine sparse prefill was slower than dense at 8K.
+_PAYS_FROM_TOKENS = 16384
+# Choosing pages in each layer pays in batches from here on, for one request from about 40K.
+_DECODE_PAYS_FROM_TOKENS = 32768
+
+_MEASURED_ON = "Qwen2.5-Coder-0.5B, 72 prompts of 32K"
+_SALE_THRIFTY = Choice("sale", {"tau": 0.02})
+_DHSA = Choice("dhsa", {"density": 0.25})
+
+PRESETS: dict[str, Preset] = {
+    "quality": Preset(
+        "No loss was found: prompts by sale at its default threshold, generations dense.",
+        f"{_MEASURED_ON}: score -0.005 ± 0.042, -log p -0.001, at a density of 0.43.",
+        (Tier(_PAYS_FROM_TOKENS, prefill=Choice("sale", {"tau": 0.004})),),
+    ),
+    "balanced": Preset(
+        "Fewer keys at little loss: prompts by sale at a higher threshold, generations by blocktopk from 32K on.",
+        f"{_MEASURED_ON}: prompts score +0.010 ± 0.043, -log p +0.004, density 0.28; generations score -0.041 ± 0.044, "
+        "density 0.35.",
+        (
+            Tier(_PAYS_FROM_TOKENS, prefill=_SALE_THRIFTY),
+            Tier(_DECODE_PAYS_FROM_TOKENS, prefill=_SALE_THRIFTY, decode=Choice("blocktopk", {"budget_tokens": 4096})),
+        ),
+    ),
+    "fast": Preset(
+        "Loses answers for speed: prompts by dhsa, generations by blocktopk at half of balanced's budget from 32K on.",
+        f"{_MEASURED_ON}: prompts score -0.029 ± 0.061, -log p +0.008, density 0.40; generations score -0.078 ± 0.053, "
+        "a loss beyond chance, density 0.17.",
+        (
+            Tier(_PAYS_FROM_TOKENS, prefill=_DHSA),
+            Tier(_DECODE_PAYS_FROM_TOKENS, prefill=_DHSA, decode=Choice("blocktopk", {"budget_tokens": 2048})),
+        ),
+    ),
+}
