@@ -113,7 +113,7 @@ def _weights(reader: Any, heads: int, kv_heads: int) -> Iterator[tuple[str, Any]
 
     for tensor in reader.tensors:
         stem, kind = tensor.name.rsplit(".", 1)
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).float()
+        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
         # GGUF names the fastest dimension first.
         weight = weight.reshape([int(size) for size in reversed(tensor.shape)])
         if not stem.startswith("blk."):
@@ -122,7 +122,7 @@ def _weights(reader: Any, heads: int, kv_heads: int) -> Iterator[tuple[str, Any]
         _, layer, part = stem.split(".", 2)
         if part in ("attn_q", "attn_k"):
             # GGUF pairs neighbouring dimensions for RoPE, transformers the two halves of a head.
-            of_heads = weight.unflatten(0, (heads if part == "attn_q" else kv_heads, -1, 2))
+            of_heads = weight.view(heads if part == "attn_q" else kv_heads, -1, 2, weight.shape[1])
             weight = of_heads.transpose(1, 2).reshape(weight.shape)
         yield f"model.layers.{layer}.{BLOCK_NAMES[part]}.{kind}", weight.bfloat16().contiguous()
 

@@ -14,10 +14,10 @@ from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from loadtest.quality import conversation as conversation_module
 from loadtest.quality.conversation import FREE, Answer, Conversation, conversation, is_right
 from loadtest.quality.generation import HEADER, Generation, compare, line
-from vllm_sparse.quality.script import ScriptProcessor
-from vllm_sparse.quality.served_model import SCRIPT_KEY
 from loadtest.text.needles import ANSWER_FORM
 from loadtest.text.tokenizer import BEGIN, END, build_tokenizer
+from vllm_sparse.quality.script import ScriptProcessor
+from vllm_sparse.quality.served_model import SCRIPT_KEY
 
 TOKENIZER = build_tokenizer()
 # Where the value's first three digits stand in an answer.

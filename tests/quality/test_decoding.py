@@ -19,7 +19,8 @@ def top(log_probabilities: np.ndarray, count: int) -> dict[int, float]:
 def distribution(rng: np.random.Generator, peak: float) -> np.ndarray:
     """Log probabilities of 1000 tokens."""
     logits: np.ndarray = rng.standard_normal(1000) * peak
-    return logits - np.log(np.exp(logits).sum())
+    normalised: np.ndarray = logits - np.log(np.exp(logits).sum())
+    return normalised
 
 
 @pytest.mark.parametrize("peak", [1.0, 4.0, 8.0])

@@ -84,10 +84,8 @@ def test_a_journal_of_another_run_is_refused(
 def test_something_else_is_no_journal(tmp_path: Path, content: str) -> None:
     path = tmp_path / NAME
     path.write_text(content)
-    with pytest.raises((JournalError, KeyError)) as raised:
+    with pytest.raises(JournalError, match=NAME):
         read_journal(path)
-    assert isinstance(raised.value, JournalError)
-    assert str(path) in str(raised.value)
 
 
 def test_merged_runs_keep_their_documents_apart(tmp_path: Path) -> None:

@@ -23,12 +23,49 @@ Kind = Literal["code", "prose"]
 
 PROSE_SUFFIXES = frozenset({".txt", ".md", ".rst"})
 CODE_SUFFIXES = frozenset(
-    ".py .json .js .ts .c .h .cc .cpp .hpp .cu .cuh .go .rs .java .rb .sh .toml .yaml .yml .ini .cfg .html .css .sql".split()
+    [
+        ".py",
+        ".json",
+        ".js",
+        ".ts",
+        ".c",
+        ".h",
+        ".cc",
+        ".cpp",
+        ".hpp",
+        ".cu",
+        ".cuh",
+        ".go",
+        ".rs",
+        ".java",
+        ".rb",
+        ".sh",
+        ".toml",
+        ".yaml",
+        ".yml",
+        ".ini",
+        ".cfg",
+        ".html",
+        ".css",
+        ".sql",
+    ]
 )
 
 # Parts of the standard library that are tests, tables or copies of older code rather than text that people read.
 _LEFT_OUT = frozenset(
-    "test tests idlelib lib2to3 site-packages dist-packages turtledemo encodings pydoc_data ensurepip __pycache__".split()
+    [
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "site-packages",
+        "dist-packages",
+        "turtledemo",
+        "encodings",
+        "pydoc_data",
+        "ensurepip",
+        "__pycache__",
+    ]
 )
 # Enough for 40 documents of 32K tokens that differ, and read in about two seconds.
 _ENOUGH_CODE_CHARS = 3_000_000

@@ -144,9 +144,11 @@ def read_journal(path: Path) -> Run:
         elif "variant" in line:
             variant = Variant(**line["variant"])
             run.variants[variant.name] = variant
-        else:
+        elif "job" in line:
             run.records += [_record(fields) for fields in line["records"]]
             run.done.add(line["job"])
+        else:
+            raise JournalError(f"{path}, line {number} is no line of a quality run")
     if not run.facts:
         raise JournalError(f"{path} is no journal of a quality run")
     return run

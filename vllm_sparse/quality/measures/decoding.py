@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from vllm_sparse.quality.measures.context import Context, dense_and
 from vllm_sparse.quality.measures.language import means_of_parts
-from vllm_sparse.quality.measures.texts import texts
+from vllm_sparse.quality.measures.texts import Text, texts
 from vllm_sparse.quality.records import DENSE, DecodingRecord
 from vllm_sparse.quality.schedule import Job, Once
 from vllm_sparse.quality.served_model import NextTokens
@@ -37,7 +37,9 @@ def decoding_jobs(
         told_tokens: tokens of the continuation.
         by_script: as of `ServedModel.told`.
     """
-    texts_of = Once(lambda length: texts(context, "decoding", length - told_tokens, count), len(lengths))
+    texts_of: Once[int, list[Text]] = Once(
+        lambda length: texts(context, "decoding", length - told_tokens, count), len(lengths)
+    )
 
     def continue_densely(place: tuple[int, int]) -> NextTokens:
         length, number = place
@@ -91,4 +93,4 @@ def divergence(reference: Mapping[int, float], other: Mapping[int, float]) -> fl
     masses = [(math.exp(reference[token]), math.exp(other[token])) for token in common]
     # What rounding leaves below zero is nothing.
     rest = tuple(max(1 - sum(mass), 1e-9) for mass in zip(*masses, strict=True)) if masses else (1.0, 1.0)
-    return sum(p * math.log(p / max(q, 1e-30)) for p, q in [*masses, rest] if p > 0)
+    return math.fsum(p * math.log(p / max(q, 1e-30)) for p, q in [*masses, rest] if p > 0)

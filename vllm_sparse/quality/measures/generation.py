@@ -14,7 +14,7 @@ from vllm_sparse.quality.measures.context import Context, dense_and
 from vllm_sparse.quality.records import DENSE, GenerationRecord
 from vllm_sparse.quality.schedule import Job, Once
 from vllm_sparse.quality.served_model import Answer
-from vllm_sparse.quality.tasks.scoring import words_in_order
+from vllm_sparse.quality.tasks.scoring import common_subsequence, words_of
 from vllm_sparse.quality.variants import Variant
 
 KIND = "copy"
@@ -57,7 +57,7 @@ def generation_jobs(
                     dense = dense_of(place)
                     own = dense if variant.name == DENSE else generate(variant, place)
                     words = task_of(place)[1]
-                    scores = scores_by_part(words, own.text.split())
+                    scores = scores_by_part(words, words_of(own.text))
                     return [
                         GenerationRecord(
                             variant=variant.name,
@@ -93,7 +93,7 @@ def _copy_task(context: Context, length: int, number: int, generated_tokens: int
             "on. Leave nothing out and add nothing."
         )
         prompt = context.tokenizer.chat([{"role": "user", "content": question}], f"[{first + 1}]")
-        words = text[text.index(f"[{first + 1}] ") :].split()[1:]
+        words = words_of(text[text.index(f"[{first + 1}] ") :])[1:]
         # About four words make five tokens or more.
         expected = words[: generated_tokens * 3 // 5]
         if len(prompt) <= target:
@@ -116,7 +116,7 @@ def scores_by_part(expected: Sequence[str], said: Sequence[str]) -> tuple[float,
     edges = [len(expected) * part // PARTS for part in range(PARTS + 1)]
     size = max(1, len(expected) // PARTS)
     return tuple(
-        words_in_order(expected[start:stop], said[max(0, start - size) : stop + size])
+        common_subsequence(expected[start:stop], said[max(0, start - size) : stop + size]) / max(1, stop - start)
         for start, stop in itertools.pairwise(edges)
     )
 

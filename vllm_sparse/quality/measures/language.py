@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from vllm_sparse.quality.measures.context import Context, dense_and
-from vllm_sparse.quality.measures.texts import texts
+from vllm_sparse.quality.measures.texts import Text, texts
 from vllm_sparse.quality.records import LanguageRecord
 from vllm_sparse.quality.schedule import Job, Once
 from vllm_sparse.quality.variants import Variant
@@ -23,7 +23,7 @@ def language_jobs(context: Context, variants: Sequence[Variant], lengths: Sequen
         lengths: tokens of the texts.
         count: texts of each length, code and prose in turn.
     """
-    texts_of = Once(lambda length: texts(context, "language", length, count), len(lengths))
+    texts_of: Once[int, list[Text]] = Once(lambda length: texts(context, "language", length, count), len(lengths))
     for length in lengths:
         for number in range(count):
             group = f"language/{length}/{number}"

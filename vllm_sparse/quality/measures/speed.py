@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from vllm_sparse.quality.measures.context import Context, dense_and
-from vllm_sparse.quality.measures.texts import texts
+from vllm_sparse.quality.measures.texts import Text, texts
 from vllm_sparse.quality.records import SpeedRecord
 from vllm_sparse.quality.schedule import Job, Once
 from vllm_sparse.quality.variants import Variant
@@ -24,7 +24,9 @@ def speed_jobs(context: Context, variants: Sequence[Variant], lengths: Sequence[
         lengths: tokens of prompt and generation together.
         repeats: requests of each variant and length.
     """
-    texts_of = Once(lambda length: texts(context, "speed", length - GENERATED_TOKENS, repeats + 1), len(lengths))
+    texts_of: Once[int, list[Text]] = Once(
+        lambda length: texts(context, "speed", length - GENERATED_TOKENS, repeats + 1), len(lengths)
+    )
     for length in lengths:
         for repeat in range(repeats):
             group = f"speed/{length}/{repeat}"

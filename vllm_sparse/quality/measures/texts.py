@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 
+from vllm_sparse.quality.corpus import Kind
 from vllm_sparse.quality.measures.context import Context
 
-TEXT_KINDS = ("code", "prose")
+TEXT_KINDS: tuple[Kind, ...] = ("code", "prose")
+Text = tuple[str, list[int]]
+"""Kind and token ids."""
 
 
-def texts(context: Context, purpose: str, length_tokens: int, count: int) -> list[tuple[str, list[int]]]:
+def texts(context: Context, purpose: str, length_tokens: int, count: int) -> list[Text]:
     """Kind and token ids of texts, code and prose in turn.
 
     Args:
@@ -18,7 +21,7 @@ def texts(context: Context, purpose: str, length_tokens: int, count: int) -> lis
         length_tokens: of each.
         count: of texts.
     """
-    found: dict[str, list[list[int]]] = {}
+    found: dict[Kind, list[list[int]]] = {}
     for place, kind in enumerate(TEXT_KINDS):
         share = (count + len(TEXT_KINDS) - 1 - place) // len(TEXT_KINDS)
         rng = random.Random(f"{context.seed}-{purpose}-{length_tokens}-{kind}")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from vllm_sparse.quality.gate import decide
 from vllm_sparse.quality.journal import NAME, JournalError, Run, merge, read_journal
+from vllm_sparse.quality.report.summary import summarise
+from vllm_sparse.quality.report.terminal import gate_table, tables
 
 
 def main(arguments: list[str]) -> int:
@@ -24,4 +27,9 @@ def main(arguments: list[str]) -> int:
 
 def report(run: Run, folder: Path, gate: bool) -> int:
     """Write the report and print its tables; returns the exit status."""
-    raise NotImplementedError
+    facts = {name: str(value) for name, value in run.facts.items()}
+    summary = summarise(run.records, list(run.variants.values()), facts)
+    decided = decide(summary)
+    print(tables(summary))
+    print(gate_table(decided))
+    return decided.exit_status if gate else 0

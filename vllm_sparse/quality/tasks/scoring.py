@@ -38,7 +38,7 @@ def score(task: Task, text: str) -> float:
             return float(first is not None and int(first.group()) == int(task.answers[0]))
         case "words_in_order":
             expected = [word for answer in task.answers for word in words_of(answer)]
-            return _common(expected, words_of(text)[: len(expected)]) / len(expected)
+            return common_subsequence(expected, words_of(text)[: len(expected)]) / len(expected)
 
 
 def words_of(text: str) -> list[str]:
@@ -55,7 +55,7 @@ def _occurs(answer: str, text: str) -> bool:
     return re.search(pattern, _without_commas(text), re.IGNORECASE) is not None
 
 
-def _common(first: Sequence[str], second: Sequence[str]) -> int:
+def common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     """Length of the longest common subsequence."""
     lengths = [0] * (len(second) + 1)
     for word in first:
