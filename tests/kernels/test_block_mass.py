@@ -41,7 +41,7 @@ def test_mass_equals_a_float64_softmax(
     assert mass.dtype == torch.float32
     assert mass.shape == expected.shape
     assert oracle.relative_error(mass, expected) < 1e-5
-    queries = torch.full((mass.shape[1],), float(query_block))
+    queries = torch.full((mass.shape[1],), float(query_block), device=mass.device)
     queries[-1] = (chunk - 1) % query_block + 1
     assert torch.allclose(mass.sum(2), queries.expand(heads, -1), rtol=1e-5)
     precise = block_mass(query.double(), data.reader(0), 0.2, query_block, page)
