@@ -36,6 +36,7 @@ from vllm_sparse.quality.report.pairs import (
 )
 from vllm_sparse.quality.report.results import (
     DEPTHS,
+    PHASES,
     Decoding,
     Depth,
     Generation,
@@ -90,9 +91,9 @@ def summarise(records: Sequence[Record], variants: Sequence[Variant], facts: Map
         equal_density=tuple(equal_density),
         depths=tuple(_depths(tasks, compared)),
         positions=tuple(_positions(language, compared)),
-        decoding=tuple(_decoding(decoding)),
+        decoding=tuple(_decoding(decoding, compared)),
         generations=tuple(_generations(generations, compared)),
-        recall=tuple(_recall(_of(records, RecallRecord))),
+        recall=tuple(_recall(_of(records, RecallRecord), compared)),
         speed=tuple(speed.values()),
         worst=tuple(_worst(tasks, compared)),
         notes=(*notes, *unpaired(tasks, compared), *cautions(cells, compared), *both_phases(compared)),
@@ -134,10 +135,10 @@ def _positions(language: Mapping[Place, Mapping[Key, LanguageRecord]], variants:
     return found
 
 
-def _decoding(decoding: Mapping[Place, Mapping[Key, DecodingRecord]]) -> list[Decoding]:
+def _decoding(decoding: Mapping[Place, Mapping[Key, DecodingRecord]], variants: Sequence[Variant]) -> list[Decoding]:
     return [
         Decoding(
-            variant=variant,
+            variant=variant.name,
             length_tokens=length,
             texts=len(some),
             least_tokens=min(one.tokens for one in some.values()),
@@ -145,8 +146,9 @@ def _decoding(decoding: Mapping[Place, Mapping[Key, DecodingRecord]]) -> list[De
             same_first=float(np.mean([one.same_first for one in some.values()])),
             divergence_by_position=column_means([one.divergence_by_position for one in some.values()]),
         )
-        for (variant, length), some in sorted(decoding.items(), key=lambda item: item[0][1])
-        if variant != DENSE
+        for length in lengths_of(decoding)
+        for variant in variants
+        if (some := decoding.get((variant.name, length)))
     ]
 
 
@@ -175,34 +177,38 @@ def _generations(
     return found
 
 
-def _recall(records: Sequence[RecallRecord]) -> list[Recall]:
-    places: defaultdict[tuple[str, int, Phase], list[RecallRecord]] = defaultdict(list)
+def _recall(records: Sequence[RecallRecord], variants: Sequence[Variant]) -> list[Recall]:
+    places: defaultdict[tuple[int, Phase, str], list[RecallRecord]] = defaultdict(list)
     for record in records:
-        if record.variant != DENSE:
-            places[record.variant, record.length_tokens, record.phase].append(record)
-    found = []
-    for (variant, length, phase), some in sorted(places.items(), key=lambda item: item[0][1:]):
-        recall: Array = np.mean([one.recall for one in some], axis=0)
-        best: Array = np.mean([one.best for one in some], axis=0)
-        heads = [
-            Head(layer, head, float(recall[layer, head]), float(best[layer, head]))
-            for layer, head in np.ndindex(*recall.shape)
-        ]
-        found.append(
-            Recall(
-                variant=variant,
-                length_tokens=length,
-                phase=phase,
-                texts=len(some),
-                recall=_nested(recall),
-                best=_nested(best),
-                density=column_means([one.density for one in some]),
-                mean=float(recall.mean()),
-                best_mean=float(best.mean()),
-                worst=tuple(sorted(heads, key=lambda one: one.recall)[:WORST_HEADS]),
-            )
-        )
-    return found
+        places[record.length_tokens, record.phase, record.variant].append(record)
+    return [
+        _mean_recall(some)
+        for length in sorted({length for length, *_ in places})
+        for phase in PHASES
+        for variant in variants
+        if (some := places.get((length, phase, variant.name)))
+    ]
+
+
+def _mean_recall(records: Sequence[RecallRecord]) -> Recall:
+    recall: Array = np.mean([one.recall for one in records], axis=0)
+    best: Array = np.mean([one.best for one in records], axis=0)
+    heads = [
+        Head(layer, head, float(recall[layer, head]), float(best[layer, head]))
+        for layer, head in np.ndindex(*recall.shape)
+    ]
+    return Recall(
+        variant=records[0].variant,
+        length_tokens=records[0].length_tokens,
+        phase=records[0].phase,
+        texts=len(records),
+        recall=_nested(recall),
+        best=_nested(best),
+        density=column_means([one.density for one in records]),
+        mean=float(recall.mean()),
+        best_mean=float(best.mean()),
+        worst=tuple(sorted(heads, key=lambda one: one.recall)[:WORST_HEADS]),
+    )
 
 
 def _nested(matrix: Array) -> tuple[tuple[float, ...], ...]:
