@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from vllm_sparse.quality.report.escape import escaped
 
 Point = tuple[float, float]
 
@@ -109,7 +110,7 @@ def _axes(place: _Place, x_ticks: Sequence[float], y_ticks: Sequence[float], x_l
         parts.append(_label(x, bottom + 17, f"{tick:g}"))
     parts.append(_label((LEFT + right) / 2, HEIGHT - 6, x_label))
     turned = f'transform="translate(12 {(TOP + bottom) / 2}) rotate(-90)"'
-    parts.append(f'<text {turned} text-anchor="middle">{html.escape(y_label)}</text>')
+    parts.append(f'<text {turned} text-anchor="middle">{escaped(y_label)}</text>')
     return parts
 
 
@@ -135,20 +136,20 @@ def _mark(number: int, x: float, y: float) -> str:
 def _key(one: Series) -> str:
     mark = _mark(one.number, 8, 7) if one.marked else '<line x1="0" x2="16" y1="7" y2="7" class="bar"/>'
     svg = f'<svg viewBox="0 0 16 14" aria-hidden="true">{mark}</svg>'
-    return f'<span class="key {one.style}">{svg}{html.escape(one.name)}</span>'
+    return f'<span class="key {one.style}">{svg}{escaped(one.name)}</span>'
 
 
 def _figure(title: str, body: str) -> str:
-    return f"<figure><figcaption>{html.escape(title)}</figcaption>{body}</figure>"
+    return f"<figure><figcaption>{escaped(title)}</figcaption>{body}</figure>"
 
 
 def _svg(height: float, label: str, parts: Sequence[str]) -> str:
-    said = html.escape(label, quote=True)
+    said = escaped(label)
     return f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{said}">{"".join(parts)}</svg>'
 
 
 def _label(x: float, y: float, text: str, anchor: str = "middle") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escaped(text)}</text>'
 
 
 def difference_map(

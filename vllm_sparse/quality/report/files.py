@@ -34,7 +34,7 @@ def write_json(path: Path, summary: Summary, gate: Gate) -> None:
 
 def write_csv(path: Path, summary: Summary) -> None:
     """One line a cell."""
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with path.open("w", encoding="utf-8", errors="replace", newline="") as file:
         writer = csv.DictWriter(file, list(_COLUMNS))
         writer.writeheader()
         for cell in summary.cells:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import html
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
 from vllm_sparse.quality.gate import Decision, Gate, Outcome
 from vllm_sparse.quality.records import DENSE
 from vllm_sparse.quality.report.charts import Series, chart, difference_map, recall_key, recall_map
+from vllm_sparse.quality.report.escape import escaped
 from vllm_sparse.quality.report.results import (
     ALL_KINDS,
     BASELINES,
@@ -76,20 +75,6 @@ def page(summary: Summary, gate: Gate) -> str:
     )
 
 
-def _text(value: object) -> str:
-    """Escaped, with characters that cannot be seen or turn the line around made visible."""
-    return html.escape("".join(map(_visible, str(value))))
-
-
-def _visible(character: str) -> str:
-    kind = unicodedata.category(character)
-    if kind == "Cs":
-        return "\N{REPLACEMENT CHARACTER}"
-    if kind in ("Cc", "Cf") and character not in "\n\t":
-        return f"\\u{ord(character):04x}"
-    return character
-
-
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], baselines: Iterable[bool] = ()) -> str:
     """A table of cells that are HTML already; the first of a row names it. `baselines`: rows that are one."""
     found = list(rows)
@@ -111,11 +96,11 @@ def _words(content: str, kind: str = "text") -> str:
 
 
 def _section(title: str, *parts: str) -> str:
-    return f"<section><h2>{_text(title)}</h2>{''.join(parts)}</section>"
+    return f"<section><h2>{escaped(title)}</h2>{''.join(parts)}</section>"
 
 
 def _note(text: str) -> str:
-    return f'<p class="note">{_text(text)}</p>'
+    return f'<p class="note">{escaped(text)}</p>'
 
 
 def _figures(charts: Sequence[str]) -> str:
@@ -142,7 +127,7 @@ def _lengths(found: Iterable[int]) -> list[int]:
 
 
 def _head(summary: Summary) -> str:
-    facts = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in summary.facts.items())
+    facts = "".join(f"<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>" for name, value in summary.facts.items())
     return f"<h1>{_TITLE}</h1><dl>{facts}</dl>"
 
 
@@ -159,7 +144,7 @@ def _verdict(summary: Summary, gate: Gate) -> str:
 
 
 def _in_words(summary: Summary, gate: Gate, variant: Variant) -> str:
-    name = f"<b>{_text(variant.name)}</b>"
+    name = f"<b>{escaped(variant.name)}</b>"
     outcome = gate.outcome_of(variant.name)
     if outcome == Outcome.PASSED:
         said = f'{name} <span class="good">passes the gate</span>.'
@@ -187,13 +172,13 @@ def _in_words(summary: Summary, gate: Gate, variant: Variant) -> str:
 
 def _why(one: Decision) -> str:
     at = "" if one.length_tokens is None else f" at {tokens(one.length_tokens)}"
-    return f"{one.criterion}{at}: {_text(one.found)}"
+    return f"{one.criterion}{at}: {escaped(one.found)}"
 
 
 def _warnings(summary: Summary) -> str:
     if not summary.notes:
         return ""
-    items = "".join(f"<li>{_text(note)}</li>" for note in summary.notes)
+    items = "".join(f"<li>{escaped(note)}</li>" for note in summary.notes)
     return f'<div class="warnings"><p>Read with care</p><ul>{items}</ul></div>'
 
 
@@ -212,7 +197,7 @@ def _overview(summary: Summary, gate: Gate) -> str:
                 continue
             rows.append(
                 [
-                    _text(variant.name),
+                    escaped(variant.name),
                     tokens(length),
                     _density(variant, speed),
                     _scored(tasks),
@@ -221,13 +206,13 @@ def _overview(summary: Summary, gate: Gate) -> str:
                     number(decoding.same_first, "{:.1%}") if decoding else DASH,
                     number(speed.ttft_ratio if speed else None, "{:.2f}x"),
                     number(speed.tpot_ratio if speed else None, "{:.2f}x"),
-                    _words("" if variant.baseline else _outcomes(gate, *place), "text line"),
+                    _words("" if variant.baseline else _outcomes(summary, gate, *place), "text line"),
                 ]
             )
             baselines.append(bool(variant.baseline))
     if not rows:
         return ""
-    header = ["", "length", "density", "score", "loss, nats", "KL, nats", "same first", "TTFT", "TPOT", "gate"]
+    header = ["", "length", "density", "score", "loss, nats", "KL, nats", "same first", "TTFT", "TPOT", "verdict"]
     note = (
         "Score, loss: variant minus dense, paired, all kinds of task weighing equally. Brackets are 95 % bootstrap "
         f"intervals over documents; fewer than {LEAST_DOCUMENTS} documents have none. * below 5 % after Holm's "
@@ -238,7 +223,7 @@ def _overview(summary: Summary, gate: Gate) -> str:
 
 def _density(variant: Variant, speed: Speed | None) -> str:
     known = (speed.prefill_density, speed.decode_density) if speed else (None, None)
-    return _text(densities(variant, *known)).replace(", ", "<br>")
+    return escaped(densities(variant, *known)).replace(", ", "<br>")
 
 
 def _scored(cell: Cell | None, form: str = "{:+.3f}") -> str:
@@ -247,13 +232,22 @@ def _scored(cell: Cell | None, form: str = "{:+.3f}") -> str:
     return ("* " if cell.significant else "") + _estimate(cell.difference, form)
 
 
-def _outcomes(gate: Gate, variant: str, length: int) -> str:
+def _outcomes(summary: Summary, gate: Gate, variant: str, length: int) -> str:
+    """Of each criterion, and whether tasks beat random pages."""
     classes = {Outcome.PASSED: "good", Outcome.FAILED: "bad"}
-    return "<br>".join(
+    lines = [
         f'{one.criterion} <span class="{classes.get(one.outcome, "open")}">{one.outcome.value}</span>'
         for one in gate.decisions
         if (one.variant, one.length_tokens) == (variant, length)
-    )
+    ]
+    lines += [
+        f'{one.phase} against random: <span class="{"good" if one.shown else "bad"}">'
+        f"{'better' if one.shown else 'not shown to be better'}</span>"
+        for one in summary.equal_density
+        if (one.variant, one.length_tokens, one.measure, one.baseline) == (variant, length, "tasks", "random")
+        if not one.missing
+    ]
+    return "<br>".join(lines)
 
 
 def _tasks(summary: Summary) -> str:
@@ -280,8 +274,8 @@ def _by_kind(summary: Summary, measure: Measure, title: str, note: str, form: st
         for variant in shown:
             speed = next((s for s in summary.speed if (s.variant, s.length_tokens) == (variant.name, length)), None)
             own = (here.get((variant.name, kind)) for kind in kinds)
-            rows.append([_text(variant.name), _density(variant, speed), *(_scored(one, form) for one in own)])
-        names = [_text(kind.replace("_", " ")) if kind else "all" for kind in kinds]
+            rows.append([escaped(variant.name), _density(variant, speed), *(_scored(one, form) for one in own)])
+        names = [escaped(kind.replace("_", " ")) if kind else "all" for kind in kinds]
         table = _table(["", "density", *names], rows, [False, *(bool(one.baseline) for one in shown)])
         parts.append(f"<h3>{tokens(length)}</h3>{table}")
     return _section(title, *parts, _note(note)) if parts else ""
@@ -385,7 +379,7 @@ def _equal_density(summary: Summary) -> str:
         return ""
     cells = [
         [
-            _text(variant),
+            escaped(variant),
             tokens(length),
             measure,
             f"{phase} {number(found['random'].density, '{:.2f}')}",
@@ -415,7 +409,7 @@ def _better_by(one: EqualDensity) -> str:
 
 def _against_random(one: EqualDensity) -> str:
     kind = "open" if one.missing else "good" if one.shown else "bad"
-    return f'<span class="{kind}">{_text(one.verdict)}</span>'
+    return f'<span class="{kind}">{escaped(one.verdict)}</span>'
 
 
 def _language(summary: Summary) -> str:
@@ -459,7 +453,7 @@ def _decoding(summary: Summary) -> str:
     found = summary.decoding
     rows = [
         [
-            _text(one.variant),
+            escaped(one.variant),
             tokens(one.length_tokens),
             str(one.texts),
             str(one.least_tokens),
@@ -494,9 +488,9 @@ def _decoding(summary: Summary) -> str:
 def _generations(summary: Summary) -> str:
     rows = [
         [
-            _text(one.variant),
+            escaped(one.variant),
             tokens(one.length_tokens),
-            _words(_text(one.kind)),
+            _words(escaped(one.kind)),
             str(one.difference.pairs),
             f"{one.median_tokens:.0f}",
             f"{one.median_prefix_tokens:.0f}",
@@ -516,16 +510,14 @@ def _recall(summary: Summary) -> str:
         return ""
     rows = [
         [
-            _text(one.variant),
+            escaped(one.variant),
             tokens(one.length_tokens),
             one.phase,
             str(one.texts),
             number(sum(one.density) / len(one.density) if one.density else None, "{:.2f}"),
             number(one.mean),
             number(one.best_mean),
-            _words(
-                ", ".join(_head_in_words(head) for head in one.worst[: 10 if _is_method(summary, one.variant) else 3])
-            ),
+            _words(_heads(one.worst if _is_method(summary, one.variant) else one.worst[:3]), "text wide"),
         ]
         for one in summary.recall
     ]
@@ -536,19 +528,22 @@ def _recall(summary: Summary) -> str:
         for one in summary.recall
         if _is_method(summary, one.variant)
     ]
-    note = "Attention mass kept of real texts, beside that of the best list of equal length, by layer and query head."
+    note = (
+        "Attention mass kept of real texts, beside that of the best list of equal length, by layer and query head. Of "
+        "baselines only the three worst heads are named."
+    )
     key = recall_key() if maps else ""
     return _section("Recall", _table(header, rows, baselines), _note(note), key, _figures(maps))
 
 
-def _head_in_words(one: Head) -> str:
-    return f"{one.layer}.{one.head} {one.recall:.2f} of {one.best:.2f}"
+def _heads(heads: Sequence[Head]) -> str:
+    return ", ".join(f"{one.layer}.{one.head} {one.recall:.2f} of {one.best:.2f}" for one in heads)
 
 
 def _speed(summary: Summary) -> str:
     rows = [
         [
-            _text(one.variant),
+            escaped(one.variant),
             tokens(one.length_tokens),
             str(one.repeats),
             number(one.ttft_s),
@@ -570,8 +565,11 @@ def _worst(summary: Summary) -> str:
     for variant in _methods(summary):
         own = [one for one in summary.worst if one.variant == variant.name]
         if own:
-            parts.append(f"<h3>{_text(variant.name)}</h3>{''.join(map(_prompt, own))}")
-    note = "The answers that lost most against dense. Texts of more than 600 characters are cut."
+            parts.append(f"<h3>{escaped(variant.name)}</h3>{''.join(map(_prompt, own))}")
+    note = (
+        "The answers that lost most against dense, of each kind and length in turn. Texts of more than "
+        f"{MOST_CHARACTERS} characters are cut."
+    )
     return _section("Worst prompts", *parts, _note(note)) if parts else ""
 
 
@@ -587,8 +585,8 @@ def _prompt(one: WorstPrompt) -> str:
         (f"Dense said, score {one.dense_score:.2f}", _cut(one.dense_text)),
         (f"{one.variant} said, score {one.score:.2f}", _cut(one.text)),
     ]
-    boxes = "".join(f"<div><small>{_text(name)}</small><pre>{_text(text)}</pre></div>" for name, text in sides)
-    return f'<div class="prompt"><p class="soft">{_text(", ".join(place))}</p><div class="sides">{boxes}</div></div>'
+    boxes = "".join(f"<div><small>{escaped(name)}</small><pre>{escaped(text)}</pre></div>" for name, text in sides)
+    return f'<div class="prompt"><p class="soft">{escaped(", ".join(place))}</p><div class="sides">{boxes}</div></div>'
 
 
 def _cut(text: str) -> str:
@@ -600,4 +598,4 @@ def _cut(text: str) -> str:
 def _not_measured(summary: Summary) -> str:
     if not summary.not_measured:
         return ""
-    return _section("Not measured", f"<p>{_text(', '.join(TITLES[name] for name in summary.not_measured))}.</p>")
+    return _section("Not measured", f"<p>{escaped(', '.join(TITLES[name] for name in summary.not_measured))}.</p>")

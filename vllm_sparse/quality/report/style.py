@@ -48,7 +48,7 @@ dt {{ color: var(--soft); }} dd {{ margin: 0; overflow-wrap: anywhere; min-width
 table {{ border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; margin: .4rem 0; }}
 th, td {{ text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: baseline; }}
 th:first-child {{ text-align: left; padding-left: 0; }}
-td.text {{ text-align: left; }} td.line {{ white-space: nowrap; }}
+td.text {{ text-align: left; }} td.line {{ white-space: nowrap; }} td.wide {{ min-width: 26rem; }}
 thead th {{ border-bottom: 2px solid var(--soft); vertical-align: bottom; }}
 tbody th {{ font-weight: 400; }}
 tr.baseline th, tr.baseline td {{ color: var(--soft); }}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -60,7 +61,7 @@ def summarise(records: Sequence[Record], variants: Sequence[Variant], facts: Map
     """Everything that a report says about records.
 
     Raises:
-        ValueError: a record is of a variant that is not among `variants`.
+        ValueError: a record is of a variant that is not among `variants`, or holds a number that is not finite.
     """
     compared = tuple(one for one in variants if one.name != DENSE)
     unknown = {one.variant for one in records} - {one.name for one in compared} - {DENSE}
@@ -69,6 +70,9 @@ def summarise(records: Sequence[Record], variants: Sequence[Variant], facts: Map
             f"records of variants {sorted(unknown)}, but only {sorted(one.name for one in compared)} were described: "
             "give every variant that was measured"
         )
+    for one in records:
+        if not all(math.isfinite(number) for number in _numbers_of(one)):
+            raise ValueError(f"a number of this record is not finite, so that no mean can be taken: {one}")
     notes: list[str] = []
     tasks = by_place(_of(records, TaskRecord), prompt_key, notes)
     language = by_place(_of(records, LanguageRecord), text_key, notes)
@@ -101,6 +105,20 @@ def summarise(records: Sequence[Record], variants: Sequence[Variant], facts: Map
             name for name in ("task", "language", "decoding", "generation", "recall", "speed") if name not in found
         ),
     )
+
+
+def _numbers_of(record: Record) -> tuple[float, ...]:
+    match record:
+        case TaskRecord() | GenerationRecord():
+            return (record.score,)
+        case LanguageRecord():
+            return record.mean_loss, *record.loss_by_position
+        case DecodingRecord():
+            return record.mean_divergence, record.same_first, *record.divergence_by_position
+        case RecallRecord():
+            return *record.density, *(value for row in (*record.recall, *record.best) for value in row)
+        case SpeedRecord():
+            return record.ttft_s, record.tpot_s
 
 
 def _of(records: Iterable[Record], kind: type[AnyRecord]) -> list[AnyRecord]:
@@ -263,7 +281,16 @@ def _worst(tasks: Mapping[Place, Mapping[Key, TaskRecord]], variants: Sequence[V
             for _, dense, one in paired(tasks.get((DENSE, length), {}), tasks.get((variant.name, length), {}))
             if one.score < dense.score
         ]
-        for _, dense, one in sorted(lost, key=lambda item: item[0])[:WORST_PROMPTS]:
+        lost.sort(key=lambda item: item[0])
+        # The worst of each kind and length before the second worst of any, so that one kind does not fill the page.
+        places: Counter[tuple[str, int]] = Counter()
+        turns = []
+        for index, (_, _, one) in enumerate(lost):
+            place = one.kind, one.length_tokens
+            turns.append((places[place], index))
+            places[place] += 1
+        for _, index in sorted(turns)[:WORST_PROMPTS]:
+            _, dense, one = lost[index]
             found.append(
                 WorstPrompt(
                     variant=variant.name,

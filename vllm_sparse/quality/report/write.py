@@ -33,7 +33,7 @@ def write_report(
         What `terminal.tables` prints and `gate.decide` judges.
 
     Raises:
-        ValueError: a record is of a variant that is not among `variants`.
+        ValueError: a record is of a variant that is not among `variants`, or holds a number that is not finite.
     """
     summary = summarise(records, variants, run_facts)
     gate = decide(summary, limits)
