@@ -11,7 +11,7 @@ from vllm_sparse.quality.report.escape import escaped
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 400, 270
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 44
+LEFT, RIGHT, TOP, BOTTOM = 66, 12, 12, 44
 COLOURS = 8
 # Shapes of the marks tell series apart where colours do not.
 _SHAPES: tuple[Callable[[float, float], str], ...] = (
@@ -72,7 +72,9 @@ def chart(title: str, series: Sequence[Series], x_label: str, y_label: str) -> s
     drawn = [one for one in series if one.points]
     xs = [x for one in drawn for x, _ in one.points]
     ys = [y for one in drawn for _, y in one.points] + [end for one in drawn for bar in one.bars if bar for end in bar]
-    x_ticks, y_ticks = ticks(min(0.0, *xs), max(0.0, *xs)), ticks(min(0.0, *ys), max(0.0, *ys))
+    x_ticks = ticks(min(0.0, *xs), max(0.0, *xs))
+    # Where nothing differs from zero, zero stands in the middle.
+    y_ticks = ticks(min(0.0, *ys), max(0.0, *ys)) if any(ys) else [-0.1, 0.0, 0.1]
     place = _Place(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
     # What is judged is drawn over what it is judged by.
     ordered = sorted(drawn, key=lambda one: not one.baseline)

@@ -6,7 +6,7 @@ _LIGHT = """
   --good: #17663f; --bad: #a3261b; --loss: #d2581d; --gain: #2a6fc9;
   --s0: #2a6fc9; --s1: #c2541b; --s2: #1b8a63; --s3: #8a4fbf; --s4: #a8326b; --s5: #8a7400;
   --s6: #2e8c9e; --s7: #6b4a2b;
-  --b0: #55534e; --b1: #8b8980; --b2: #a88f5a;
+  --b0: #55534e; --b1: #8b8980; --b2: #a88f5a; --b3: #1c1c1a;
 """
 _DARK = """
   --page: #191917; --ink: #ecebe6; --soft: #a9a79f; --line: #3b3a36; --box: #242421;
@@ -14,11 +14,11 @@ _DARK = """
   --good: #63cf98; --bad: #ff8f80; --loss: #e8753a; --gain: #5c98ea;
   --s0: #6aa5f0; --s1: #ec8a55; --s2: #4fc197; --s3: #bb8ce6; --s4: #e37aa9; --s5: #d0b83c;
   --s6: #6cc3d3; --s7: #c29a72;
-  --b0: #b9b7af; --b1: #8d8b83; --b2: #c9b27c;
+  --b0: #b9b7af; --b1: #8d8b83; --b2: #c9b27c; --b3: #ecebe6;
 """
 _SERIES = " ".join(
     [f".s{number} {{ color: var(--s{number}); }}" for number in range(8)]
-    + [f".b{number} {{ color: var(--b{number}); }}" for number in range(3)]
+    + [f".b{number} {{ color: var(--b{number}); }}" for number in range(4)]
 )
 
 STYLE = f"""
