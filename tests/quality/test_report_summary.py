@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.quality.fake import VARIANTS, fake_records
-from vllm_sparse.quality.records import DENSE, Record, SpeedRecord, TaskRecord
+from vllm_sparse.quality.records import DENSE, LanguageRecord, Record, SpeedRecord, TaskRecord
 from vllm_sparse.quality.report.results import ALL_KINDS, Summary
 from vllm_sparse.quality.report.summary import summarise
 from vllm_sparse.quality.variants import Variant
@@ -67,6 +67,14 @@ def test_a_repeated_record_counts_once_and_it_is_said() -> None:
 def test_a_record_of_an_unknown_variant_is_refused() -> None:
     with pytest.raises(ValueError, match="other"):
         summary_of([answer("other", 1.0)], SPARSE)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_refused(value: float) -> None:
+    """An infinite loss must not be left out of a mean, which would make the variant look better."""
+    for record in (LanguageRecord("sparse", 1024, "code", 0, value, ()), answer("sparse", value)):
+        with pytest.raises(ValueError, match="not finite"):
+            summary_of([record], SPARSE)
 
 
 @given(st.floats(0.2, 1.0), st.integers(0, 2**32 - 1))

@@ -29,12 +29,12 @@ def write_json(path: Path, summary: Summary, gate: Gate) -> None:
             "decisions": [{**asdict(one), "outcome": one.outcome.value} for one in gate.decisions],
         },
     }
-    path.write_text(json.dumps(found, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def write_csv(path: Path, summary: Summary) -> None:
     """One line a cell."""
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with path.open("w", encoding="utf-8", errors="replace", newline="") as file:
         writer = csv.DictWriter(file, list(_COLUMNS))
         writer.writeheader()
         for cell in summary.cells:
@@ -74,5 +74,9 @@ def _line(cell: Cell) -> Mapping[str, Any]:
         "interval_high": high,
         "p": cell.difference.p,
     }
-    # A spreadsheet runs a cell that begins so as a formula; names of variants are the user's.
-    return {name: f"'{value}" if str(value)[:1] in "=+@" else value for name, value in values.items()}
+    return {name: _harmless(value) for name, value in values.items()}
+
+
+def _harmless(value: object) -> object:
+    # A spreadsheet runs a text that begins so as a formula.
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value

@@ -49,8 +49,8 @@ def cautions(cells: Sequence[Cell], variants: Sequence[Variant]) -> list[str]:
         best = min((p for one in table if (p := least_p(one.difference.documents)) is not None), default=None)
         if best is not None and best * len(table) >= SIGNIFICANT:
             notes.append(
-                f"The table of {measure} by kind has {len(table)} comparisons of methods; with so few documents none of "
-                "them can be significant after Holm's adjustment. Look at the intervals, and at all kinds together."
+                f"The table of {measure} by kind has {len(table)} comparisons of methods; with so few documents none "
+                "of them can be significant after Holm's adjustment. Look at the intervals, and at all kinds together."
             )
     return notes
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -36,6 +37,7 @@ from vllm_sparse.quality.report.pairs import (
 )
 from vllm_sparse.quality.report.results import (
     DEPTHS,
+    PHASES,
     Decoding,
     Depth,
     Generation,
@@ -59,7 +61,7 @@ def summarise(records: Sequence[Record], variants: Sequence[Variant], facts: Map
     """Everything that a report says about records.
 
     Raises:
-        ValueError: a record is of a variant that is not among `variants`.
+        ValueError: a record is of a variant that is not among `variants`, or holds a number that is not finite.
     """
     compared = tuple(one for one in variants if one.name != DENSE)
     unknown = {one.variant for one in records} - {one.name for one in compared} - {DENSE}
@@ -68,6 +70,9 @@ def summarise(records: Sequence[Record], variants: Sequence[Variant], facts: Map
             f"records of variants {sorted(unknown)}, but only {sorted(one.name for one in compared)} were described: "
             "give every variant that was measured"
         )
+    for one in records:
+        if not all(math.isfinite(number) for number in _numbers_of(one)):
+            raise ValueError(f"a number of this record is not finite, so that no mean can be taken: {one}")
     notes: list[str] = []
     tasks = by_place(_of(records, TaskRecord), prompt_key, notes)
     language = by_place(_of(records, LanguageRecord), text_key, notes)
@@ -90,9 +95,9 @@ def summarise(records: Sequence[Record], variants: Sequence[Variant], facts: Map
         equal_density=tuple(equal_density),
         depths=tuple(_depths(tasks, compared)),
         positions=tuple(_positions(language, compared)),
-        decoding=tuple(_decoding(decoding)),
+        decoding=tuple(_decoding(decoding, compared)),
         generations=tuple(_generations(generations, compared)),
-        recall=tuple(_recall(_of(records, RecallRecord))),
+        recall=tuple(_recall(_of(records, RecallRecord), compared)),
         speed=tuple(speed.values()),
         worst=tuple(_worst(tasks, compared)),
         notes=(*notes, *unpaired(tasks, compared), *cautions(cells, compared), *both_phases(compared)),
@@ -100,6 +105,20 @@ def summarise(records: Sequence[Record], variants: Sequence[Variant], facts: Map
             name for name in ("task", "language", "decoding", "generation", "recall", "speed") if name not in found
         ),
     )
+
+
+def _numbers_of(record: Record) -> tuple[float, ...]:
+    match record:
+        case TaskRecord() | GenerationRecord():
+            return (record.score,)
+        case LanguageRecord():
+            return record.mean_loss, *record.loss_by_position
+        case DecodingRecord():
+            return record.mean_divergence, record.same_first, *record.divergence_by_position
+        case RecallRecord():
+            return *record.density, *(value for row in (*record.recall, *record.best) for value in row)
+        case SpeedRecord():
+            return record.ttft_s, record.tpot_s
 
 
 def _of(records: Iterable[Record], kind: type[AnyRecord]) -> list[AnyRecord]:
@@ -134,10 +153,10 @@ def _positions(language: Mapping[Place, Mapping[Key, LanguageRecord]], variants:
     return found
 
 
-def _decoding(decoding: Mapping[Place, Mapping[Key, DecodingRecord]]) -> list[Decoding]:
+def _decoding(decoding: Mapping[Place, Mapping[Key, DecodingRecord]], variants: Sequence[Variant]) -> list[Decoding]:
     return [
         Decoding(
-            variant=variant,
+            variant=variant.name,
             length_tokens=length,
             texts=len(some),
             least_tokens=min(one.tokens for one in some.values()),
@@ -145,8 +164,9 @@ def _decoding(decoding: Mapping[Place, Mapping[Key, DecodingRecord]]) -> list[De
             same_first=float(np.mean([one.same_first for one in some.values()])),
             divergence_by_position=column_means([one.divergence_by_position for one in some.values()]),
         )
-        for (variant, length), some in sorted(decoding.items(), key=lambda item: item[0][1])
-        if variant != DENSE
+        for length in lengths_of(decoding)
+        for variant in variants
+        if (some := decoding.get((variant.name, length)))
     ]
 
 
@@ -175,34 +195,38 @@ def _generations(
     return found
 
 
-def _recall(records: Sequence[RecallRecord]) -> list[Recall]:
-    places: defaultdict[tuple[str, int, Phase], list[RecallRecord]] = defaultdict(list)
+def _recall(records: Sequence[RecallRecord], variants: Sequence[Variant]) -> list[Recall]:
+    places: defaultdict[tuple[int, Phase, str], list[RecallRecord]] = defaultdict(list)
     for record in records:
-        if record.variant != DENSE:
-            places[record.variant, record.length_tokens, record.phase].append(record)
-    found = []
-    for (variant, length, phase), some in sorted(places.items(), key=lambda item: item[0][1:]):
-        recall: Array = np.mean([one.recall for one in some], axis=0)
-        best: Array = np.mean([one.best for one in some], axis=0)
-        heads = [
-            Head(layer, head, float(recall[layer, head]), float(best[layer, head]))
-            for layer, head in np.ndindex(*recall.shape)
-        ]
-        found.append(
-            Recall(
-                variant=variant,
-                length_tokens=length,
-                phase=phase,
-                texts=len(some),
-                recall=_nested(recall),
-                best=_nested(best),
-                density=column_means([one.density for one in some]),
-                mean=float(recall.mean()),
-                best_mean=float(best.mean()),
-                worst=tuple(sorted(heads, key=lambda one: one.recall)[:WORST_HEADS]),
-            )
-        )
-    return found
+        places[record.length_tokens, record.phase, record.variant].append(record)
+    return [
+        _mean_recall(some)
+        for length in sorted({length for length, *_ in places})
+        for phase in PHASES
+        for variant in variants
+        if (some := places.get((length, phase, variant.name)))
+    ]
+
+
+def _mean_recall(records: Sequence[RecallRecord]) -> Recall:
+    recall: Array = np.mean([one.recall for one in records], axis=0)
+    best: Array = np.mean([one.best for one in records], axis=0)
+    heads = [
+        Head(layer, head, float(recall[layer, head]), float(best[layer, head]))
+        for layer, head in np.ndindex(*recall.shape)
+    ]
+    return Recall(
+        variant=records[0].variant,
+        length_tokens=records[0].length_tokens,
+        phase=records[0].phase,
+        texts=len(records),
+        recall=_nested(recall),
+        best=_nested(best),
+        density=column_means([one.density for one in records]),
+        mean=float(recall.mean()),
+        best_mean=float(best.mean()),
+        worst=tuple(sorted(heads, key=lambda one: one.recall)[:WORST_HEADS]),
+    )
 
 
 def _nested(matrix: Array) -> tuple[tuple[float, ...], ...]:
@@ -257,7 +281,16 @@ def _worst(tasks: Mapping[Place, Mapping[Key, TaskRecord]], variants: Sequence[V
             for _, dense, one in paired(tasks.get((DENSE, length), {}), tasks.get((variant.name, length), {}))
             if one.score < dense.score
         ]
-        for _, dense, one in sorted(lost, key=lambda item: item[0])[:WORST_PROMPTS]:
+        lost.sort(key=lambda item: item[0])
+        # The worst of each kind and length before the second worst of any, so that one kind does not fill the page.
+        places: Counter[tuple[str, int]] = Counter()
+        turns = []
+        for index, (_, _, one) in enumerate(lost):
+            place = one.kind, one.length_tokens
+            turns.append((places[place], index))
+            places[place] += 1
+        for _, index in sorted(turns)[:WORST_PROMPTS]:
+            _, dense, one = lost[index]
             found.append(
                 WorstPrompt(
                     variant=variant.name,
