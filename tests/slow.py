@@ -104,6 +104,14 @@ SLOW = {
         "test_folder_answers_right",
         "test_logits_are_the_bundled_models",
     },
+    "tests/quality/test_recall.py": {
+        "test_layers_that_are_dense_keep_everything",
+        "test_oracle_decodes_with_the_best_list_of_its_kv_head",
+        "test_oracle_is_the_best_list_and_random_is_not",
+        "test_recall_equals_a_float64_softmax",
+        "test_records_are_of_each_text_and_sparse_phase",
+        "test_short_texts_run_dense",
+    },
     "tests/server/test_admission.py": {
         "test_a_request_keeps_what_it_was_parsed_to",
     },

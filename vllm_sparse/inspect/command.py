@@ -24,15 +24,13 @@ from vllm_sparse.config.messages import SparseParamsError
 from vllm_sparse.config.names import METHODS
 from vllm_sparse.config.request import SparseParams, resolve
 from vllm_sparse.config.server import parse_server_config
-from vllm_sparse.inspect.kept import DecodeInspection, KeptLayer, PromptInspection
+from vllm_sparse.inspect.kept import CHUNK_UNIT_TOKENS, DecodeInspection, KeptLayer, PromptInspection
 from vllm_sparse.inspect.page import Inspected, render
 from vllm_sparse.methods.decode import DecodeMethod
 from vllm_sparse.methods.method import Method
 from vllm_sparse.methods.prefill import PrefillMethod
 from vllm_sparse.step.eligibility import why_decode_is_dense
 
-# Divides every query block.
-CHUNK_UNIT_TOKENS = 128
 # Of a prompt, on the page.
 SHOWN_CHARACTERS = 240
 

@@ -15,6 +15,8 @@ from vllm_sparse.pages import page_mask
 from vllm_sparse.step.eligibility import why_prefill_is_dense
 from vllm_sparse.step.roles import Role
 
+# Tokens of a prompt chunk are a multiple of this, which every query block divides.
+CHUNK_UNIT_TOKENS = 128
 # Cells of a map along a side, so that the map of a long prompt stays a picture.
 MOST_CELLS = 256
 
@@ -61,7 +63,7 @@ class PromptInspection:
     Attributes:
         method: the method.
         min_tokens: chunks whose context is shorter run dense.
-        chunk_tokens: the prompt is computed in chunks of this size, a multiple of the method's query block.
+        chunk_tokens: the prompt is computed in chunks of this size, a multiple of `CHUNK_UNIT_TOKENS`.
         true_attention: compute it.
     """
 

@@ -44,9 +44,9 @@ class RandomPages(PrefillBaseline):
 class RandomDecode(DecodeBaseline):
     """Read random pages of 16 tokens up to `budget_tokens` in each layer, beside the first and the last tokens.
 
-    A baseline that looks at no key. A hash of layer, KV head and page decides, so pages keep their order from step to
-    step: a list changes only as pages leave the recent tokens, and with the budget. With tensor parallelism KV heads
-    are those of one rank. Where the executor's pages are coarser or do not divide 16, they are chosen instead.
+    A baseline that looks at no key. A hash of layer, KV head and page decides, so that a list stays the same from step
+    to step, but for a page where the recent tokens begin in another one. With tensor parallelism KV heads are those of
+    one rank. Where the executor's pages do not divide 16 tokens, they are chosen instead.
     """
 
     name: ClassVar[str] = "random"
