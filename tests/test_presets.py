@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from vllm_sparse.config.messages import SparseParamsError
 from vllm_sparse.config.names import METHODS, PHASES
 from vllm_sparse.config.presets import PRESETS, Choice, Preset, Tier
-from vllm_sparse.config.request import ALL_DENSE, SparseParams, resolve, resolve_by_length
+from vllm_sparse.config.request import ALL_DENSE, ParamsByLength, SparseParams, resolve, resolve_by_length
 from vllm_sparse.config.salt import cache_salt
 from vllm_sparse.config.server import parse_server_config
 from vllm_sparse.config.settings import ServerConfig
@@ -164,6 +164,10 @@ def test_a_preset_whose_method_is_not_enabled_is_refused_at_every_length() -> No
     assert caught.value.key == "sparse_preset"
     beside = {"sparse_preset": "stepped", "sparse_decode": "dense"}
     assert resolve(beside, config, LAYERS, 3000) == params(Sale())
+    alone = {**beside, "sparse_prefill": "sale"}
+    assert resolve_by_length(alone, configured(methods=["sale"]), LAYERS) == ParamsByLength(
+        "dense", ((0, params(Sale())),)
+    )
 
 
 @pytest.mark.parametrize(
