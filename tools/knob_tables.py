@@ -1,4 +1,4 @@
-"""Write the tables of knobs in docs/configuration.md from the methods' own types.
+"""Write the tables of knobs in docs/configuration.md from the methods' own types, and that of presets.
 
 Usage: python tools/knob_tables.py    (in the environment of `make setup`; `make docs` runs it)
 """
@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_sparse.config.names import METHODS, is_request_knob, knob_schema, phases_of
+from vllm_sparse.config.names import DENSE, METHODS, PHASES, is_request_knob, knob_schema, phases_of
+from vllm_sparse.config.presets import PRESETS, Choice, Tier
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
-BEGIN, END = "<!-- knob tables: begin, written by tools/knob_tables.py -->", "<!-- knob tables: end -->"
 UNLIMITED_TOKENS = 1 << 24
 TYPES = {"integer": "integer", "number": "number", "boolean": "`true` or `false`", "string": "text"}
 
@@ -28,13 +28,39 @@ def with_tables(page: str) -> str:
     """A page with its tables replaced by today's.
 
     Raises:
-        ValueError: the page has not exactly one place for them.
+        ValueError: the page has not exactly one place for those of knobs, or of presets.
     """
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    new, places = pattern.subn(lambda _: f"{BEGIN}\n\n{tables()}\n\n{END}", page)
+    page = _replaced(page, "knob tables", tables())
+    return _replaced(page, "presets", preset_table())
+
+
+def _replaced(page: str, what: str, text: str) -> str:
+    """A page with the text between two comments that name it replaced."""
+    begin, end = f"<!-- {what}: begin, written by tools/knob_tables.py -->", f"<!-- {what}: end -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    new, places = pattern.subn(lambda _: f"{begin}\n\n{text}\n\n{end}", page)
     if places != 1:
-        raise ValueError(f"{PAGE.name} has {places} places for the tables; one {BEGIN!r} and one {END!r} are needed")
+        raise ValueError(f"{PAGE.name} has {places} places for {what}; one {begin!r} and one {end!r} are needed")
     return new
+
+
+def preset_table() -> str:
+    """A table of what each preset picks at which length, and a list of what each is for and loses."""
+    lines = [_line(["preset", "tokens of the prompt", "prompt", "generation"]), "|---|---|---|---|"]
+    for name, preset in PRESETS.items():
+        tiers = (Tier(0), *preset.tiers)
+        ends = [*(f"to {tier.from_tokens - 1:,}" for tier in tiers[1:]), "and more"]
+        for tier, end in zip(tiers, ends, strict=True):
+            choices = [_choice(tier.choice(phase)) for phase in PHASES]
+            lines.append(_line([f"`{name}`", f"{tier.from_tokens:,} {end}", *choices]))
+    notes = [f"* `{name}`: {preset.description} {preset.quality}" for name, preset in PRESETS.items()]
+    return "\n".join([*lines, "", *notes])
+
+
+def _choice(choice: Choice) -> str:
+    """What a tier runs in a phase."""
+    knobs = "".join(f", `{knob}` {_text(value)}" for knob, value in choice.knobs.items())
+    return (f"`{choice.method}`" if choice.method != DENSE else DENSE) + knobs
 
 
 def _section(method: str) -> str:

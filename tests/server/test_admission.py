@@ -12,9 +12,11 @@ MODEL = Path(__file__).parents[2] / "loadtest" / "model" / "weights"
 CODE = """
 import os, sys, tempfile
 from types import SimpleNamespace
+import prometheus_client
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
+from vllm_sparse.config.presets import PRESETS, Choice, Preset, Tier
 from vllm_sparse.config.request import RESOLVED_KEY, deserialize
 from vllm_sparse.config.server import server_config
 from vllm_sparse.hooks import request_protocol
@@ -31,26 +33,43 @@ extras = {"flexprefill_gamma": 0.5}
 def parse():
     return CompletionRequest(model="m", prompt="x", stream=True, vllm_xargs=extras).to_sampling_params(4, {})
 
-def prefill_of(params):
+def prefill_of(params, prompt_tokens=9000):
     def build():
         return SimpleNamespace(
-            sampling_params=params.clone(), cache_salt=None, prompt_token_ids=[5] * 9000, resumable=False
+            sampling_params=params.clone(), cache_salt=None, prompt_token_ids=[5] * prompt_tokens, resumable=False
         )
     admitted = admit(vllm_config, params, build)
-    return deserialize(admitted.sampling_params.extra_args[RESOLVED_KEY]).prefill
+    resolved = (admitted.sampling_params.extra_args or {}).get(RESOLVED_KEY)
+    return resolved and deserialize(resolved).prefill
 
 parsed = parse()
-change_config(Served(server_config(vllm_config), 8, 4, 4096, False), {"prefill": "dense"}, None)
+served = Served(server_config(vllm_config), 8, 4, 4096, False)
+change_config(served, {"prefill": "dense"}, None)
 assert prefill_of(parsed).gamma == 0.5
 try:
     parse()
 except VLLMValidationError as error:
     assert "flexprefill_gamma is a knob of flexprefill, which this request does not use" in str(error)
     print("refused")
+
+# Of a preset, what prompts of each length run is kept.
+def presets_counted():
+    return prometheus_client.REGISTRY.get_sample_value("vllm_sparse_presets_total", {"preset": "stepped"})
+
+extras = {"tidal_budget_tokens": 99}
+PRESETS["stepped"] = Preset("", "", (Tier(10000, Choice("sale", {"tau": 0.5}), Choice("tidal")),))
+change_config(served, {"preset": "stepped", "prefill": None}, None)
+parsed = parse()
+change_config(served, {"prefill": "dense"}, None)
+assert presets_counted() is None
+assert prefill_of(parsed, 9999) is None
+assert prefill_of(parsed, 10000).tau == 0.5
+assert presets_counted() == 2
+print("kept by length")
 """
 
 
 def test_a_request_keeps_what_it_was_parsed_to(tmp_path: Path) -> None:
     """Its stream may have begun; the next one is refused, while that can still be done."""
     output = subprocess.check_output([sys.executable, "-c", CODE, str(MODEL), str(tmp_path)], text=True, timeout=300)
-    assert output.splitlines()[-1] == "refused"
+    assert output.splitlines()[-2:] == ["refused", "kept by length"]

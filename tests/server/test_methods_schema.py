@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_sparse.config.messages import SparseParamsError
-from vllm_sparse.config.names import DENSE, METHODS, PHASES, former_keys, knob_schema
+from vllm_sparse.config.names import DENSE, METHODS, PHASES, REQUEST_KEYS, former_keys, knob_schema
 from vllm_sparse.config.presets import PRESETS
 from vllm_sparse.config.request import resolve_by_length
 from vllm_sparse.config.server import check_settings
 from vllm_sparse.config.settings import ServerConfig
-from vllm_sparse.server.routes.methods import enabled, extras_schema, request_knobs
+from vllm_sparse.server.routes.methods import described, enabled, extras_schema, request_knobs
 
 LAYERS, HEADS = 32, 32
 CONFIGS = {
@@ -31,9 +31,7 @@ VALIDATORS = {name: jsonschema.Draft202012Validator(extras_schema(config)) for n
 KNOBS = [f"{name}_{knob}" for phase, known in PHASES.items() for name in known for knob in knob_schema(phase, name)]
 FORMER = [key for phase, known in PHASES.items() for name in known for key in former_keys(phase, name)]
 KEYS = st.one_of(
-    st.sampled_from(
-        ["sparse_preset", "sparse_prefill", "sparse_decode", "sparse_min_tokens", "sparse_budget", "SparseX", "seed"]
-    ),
+    st.sampled_from([*REQUEST_KEYS, "sparse_budget", "SparseX", "seed"]),
     st.sampled_from(KNOBS),
     st.sampled_from(FORMER),
     st.from_regex(r"(sparse|hip|tidal|HIP)[_a-zA-Z-]{0,6}", fullmatch=True),
@@ -85,6 +83,46 @@ def test_the_schema_takes_what_the_server_takes(name: str, extras: dict[str, Any
         assert not valid, (sent, why)
 
 
+# Presets, methods that they pick and some of their knobs, so that most draws name two that have to do with each other.
+OF_PRESETS = st.fixed_dictionaries(
+    {},
+    optional={
+        "sparse_preset": st.sampled_from([DENSE, *PRESETS, "turbo"]),
+        "sparse_prefill": st.sampled_from([DENSE, "sale", "dhsa", "hip"]),
+        "sparse_decode": st.sampled_from([DENSE, "blocktopk", "tidal", "hip"]),
+        "sale_tau": st.sampled_from([0.5, 0.25]),
+        "dhsa_density": st.sampled_from([0.5, 0.25]),
+        "blocktopk_budget_tokens": st.integers(90, 200),
+        "hip_sink_tokens": st.integers(0, 64),
+    },
+)
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(list(CONFIGS)), OF_PRESETS)
+def test_the_schema_takes_presets_and_knobs_that_the_server_takes(name: str, extras: dict[str, Any]) -> None:
+    good, why = taken(extras, CONFIGS[name])
+    assert VALIDATORS[name].is_valid(extras) == good, (extras, why)
+
+
+def test_presets_are_described_with_what_they_pick() -> None:
+    config = CONFIGS["default"]
+    for name, preset in PRESETS.items():
+        told = described(preset, config)
+        assert told["description"] == preset.description
+        assert told["quality"] == preset.quality
+        assert told["tiers"][0] == {
+            "from_prompt_tokens": 0,
+            "vllm_xargs": {"sparse_prefill": DENSE, "sparse_decode": DENSE},
+        }
+        assert len(told["tiers"]) == len(preset.tiers) + 1
+        for tier in told["tiers"]:
+            # A client may send what a tier stands for.
+            VALIDATORS["all methods"].validate(tier["vllm_xargs"])
+        missing = any(told["methods_not_enabled"].values())
+        assert taken({"sparse_preset": name}, config)[0] != missing
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_knob_is_valid_with_its_method_and_at_its_default(name: str) -> None:
     config = CONFIGS[name]
@@ -110,6 +148,10 @@ def test_schemas_are_schemas(name: str) -> None:
 
 
 def test_defaults_are_the_servers() -> None:
+    schema = extras_schema(CONFIGS["preset and method by default"])["properties"]
+    assert schema["sparse_preset"]["default"] == "fast"
+    assert schema["sparse_prefill"]["default"] == "hip"
+    assert "default" not in schema["sparse_decode"]
     schema = extras_schema(CONFIGS["sparse by default"])["properties"]
     assert schema["sparse_prefill"]["default"] == "hip"
     assert schema["sparse_min_tokens"]["default"] == 64

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from vllm_sparse.config.names import METHODS
+from vllm_sparse.config.presets import PRESETS, Choice, Preset, Tier
 from vllm_sparse.config.server import parse_server_config
 from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.server import runtime_config
@@ -134,6 +136,41 @@ def test_defaults_that_no_graph_holds_are_refused(directory: Path, settings: Any
     with pytest.raises(FixedSettingError, match=message):
         change_config(served(decode_graphs=True, methods=methods), settings, None)
     assert change_config(served(methods=methods), settings, None)[1].version == 2
+
+
+@pytest.fixture
+def stepped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preset of the tests' own, which needs a method that is not enabled by default."""
+    tier = Tier(1000, Choice("sale"), Choice("blocktopk", {"budget_tokens": 4096}))
+    monkeypatch.setitem(PRESETS, "stepped", Preset("for tests", "not measured", (tier,)))
+
+
+def test_the_preset_can_change(directory: Path, stepped: None) -> None:
+    """Over the command line's methods, which win unless the change takes them back."""
+    server = served(prefill="flexprefill", methods=METHODS)
+    _, now = change_config(server, {"preset": "stepped"}, None)
+    assert (now.config.preset, now.config.prefill, now.config.decode) == ("stepped", "flexprefill", None)
+    _, now = change_config(server, {"preset": "stepped", "prefill": None}, None)
+    assert running_config(server.start).config.default_method("prefill") is None
+    _, now = change_config(server, {}, None)
+    assert now.config == server.start
+
+
+def test_a_preset_enables_no_method_while_the_server_runs(directory: Path, stepped: None) -> None:
+    with pytest.raises(
+        ValueError, match="sparse_preset is 'stepped', whose decode method blocktopk this server does not"
+    ):
+        change_config(served(), {"preset": "stepped"}, None)
+    enabled = served(preset="stepped")
+    assert change_config(enabled, {"preset": "dense"}, None)[1].config.methods == enabled.start.methods
+    assert change_config(enabled, {"preset": "stepped"}, None)[1].config == enabled.start
+
+
+def test_a_preset_that_no_graph_holds_is_refused(directory: Path, stepped: None) -> None:
+    settings: dict[str, Any] = {"methods": METHODS, "decode_list_tokens": 2048, "blocktopk": {"budget_tokens": 1024}}
+    with pytest.raises(FixedSettingError, match=r"sparse\.preset stepped: lists of 4096 tokens are longer than"):
+        change_config(served(decode_graphs=True, **settings), {"preset": "stepped"}, None)
+    assert change_config(served(**settings), {"preset": "stepped"}, None)[1].version == 2
 
 
 def test_defaults_that_graphs_hold_are_taken(directory: Path) -> None:

@@ -79,6 +79,13 @@ def configured_server(_keeper: ServerKeeper, spans: SpanReceiver) -> Server:
 
 
 @pytest.fixture
+def preset_server(_keeper: ServerKeeper) -> Server:
+    """A server whose default is a preset, with the plugin's routes."""
+    arguments = (*_COMMON, "--additional-config", json.dumps({"sparse": {"preset": "fast"}}), "--enforce-eager")
+    return _keeper.get(arguments, {"VLLM_PLUGINS": "sparse"})
+
+
+@pytest.fixture
 def restarted(_keeper: ServerKeeper) -> Callable[[], Server]:
     """Starts the running server again."""
     return _keeper.restart

@@ -20,6 +20,12 @@ WRONG: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("null", {"sparse_prefill": None}, ("vllm_xargs.sparse_prefill", "valid string")),
     ("nested object", {"sparse": {"prefill": "flexprefill"}}, ("vllm_xargs.sparse", "valid string")),
     ("not an object", ["flexprefill"], ("vllm_xargs", "valid dictionary")),
+    ("unknown preset", {"sparse_preset": "turbo"}, ("sparse_preset", "'turbo'", "dense, quality, balanced, fast")),
+    (
+        "preset of a method that is not enabled",
+        {"sparse_preset": "balanced"},
+        ("'balanced', whose decode method blocktopk this server does not enable", '"methods": ['),
+    ),
     ("unknown setting", {"sparse_method": "tidal"}, ("sparse_method", "sparse_prefill, sparse_decode")),
     ("reserved key", {"sparse_resolved": '{"min_tokens":0}'}, ("sparse_resolved", "sparse_prefill, sparse_decode")),
     ("unknown knob", {**TIDAL, "tidal_buget": 512}, ("tidal_buget", "tidal_budget_tokens")),

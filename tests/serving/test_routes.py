@@ -25,6 +25,11 @@ EXTRAS: tuple[tuple[Any, bool], ...] = (
     ({"flexprefill_gamma": 0.5, "flexprefill_query_block_tokens": 64, "flexprefill_list_per": "kv_head"}, True),
     ({"sparse_prefill": "flexprefill", "flexprefill_gamma": 1, "flexprefill_faithful": True}, True),
     ({"sparse_decode": "blocktopk", "blocktopk_budget_tokens": 512}, True),
+    ({"sparse_preset": "dense", "sparse_decode": "blocktopk"}, True),
+    ({"sparse_preset": "balanced", "sparse_prefill": "flexprefill", "blocktopk_budget_tokens": 5000}, True),
+    ({"sparse_preset": "balanced"}, False),
+    ({"sparse_preset": "turbo"}, False),
+    ({"sparse_preset": "dense", "flexprefill_gamma": 0.5}, False),
     ({"sparse_prefill": "sale"}, False),
     ({"sparse_prefill": "blocktopk"}, False),
     ({"sparse_prefill": 1}, False),
@@ -109,7 +114,7 @@ def test_the_configuration_is_that_of_the_command_line(configured_server: Server
     config = config_of(configured_server)["config"]
     given = CONFIGURATION["sparse"]
     assert {name: config[name] for name in given} == given
-    assert (config["decode"], config["tidal"]) == ("dense", {})
+    assert (config["preset"], config["decode"], config["tidal"]) == ("dense", None, {})
 
 
 def test_a_change_reaches_all_api_servers(changeable: Server) -> None:
@@ -165,6 +170,12 @@ def test_changed_defaults_have_prefix_caches_of_their_own(changeable: Server) ->
         ({"prefil": "flexprefill"}, 400, "sparse.prefil is 'flexprefill'"),
         ({"prefill": "tidal"}, 400, "allowed are dense, flexprefill"),
         ({"prefill": "sale"}, 400, "does not enable it"),
+        (
+            {"preset": "quality", "prefill": None},
+            400,
+            "'quality', whose prefill method sale this server does not enable",
+        ),
+        ({"preset": "turbo"}, 400, "sparse_preset is 'turbo'; allowed are dense, quality"),
         ({"min_tokens": "1"}, 400, "sparse.min_tokens is '1'"),
         ({"flexprefill": {"gamma": 2}}, 400, "flexprefill_gamma is 2; a number above 0 and at most 1"),
         ({"flexprefill": {"gama": 1}}, 400, "flexprefill_gama is no knob"),

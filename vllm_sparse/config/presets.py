@@ -91,16 +91,17 @@ PRESETS: dict[str, Preset] = {
         (Tier(_PAYS_FROM_TOKENS, prefill=Choice("sale", {"tau": 0.004})),),
     ),
     "balanced": Preset(
-        "Fewer keys at little loss: prompts by sale at a higher threshold, generations by blocktopk from 32K on.",
+        "Fewer keys: prompts by sale at a higher threshold, which lost nothing, generations by blocktopk from 32K on.",
         f"{_MEASURED_ON}: prompts score +0.010 ± 0.043, -log p +0.004, density 0.28; generations score -0.041 ± 0.044, "
-        "density 0.35.",
+        "a loss that chance may explain, density 0.35.",
         (
             Tier(_PAYS_FROM_TOKENS, prefill=_SALE_THRIFTY),
             Tier(_DECODE_PAYS_FROM_TOKENS, prefill=_SALE_THRIFTY, decode=Choice("blocktopk", {"budget_tokens": 4096})),
         ),
     ),
     "fast": Preset(
-        "Loses answers for speed: prompts by dhsa, generations by blocktopk at half of balanced's budget from 32K on.",
+        "Loses answers for speed: prompts by dhsa, which chooses cheaply, generations from 32K on by blocktopk at half "
+        "of balanced's budget.",
         f"{_MEASURED_ON}: prompts score -0.029 ± 0.061, -log p +0.008, density 0.40; generations score -0.078 ± 0.053, "
         "a loss beyond chance, density 0.17.",
         (

@@ -89,7 +89,7 @@ class ParamsByLength:
     """What one request runs, before the length of its prompt is known.
 
     Attributes:
-        preset: that it or the server names, or ``dense``.
+        preset: that it or the server names, or ``dense`` where there is none or both phases have a method of their own.
         tiers: least tokens of the prompt, rising from 0, and what a prompt of this length runs.
     """
 
@@ -148,8 +148,11 @@ def _resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) -
     """Resolve extras whose knobs have their present names."""
     preset = _preset_name(extras, config)
     named = {phase: _named_method(phase, extras, config) for phase in PHASES}
-    for phase in PHASES:
-        if named[phase] is None and preset != DENSE:
+    if None not in named.values():
+        # Nothing is left to a preset.
+        preset = DENSE
+    for phase, name in named.items():
+        if name is None and preset != DENSE:
             _check_enabled(preset, phase, config)
     tiers = (Tier(0), *(PRESETS[preset].tiers if preset != DENSE else ()))
     choices = [

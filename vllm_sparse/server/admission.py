@@ -27,7 +27,7 @@ REQUESTS = prometheus_client.Counter(
     "vllm_sparse_requests", "Requests admitted, by the method that each phase asks for.", ["phase", "method"]
 )
 PRESETS_USED = prometheus_client.Counter(
-    "vllm_sparse_presets", "Requests admitted, by the preset that they or the server's configuration name.", ["preset"]
+    "vllm_sparse_presets", "Requests admitted, by the preset that chooses in a phase.", ["preset"]
 )
 
 # On sampling parameters (`keep_checked`).

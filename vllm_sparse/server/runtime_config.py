@@ -21,10 +21,10 @@ from typing import Any
 
 from vllm_sparse.config.former_names import present_settings
 from vllm_sparse.config.names import METHODS, PHASES
-from vllm_sparse.config.request import configured_method
+from vllm_sparse.config.request import configured_method, resolve_by_length
 from vllm_sparse.config.server import check_settings
 from vllm_sparse.config.settings import ServerConfig
-from vllm_sparse.methods.decode import BatchDecodeMethod
+from vllm_sparse.methods.decode import BatchDecodeMethod, DecodeMethod
 from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.shared_directory import announce
 
@@ -208,9 +208,16 @@ def _check_graphs(served: Served, config: ServerConfig) -> None:
     if not served.decode_graphs:
         return
     room = config.decode_list_tokens
-    for name in DECODE_METHODS:
-        before, after = (configured_method(some, "decode", name) for some in (served.start, config))
-        if name not in config.methods or not isinstance(before, BatchDecodeMethod):
+    changed: list[tuple[str, DecodeMethod]] = [
+        (f"object sparse.{name}", _decode_method(config, name)) for name in DECODE_METHODS if name in config.methods
+    ]
+    by_default = resolve_by_length({}, config, served.num_layers)
+    changed += [
+        (f"sparse.preset {config.preset}", params.decode) for _, params in by_default.tiers if params.decode is not None
+    ]
+    for setting, after in changed:
+        before = _decode_method(served.start, after.name)
+        if not isinstance(before, BatchDecodeMethod):
             continue
         assert isinstance(after, BatchDecodeMethod)
         if not before.serves(before, served.max_seq_len):
@@ -227,6 +234,13 @@ def _check_graphs(served: Served, config: ServerConfig) -> None:
         else:
             continue
         raise FixedSettingError(
-            f"object sparse.{name}: {found}, so requests would decode without them, slower than before; start the "
+            f"{setting}: {found}, so requests would decode without them, slower than before; start the "
             "server again with it in --additional-config, or set the knobs per request"
         )
+
+
+def _decode_method(config: ServerConfig, name: str) -> DecodeMethod:
+    """A decode method with the knobs that a configuration gives it."""
+    method = configured_method(config, "decode", name)
+    assert isinstance(method, DecodeMethod)
+    return method

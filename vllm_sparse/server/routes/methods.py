@@ -32,14 +32,14 @@ def read_methods(served: ServedSparsely, response: Response) -> dict[str, Any]:
         "version": running.version,
         "preset": {
             "default": running.config.preset,
-            "presets": {name: _preset(preset, running.config) for name, preset in PRESETS.items()},
+            "presets": {name: described(preset, running.config) for name, preset in PRESETS.items()},
         },
         **{phase: _phase(phase, running.config) for phase in PHASES},
         "vllm_xargs": extras_schema(running.config),
     }
 
 
-def _preset(preset: Preset, config: ServerConfig) -> dict[str, Any]:
+def described(preset: Preset, config: ServerConfig) -> dict[str, Any]:
     """What a preset is for, what was measured of it, and what prompts of each length get by it.
 
     ``methods_not_enabled`` are those that it needs in each phase and this server does not enable: requests can use the
