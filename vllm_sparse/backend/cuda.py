@@ -77,6 +77,7 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
                 methods,
                 len(layer_names),
                 self._sparse_speculative,
+                guards=config.min_recall > 0,
             )
         set_graphs(self._graphs)
 
