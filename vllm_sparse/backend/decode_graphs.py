@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_sparse.backend.decode_buffers import DecodeBuffers
+    from vllm_sparse.backend.guard import StepGuard
     from vllm_sparse.methods.decode import BatchDecodeMethod
     from vllm_sparse.step.launch import LayerLaunches
     from vllm_sparse.step.requests import SparseRequest
@@ -81,6 +82,11 @@ class DecodeGraphs:
         self.most_rows = 0
         self.step: StepExecution | None = None
 
+    @property
+    def bytes(self) -> int:
+        """Of device memory that graphs keep beside the buffers, for the guard."""
+        return 0 if self._guard is None else self._guard.bytes
+
     def holds(self, requests: Sequence[SparseRequest], rows: int) -> bool:
         """Whether a graph has been captured for a step.
 
@@ -114,9 +120,10 @@ class DecodeGraphs:
         step = DecodeStep(self.buffers, rows, self.launches[name], seq_lens, block_table, capacity_tokens)
         plan = StepPlan(self.num_layers)
         record = self._observer.capturing(name, rows, plan)
+        guard: StepGuard = NO_GUARD
         # Graphs for sparse rows alone hold no guarded ones.
-        guarded = self._guard is not None and name not in {method.name for method in self.roles}
-        guard = self._guard.capturing(name, rows, self.launches[name]) if guarded and self._guard else NO_GUARD
+        if self._guard is not None and name not in {method.name for method in self.roles}:
+            guard = self._guard.capturing(name, rows, self.launches[name])
         return StepExecution(plan, record, batch=BatchStep(step, slice(0, rows)), guard=guard)
 
     def _reading_layers(self, name: str) -> list[int]:
