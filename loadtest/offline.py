@@ -52,3 +52,15 @@ class DensityReader:
                     part[sample.name.rpartition("_")[2]] = sample.value - self._seen.get(key, 0.0)
                     self._seen[key] = sample.value
         return {key: part["sum"] / part["count"] for key, part in fresh.items() if part.get("count")}
+
+
+def read_totals(*names: str) -> dict[str, float]:
+    """Worker counters now, each summed over its labels; 0 where nothing was counted.
+
+    Args:
+        names: of samples, such as ``vllm_sparse_fallbacks_total``.
+    """
+    registry = prometheus_client.CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry, path=os.environ[DIRECTORY_VARIABLE])  # type: ignore[no-untyped-call]
+    samples = [sample for family in registry.collect() for sample in family.samples]
+    return {name: sum(sample.value for sample in samples if sample.name == name) for name in names}

@@ -16,6 +16,7 @@ SLOW = {
         "test_t2_and_t4_a_mixed_step_equals_the_oracle_in_every_layer",
         "test_t9_steps_are_independent",
     },
+    "tests/backend/test_guard.py": {"test_neighbours_are_not_touched"},
     "tests/backend/test_summaries.py": {
         "test_a_prefix_in_the_cache",
     },

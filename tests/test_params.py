@@ -42,6 +42,11 @@ def configured(**settings: Any) -> ServerConfig:
         ({}, BOTH, SparseParams(FlexPrefill(), Tidal(), MIN_TOKENS)),
         ({}, {**BOTH, "sparse_min_tokens": 0}, SparseParams(FlexPrefill(), Tidal(), 0)),
         ({"min_tokens": 9}, BOTH, SparseParams(FlexPrefill(), Tidal(), 9)),
+        ({}, {**BOTH, "sparse_min_recall": 1}, SparseParams(FlexPrefill(), Tidal(), MIN_TOKENS, 1.0)),
+        ({"min_recall": 0.9}, BOTH, SparseParams(FlexPrefill(), Tidal(), MIN_TOKENS, 0.9)),
+        ({"min_recall": 0.9}, {**BOTH, "sparse_min_recall": 0}, SparseParams(FlexPrefill(), Tidal(), MIN_TOKENS)),
+        # What is dense anyway has nothing to guard.
+        ({}, {"sparse_min_recall": 0.9}, ALL_DENSE),
         ({"prefill": "flexprefill"}, {}, SparseParams(FlexPrefill(), None, MIN_TOKENS)),
         ({"prefill": "flexprefill"}, {"sparse_prefill": "dense"}, ALL_DENSE),
         ({"decode": "tidal"}, {"tidal_budget_tokens": 512}, SparseParams(None, Tidal(budget_tokens=512), MIN_TOKENS)),
@@ -126,6 +131,13 @@ NAN = float("nan")
         ({}, "sparse_min_tokens", None, "integer of 0 or more"),
         ({}, "sparse_min_tokens", [1], "integer of 0 or more"),
         ({}, "sparse_min_tokens", NAN, "integer of 0 or more"),
+        ({}, "sparse_min_recall", -0.1, "number from 0 to 1"),
+        ({}, "sparse_min_recall", 1.01, "number from 0 to 1"),
+        ({}, "sparse_min_recall", "0.9", "number from 0 to 1"),
+        ({}, "sparse_min_recall", True, "number from 0 to 1"),
+        ({}, "sparse_min_recall", None, "number from 0 to 1"),
+        ({}, "sparse_min_recall", [0.9], "number from 0 to 1"),
+        ({}, "sparse_min_recall", NAN, "number from 0 to 1"),
         ({}, "flexprefill_gamma", 0.5, '"sparse_prefill": "flexprefill"'),
         (FLEX, "tidal_budget_tokens", 512, '"sparse_decode": "tidal"'),
         ({"sparse_decode": "dense"}, "tidal_budget_tokens", 512, '"sparse_decode": "tidal"'),
@@ -306,6 +318,9 @@ def test_what_is_kept_of_a_page_is_the_servers_choice(knob: str, value: Any) -> 
         ({"methods": ["flex"]}, r"sparse\.methods is \['flex'\]: .*flexprefill, .*tidal"),
         ({"methods": [], "decode": "tidal"}, "sparse_decode is 'tidal'.*not enable it"),
         ({"min_tokens": -1}, r"sparse\.min_tokens is -1"),
+        ({"min_recall": 1.5}, r"sparse\.min_recall is 1\.5"),
+        ({"min_recall": True}, r"sparse\.min_recall is True"),
+        ({"min_recall": "0.9"}, r"sparse\.min_recall is '0\.9'"),
         ({"min_tokens": "4096"}, r"sparse\.min_tokens is '4096'"),
         ({"tidal": {"budget_tokens": 3}}, r"object sparse\.tidal: tidal_budget_tokens is 3; an integer of at least 16"),
         ({"tidal": {"buget": 3}}, r"object sparse\.tidal: tidal_buget is no knob.*tidal_budget_tokens"),
@@ -370,7 +385,9 @@ hip = st.builds(
     dense_layers=st.integers(0, 31),
 )
 prefill_hip = st.builds(Hip, sink_tokens=st.integers(0, 1024), recent_tokens=st.integers(0, 1024))
-settings = st.builds(SparseParams, st.none() | flex | prefill_hip, st.none() | tidal | hip, st.integers(0, 1 << 40))
+settings = st.builds(
+    SparseParams, st.none() | flex | prefill_hip, st.none() | tidal | hip, st.integers(0, 1 << 40), st.floats(0, 1)
+)
 salts = st.none() | st.text(string.ascii_letters + string.digits + "-_.", min_size=1, max_size=100)
 
 

@@ -31,9 +31,9 @@ from tokenizers import Tokenizer
 
 from loadtest.offline import DensityReader, engine
 from loadtest.quality.conversation import FREE, Conversation, conversation, is_right
+from loadtest.text.tokenizer import build_tokenizer
 from vllm_sparse.quality.script import ScriptProcessor
 from vllm_sparse.quality.served_model import SCRIPT_KEY
-from loadtest.text.tokenizer import build_tokenizer
 
 
 @dataclass(frozen=True)

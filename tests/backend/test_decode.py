@@ -24,6 +24,7 @@ from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.decode import BatchDecodeMethod, LayerMemory
 from vllm_sparse.methods.hip import HipDecode
 from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.step.guard import guarded_roles
 from vllm_sparse.step.launch import Executor, Launch
 from vllm_sparse.step.requests import RowSetting
 from vllm_sparse.step.roles import Role
@@ -54,7 +55,7 @@ WIDE = Tidal(budget_tokens=300, dense_layers=0, reselect_layers=(2, 3), sink_tok
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=11)
+    run_under_the_interpreter(__file__, passing=13)
 
 
 class Gather(Executor):
@@ -79,18 +80,21 @@ class Row:
         context: tokens in its cache.
         method: or None for a dense row.
         least_context: not sparse unless the context is longer; default: the method's budget.
+        guarded: layers that the guard has sent dense.
     """
 
     context: int
     method: BatchDecodeMethod | None = None
     least_context: int | None = None
+    guarded: frozenset[int] = frozenset()
 
     @property
     def setting(self) -> RowSetting:
         if self.method is None:
             return RowSetting(None, 0, (), 0, False)
         least = self.method.budget_tokens if self.least_context is None else self.least_context
-        return RowSetting(self.method, least, tuple(self.method.layer_roles(LAYERS)), 0, True)
+        roles = tuple(self.method.layer_roles(LAYERS))
+        return RowSetting(self.method, least, guarded_roles(roles, self.guarded) if self.guarded else roles, 0, True)
 
 
 ROWS = [
@@ -142,13 +146,14 @@ def run_step(
     padding: int = 0,
     capacity: int = 1 << 20,
     all_sparse: bool = False,
+    launched_for: list[Row] | None = None,
 ) -> list[torch.Tensor]:
-    """Each layer's output."""
+    """Each layer's output, by the launches that these rows need, or other ones."""
     settings = settings_of(rows)
     buffers.tell(settings)
     contexts = torch.tensor([row.context for row in rows] + [0] * padding, dtype=torch.int32, device=DEVICE)
     table = torch.nn.functional.pad(data[0].block_table, (0, 0, 0, padding))
-    launches = buffers.launches(settings, all_sparse)
+    launches = buffers.launches(settings_of(launched_for or rows), all_sparse)
     step = DecodeStep(buffers, len(rows) + padding, launches, contexts, table, capacity)
     outputs = []
     for layer in range(LAYERS):
@@ -318,6 +323,30 @@ def test_a_step_of_dense_rows_reads_no_list() -> None:
     rows = [Row(100), Row(64, TIDAL), Row(17)]
     data, queries, seed = draw(rows)
     check(rows, run_step(new_buffers(), rows, data, queries), expected(rows, data, queries, set()), seed)
+
+
+@needs_triton
+@pytest.mark.parametrize("in_graph", [True, False])
+def test_layers_that_the_guard_sent_dense_read_everything(in_graph: bool) -> None:
+    """By the launches of a graph, which knows of no guard, or of a step; lists pass over dense layers."""
+    rows = [
+        Row(700, TIDAL, guarded=frozenset({2})),
+        Row(650, TIDAL),
+        Row(501, WIDE, guarded=frozenset({4})),
+        Row(444, OWN, guarded=frozenset({1, 2})),
+        Row(470, OWN, guarded=frozenset({4})),
+        Row(777, BLOCKS, guarded=frozenset({2, 5})),
+        # Its launches summarise the newest key of the row above in all layers; `StepExecution.work` does it otherwise.
+        Row(400, BLOCKS),
+        Row(640, HIP, guarded=frozenset({1, 2, 3, 4})),
+    ]
+    assert rows[3].setting.roles[1] is Role.DENSE_AND_WRITE
+    assert rows[3].setting.roles[3] is Role.READ
+    assert rows[7].setting.roles[4] is Role.DENSE
+    data, queries, seed = draw(rows)
+    of_graph = [replace(row, guarded=frozenset()) for row in rows] if in_graph else None
+    outputs = run_step(new_buffers(), rows, data, queries, padding=1, launched_for=of_graph)
+    check(rows, outputs, expected(rows, data, queries, set()), seed)
 
 
 @needs_triton

@@ -8,7 +8,7 @@ steps of the first kind are replayed from a graph, and interpreted elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from vllm_sparse.backend.decode_buffers import DecodeBuffers
 from vllm_sparse.backend.decode_graphs import MIXED, DecodeGraphs
 from vllm_sparse.backend.execution import StepExecution
 from vllm_sparse.backend.executors.flash_attention import FlashAttentionExecutor
+from vllm_sparse.backend.guard import LAYERS_PER_STEP, RecallGuard, StepGuard
 from vllm_sparse.config.request import ALL_DENSE, RESOLVED_KEY, SparseParams
 from vllm_sparse.kernels.hip_decode import HipMemory
 from vllm_sparse.methods.decode import LayerMemory
@@ -33,10 +34,11 @@ from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.metrics import Sampling, StepRecord, WorkerMetrics
 from vllm_sparse.metrics.recall import RecallSample
 from vllm_sparse.metrics.row_recall import EagerRecall
+from vllm_sparse.step.guard import RequestGuard
 from vllm_sparse.step.launch import Executor, Launch
 from vllm_sparse.step.plan import BatchRow, PlanLimits, plan_step
 from vllm_sparse.step.requests import RequestTable, RowSetting
-from vllm_sparse.step.roles import Role
+from vllm_sparse.step.roles import Role, reading_layers
 from vllm_sparse.step.rows import ServerSize
 
 pytest.importorskip("triton")
@@ -63,7 +65,7 @@ RECALL_TOLERANCE = 1e-4
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=9)
+    run_under_the_interpreter(__file__, passing=11)
 
 
 def eighths(generator: torch.Generator, *shape: int) -> torch.Tensor:
@@ -88,6 +90,17 @@ class Recalls(WorkerMetrics):
         self.found.append(sample.recall())
 
 
+class Checks(RecallGuard):
+    """The guard, whose measurements can be seen."""
+
+    def __init__(self, metrics: WorkerMetrics) -> None:
+        super().__init__(metrics)
+        self.found: list[tuple[RequestGuard, int, float]] = []
+
+    def check(self, guard: RequestGuard, layer: int, phase: str, method: str, sample: RecallSample) -> None:
+        self.found.append((guard, layer, float(sample.recall().mean())))
+
+
 @pytest.fixture(autouse=True)
 def recalls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WorkerMetrics, "_instance", Recalls())
@@ -102,12 +115,14 @@ class Request:
         params: its settings.
         runner_slot: in which the model runner holds it.
         memory: of its layers, as the method alone would have it.
+        dense_layers: that the guard has sent dense.
     """
 
     context: int
     params: SparseParams
     runner_slot: int
     memory: dict[int, LayerMemory] = field(default_factory=dict)
+    dense_layers: frozenset[int] = frozenset()
 
 
 def hip(context: int, runner_slot: int, method: HipDecode = HIP, min_tokens: int = 0) -> Request:
@@ -140,8 +155,11 @@ class Server:
             layer.key_blocks.fill_(-7)
         self.table = RequestTable()
         self.table.attach(slots_in_metadata=True)
-        self.graphs = DecodeGraphs(self.buffers, [TIDAL, HIP], LAYERS, speculative=False)
+        self.graphs = DecodeGraphs(self.buffers, [TIDAL, HIP], LAYERS, speculative=False, guards=True)
+        self.guard = Checks(WorkerMetrics.get())
         self.graphs.captured = {name: {} for name in self.graphs.launches}
+        # Requests, by their numbers, and layers that the guard has checked, in turn.
+        self.checked: list[tuple[int, int]] = []
         # What a graph reads and writes, at addresses that stay.
         self.contexts = torch.zeros(ROWS, dtype=torch.int32, device=DEVICE)
         self.blocks = torch.zeros(ROWS, self.caches[0].block_table.shape[1], dtype=torch.int32, device=DEVICE)
@@ -158,7 +176,7 @@ class Server:
         step = execution.batch(self.contexts, self.blocks).step
 
         def attend() -> None:
-            self.attend(step, self.queries, self.outputs, self.blocks, execution.record, [])
+            self.attend(step, self.queries, self.outputs, self.blocks, execution.record, [], execution.guard)
 
         if DEVICE == "cpu":
             attend()
@@ -173,6 +191,7 @@ class Server:
         blocks: torch.Tensor,
         record: StepRecord,
         names: Sequence[str],
+        guard: StepGuard,
     ) -> None:
         """All layers, measured as the record says; queries and outputs ``[layers, rows, heads, head_size]``."""
         executor: Executor = FlashAttentionExecutor(3) if DEVICE == "cuda" else Gather()
@@ -194,6 +213,8 @@ class Server:
             step.attend(at)
             if record.batch_recall is not None and record.batch_recall.layer == layer:
                 record.batch_recall.take(*step.layer_lists(at))
+            for taker in guard.takers(layer):
+                taker.take(*step.layer_lists(at))
 
     def enter(self, request: Request) -> None:
         """The runner gives a request its slot, for the first time or after a preemption."""
@@ -230,11 +251,13 @@ class Server:
         contexts = torch.tensor([request.context for request in requests], dtype=torch.int32, device=DEVICE)
         outputs = torch.full_like(queries, oracle.NAN)
         served = [row.span.row for row in plan.batch]
-        layer = int(torch.randint(LAYERS, (1,), generator=self.generator))
         place = int(torch.randint(len(served), (1,), generator=self.generator))
+        reading = reading_layers(plan.batch[place].roles)
+        layer = reading[int(torch.randint(len(reading), (1,), generator=self.generator))]
         record = StepRecord(metrics, plan)
         record.batch_recall = EagerRecall(layer, plan.batch[place], place, metrics.observe_recall)
-        execution = StepExecution(plan, record, self.buffers)
+        guard = self.guard.start_step(plan)
+        execution = StepExecution(plan, record, self.buffers, guard=guard)
         if full_graph:
             self.contexts.zero_()
             self.contexts[: len(rows)] = contexts
@@ -253,13 +276,23 @@ class Server:
         else:
             batch = execution.batch(contexts, blocks)
             gathered = outputs[:, served]
-            self.attend(batch.step, queries[:, served], gathered, blocks[served], record, batch.method_names)
+            self.attend(batch.step, queries[:, served], gathered, blocks[served], record, batch.method_names, guard)
             outputs[:, served] = gathered
             compared = served
         for row in compared:
             kept = self.check(requests[row], numbers[row], row in served, queries[:, row], outputs[:, row])
             if row == served[place]:
-                assert (metrics.found.pop().cpu() - kept[layer]).abs().max() < RECALL_TOLERANCE, f"layer {layer}"
+                if layer in reading:
+                    assert (metrics.found.pop().cpu() - kept[layer]).abs().max() < RECALL_TOLERANCE, f"layer {layer}"
+                assert not metrics.found, "a layer that reads everything has no list"
+            if guard.decode is not None and guard.decode.row.span.row == row:
+                for of_guard, checked, recall in self.guard.found:
+                    assert of_guard is sparse_rows[row].guard
+                    assert abs(recall - float(kept[checked].mean())) < RECALL_TOLERANCE, f"layer {checked}"
+                assert [checked for _, checked, _ in self.guard.found] == list(guard.decode.layers)
+                self.checked += [(numbers[row], checked) for _, checked, _ in self.guard.found]
+                self.guard.found.clear()
+        assert not self.guard.found
         for request in requests:
             request.context += 1
         return {numbers[row] for row in served}
@@ -272,7 +305,7 @@ class Server:
         recalls = []
         for layer, cache in enumerate(self.caches):
             allowed = oracle.causal_mask(1, context)
-            if sparse:
+            if sparse and layer not in request.dense_layers:
                 assert method is not None
                 reader = PLATFORM.keys_of(cache.kv_cache, cache.block_table[number], context)
                 memory = request.memory.setdefault(layer, LayerMemory())
@@ -392,6 +425,55 @@ def test_lists_that_need_buffers_of_their_own_share_the_memory(generator: torch.
         server.step({0: usual, 1: long}, False)
     server.step({0: usual}, True)
     server.step({0: usual, 1: long}, False)
+
+
+def guarded(params: SparseParams) -> SparseParams:
+    """With a floor that any list reaches, so that the test alone says which layers are dense."""
+    return replace(params, min_recall=1e-6)
+
+
+@needs_triton
+def test_the_guard_measures_what_rows_read(generator: torch.Generator) -> None:
+    """In graphs and outside, one row a step, beside rows that have no guard; all layers in turn."""
+    server = Server(generator, 4)
+    running = {
+        0: hip(401, 3),
+        1: Request(333, guarded(SparseParams(None, FLAT)), 1),
+        2: Request(290, guarded(SparseParams(None, TIDAL)), 5),
+        3: Request(205, ALL_DENSE, 2),
+    }
+    for request in running.values():
+        server.enter(request)
+    for full_graph in (True, False, False, True):
+        server.step(running, full_graph)
+    assert LAYERS_PER_STEP == LAYERS
+    assert sorted(server.checked) == [(number, layer) for number in (1, 2) for layer in (0, 0, 1, 1)]
+    assert {number for number, _ in server.checked[: 2 * LAYERS]} == {1, 2}, "in turn"
+
+
+@needs_triton
+def test_layers_that_the_guard_sends_dense_are_dense_in_graphs_too(generator: torch.Generator) -> None:
+    """From one step to the next, for this row alone; where all are, the row is dense."""
+    server = Server(generator, 3)
+    running = {
+        0: hip(401, 3),
+        1: Request(333, guarded(SparseParams(None, FLAT)), 1),
+        2: Request(290, guarded(SparseParams(None, TIDAL)), 5),
+    }
+    for request in running.values():
+        server.enter(request)
+    sent_dense: list[dict[int, set[int]]] = [{}, {1: {0}}, {1: {0}, 2: {1}}, {1: {0, 1}, 2: {1}}]
+    for dense in sent_dense:
+        for number, layers in dense.items():
+            request = running[number]
+            held = server.table.take(request.runner_slot)
+            server.table.put(request.runner_slot, held)
+            assert held is not None
+            assert held.guard is not None
+            held.guard.dense_layers = request.dense_layers = frozenset(layers)
+        for full_graph in (True, False):
+            expected = {0, 1, 2} if running[1].dense_layers != {0, 1} else {0, 2}
+            assert server.step(running, full_graph) == expected
 
 
 @needs_triton

@@ -33,6 +33,8 @@ from vllm_sparse.methods.hip.decode import MOST_STAGES
 from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.metrics import StepRecord, WorkerMetrics
+from vllm_sparse.step.eligibility import DenseReason
+from vllm_sparse.step.guard import RequestGuard, guarded_roles
 from vllm_sparse.step.plan import BatchRow, PlanLimits, RowSpan, StepPlan, SummaryRow, plan_step
 from vllm_sparse.step.requests import RowSetting, SparseRequest
 from vllm_sparse.step.roles import Role
@@ -203,6 +205,56 @@ def test_rows_that_only_keep_summaries_are_dense_but_known(graphs: DecodeGraphs)
     alone = plan_of(1, {})
     both.step = step_of(replace(alone, summarising=(SummaryRow(alone.spans[0], method, method.summaries, roles),)))
     assert both.prepare() == beside_dense("blocktopk")
+
+
+def test_guarded_rows_replay_graphs_that_hold_dense_ones(graphs: DecodeGraphs) -> None:
+    """Their layers may go dense, and only those graphs hold what the guard measures."""
+    params = SparseParams(None, CONFIGURED, 0, min_recall=0.5)
+    assert not graphs.holds([request(CONFIGURED), SparseRequest(params)], 2), "this server does not guard by default"
+    guards = DecodeGraphs(graphs.buffers, [CONFIGURED], LAYERS, speculative=False, guards=True)
+    guards.most_rows = 4
+    assert guards.holds([request(CONFIGURED), SparseRequest(params)], 2)
+    plan = plan_of(2, {0: setting(0), 1: setting(1)})
+    guards.step = step_of(plan)
+    assert guards.prepare() == "tidal", "others do not pay"
+    guards.step = step_of(replace(plan, batch=(plan.batch[0], replace(plan.batch[1], guard=RequestGuard(0.5)))))
+    assert guards.prepare() == beside_dense("tidal")
+
+
+def test_a_row_tells_the_device_of_layers_that_went_dense(graphs: DecodeGraphs) -> None:
+    """From the step after on; its setting stays the same otherwise, and is told once."""
+    held = SparseRequest(SparseParams(None, CONFIGURED, 0, min_recall=0.5), slot=3)
+    assert held.guard is not None
+    limits = PlanLimits(LAYERS, scored_tokens=1 << 20, serves_at_once=graphs.buffers.serves)
+    common = common_metadata([Row(1, 1000, held.params)], torch.zeros(1, 64, dtype=torch.int32))
+    settings = []
+    for dense in (frozenset[int](), frozenset({2}), frozenset({2}), frozenset({2, 4, 5})):
+        held.guard.dense_layers = dense
+        plan = plan_step(common, {0: held}, limits)
+        settings += [row.setting for row in plan.batch]
+        low = {("decode", "tidal", DenseReason.LOW_RECALL): 1} if dense else {}
+        assert plan.fallbacks == low
+    assert [setting.fresh for setting in settings] == [True, False, False]
+    assert settings[2] is settings[1]
+    graphs.buffers.tell(settings[1:2])
+    # Layer 3 writes the list of layers 4 and 5; layer 2 was the only one to read that of layer 1.
+    assert graphs.buffers.roles[0].tolist() == [0, 0, 0, 1, 2, 2]
+
+
+def test_a_row_whose_layer_went_dense_is_summarised_all_the_same() -> None:
+    """Requests that share its blocks read the summaries."""
+    method = BlockTopk(budget_tokens=96)
+    roles = tuple(method.layer_roles(LAYERS))
+    plan = plan_of(2, {row: RowSetting(method, 96, roles, row, True) for row in range(2)})
+    guarded = replace(plan.batch[1], setting=replace(plan.batch[1].setting, roles=guarded_roles(roles, frozenset({4}))))
+    plan = replace(
+        plan,
+        batch=(plan.batch[0], guarded),
+        summarising=tuple(SummaryRow(span, method, method.summaries, roles) for span in plan.spans),
+    )
+    step = step_of(plan)
+    assert roles[3:5] == (Role.WRITE_AND_READ,) * 2
+    assert [[row.span.row for row in step.work(layer).summarising] for layer in (3, 4, 5)] == [[], [1], []]
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,21 @@ def test_decode_rows(
     assert why_decode_is_dense(Tidal(budget_tokens=128), min_tokens, seq_len, speculative, scoring) is reason
 
 
+def test_rows_whose_layers_all_went_dense() -> None:
+    """They take no room, and shortness is named first."""
+    room = ScoringRoom(1000)
+    tidal = Tidal(budget_tokens=128)
+    assert why_decode_is_dense(tidal, 0, 900, False, room, has_sparse_layers=False) is DenseReason.LOW_RECALL
+    assert room.left_tokens == 1000
+    assert why_decode_is_dense(tidal, 0, 128, has_sparse_layers=False) is DenseReason.SHORT_CONTEXT
+    assert why_prefill_is_dense(FlexPrefill(), 0, 256, 900, has_sparse_layers=False) is DenseReason.LOW_RECALL
+    assert why_prefill_is_dense(FlexPrefill(), 0, 255, 900, has_sparse_layers=False) is DenseReason.SHORT_PROMPT_CHUNK
+
+
 def test_reasons_have_their_labels() -> None:
-    assert [str(reason) for reason in DenseReason] == ["short_context", "short_chunk", "no_room", "speculative"]
+    assert [str(reason) for reason in DenseReason] == [
+        "short_context", "short_chunk", "no_room", "speculative", "low_recall",
+    ]  # fmt: skip
     assert all(reason.sentence for reason in DenseReason)
 
 

@@ -70,14 +70,15 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
                 config.decode_list_tokens,
                 device,
             )
-            if self._sparse_metrics.memory is not None:
-                self._sparse_metrics.memory.set_buffers(self.decode_buffers.bytes)
             self._graphs = DecodeGraphs(
                 self.decode_buffers,
                 methods,
                 len(layer_names),
                 self._sparse_speculative,
+                guards=config.min_recall > 0,
             )
+            if self._sparse_metrics.memory is not None:
+                self._sparse_metrics.memory.set_buffers(self.decode_buffers.bytes + self._graphs.bytes)
         set_graphs(self._graphs)
 
     def step_starts(self, step: StepExecution) -> None:

@@ -21,6 +21,7 @@ from vllm_sparse.step.launch import Executor, Launch, LayerLaunches
 from vllm_sparse.step.rows import DecodeRows, RowsPlace, TokenLists
 
 if TYPE_CHECKING:
+    from vllm_sparse.backend.guard import StepGuard
     from vllm_sparse.backend.layer import LayerCall, LayerPlatform
     from vllm_sparse.kernels.page_summaries import SummaryKind
     from vllm_sparse.metrics import StepRecord
@@ -190,7 +191,9 @@ class BatchStep:
     method_names: Sequence[str] = ()
 
 
-def serve_rows(platform: LayerPlatform, call: LayerCall, batch: BatchStep, record: StepRecord) -> None:
+def serve_rows(
+    platform: LayerPlatform, call: LayerCall, batch: BatchStep, record: StepRecord, guard: StepGuard
+) -> None:
     """Serve the rows in one layer.
 
     Args:
@@ -198,6 +201,7 @@ def serve_rows(platform: LayerPlatform, call: LayerCall, batch: BatchStep, recor
         call: of the layer.
         batch: the rows.
         record: what is measured of the step.
+        guard: of the step.
     """
     step = batch.step
 
@@ -227,3 +231,5 @@ def serve_rows(platform: LayerPlatform, call: LayerCall, batch: BatchStep, recor
         call.output[batch.tokens] = target
     if record.batch_recall is not None and record.batch_recall.layer == call.index:
         record.batch_recall.take(*step.layer_lists(at))
+    for taker in guard.takers(call.index):
+        taker.take(*step.layer_lists(at))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
@@ -133,15 +134,21 @@ class DecodeBuffers:
         """
         layers = []
         for layer in range(self.roles.shape[1]):
-            # With whether the next layer reads what is written here.
+            # With whether a later layer reads what is written here.
             roles = {
-                (self._numbers[type(row.method)], row.roles[layer], row.roles[layer + 1 : layer + 2] == (Role.READ,))
+                (self._numbers[type(row.method)], row.roles[layer], _is_read_later(row.roles, layer))
                 for row in rows
                 if row.method is not None
             }
-            ahead = {n for n, role, read_next in roles if role.writes_list and (read_next or role.reads_everything)}
+            ahead = {n for n, role, read_later in roles if role.writes_list and (read_later or role.reads_everything)}
             here = {n for n, role, _ in roles if role.writes_list and role.reads_list}
             reading = any(role.reads_list for _, role, _ in roles)
             dense = not all_sparse or any(role.reads_everything for _, role, _ in roles)
             layers.append(LayerLaunches(dense, tuple(sorted(ahead)), tuple(sorted(here)), reading))
         return layers
+
+
+@lru_cache(maxsize=4096)
+def _is_read_later(roles: tuple[Role, ...], layer: int) -> bool:
+    """Whether a list that is written in a layer is read in a later one; dense layers may lie between."""
+    return next((role for role in roles[layer + 1 :] if role is not Role.DENSE), None) is Role.READ

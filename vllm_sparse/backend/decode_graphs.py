@@ -5,7 +5,9 @@ decode sparsely by it and one for steps of such rows and dense ones, and one for
 steps replay vLLM's own graph and pay nothing, and dense rows beside those of one method do not pay for others. What is
 launched in a layer is part of a graph, so graphs hold the layer roles that the server's configuration gives a method;
 requests with other roles, with lists longer than the server keeps room for, or with knobs that are not served at once
-decode with PIECEWISE graphs, attention between them.
+decode with PIECEWISE graphs, attention between them. So do guarded requests unless the server guards by default: then
+the graphs that serve dense rows too also hold what the guard measures, and guarded rows replay those, since their
+layers may go dense.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.backend.decode_batch import BatchStep, DecodeStep
 from vllm_sparse.backend.execution import StepExecution
+from vllm_sparse.backend.guard import NO_GUARD, GraphGuard
 from vllm_sparse.metrics.graph_observer import GraphObserver
 from vllm_sparse.step.plan import StepPlan, layer_roles
 from vllm_sparse.step.requests import RowSetting
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_sparse.backend.decode_buffers import DecodeBuffers
+    from vllm_sparse.backend.guard import StepGuard
     from vllm_sparse.methods.decode import BatchDecodeMethod
     from vllm_sparse.step.launch import LayerLaunches
     from vllm_sparse.step.requests import SparseRequest
@@ -47,10 +51,16 @@ class DecodeGraphs:
         methods: as the server's configuration sets them, those that serve rows at once.
         num_layers: attention layers.
         speculative: the server drafts tokens; verification rows run dense.
+        guards: the server guards requests by default.
     """
 
     def __init__(
-        self, buffers: DecodeBuffers, methods: Sequence[BatchDecodeMethod], num_layers: int, speculative: bool
+        self,
+        buffers: DecodeBuffers,
+        methods: Sequence[BatchDecodeMethod],
+        num_layers: int,
+        speculative: bool,
+        guards: bool = False,
     ) -> None:
         self.buffers = buffers
         self.num_layers = num_layers
@@ -66,10 +76,16 @@ class DecodeGraphs:
             self.launches[MIXED] = buffers.launches(rows, all_sparse=False)
         reading = {name: self._reading_layers(name) for name in self.launches}
         self._observer = GraphObserver(self.launches, reading, buffers.lists, buffers.size.kv_heads)
+        self._guard = GraphGuard(buffers.lists, buffers.size.kv_heads, num_layers) if guards else None
         self.captured: dict[str, dict[Any, Any]] = {}
         self.capturing: str | None = None
         self.most_rows = 0
         self.step: StepExecution | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of device memory that graphs keep beside the buffers, for the guard."""
+        return 0 if self._guard is None else self._guard.bytes
 
     def holds(self, requests: Sequence[SparseRequest], rows: int) -> bool:
         """Whether a graph has been captured for a step.
@@ -86,6 +102,7 @@ class DecodeGraphs:
             self.buffers.serves(method)
             and layer_roles(method, self.num_layers) == self.roles.get(type(method))
             and self.buffers.holds(1, method.longest_list_tokens)
+            and (request.guard is None or self._guard is not None)
         )
 
     def capture_step(self, seq_lens: torch.Tensor, block_table: torch.Tensor, capacity_tokens: int) -> StepExecution:
@@ -103,7 +120,11 @@ class DecodeGraphs:
         step = DecodeStep(self.buffers, rows, self.launches[name], seq_lens, block_table, capacity_tokens)
         plan = StepPlan(self.num_layers)
         record = self._observer.capturing(name, rows, plan)
-        return StepExecution(plan, record, batch=BatchStep(step, slice(0, rows)))
+        guard: StepGuard = NO_GUARD
+        # Graphs for sparse rows alone hold no guarded ones.
+        if self._guard is not None and name not in {method.name for method in self.roles}:
+            guard = self._guard.capturing(name, rows, self.launches[name])
+        return StepExecution(plan, record, batch=BatchStep(step, slice(0, rows)), guard=guard)
 
     def _reading_layers(self, name: str) -> list[int]:
         """Layers in which all methods of a graph read lists."""
@@ -130,11 +151,14 @@ class DecodeGraphs:
             rows[row.span.row] = row.setting
         self.buffers.tell(rows)
         self._observer.before_replay(self.step.record)
+        if self._guard is not None:
+            self._guard.before_replay(self.step.guard)
         names = {row.method.name for row in rows if row.method is not None}
         if len(names) != 1:
             return MIXED
         name = names.pop()
-        return name if len(plan.batch) == len(rows) else beside_dense(name)
+        all_sparse = len(plan.batch) == len(rows) and all(row.guard is None for row in plan.batch)
+        return name if all_sparse else beside_dense(name)
 
     def replayed(self, name: str, rows: int) -> None:
         """The step's graph is queued: count its rows and read what is sampled of it.
@@ -145,6 +169,8 @@ class DecodeGraphs:
         """
         assert self.step is not None
         self._observer.after_replay(self.step.record, self.step.plan, name, rows)
+        if self._guard is not None:
+            self._guard.after_replay(self.step.guard, name, rows)
 
 
 class _Current:

@@ -16,6 +16,7 @@ from vllm_sparse.step.launch import Launch
 if TYPE_CHECKING:
     from vllm_sparse.backend.execution import LayerWork, StepExecution
     from vllm_sparse.backend.layer import LayerCall, LayerPlatform
+    from vllm_sparse.metrics.row_recall import Observe
     from vllm_sparse.step.launch import Executor
     from vllm_sparse.step.plan import DecodeRow
 
@@ -35,10 +36,15 @@ def serve_rows(platform: LayerPlatform, call: LayerCall, step: StepExecution, wo
     for row in work.reading:
         lists = step.list_of(row)
         record.count(call.index, row.span, lists.kept_tokens, 1, lists.kept_tokens.shape[0])
+        observers: list[Observe] = []
         if record.measures_recall(call.index, row.span):
+            observers.append(record.metrics.observe_recall)
+        if step.guard.checks(call.index, row.span):
+            observers.append(step.guard.observer(call.index))
+        for observed in observers:
             newest = call.query[row.span.query_start].unsqueeze(0)
             sample = RecallSample(newest, platform.row_keys(call, row.span), lists, 1, platform.scale)
-            record.metrics.observe_recall("decode", row.method.name, sample)
+            observed("decode", row.method.name, sample)
     if work.reading:
         with record.timer.serving("decode", [row.method.name for row in work.reading]):
             if work.launches is None:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_sparse.backend.decode_batch import BatchStep, DecodeStep
+from vllm_sparse.backend.guard import NO_GUARD
 
 if TYPE_CHECKING:
     from vllm_sparse.backend.decode_buffers import DecodeBuffers
+    from vllm_sparse.backend.guard import StepGuard
     from vllm_sparse.metrics import StepRecord
     from vllm_sparse.pages import PageList
     from vllm_sparse.step.launch import Launch
@@ -63,6 +65,7 @@ class StepExecution:
         record: what is measured of it.
         buffers: what the server keeps for rows that are served at once, if it does.
         batch: the rows that are served at once, if they are known before the first layer.
+        guard: of the step.
     """
 
     def __init__(
@@ -71,9 +74,11 @@ class StepExecution:
         record: StepRecord,
         buffers: DecodeBuffers | None = None,
         batch: BatchStep | None = None,
+        guard: StepGuard = NO_GUARD,
     ) -> None:
         self.plan = plan
         self.record = record
+        self.guard = guard
         self._buffers = buffers
         self._batch = batch
         self._work: dict[tuple[Any, ...], LayerWork] = {}
@@ -88,19 +93,22 @@ class StepExecution:
     def work(self, layer: int) -> LayerWork:
         """Who does what in a layer."""
         plan = self.plan
+        self.guard.collect()
         roles = (
             tuple(row.roles[layer] for row in plan.summarising),
-            tuple(layer >= row.method.dense_layers for row in plan.prefill),
+            tuple(row.is_sparse(layer) for row in plan.prefill),
             tuple(row.roles[layer] for row in plan.decode),
+            tuple(row.setting.roles[layer].writes_list for row in plan.batch),
         )
         if roles not in self._work:
-            prefill = [row for row in plan.prefill if layer >= row.method.dense_layers]
+            prefill = [row for row in plan.prefill if row.is_sparse(layer)]
             reading = [row for row in plan.decode if row.roles[layer].reads_list]
             at_once = {row.span.row for row in plan.batch}
+            choosing = {row.span.row for row in plan.batch if row.setting.roles[layer].writes_list}
             sparse = {row.span.row for row in prefill} | {row.span.row for row in reading} | at_once
             self._work[roles] = LayerWork(
                 # Those that are served at once do so as they choose.
-                [row for row in plan.summarising if row.roles[layer].writes_list and row.span.row not in at_once],
+                [row for row in plan.summarising if row.roles[layer].writes_list and row.span.row not in choosing],
                 prefill,
                 [row for row in plan.decode if row.roles[layer].writes_list],
                 reading,

@@ -54,9 +54,9 @@ class SparseAttentionImpl(LayerPlatform):
             self.summaries.summarise(summary, self.row_keys(call, summary.span), kv_cache)
         if step.serves_at_once:
             batch = step.batch(attn_metadata.seq_lens, attn_metadata.block_table)
-            decode_batch.serve_rows(self, call, batch, step.record)
+            decode_batch.serve_rows(self, call, batch, step.record, step.guard)
         for row in work.prefill:
-            prefill.serve_row(self, call, row, step.record)
+            prefill.serve_row(self, call, row, step.record, step.guard)
         decode_single.serve_rows(self, call, step, work)
         if index == step.plan.num_layers - 1:
             step.record.finish()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.backend.execution import StepExecution
+from vllm_sparse.backend.guard import RecallGuard
 from vllm_sparse.backend.support import check_server, check_summaries
 from vllm_sparse.config.server import server_config
 from vllm_sparse.metrics import Geometry, Sampling, WorkerMetrics
@@ -35,6 +36,7 @@ class SparseMetadataBuilder:
         self._sparse_num_layers = vllm_config.model_config.get_total_num_hidden_layers()
         self._sparse_speculative = vllm_config.speculative_config is not None
         self._sparse_metrics = WorkerMetrics.get(vllm_config.parallel_config.data_parallel_index)
+        self._sparse_guard = RecallGuard(self._sparse_metrics)
         token_bytes = kv_cache_spec.page_size_bytes // (kv_cache_spec.block_size * kv_cache_spec.num_kv_heads)
         query_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
         config = server_config(vllm_config)
@@ -50,12 +52,14 @@ class SparseMetadataBuilder:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
         metrics = self._sparse_metrics
         metrics.collect_finished()
+        self._sparse_guard.collect()
         sparse_rows = TABLE.sparse_rows(common_attn_metadata.req_idx, common_attn_metadata.num_reqs)
         if sparse_rows:
             plan = plan_step(common_attn_metadata, sparse_rows, self._plan_limits())
             metrics.count_fallbacks(plan.fallbacks)
             if not plan.is_dense:
-                step = StepExecution(plan, metrics.start_step(plan), self.decode_buffers)
+                record, guard = metrics.start_step(plan), self._sparse_guard.start_step(plan)
+                step = StepExecution(plan, record, self.decode_buffers, guard=guard)
                 metadata.sparse_step = step
                 self.step_starts(step)
         return metadata

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_sparse.backend.guard import NO_GUARD
 from vllm_sparse.kernels.page_list import to_physical
 from vllm_sparse.methods.prefill import Layer
 from vllm_sparse.metrics.recall import RecallSample
@@ -15,6 +16,7 @@ from vllm_sparse.pages import PageList
 from vllm_sparse.step.launch import Executor, Launch
 
 if TYPE_CHECKING:
+    from vllm_sparse.backend.guard import StepGuard
     from vllm_sparse.backend.layer import LayerCall, LayerPlatform
     from vllm_sparse.methods.prefill import PrefillMethod
     from vllm_sparse.metrics import StepRecord
@@ -43,7 +45,9 @@ class PromptChunk:
     scale: float
 
 
-def serve_row(platform: LayerPlatform, call: LayerCall, row: PrefillRow, record: StepRecord) -> None:
+def serve_row(
+    platform: LayerPlatform, call: LayerCall, row: PrefillRow, record: StepRecord, guard: StepGuard = NO_GUARD
+) -> None:
     """Serve one sparse prompt chunk in one layer: choose, translate, attend.
 
     Args:
@@ -51,6 +55,7 @@ def serve_row(platform: LayerPlatform, call: LayerCall, row: PrefillRow, record:
         call: of the layer.
         row: the chunk.
         record: what is measured of the step.
+        guard: of the step.
     """
     span, method = row.span, row.method
     tokens = slice(span.query_start, span.query_start + span.query_tokens)
@@ -65,9 +70,11 @@ def serve_row(platform: LayerPlatform, call: LayerCall, row: PrefillRow, record:
         attend_prompt_chunk(record.timer.executor(platform.executor(call.layer)), method, lists, chunk)
     list_heads = method.list_heads(platform.num_heads, platform.num_kv_heads)
     record.count(call.index, span, lists.kept_tokens, method.query_block_tokens, list_heads)
+    sample = RecallSample(chunk.query, keys, lists, method.query_block_tokens, platform.scale)
     if record.measures_recall(call.index, span):
-        sample = RecallSample(chunk.query, keys, lists, method.query_block_tokens, platform.scale)
         record.metrics.observe_recall("prefill", method.name, sample)
+    if row.guard is not None:
+        guard.check_chunk(row.guard, call.index, method.name, sample)
 
 
 def attend_prompt_chunk(executor: Executor, method: PrefillMethod, lists: PageList, chunk: PromptChunk) -> None:

@@ -1,9 +1,9 @@
 """Settings of a request: what its sampling extras and the server's defaults together ask for.
 
 Extras are flat (`vllm_xargs` takes scalars and lists): ``sparse_preset``, ``sparse_prefill``, ``sparse_decode``,
-``sparse_min_tokens`` and ``<method>_<knob>``. Knobs, their ranges and their defaults stand in the method's own file.
-Where one name is a method of both phases, a knob sets that of each phase which has it. With a preset
-(`config.presets`) what a request runs depends on the length of its prompt.
+``sparse_min_tokens``, ``sparse_min_recall`` and ``<method>_<knob>``. Knobs, their ranges and their defaults stand in
+the method's own file. Where one name is a method of both phases, a knob sets that of each phase which has it. With a
+preset (`config.presets`) what a request runs depends on the length of its prompt.
 """
 
 from __future__ import annotations
@@ -49,11 +49,13 @@ class SparseParams:
         prefill: method of its prompt, or None for dense.
         decode: method of its generation, or None for dense.
         min_tokens: contexts shorter than this run dense.
+        min_recall: layers whose lists keep a smaller share of the attention mass go dense; 0: nothing is checked.
     """
 
     prefill: PrefillMethod | None = None
     decode: DecodeMethod | None = None
     min_tokens: int = 0
+    min_recall: float = 0.0
 
     @property
     def is_dense(self) -> bool:
@@ -62,7 +64,7 @@ class SparseParams:
 
     def serialize(self) -> str:
         """Canonical JSON: equal parameters give equal text."""
-        fields: dict[str, Any] = {"min_tokens": self.min_tokens}
+        fields: dict[str, Any] = {"min_tokens": self.min_tokens, "min_recall": self.min_recall}
         for phase, method in (("prefill", self.prefill), ("decode", self.decode)):
             if method is not None:
                 fields[phase] = [method.name, dataclasses.asdict(method)]  # type: ignore[call-overload]
@@ -81,7 +83,7 @@ def deserialize(text: str) -> SparseParams:
         if phase in fields:
             name, knobs = fields[phase]
             methods[phase] = known[name](**knobs)
-    return SparseParams(min_tokens=fields["min_tokens"], **methods)
+    return SparseParams(min_tokens=fields["min_tokens"], min_recall=fields["min_recall"], **methods)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +175,14 @@ def _resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) -
             min_tokens,
             f"sparse_min_tokens is {min_tokens!r}; an integer of 0 or more is allowed (tokens of context)",
         )
+    min_recall = extras.get("sparse_min_recall", config.min_recall)
+    if not isinstance(min_recall, int | float) or isinstance(min_recall, bool) or not 0 <= min_recall <= 1:
+        raise SparseParamsError(
+            "sparse_min_recall",
+            min_recall,
+            f"sparse_min_recall is {min_recall!r}; a number from 0 to 1 is allowed (share of the attention mass that "
+            "lists have to keep; 0 checks nothing)",
+        )
     params = []
     for tier, choice in zip(tiers, choices, strict=True):
         try:
@@ -181,7 +191,9 @@ def _resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) -
                 for phase, one in choice.items()
                 if one.method != DENSE
             }
-            resolved = _without_dense(SparseParams(min_tokens=min_tokens, **methods), num_layers)
+            resolved = _without_dense(
+                SparseParams(min_tokens=min_tokens, min_recall=float(min_recall), **methods), num_layers
+            )
         except SparseParamsError as error:
             if preset == DENSE or error.key in extras:
                 raise

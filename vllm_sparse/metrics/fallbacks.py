@@ -21,7 +21,8 @@ class FallbackMetrics:
     def __init__(self) -> None:
         self._rows = prometheus_client.Counter(
             "vllm_sparse_fallbacks",
-            "Prefill chunks and decode steps of requests that asked for a sparse method and ran dense.",
+            "Prefill chunks and decode steps of requests that asked for a sparse method and ran dense; with reason "
+            "low_recall, in some layers at least.",
             ["phase", "method", "reason"],
         )
         self._logged: set[Fallback] = set()

@@ -75,5 +75,7 @@ class GraphObserver:
             metrics.observe_graph(self._timers[name], record.timer.rows)
         if isinstance(record.batch_recall, EagerRecall):
             self._taken.row.zero_()
-            if self._reading_layers[name]:
-                self._recalls[name, rows].observe(record.batch_recall.row, metrics.observe_recall)
+            recall, row = self._recalls.get((name, rows)), record.batch_recall.row
+            # The guard may have sent the layer of the graph dense for this row.
+            if recall is not None and row.setting.roles[recall.layer].reads_list:
+                recall.observe(row, metrics.observe_recall)

@@ -17,6 +17,7 @@ from vllm_sparse.metrics.arrivals import Arrivals
 from vllm_sparse.metrics.density import Geometry, RowDensity
 from vllm_sparse.metrics.directory import write_to_announced_directory
 from vllm_sparse.metrics.fallbacks import FallbackMetrics
+from vllm_sparse.metrics.guard import GuardMetrics
 from vllm_sparse.metrics.memory import MemoryMetrics
 from vllm_sparse.metrics.reads import ReadMetrics
 from vllm_sparse.metrics.recall import RecallMetrics, RecallSample
@@ -56,6 +57,7 @@ class WorkerMetrics:
         self._recording = recording
         if recording:
             self._fallbacks = FallbackMetrics()
+            self._guard = GuardMetrics()
             self._recall = RecallMetrics()
             self._seconds = SecondsMetrics()
 
@@ -124,6 +126,16 @@ class WorkerMetrics:
         """Measure the attention-mass recall of a row in one layer."""
         assert self._recording, "other ranks sample nothing"
         self._arrivals.fetch(sample.recall(), lambda recall: self._recall.observe(phase, method, recall))
+
+    def count_guard_check(self, phase: str, method: str) -> None:
+        """The guard compares the recall of a row in a layer, on this rank."""
+        if self._recording:
+            self._guard.count_check(phase, method)
+
+    def count_guard_layer(self, phase: str, method: str, layer: int, recall: float, min_recall: float) -> None:
+        """The guard sends a layer of a request dense, on this rank; arguments as of `GuardMetrics.count_layer`."""
+        if self._recording:
+            self._guard.count_layer(phase, method, layer, recall, min_recall)
 
     def finish_step(self, densities: Sequence[RowDensity], timer: StepTimer = NO_TIMER) -> None:
         """All layers of the step are queued: fetch the rows' kept counts and times without waiting for the device."""

@@ -108,13 +108,14 @@ class ReadMetrics:
 
     def observe_batch(self, batch: Sequence[BatchRow]) -> None:
         """Decode rows that are served at once, whose lists' lengths the host knows (`WorkerMetrics.observe_batch`)."""
-        # Requests of equal settings share their method, and one cannot afford to compare settings.
-        groups: dict[int, tuple[RowSetting, list[int]]] = {}
+        # Requests of equal settings share their method and roles, and one cannot afford to compare settings.
+        groups: dict[tuple[int, int], tuple[RowSetting, list[int]]] = {}
         for row in batch:
             setting = row.setting
-            group = groups.get(id(setting.method))
+            key = id(setting.method), id(setting.roles)
+            group = groups.get(key)
             if group is None:
-                groups[id(setting.method)] = setting, [row.span.seq_len]
+                groups[key] = setting, [row.span.seq_len]
             else:
                 group[1].append(row.span.seq_len)
         for setting, seq_lens in groups.values():

@@ -65,6 +65,7 @@ class TakenRow:
     Args:
         lists: of the graphs' rows.
         kv_heads: lists of a row.
+        row: int64 ``[1]`` place of the row's number; one of its own if None.
 
     Attributes:
         row: int64 ``[1]`` the row to copy. It is 0 but in sampled steps: other graphs have fewer rows.
@@ -72,8 +73,8 @@ class TakenRow:
         slots: int32 ``[1, kv_heads, list_tokens]``.
     """
 
-    def __init__(self, lists: TokenLists, kv_heads: int) -> None:
-        self.row = torch.zeros(1, dtype=torch.int64, device=lists.slots.device)
+    def __init__(self, lists: TokenLists, kv_heads: int, row: torch.Tensor | None = None) -> None:
+        self.row = torch.zeros(1, dtype=torch.int64, device=lists.slots.device) if row is None else row
         self.query: torch.Tensor | None = None
         self.slots = lists.slots.new_zeros(1, kv_heads, lists.slots.shape[1])
 

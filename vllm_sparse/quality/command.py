@@ -32,6 +32,7 @@ from vllm_sparse.quality.measures.decoding import decoding_jobs
 from vllm_sparse.quality.measures.generation import generation_jobs
 from vllm_sparse.quality.measures.language import language_jobs
 from vllm_sparse.quality.measures.speed import speed_jobs
+from vllm_sparse.quality.measures.texts import texts
 from vllm_sparse.quality.questions import read_questions
 from vllm_sparse.quality.records import DENSE
 from vllm_sparse.quality.report.command import report
@@ -56,6 +57,8 @@ from vllm_sparse.quality.variants import (
 
 MEASURES = ("speed", "answers", "language", "decoding", "generation", "recall")
 """In the order in which they run: what is timed runs alone."""
+# vLLM's default of prompt tokens in a step of a server on a data-centre GPU.
+RECALL_CHUNK_TOKENS = 8192
 
 
 def main(arguments: list[str]) -> int:
@@ -274,4 +277,23 @@ def _jobs(
 
 
 def _recall(given: argparse.Namespace, context: Context, variants: Sequence[Variant], journal: Journal) -> None:
-    raise NotImplementedError
+    """Recall, in this process, of the lengths that the journal does not have yet."""
+    import torch
+
+    if given.model is None:
+        print("recall is not measured: the model runs in this process for it, so it needs MODEL in place of --url")
+        return
+    from vllm_sparse.quality.measures.recall import measure_recall
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for length in given.tokens:
+        job = f"recall/{length}"
+        if job in journal.run.done:
+            continue
+        at_length = [dataclasses.replace(each, extras=each.extras_at(length), density=None) for each in variants]
+        drawn = texts(context, "recall", length, given.recall_texts)
+        numbered = [(number, kind, tokens) for number, (kind, tokens) in enumerate(drawn)]
+        records = measure_recall(
+            given.model, at_length, numbered, length, device, given.min_tokens, RECALL_CHUNK_TOKENS
+        )
+        journal.add(job, list(records))

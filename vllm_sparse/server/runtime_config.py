@@ -35,7 +35,7 @@ ROUTES_NAME = "sparse"
 FILE, LOCK = "config.json", "lock"
 
 # The others size memory and CUDA graphs, or are read by the workers at their start.
-CHANGEABLE_SETTINGS = ("preset", "prefill", "decode", "min_tokens", *METHODS)
+CHANGEABLE_SETTINGS = ("preset", "prefill", "decode", "min_tokens", "min_recall", *METHODS)
 
 
 class FixedSettingError(ValueError):
@@ -207,6 +207,12 @@ def _check_graphs(served: Served, config: ServerConfig) -> None:
     """
     if not served.decode_graphs:
         return
+    if config.min_recall and not served.start.min_recall:
+        raise FixedSettingError(
+            f"min_recall is {config.min_recall!r}: this server's CUDA graphs hold no guard, so requests would decode "
+            "without them, slower than before; start the server again with it in --additional-config, or set "
+            "sparse_min_recall per request"
+        )
     room = config.decode_list_tokens
     changed: list[tuple[str, DecodeMethod]] = [
         (f"object sparse.{name}", _decode_method(config, name)) for name in DECODE_METHODS if name in config.methods

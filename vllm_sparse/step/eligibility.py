@@ -31,6 +31,7 @@ class DenseReason(StrEnum):
     SHORT_PROMPT_CHUNK = "short_chunk", "the prompt chunk holds fewer tokens than the method needs"
     NO_ROOM = "no_room", "other requests of the step left no room to score its cached tokens"
     SPECULATIVE = "speculative", "verification steps of speculative decoding are not supported yet"
+    LOW_RECALL = "low_recall", "some of its layers at least, whose lists kept less than its sparse_min_recall"
 
     def __new__(cls, value: str, sentence: str) -> DenseReason:
         """A member."""
@@ -56,7 +57,9 @@ class ScoringRoom:
         return self.left_tokens >= 0
 
 
-def why_prefill_is_dense(method: PrefillMethod, min_tokens: int, query_tokens: int, seq_len: int) -> DenseReason | None:
+def why_prefill_is_dense(
+    method: PrefillMethod, min_tokens: int, query_tokens: int, seq_len: int, has_sparse_layers: bool = True
+) -> DenseReason | None:
     """Why a prompt chunk runs dense; None if it is sparse.
 
     Args:
@@ -64,12 +67,13 @@ def why_prefill_is_dense(method: PrefillMethod, min_tokens: int, query_tokens: i
         min_tokens: the request's ``sparse_min_tokens``.
         query_tokens: tokens of the prompt chunk.
         seq_len: tokens in the request's cache, this step's included.
+        has_sparse_layers: the guard has not sent all of the method's sparse layers dense.
     """
     if seq_len < min_tokens:
         return DenseReason.SHORT_CONTEXT
     if query_tokens < method.min_query_tokens:
         return DenseReason.SHORT_PROMPT_CHUNK
-    return None
+    return None if has_sparse_layers else DenseReason.LOW_RECALL
 
 
 def longest_dense_seq_len(method: DecodeMethod, min_tokens: int) -> int:
@@ -88,6 +92,7 @@ def why_decode_is_dense(
     seq_len: int,
     speculative: bool = False,
     room: ScoringRoom | None = None,
+    has_sparse_layers: bool = True,
 ) -> DenseReason | None:
     """Why a decode row runs dense; None if it is sparse.
 
@@ -97,11 +102,14 @@ def why_decode_is_dense(
         seq_len: tokens in the request's cache, the newest included.
         speculative: the row verifies drafted tokens.
         room: of rows that are served at once, asked in their order; None for a row that is served alone.
+        has_sparse_layers: the guard has not sent all layers dense that read lists.
     """
     if speculative:
         return DenseReason.SPECULATIVE
     if seq_len <= longest_dense_seq_len(method, min_tokens):
         return DenseReason.SHORT_CONTEXT
+    if not has_sparse_layers:
+        return DenseReason.LOW_RECALL
     # Rows that are served at once have methods of this kind.
     if room is not None and not room.take(seq_len if cast("BatchDecodeMethod", method).scores_tokens else 0):
         return DenseReason.NO_ROOM

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from vllm_sparse.step.eligibility import DenseReason, ScoringRoom, why_decode_is_dense, why_prefill_is_dense
+from vllm_sparse.step.roles import reading_layers
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.page_summaries import SummaryKind
     from vllm_sparse.methods.decode import DecodeMethod, LayerMemory
     from vllm_sparse.methods.prefill import PrefillMethod
+    from vllm_sparse.step.guard import RequestGuard
     from vllm_sparse.step.requests import RowSetting, SparseRequest
     from vllm_sparse.step.roles import Role
 
@@ -42,10 +44,21 @@ class RowSpan:
 
 @dataclass(frozen=True)
 class PrefillRow:
-    """A request whose prompt chunk is sparse."""
+    """A request whose prompt chunk is sparse.
+
+    Attributes:
+        span: its place.
+        method: chooses its lists.
+        guard: of the request, if it has one; written while the step runs.
+    """
 
     span: RowSpan
     method: PrefillMethod
+    guard: RequestGuard | None = None
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether it reads lists in a layer; asked when the layer runs."""
+        return layer >= self.method.dense_layers and (self.guard is None or layer not in self.guard.dense_layers)
 
 
 @dataclass(frozen=True)
@@ -57,20 +70,34 @@ class DecodeRow:
         method: chooses its lists.
         roles: role of each layer.
         memory: what the method keeps of the request from step to step, by layer; written while the step runs.
+        guard: of the request, if it has one.
     """
 
     span: RowSpan
     method: DecodeMethod
     roles: tuple[Role, ...]
     memory: dict[int, LayerMemory]
+    guard: RequestGuard | None = None
 
 
 @dataclass(frozen=True)
 class BatchRow:
-    """A request whose decode step is sparse and is served with all others of the step at once."""
+    """A request whose decode step is sparse and is served with all others of the step at once.
+
+    Attributes:
+        span: its place.
+        setting: what the device is told of it.
+        guard: of the request, if it has one.
+    """
 
     span: RowSpan
     setting: RowSetting
+    guard: RequestGuard | None = None
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Role of each layer."""
+        return self.setting.roles
 
 
 @dataclass(frozen=True)
@@ -94,7 +121,7 @@ class StepPlan:
         prefill: sparse prompt chunks.
         decode: sparse decode rows that are served one by one.
         batch: sparse decode rows that are served at once.
-        fallbacks: how many rows asked for a method and run dense.
+        fallbacks: how many rows asked for a method and run dense, in some layers at least where recall was low.
     """
 
     num_layers: int
@@ -159,7 +186,7 @@ def plan_step(
         request = sparse_rows.get(span.row)
         if request is None:
             continue
-        params = request.params
+        params, guard = request.params, request.guard
         if params.decode is not None and params.decode.summaries is not None and not limits.speculative:
             roles = layer_roles(params.decode, limits.num_layers)
             summarising.append(SummaryRow(span, params.decode, params.decode.summaries, roles))
@@ -167,24 +194,37 @@ def plan_step(
         if in_prompt or (span.query_tokens > 1 and not limits.speculative):
             if params.prefill is None:
                 continue
-            reason = why_prefill_is_dense(params.prefill, params.min_tokens, span.query_tokens, span.seq_len)
+            sparse = range(params.prefill.dense_layers, limits.num_layers)
+            still_sparse = sparse if guard is None else guard.sparse_layers(sparse)
+            reason = why_prefill_is_dense(
+                params.prefill, params.min_tokens, span.query_tokens, span.seq_len, bool(still_sparse)
+            )
             if reason is None:
-                prefill.append(PrefillRow(span, params.prefill))
-            else:
+                prefill.append(PrefillRow(span, params.prefill, guard))
+                reason = DenseReason.LOW_RECALL if len(still_sparse) < len(sparse) else None
+            if reason is not None:
                 fallbacks["prefill", params.prefill.name, reason] += 1
         elif params.decode is not None:
             at_once = limits.serves_at_once(params.decode)
+            of_method = layer_roles(params.decode, limits.num_layers)
+            roles = of_method if guard is None else guard.roles(of_method)
             reason = why_decode_is_dense(
-                params.decode, params.min_tokens, span.seq_len, limits.speculative, room if at_once else None
+                params.decode,
+                params.min_tokens,
+                span.seq_len,
+                limits.speculative,
+                room if at_once else None,
+                roles is of_method or bool(reading_layers(roles)),
             )
+            if reason is None:
+                if at_once:
+                    batch.append(BatchRow(span, request.row_setting(roles), guard))
+                else:
+                    decode.append(DecodeRow(span, params.decode, roles, request.memory, guard))
+                low = roles is not of_method and len(reading_layers(roles)) < len(reading_layers(of_method))
+                reason = DenseReason.LOW_RECALL if low else None
             if reason is not None:
                 fallbacks["decode", params.decode.name, reason] += 1
-            elif at_once:
-                setting = request.setting or request.first_setting(layer_roles(params.decode, limits.num_layers))
-                batch.append(BatchRow(span, setting))
-            else:
-                roles = layer_roles(params.decode, limits.num_layers)
-                decode.append(DecodeRow(span, params.decode, roles, request.memory))
     return StepPlan(
         limits.num_layers, spans, tuple(summarising), tuple(prefill), tuple(decode), tuple(batch), fallbacks
     )

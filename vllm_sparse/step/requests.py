@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from vllm_sparse.config.request import ALL_DENSE, RESOLVED_KEY, SparseParams, deserialize
 from vllm_sparse.methods.decode import BatchDecodeMethod
 from vllm_sparse.step.eligibility import longest_dense_seq_len
+from vllm_sparse.step.guard import RequestGuard
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,19 +53,28 @@ class SparseRequest:
         slot: of this request alone while it is held, the lowest that was free.
         setting: of its row in the steps after its first sparse one in its slot.
         memory: what its decode method keeps from step to step, by layer, where it is served alone.
+        guard: what the guard knows of it; None unless it asks for one.
     """
 
     params: SparseParams
     slot: int = 0
     setting: RowSetting | None = None
     memory: dict[int, LayerMemory] = field(default_factory=dict)
+    guard: RequestGuard | None = field(init=False)
 
-    def first_setting(self, roles: tuple[Role, ...]) -> RowSetting:
-        """The setting of its row in its first sparse step; from now on its slot holds what it keeps.
+    def __post_init__(self) -> None:
+        self.guard = RequestGuard(self.params.min_recall) if self.params.min_recall else None
+
+    def row_setting(self, roles: tuple[Role, ...]) -> RowSetting:
+        """The setting of its row in a sparse step; from its first one on its slot holds what it keeps.
 
         Args:
-            roles: of its decode method in the model's layers.
+            roles: of the model's layers.
         """
+        if self.setting is not None:
+            if self.setting.roles is not roles:
+                self.setting = replace(self.setting, roles=roles)
+            return self.setting
         method = self.params.decode
         assert isinstance(method, BatchDecodeMethod)
         least = longest_dense_seq_len(method, self.params.min_tokens)

@@ -88,7 +88,7 @@ def measure(
                     make_prompt(rng, case.prompt_tokens, vocabulary, arguments.needle_prompts)
                     for _ in range(case.requests)
                 ]
-                measured = _run(llm, prompts, extras, arguments.output_tokens)
+                measured = run_together(llm, prompts, extras, arguments.output_tokens)
                 if repeat >= 0:
                     times[name].append(measured)
                 densities[name] = read_density()
@@ -100,7 +100,9 @@ def measure(
             yield Measurement(name, case, ttft, statistics.median(per_token) if per_token else None, densities[name])
 
 
-def _run(llm: Any, prompts: list[list[int]], extras: dict[str, Any], output_tokens: int) -> tuple[float, float | None]:
+def run_together(
+    llm: Any, prompts: list[list[int]], extras: dict[str, Any], output_tokens: int
+) -> tuple[float, float | None]:
     """TTFT and TPOT of prompts that arrive together, in seconds."""
     from vllm import SamplingParams
 

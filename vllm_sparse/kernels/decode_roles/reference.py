@@ -86,14 +86,16 @@ def pass_on(
         layer: index of the layer that selected.
         choosing: int32 ``[rows]`` not 0 for the rows that selected in this layer.
         kept_tokens: int32 ``[rows * kv_heads]`` tokens of the lists.
-        contexts: `kept_tokens` of the layers up to the row's next selection is written.
+        contexts: `kept_tokens` of the layers that read, up to the row's next selection, is written.
     """
     rows = choosing.shape[0]
     kv_heads = kept_tokens.shape[0] // rows
     active = choosing > 0
     for later in range(layer + 1, settings.roles.shape[1]):
-        active = active & (settings.roles[:, later] == READ)
-        lists = active.repeat_interleave(kv_heads)
+        role = settings.roles[:, later]
+        active = active & (role != DENSE_AND_WRITE) & (role != WRITE_AND_READ)
+        # Dense layers may lie between.
+        lists = (active & (role == READ)).repeat_interleave(kv_heads)
         contexts.kept_tokens[later] = torch.where(lists, kept_tokens, contexts.kept_tokens[later])
 
 

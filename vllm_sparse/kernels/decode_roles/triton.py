@@ -120,11 +120,14 @@ def pass_on_kernel(
     o_layer = tl.arange(0, LAYER_TILE)
     later = (o_layer > layer) & (o_layer < layers)
     b_role = tl.load(role_pointer + i_row * role_row_stride + o_layer, mask=later, other=0)
-    b_ends = tl.cumsum((later & (b_role != READ)).to(tl.int32), axis=0)
+    b_writes = (b_role == DENSE_AND_WRITE) | (b_role == WRITE_AND_READ)
+    b_ends = tl.cumsum((later & b_writes).to(tl.int32), axis=0)
+    # Dense layers may lie between.
+    reads = later & (b_role == READ)
     for head in tl.static_range(KV_HEADS):
         kept = tl.load(kept_pointer + i_row * KV_HEADS + head)
         p_kept = layer_kept_pointer + o_layer * kept_stride + i_row * KV_HEADS + head
-        tl.store(p_kept, tl.full([LAYER_TILE], 0, tl.int32) + kept, mask=later & (b_ends == 0))
+        tl.store(p_kept, tl.full([LAYER_TILE], 0, tl.int32) + kept, mask=reads & (b_ends == 0))
 
 
 def pass_on(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from vllm_sparse.quality.gate import decide
 from vllm_sparse.quality.journal import NAME, JournalError, Run, merge, read_journal
-from vllm_sparse.quality.report.summary import summarise
 from vllm_sparse.quality.report.terminal import gate_table, tables
+from vllm_sparse.quality.report.write import write_report
 
 
 def main(arguments: list[str]) -> int:
@@ -27,9 +27,10 @@ def main(arguments: list[str]) -> int:
 
 def report(run: Run, folder: Path, gate: bool) -> int:
     """Write the report and print its tables; returns the exit status."""
-    facts = {name: str(value) for name, value in run.facts.items()}
-    summary = summarise(run.records, list(run.variants.values()), facts)
+    facts = {name.replace("_", " "): str(value) for name, value in run.facts.items()}
+    summary = write_report(folder, run.records, list(run.variants.values()), facts)
     decided = decide(summary)
     print(tables(summary))
     print(gate_table(decided))
+    print(f"page: {folder / 'report.html'}; tables: {folder / 'results.csv'}, {folder / 'results.json'}")
     return decided.exit_status if gate else 0

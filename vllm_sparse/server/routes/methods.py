@@ -130,6 +130,14 @@ def extras_schema(config: ServerConfig) -> dict[str, Any]:
         "minimum": 0,
         "default": config.min_tokens,
     }
+    properties["sparse_min_recall"] = {
+        "description": "share of the attention mass that lists have to keep; where a sampled row keeps less, the "
+        "request's layer goes dense; 0 checks nothing",
+        "type": "number",
+        "minimum": 0,
+        "maximum": 1,
+        "default": config.min_recall,
+    }
     uses: dict[str, Any] = {}
     replaced: dict[str, Any] = {}
     users: dict[str, list[dict[str, str]]] = {}
