@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.quality.fake import HOSTILE, KINDS, VARIANTS, fake_records, many_variants
+from tests.quality.report_records import HOSTILE, KINDS, VARIANTS, fake_records, many_variants
 from vllm_sparse.quality.gate import Limits, decide
 from vllm_sparse.quality.records import DENSE, Record, TaskRecord
 from vllm_sparse.quality.report.charts import Series, chart, recall_map, ticks

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.quality.fake import VARIANTS, fake_records
+from tests.quality.report_records import VARIANTS, fake_records
 from vllm_sparse.quality.records import DENSE, LanguageRecord, Record, SpeedRecord, TaskRecord
 from vllm_sparse.quality.report.results import ALL_KINDS, Summary
 from vllm_sparse.quality.report.summary import summarise

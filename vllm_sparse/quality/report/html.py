@@ -162,8 +162,9 @@ def _overview(summary: Summary, gate: Gate) -> str:
     header = ["", "length", "density", "score", "loss, nats", "KL, nats", "same first", "TTFT", "TPOT", "verdict"]
     note = (
         "Score, loss: variant minus dense, paired, all kinds of task weighing equally. Brackets are 95 % bootstrap "
-        f"intervals over documents; fewer than {LEAST_DOCUMENTS} documents have none. * below 5 % after Holm's "
-        "adjustment over the table. TTFT, TPOT: of dense's. Density: tokens read over tokens in reach, where sparse."
+        f"intervals over documents; fewer than {LEAST_DOCUMENTS} documents have none, and one without width "
+        "means that every document differs by as much. * below 5 % after Holm's adjustment over the table. TTFT, TPOT: "
+        "of dense's. Density: tokens read over tokens in reach, where sparse."
     )
     return section("Methods side by side", html_table(header, rows, baselines), note_below(note))
 
