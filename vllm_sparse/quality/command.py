@@ -14,6 +14,7 @@ Without --variant, each method that the server offers is measured at its default
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shlex
 import sys

@@ -22,51 +22,16 @@ from typing import Literal
 Kind = Literal["code", "prose"]
 
 PROSE_SUFFIXES = frozenset({".txt", ".md", ".rst"})
-CODE_SUFFIXES = frozenset(
-    [
-        ".py",
-        ".json",
-        ".js",
-        ".ts",
-        ".c",
-        ".h",
-        ".cc",
-        ".cpp",
-        ".hpp",
-        ".cu",
-        ".cuh",
-        ".go",
-        ".rs",
-        ".java",
-        ".rb",
-        ".sh",
-        ".toml",
-        ".yaml",
-        ".yml",
-        ".ini",
-        ".cfg",
-        ".html",
-        ".css",
-        ".sql",
-    ]
-)
+_CODE_SUFFIXES = """
+.py .json .js .ts .c .h .cc .cpp .hpp .cu .cuh .go .rs .java .rb .sh .toml .yaml .yml .ini .cfg .html .css .sql
+"""
+CODE_SUFFIXES = frozenset(_CODE_SUFFIXES.split())
 
 # Parts of the standard library that are tests, tables or copies of older code rather than text that people read.
-_LEFT_OUT = frozenset(
-    [
-        "test",
-        "tests",
-        "idlelib",
-        "lib2to3",
-        "site-packages",
-        "dist-packages",
-        "turtledemo",
-        "encodings",
-        "pydoc_data",
-        "ensurepip",
-        "__pycache__",
-    ]
-)
+_LEFT_OUT_NAMES = """
+test tests idlelib lib2to3 site-packages dist-packages turtledemo encodings pydoc_data ensurepip __pycache__
+"""
+_LEFT_OUT = frozenset(_LEFT_OUT_NAMES.split())
 # Enough for 40 documents of 32K tokens that differ, and read in about two seconds.
 _ENOUGH_CODE_CHARS = 3_000_000
 _ENOUGH_DESCRIPTION_CHARS = 4_000_000
@@ -248,7 +213,7 @@ def functions_of(tree: ast.Module, source: str) -> Iterator[Function]:
         signature = "\n".join(own[: node.body[0].lineno - node.lineno])
         text = "\n".join(own)
         if signature and len(text) <= _FUNCTION_CHARS:
-            yield Function(node.name, signature, ast.get_docstring(node) or "", text)
+            yield Function(node.name, signature, (ast.get_docstring(node) or "").strip(), text)
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -325,13 +290,15 @@ def _descriptions() -> dict[str, None]:
     for distribution in sorted(metadata.distributions(), key=lambda each: str(each.metadata["Name"]).lower()):
         if chars >= _ENOUGH_DESCRIPTION_CHARS:
             break
-        described = distribution.metadata.get_payload() or distribution.metadata["Description"]
-        texts = [described] if isinstance(described, str) else []
+        _, _, description = (distribution.read_text("METADATA") or "").partition("\n\n")
+        texts = [description]
         texts += [
-            path.read_text() for path in distribution.files or () if path.suffix == "" and "LICEN" in path.name.upper()
+            path.read_binary().decode("utf-8", "replace")  # what is not utf-8 is left out by `clean`
+            for path in distribution.files or ()
+            if path.suffix in ("", ".txt") and "LICEN" in path.name.upper() and Path(str(path.locate())).is_file()
         ]
         for text in texts:
-            if text and (cleaned := clean(text)) not in found:
+            if (cleaned := clean(text)) and cleaned not in found:
                 found[cleaned] = None
                 chars += len(cleaned)
     return found

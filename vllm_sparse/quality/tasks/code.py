@@ -51,9 +51,9 @@ def draft(rng: Random, number: int, tokens: int, corpus: Corpus, kinds: Collecti
         questions.append(
             Question(
                 "variable_chain",
-                f"Which {_VARIABLES} variables hold the value {value}, directly or through other variables?",
-                f"The {_VARIABLES} variables that hold {value} are",
-                tuple(names),
+                f"Follow the assignments from the variable `{names[-1]}` back to a number.",
+                f"{names[-1]} =",
+                (*names[-2::-1], value),
                 64,
             )
         )

@@ -10,9 +10,16 @@ from vllm_sparse.quality.tasks import code, prose, records, talk, topics
 from vllm_sparse.quality.tasks.draft import to_length
 from vllm_sparse.quality.tasks.task import CountTokens, Document
 
-_DRAFTS = {"prose": prose, "code": code, "json": records, "topics": topics, "talk": talk}
+_FAMILIES = {
+    "prose": (prose.draft, prose.PROSE_KINDS),
+    "keys": (prose.draft, prose.KEYS_KINDS),
+    "code": (code.draft, code.KINDS),
+    "json": (records.draft, records.KINDS),
+    "topics": (topics.draft, topics.KINDS),
+    "talk": (talk.draft, talk.KINDS),
+}
 
-FAMILIES: dict[str, tuple[str, ...]] = {family: module.KINDS for family, module in _DRAFTS.items()}
+FAMILIES: dict[str, tuple[str, ...]] = {family: kinds for family, (_, kinds) in _FAMILIES.items()}
 """Kinds of tasks that share one document, by the family of documents."""
 
 KINDS: dict[str, str] = {kind: family for family, kinds in FAMILIES.items() for kind in kinds}
@@ -45,5 +52,5 @@ def build_document(
         )
     name = f"{family}-{number}"
     rng = Random(f"{seed}-{name}")
-    draft = _DRAFTS[family].draft(rng, number, tokens, corpus, wanted)
-    return to_length(name, corpus.origin, draft, tokens, count)
+    draft, _ = _FAMILIES[family]
+    return to_length(name, corpus.origin, draft(rng, number, tokens, corpus, wanted), tokens, count)

@@ -16,7 +16,7 @@ Message = Mapping[str, str]
 STRATA = 10
 """Depths are drawn from so many equal parts of the text; documents with consecutive numbers go through all of them."""
 
-# More characters than this in a token are not seen in prose or code, so that this much text is enough for any tokenizer.
+# No tokenizer takes more characters of prose or code into a token on average.
 _CHARS_PER_TOKEN = 6
 _LEAST_FILLED = 0.97
 _AIM = 0.99
@@ -65,7 +65,6 @@ class Draft:
         questions: about them.
         render: messages of the parts of the text, the last one open for a question.
         last_part: how the last of the filler may be cut: at any ``word``, at the end of a ``line``.
-        separator: between two parts, for their lengths.
     """
 
     filler: Sequence[str]

@@ -9,18 +9,13 @@ from vllm_sparse.quality.corpus import Corpus
 from vllm_sparse.quality.tasks.draft import Draft, Planted, Question, depth_of, fill, in_one_text, spread
 from vllm_sparse.quality.tasks.words import Words
 
-KINDS = (
-    "one_needle",
-    "one_of_many_keys",
-    "several_values",
-    "several_keys",
-    "two_places",
-    "counting",
-    "copy_passage",
-)
+# Kinds that stand in one text. In 2K tokens, more facts than this confuse a model of 135M parameters.
+PROSE_KINDS = ("one_needle", "two_places", "counting", "copy_passage")
+KEYS_KINDS = ("one_of_many_keys", "several_values", "several_keys")
 
 _KEYS = 12
 _VALUES = 4
+_QUOTED_WORDS = 5
 _BEGINNING_WORDS = 8
 _COPIED_WORDS = 20
 
@@ -70,10 +65,10 @@ def draft(rng: Random, number: int, tokens: int, corpus: Corpus, kinds: Collecti
         questions.append(
             Question(
                 "several_values",
-                f"What are the {_VALUES} lucky numbers of the {key}?",
-                f"The {_VALUES} lucky numbers of the {key} are",
+                f"What are all {_VALUES} lucky numbers of the {key}?",
+                f"One of the lucky numbers of the {key} is",
                 values,
-                48,
+                80,
             )
         )
     if "several_keys" in kinds:
@@ -116,8 +111,8 @@ def draft(rng: Random, number: int, tokens: int, corpus: Corpus, kinds: Collecti
         questions.append(
             Question(
                 "counting",
-                'How many times does the text say that "a bell rang"? Answer with a number.',
-                "The number of times that a bell rang is",
+                "In how many houses does a bell ring in the text? Answer with a number from 1 to 9.",
+                "Number of houses in which a bell rang:",
                 (str(times),),
                 8,
                 "number",
@@ -126,13 +121,14 @@ def draft(rng: Random, number: int, tokens: int, corpus: Corpus, kinds: Collecti
     if "copy_passage" in kinds:
         passage = _passage(rng, corpus, _forbidden(words))
         own = passage.split()
-        beginning = " ".join(own[:_BEGINNING_WORDS])
         planted.append(Planted(depth_of(rng, number, 1), passage))
         questions.append(
             Question(
                 "copy_passage",
-                f'Copy the paragraph of the text that begins with "{beginning}".',
-                beginning,
+                # The question quotes less than the answer begins with: else its last words would be found in the
+                # question, and what follows there would be copied.
+                f"Copy the paragraph of the text that begins with: {' '.join(own[:_QUOTED_WORDS])} ...",
+                " ".join(own[:_BEGINNING_WORDS]),
                 (" ".join(own[_BEGINNING_WORDS : _BEGINNING_WORDS + _COPIED_WORDS]),),
                 48,
                 "words_in_order",
@@ -141,7 +137,7 @@ def draft(rng: Random, number: int, tokens: int, corpus: Corpus, kinds: Collecti
         )
     forbidden = _forbidden(words)
     if passage:
-        forbidden.append(" ".join(passage.split()[:_BEGINNING_WORDS]))
+        forbidden.append(" ".join(passage.split()[:_QUOTED_WORDS]))
     filler = fill(corpus.paragraphs, rng, tokens, forbidden)
     return Draft(filler, planted, questions, in_one_text("Read this text. A question about it follows."))
 
