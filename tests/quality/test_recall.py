@@ -124,7 +124,7 @@ def test_oracle_is_the_best_list_and_random_is_not(records: list[RecallRecord], 
         assert bool((known.mean(1) > drawn.mean(1) - 1e-5).all())
     densities = [record_of(records, "prefill", name, document).density for name in ("oracle", "random")]
     assert densities[0] == pytest.approx(densities[1], abs=1e-6)
-    assert all(0.2 <= density < 0.35 for density in densities[0]), "rounded up to pages, with the query block's own"
+    assert all(0.15 < density < 0.25 for density in densities[0]), "of own pages, on average half is in reach"
 
 
 def observed(tokens: tuple[int, ...]) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
