@@ -166,7 +166,10 @@ def _server(
     if any("sparse_preset" in variant.extras for variant in variants):
         methods = sorted(known - set(BASELINES) | set(methods))
     methods += [method for method in BASELINES if given.baselines and method not in methods]
-    launch = Launch(given.model, sorted(methods), server_arguments, by_script=not torch.cuda.is_available())
+    # Of the densest baseline at the longest context, rounded up as pages and forced tokens do.
+    list_tokens = round(max(given.baselines, default=0) * max(given.tokens)) + 512
+    by_script = not torch.cuda.is_available()
+    launch = Launch(given.model, sorted(methods), list_tokens, server_arguments, by_script)
     given.output.mkdir(parents=True, exist_ok=True)
     print(f"starting a server for {given.model}; its log: {given.output / 'server.log'}", flush=True)
     with serving(launch, given.output) as url:

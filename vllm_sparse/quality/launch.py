@@ -12,8 +12,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
+
+from vllm_sparse.config.settings import ServerConfig
 
 LOG_NAME = "server.log"
 START_LIMIT_S = 1800
@@ -31,18 +34,23 @@ class Launch:
     Attributes:
         model: name or folder.
         methods: that requests will choose; each decode method takes CUDA graphs of its own, and so time at start-up.
+        list_tokens: of the longest decode list that a baseline asks for, which CUDA graphs then hold.
         arguments: further ones of ``vllm serve``.
         by_script: tokens are told by `quality.script`, not by vLLM's trace replay, which needs model runner V2.
     """
 
     model: str
     methods: Sequence[str]
+    list_tokens: int
     arguments: Sequence[str]
     by_script: bool
 
     def command(self, port: int) -> list[str]:
         """The command line."""
-        config = {"sparse": {"methods": list(self.methods)}}
+        settings: dict[str, Any] = {"methods": list(self.methods)}
+        if self.list_tokens > ServerConfig().decode_list_tokens:
+            settings["decode_list_tokens"] = self.list_tokens
+        config = {"sparse": settings}
         told = (
             ["--logits-processors", "vllm_sparse.quality.script:ScriptProcessor", "--no-async-scheduling"]
             if self.by_script
