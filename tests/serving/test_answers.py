@@ -105,6 +105,30 @@ def ask_long(server: Server, stream: bool) -> tuple[Reply, MetricsChange]:
     return reply, MetricsChange(before, server.metrics())
 
 
+def test_the_guard_catches_a_broken_selection_within_the_answer(server: Server, answers_known: None) -> None:
+    """One block of 64 tokens and the newest token: too few to read the needle's digits, which follow some words."""
+    broken = {
+        "sparse_decode": "hip",
+        **SHORT,
+        "hip_stage_block_tokens": [64],
+        "hip_stage_budget_tokens": [64],
+        "hip_refresh_steps": [64],
+        "hip_sink_tokens": 0,
+        "hip_recent_tokens": 1,
+    }
+    prompt = prompt_of(2, 3000)
+    before = server.metrics()
+    assert score(prompt, server.ask("chat", prompt, broken).text) == 0
+    between = server.metrics()
+    assert MetricsChange(before, between)("vllm_sparse_guard_checks_total") == 0
+    assert score(prompt, server.ask("chat", prompt, {**broken, "sparse_min_recall": 0.5}).text) == 1
+    change = MetricsChange(between, server.metrics())
+    layers = change("vllm_sparse_guard_layers_total", phase="decode", method="hip")
+    assert 4 <= layers <= change("vllm_sparse_guard_checks_total", phase="decode", method="hip")
+    assert change.fallbacks("decode", "hip", "low_recall") > 0
+    assert "of a request is dense from now on: hip in decoding kept " in server.log.read_text()
+
+
 def test_short_request_runs_dense(server: Server) -> None:
     """A request that cannot reach the minimum runs dense, and that it asked for more is counted."""
     prompt = prompt_of(5, 1000)

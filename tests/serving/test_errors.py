@@ -60,6 +60,7 @@ WRONG: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
         ("tidal_budget_tokens is 64", "sink_tokens 64", "recent_tokens 64"),
     ),
     ("negative minimum", {**BOTH, "sparse_min_tokens": -1}, ("sparse_min_tokens", "-1", "0 or more")),
+    ("recall above 1", {**BOTH, "sparse_min_recall": 1.1}, ("sparse_min_recall", "1.1", "number from 0 to 1")),
     ("text as minimum", {**BOTH, "sparse_min_tokens": "1k"}, ("sparse_min_tokens", "'1k'", "an integer")),
 )
 

@@ -31,7 +31,10 @@ class DenseReason(StrEnum):
     SHORT_PROMPT_CHUNK = "short_chunk", "the prompt chunk holds fewer tokens than the method needs"
     NO_ROOM = "no_room", "other requests of the step left no room to score its cached tokens"
     SPECULATIVE = "speculative", "verification steps of speculative decoding are not supported yet"
-    LOW_RECALL = "low_recall", "some of its layers at least, whose lists kept less than its sparse_min_recall"
+    LOW_RECALL = (
+        "low_recall",
+        "at least one of its layers, because lists kept less of the attention mass there than its sparse_min_recall",
+    )
 
     def __new__(cls, value: str, sentence: str) -> DenseReason:
         """A member."""

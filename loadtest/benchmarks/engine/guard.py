@@ -3,7 +3,8 @@
     python -m loadtest.benchmarks.engine.guard --model loadtest/model/weights --needle-prompts --floor 0.8 \
         --cases 32768 8x32768 \
         --variant 'flexprefill+tidal={"sparse_prefill": "flexprefill", "sparse_decode": "tidal"}' \
-        --variant 'window 64={"sparse_prefill": "streaming", "streaming_recent_tokens": 64}'
+        --variant 'window 64={"sparse_prefill": "streaming", "streaming_recent_tokens": 64}' \
+        --variant 'decode window 64={"sparse_decode": "streaming", "streaming_recent_tokens": 64}'
 
 Variants take turns, each without the guard and then with it, on fresh prompts. Times are medians of `--repeats` runs,
 as `latency` measures them. A selector that is broken on purpose, such as a window of 64 tokens, should go dense in
