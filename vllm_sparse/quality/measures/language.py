@@ -23,7 +23,8 @@ def language_jobs(context: Context, variants: Sequence[Variant], lengths: Sequen
         lengths: tokens of the texts.
         count: texts of each length, code and prose in turn.
     """
-    texts_of: Once[int, list[Text]] = Once(lambda length: texts(context, "language", length, count), len(lengths))
+    # The request says one token beyond the text.
+    texts_of: Once[int, list[Text]] = Once(lambda length: texts(context, "language", length - 1, count), len(lengths))
     for length in lengths:
         for number in range(count):
             group = f"language/{length}/{number}"
