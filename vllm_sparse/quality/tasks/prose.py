@@ -28,13 +28,13 @@ def draft(rng: Random, number: int, tokens: int, corpus: Corpus, kinds: Collecti
     passage = ""
     if "one_needle" in kinds:
         key, value = words.key(), words.number()
-        fact = f"The secret code of the {key} is {value}."
+        fact = f"The magic number of the {key} is {value}."
         planted.append(Planted(depth_of(rng, number), fact))
         questions.append(
             Question(
                 "one_needle",
-                f"What is the secret code of the {key}?",
-                f"The secret code of the {key} is",
+                f"What is the magic number of the {key}?",
+                f"The magic number of the {key} is",
                 (value,),
                 16,
                 place=fact,
@@ -144,7 +144,7 @@ def draft(rng: Random, number: int, tokens: int, corpus: Corpus, kinds: Collecti
 
 def _forbidden(words: Words) -> list[str]:
     """What the real text must not say, because it would be an answer or the wording of a fact."""
-    return ["secret code", "lucky number", "phone number", "bell rang", *sorted(words.given)]
+    return ["magic number", "lucky number", "phone number", "bell rang", *sorted(words.given)]
 
 
 def _passage(rng: Random, corpus: Corpus, forbidden: Sequence[str]) -> str:
