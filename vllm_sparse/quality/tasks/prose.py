@@ -65,8 +65,8 @@ def draft(rng: Random, number: int, tokens: int, corpus: Corpus, kinds: Collecti
         questions.append(
             Question(
                 "several_values",
-                f"What are all {_VALUES} lucky numbers of the {key}?",
-                f"One of the lucky numbers of the {key} is",
+                f"What are the lucky numbers of the {key}?",
+                f"The lucky numbers of the {key} are",
                 values,
                 80,
             )
@@ -111,8 +111,8 @@ def draft(rng: Random, number: int, tokens: int, corpus: Corpus, kinds: Collecti
         questions.append(
             Question(
                 "counting",
-                "In how many houses does a bell ring in the text? Answer with a number from 1 to 9.",
-                "Number of houses in which a bell rang:",
+                "How many bells rang in the text?",
+                "The number of bells that rang is",
                 (str(times),),
                 8,
                 "number",
