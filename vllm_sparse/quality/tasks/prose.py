@@ -66,8 +66,8 @@ def draft(rng: Random, number: int, tokens: int, corpus: Corpus, kinds: Collecti
         questions.append(
             Question(
                 "several_values",
-                f"What are the {_VALUES} lucky numbers of the {key}? Name all of them.",
-                f"The lucky numbers of the {key} are 1)",
+                f"What are the lucky numbers of the {key}? Name all of them.",
+                f"The lucky numbers of the {key} are a)",
                 values,
                 80,
             )
