@@ -113,6 +113,8 @@ def test_a_folder_is_read_with_the_folders_in_it(tmp_path: Path, caplog: pytest.
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "a.md").write_text(SENTENCE)
     (tmp_path / "b.py").write_text('def f(x):\n    """Doubles."""\n    y = 2 * x\n    return y\n')
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "f.md").write_text(SENTENCE.replace("lantern", "candle"))
     (tmp_path / "c.json").write_text("{}")
     (tmp_path / "d.bin").write_text(SENTENCE.replace("lantern", "kettle"))
     (tmp_path / "e.txt").write_bytes(b"\xff\xfe\xfa")

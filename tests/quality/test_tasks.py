@@ -16,8 +16,6 @@ from vllm_sparse.quality.tasks.documents import FAMILIES, KINDS, build_document
 from vllm_sparse.quality.tasks.scoring import score, words_of
 from vllm_sparse.quality.tasks.task import CountTokens, Document, Scoring, Task
 
-CORPUS = Corpus.installed()
-
 
 def counter(chars_per_token: float) -> CountTokens:
     """A tokenizer that knows lengths, and a template of 20 tokens and of 5 each message."""
@@ -34,12 +32,12 @@ def words_and_signs(messages: Sequence[Mapping[str, str]]) -> int:
 
 
 def document(family: str, number: int, tokens: int = 4096, seed: int = 5) -> Document:
-    return build_document(family, seed, number, tokens, CORPUS, words_and_signs, KINDS)
+    return build_document(family, seed, number, tokens, Corpus.installed(), words_and_signs, KINDS)
 
 
 def task(kind: str, number: int, tokens: int = 4096) -> tuple[Task, str]:
     """A task, and the text that it asks about."""
-    found = build_document(KINDS[kind], 5, number, tokens, CORPUS, words_and_signs, [kind]).tasks[0]
+    found = build_document(KINDS[kind], 5, number, tokens, Corpus.installed(), words_and_signs, [kind]).tasks[0]
     text = "\n\n".join(message["content"] for message in found.messages)
     return found, text.rpartition("\n\n")[0]
 
@@ -70,7 +68,7 @@ def test_lengths_are_met_with_few_counts(family: str, seed: int, number: int, to
         counted.append(messages)
         return count(messages)
 
-    tasks = build_document(family, seed, number, tokens, CORPUS, counting, KINDS).tasks
+    tasks = build_document(family, seed, number, tokens, Corpus.installed(), counting, KINDS).tasks
     assert len(counted) <= 6
     lengths = [
         count(each.messages)
@@ -109,7 +107,7 @@ def test_tasks_of_a_document_differ_in_their_questions_alone(family: str) -> Non
 
 def test_only_the_kinds_asked_for_are_planted() -> None:
     _, text = task("one_needle", 0)
-    assert "secret code" in text
+    assert "magic number" in text
     assert "bell rang" not in text
 
 
@@ -131,7 +129,7 @@ def test_the_bell_rang_as_often_as_is_answered(number: int) -> None:
 @pytest.mark.parametrize("number", range(5))
 def test_the_three_topics_are_the_most_frequent(number: int) -> None:
     found, text = task("frequent_topics", number, 2048)
-    times = Counter(re.findall(r"^Topic: (\w+)\.", text, re.MULTILINE)).most_common()
+    times = Counter(re.findall(r"^\[(\w+)\] ", text, re.MULTILINE)).most_common()
     assert {label for label, _ in times[:3]} == set(found.answers)
     assert times[2][1] > times[3][1]
 
@@ -151,7 +149,7 @@ def test_the_function_asked_for_is_the_only_one_of_its_name(number: int) -> None
     found, text = task("function_lookup", number)
     names = re.findall(r"^(?:async )?def (\w+)", text, re.MULTILINE)
     assert len(set(names)) == len(names) > 5
-    assert f"{found.answer_prefix}\n" in text
+    assert text.count(f"{found.answer_prefix}{found.answers[0]}") == 1
 
 
 @pytest.mark.parametrize("number", range(5))
@@ -210,7 +208,7 @@ def test_ten_documents_meet_all_depths_and_say_which(kind: str) -> None:
 )
 def test_what_cannot_be_built_is_refused(family: str, tokens: int, kinds: Sequence[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_document(family, 0, 0, tokens, CORPUS, words_and_signs, kinds)
+        build_document(family, 0, 0, tokens, Corpus.installed(), words_and_signs, kinds)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

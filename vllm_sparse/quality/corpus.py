@@ -88,7 +88,7 @@ class Corpus:
 
     @staticmethod
     def of_folder(folder: str | Path) -> Corpus:
-        """Text files of a folder and the folders in it, utf-8.
+        """Text files of a folder and the folders in it, utf-8; hidden ones are left out.
 
         Raises:
             ValueError: there is no such folder, or no text in it.
@@ -100,6 +100,8 @@ class Corpus:
         python: list[str] = []
         for path in sorted(folder.rglob("*")):
             suffix = path.suffix.lower()
+            if any(part.startswith(".") for part in path.relative_to(folder).parts):
+                continue
             if suffix not in PROSE_SUFFIXES | CODE_SUFFIXES or not path.is_file():
                 continue
             try:

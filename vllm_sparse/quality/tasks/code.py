@@ -34,7 +34,8 @@ def draft(rng: Random, number: int, tokens: int, corpus: Corpus, kinds: Collecti
             Question(
                 "function_lookup",
                 f"How does the function `{asked.name}` begin? Write its first lines as they stand in the file.",
-                asked.signature,
+                # Up to the quotes: after a whole line, a model may think that it has answered.
+                _beginning(asked),
                 (told,),
                 64,
                 "words_in_order",
@@ -51,7 +52,7 @@ def draft(rng: Random, number: int, tokens: int, corpus: Corpus, kinds: Collecti
         questions.append(
             Question(
                 "variable_chain",
-                f"Follow the assignments from the variable `{names[-1]}` back to a number.",
+                f"Write the chain of assignments from `{names[-1]}` back to a number, one a line.",
                 f"{names[-1]} =",
                 (*names[-2::-1], value),
                 64,
@@ -72,6 +73,10 @@ def draft(rng: Random, number: int, tokens: int, corpus: Corpus, kinds: Collecti
     )
 
 
+def _beginning(function: Function) -> str:
+    return f'{function.signature}\n    """'
+
+
 def _first_line(function: Function) -> str:
     return function.docstring.partition("\n")[0].strip()
 
@@ -88,7 +93,7 @@ def _asked(rng: Random, corpus: Corpus) -> Function:
         for first, functions in firsts.items()
         if len(functions) == 1
         and least <= len(first.split()) <= most
-        and "\n" not in functions[0].signature
+        and functions[0].source.startswith(f"{_beginning(functions[0])}{_first_line(functions[0])}")
         and not _LONG_NUMBER.search(functions[0].source)
     ]
     if not found:

@@ -52,7 +52,7 @@ class Question:
     @property
     def tail(self) -> str:
         """What this question adds to the common text."""
-        return f"{self.question}\n{self.answer_prefix}"
+        return f"Question: {self.question}\n{self.answer_prefix}"
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _placed(draft: Draft, filler: Sequence[str]) -> list[str]:
 def _task(question: Question, messages: Sequence[Message]) -> Task:
     whole = "".join(message["content"] for message in messages)
     *earlier, last = messages
-    asked = {**last, "content": f"{last['content']}\n\n{question.question}"}
+    asked = {**last, "content": f"{last['content']}\n\nQuestion: {question.question}"}
     return Task(
         question.kind,
         (*earlier, asked),

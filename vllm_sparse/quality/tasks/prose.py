@@ -28,29 +28,30 @@ def draft(rng: Random, number: int, tokens: int, corpus: Corpus, kinds: Collecti
     passage = ""
     if "one_needle" in kinds:
         key, value = words.key(), words.number()
-        fact = f"The secret code of the {key} is {value}."
+        fact = f"The magic number of the {key} is {value}."
         planted.append(Planted(depth_of(rng, number), fact))
         questions.append(
             Question(
                 "one_needle",
-                f"What is the secret code of the {key}?",
-                f"The secret code of the {key} is",
+                f"What is the magic number of the {key}?",
+                f"The magic number of the {key} is",
                 (value,),
                 16,
                 place=fact,
             )
         )
     if "one_of_many_keys" in kinds:
-        keys = [(words.key(), words.number()) for _ in range(_KEYS)]
-        facts = [f"The price of the {key} is {value} coins." for key, value in keys]
+        # Single words and this wording: with two words a key and prices, a model of 135M parameters answered none.
+        keys = [(words.word(), words.number()) for _ in range(_KEYS)]
+        facts = [f"The magic number for {key} is {value}." for key, value in keys]
         # The one that is asked for stands in the stratum of the document, the others anywhere.
         depths = [depth_of(rng, number, 3), *spread(rng, _KEYS - 1)]
         planted += [Planted(depth, fact) for depth, fact in zip(depths, facts, strict=True)]
         questions.append(
             Question(
                 "one_of_many_keys",
-                f"What is the price of the {keys[0][0]}?",
-                f"The price of the {keys[0][0]} is",
+                f"What is the magic number for {keys[0][0]}?",
+                f"The magic number for {keys[0][0]} is",
                 (keys[0][1],),
                 16,
                 place=facts[0],
@@ -65,25 +66,25 @@ def draft(rng: Random, number: int, tokens: int, corpus: Corpus, kinds: Collecti
         questions.append(
             Question(
                 "several_values",
-                f"What are all {_VALUES} lucky numbers of the {key}?",
-                f"One of the lucky numbers of the {key} is",
+                f"What are the lucky numbers of the {key}? Name all of them.",
+                f"The lucky numbers of the {key} are a)",
                 values,
                 80,
             )
         )
     if "several_keys" in kinds:
-        keys = [(words.key(), words.number()) for _ in range(_VALUES)]
+        keys = [(words.word(), words.number()) for _ in range(_VALUES)]
         planted += [
             Planted(depth, f"The weight of the {key} is {value} grams.")
             for depth, (key, value) in zip(spread(rng, _VALUES), keys, strict=True)
         ]
         rng.shuffle(keys)
-        named = [f"the {key}" for key, _ in keys]
+        named = [key for key, _ in keys]
         questions.append(
             Question(
                 "several_keys",
-                f"What is the weight of {', of '.join(named[:-1])} and of {named[-1]}?",
-                f"The weight of {named[0]} is",
+                f"What is the weight of the {', of the '.join(named[:-1])} and of the {named[-1]}?",
+                f"The weights in grams are: the {named[0]}:",
                 tuple(value for _, value in keys),
                 80,
             )
@@ -111,8 +112,8 @@ def draft(rng: Random, number: int, tokens: int, corpus: Corpus, kinds: Collecti
         questions.append(
             Question(
                 "counting",
-                "In how many houses does a bell ring in the text? Answer with a number from 1 to 9.",
-                "Number of houses in which a bell rang:",
+                "How many bells rang in the text?",
+                "The number of bells that rang is",
                 (str(times),),
                 8,
                 "number",
@@ -144,7 +145,9 @@ def draft(rng: Random, number: int, tokens: int, corpus: Corpus, kinds: Collecti
 
 def _forbidden(words: Words) -> list[str]:
     """What the real text must not say, because it would be an answer or the wording of a fact."""
-    return ["secret code", "lucky number", "phone number", "bell rang", *sorted(words.given)]
+    wordings = ["magic number", "lucky number", "phone number", "weight of the", "bell rang"]
+    # Single words may stand in the text; what is said of them stands in facts alone.
+    return wordings + [each for each in sorted(words.given) if not each.isalpha()]
 
 
 def _passage(rng: Random, corpus: Corpus, forbidden: Sequence[str]) -> str:

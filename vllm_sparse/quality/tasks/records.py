@@ -19,16 +19,16 @@ def draft(rng: Random, number: int, tokens: int, corpus: Corpus, kinds: Collecti
     """Keys of two words, each with a number and the beginning of a real paragraph; one number is asked for."""
     words = Words(rng)
 
-    def record(paragraph: str) -> str:
+    def record(paragraph: str) -> tuple[str, str, str]:
+        key, value = words.key(), words.number()
         note = paragraph[:_NOTE_CHARS].rpartition(" ")[0]
-        fields = json.dumps({"number": int(words.number()), "note": note}, ensure_ascii=False)
-        return f'"{words.key()}": {fields}'
+        fields = json.dumps({"number": int(value), "note": note}, ensure_ascii=False)
+        return key, value, f'"{key}": {fields}'
 
     paragraphs = fill(corpus.paragraphs, rng, 3 * tokens, ())  # of which a record takes a third or more
     if not paragraphs:
         raise ValueError(f"{corpus.origin}: {', '.join(kinds)} needs paragraphs of prose, none found; add prose")
-    asked, *others = [record(paragraph) for paragraph in paragraphs]
-    key, value = asked.split('"')[1], str(json.loads(f"{{{asked}}}")[asked.split('"')[1]]["number"])
+    (key, value, asked), *others = [record(paragraph) for paragraph in paragraphs]
     question = Question(
         "json_lookup",
         f'What is the number of "{key}"?',
@@ -37,7 +37,7 @@ def draft(rng: Random, number: int, tokens: int, corpus: Corpus, kinds: Collecti
         16,
         place=asked,
     )
-    return Draft(others, [Planted(depth_of(rng, number), asked)], [question], _object)
+    return Draft([text for _, _, text in others], [Planted(depth_of(rng, number), asked)], [question], _object)
 
 
 def _object(parts: Sequence[str]) -> Sequence[Message]:

@@ -38,14 +38,14 @@ def draft(rng: Random, number: int, tokens: int, corpus: Corpus, kinds: Collecti
                 f"{', '.join(kinds)} needs {sum(_TIMES)} pieces of text, {tokens:,} tokens have room for {len(parts)};"
                 " ask for a greater length"
             )
-        lines = [f"Topic: {label}. {part}" for label, part in zip(labels, parts, strict=False)]
-        introduction = "Each line of this text has a topic. A question about the topics follows."
+        lines = [f"[{label}] {part}" for label, part in zip(labels, parts, strict=False)]
+        introduction = "Each paragraph of this text begins with its topic. A question about the topics follows."
         return ({"role": "user", "content": "\n\n".join([introduction, *lines])},)
 
     question = Question(
         "frequent_topics",
         "Which three topics occur most often?",
-        "The three topics that occur most often are",
+        "The three topics that occur most often are [",
         tuple(topics[:3]),
         24,
     )
