@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -9,7 +11,9 @@ from vllm_sparse.kernels.page_list.reference import ListGrid, block_lists
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.metrics import recall
 from vllm_sparse.metrics.recall import SAMPLED_QUERIES, attention_recall
+from vllm_sparse.metrics.row_recall import GraphRecall, TakenRow
 from vllm_sparse.pages import PageList
+from vllm_sparse.step.rows import DecodeRows, TokenLists
 
 BLOCK, HEAD_SIZE, SCALE = 32, 16, 0.3
 
@@ -93,3 +97,21 @@ def test_everything_kept_is_one() -> None:
     query = torch.randn(100, 4, HEAD_SIZE, generator=generator)
     lists = block_lists(torch.ones(2, 2, 16, dtype=torch.bool), ListGrid(100, 500, 64, 32, 32, 2))
     assert attention_recall(query, keys, lists, 64, SCALE).tolist() == pytest.approx([1.0] * 4)
+
+
+def test_a_graph_keeps_no_queries_but_those_it_takes() -> None:
+    """Those of all rows lie in the graph's memory, which later layers need."""
+    lists = TokenLists(torch.arange(24, dtype=torch.int32).view(6, 4), torch.arange(6, dtype=torch.int32))
+    taken = TakenRow(lists, kv_heads=2)
+    taken.row.fill_(2)
+    rows = DecodeRows(
+        torch.randn(3, 4, 8), torch.zeros(5, 2, 16, 16), torch.zeros(3, 5).int(), torch.full((3,), 9).int(), 1.0
+    )
+    expected, queries = rows.query[2].clone(), weakref.ref(rows.query)
+    captured = GraphRecall(0, taken)
+    captured.take(rows, lists)
+    del rows
+    assert queries() is None
+    assert taken.query is not None
+    assert torch.equal(taken.query[0], expected)
+    assert taken.slots[0].tolist() == [[16, 17, 18, 19], [20, 21, 22, 23]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -98,7 +98,8 @@ class GraphRecall:
             taken.query = torch.empty_like(rows.query[:1])
         torch.index_select(rows.query, 0, taken.row, out=taken.query)
         torch.index_select(lists.slots.view(-1, *taken.slots.shape[1:]), 0, taken.row, out=taken.slots)
-        self._inputs = rows, lists.kept_tokens
+        # Without the query of all rows: whoever holds it keeps its memory from later layers of the graph.
+        self._inputs = replace(rows, query=taken.query), lists.kept_tokens
 
     def observe(self, row: BatchRow, observed: Observe) -> None:
         """The graph is queued, with this row as `TakenRow.row`; `observed` receives its recall."""

@@ -196,8 +196,9 @@ def plan_step(
                 continue
             sparse = range(params.prefill.dense_layers, limits.num_layers)
             still_sparse = sparse if guard is None else guard.sparse_layers(sparse)
+            has_sparse_layers = guard is None or bool(still_sparse)
             reason = why_prefill_is_dense(
-                params.prefill, params.min_tokens, span.query_tokens, span.seq_len, bool(still_sparse)
+                params.prefill, params.min_tokens, span.query_tokens, span.seq_len, has_sparse_layers
             )
             if reason is None:
                 prefill.append(PrefillRow(span, params.prefill, guard))
@@ -206,7 +207,9 @@ def plan_step(
                 fallbacks["prefill", params.prefill.name, reason] += 1
         elif params.decode is not None:
             at_once = limits.serves_at_once(params.decode)
-            of_method = layer_roles(params.decode, limits.num_layers)
+            of_method = request.roles
+            if of_method is None:
+                of_method = request.roles = layer_roles(params.decode, limits.num_layers)
             roles = of_method if guard is None else guard.roles(of_method)
             reason = why_decode_is_dense(
                 params.decode,

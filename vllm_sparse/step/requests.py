@@ -53,6 +53,8 @@ class SparseRequest:
         slot: of this request alone while it is held, the lowest that was free.
         setting: of its row in the steps after its first sparse one in its slot.
         memory: what its decode method keeps from step to step, by layer, where it is served alone.
+        roles: of its decode method in the model's layers, once a step has asked: hashing a method takes longer than
+            a large batch has time for.
         guard: what the guard knows of it; None unless it asks for one.
     """
 
@@ -60,6 +62,7 @@ class SparseRequest:
     slot: int = 0
     setting: RowSetting | None = None
     memory: dict[int, LayerMemory] = field(default_factory=dict)
+    roles: tuple[Role, ...] | None = None
     guard: RequestGuard | None = field(init=False)
 
     def __post_init__(self) -> None:
