@@ -27,6 +27,7 @@ WRONG_SCHEMA: list[tuple[dict[str, Any], str]] = [
     (one_model(replicas="two"), "replicas"),
     (one_model(replicas=-1), "replicas"),
     (one_model(nodes=0), "nodes"),
+    (one_model(sparse={"preset": "turbo"}), "preset"),
     (one_model(sparse={"prefill": "tidal"}), "prefill"),
     (one_model(sparse={"methods": ["quest"]}), "methods"),
     (one_model(sparse={"min_tokens": "8k"}), "min_tokens"),
