@@ -157,7 +157,7 @@ def test_the_chain_leads_from_the_variable_to_the_number(number: int) -> None:
     found, text = task("variable_chain", number)
     assignments = dict(re.findall(r"^([a-z]+_[a-z]+) = ([a-z]+_[a-z]+|\d{5})$", text, re.MULTILINE))
     seen = []
-    at = found.answer_prefix.removesuffix(" =")
+    at = found.answer_prefix.split("`")[1]
     while at in assignments:
         at = assignments[at]
         seen.append(at)

@@ -27,10 +27,11 @@ def block_mass(
 
     Returns:
         float32 ``[query_heads, ceil(query_tokens / query_block_tokens), ceil(context / page_tokens)]`` on a key grid
-        from token 0; those of a query block add up to its number of queries. float64 for queries of that dtype, in
-        PyTorch.
+        from token 0; those of a query block add up to its number of queries. float64 for queries of that dtype,
+        which run in PyTorch.
     """
-    if query.is_cuda and isinstance(keys, PlainKeys):
+    # Triton has no product of float64 matrices.
+    if query.is_cuda and isinstance(keys, PlainKeys) and query.dtype != torch.float64:
         from vllm_sparse.kernels.block_mass import triton
 
         return triton.block_mass(query, keys, scale, query_block_tokens, page_tokens)

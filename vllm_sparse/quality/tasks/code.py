@@ -52,10 +52,11 @@ def draft(rng: Random, number: int, tokens: int, corpus: Corpus, kinds: Collecti
         questions.append(
             Question(
                 "variable_chain",
-                f"Write the chain of assignments from `{names[-1]}` back to a number, one a line.",
-                f"{names[-1]} =",
+                f"What is `{names[-1]}` assigned? Follow the assignments of variables back to a number, and name each.",
+                # A small model that is left the choice says any number.
+                f"`{names[-1]}` is assigned the variable `",
                 (*names[-2::-1], value),
-                64,
+                80,
             )
         )
     names_given = {asked.name} if asked else set()
