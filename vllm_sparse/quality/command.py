@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from vllm_sparse.methods.registry import DECODE_METHODS, DEFAULT_METHODS, PREFILL_METHODS
+from vllm_sparse.methods.registry import DECODE_METHODS, PREFILL_METHODS
 from vllm_sparse.quality.corpus import Corpus
 from vllm_sparse.quality.journal import NAME, Journal, JournalError, Run
 from vllm_sparse.quality.launch import Launch, StartError, serving
@@ -53,6 +53,7 @@ from vllm_sparse.quality.variants import (
     Variant,
     baseline_variants,
     default_variants,
+    least_preset_tokens,
     parse_variant,
 )
 
@@ -162,8 +163,8 @@ def _server(
 
     chosen = {variant.extras.get(f"sparse_{phase}") for variant in variants for phase in PHASES}
     known = {*PREFILL_METHODS, *DECODE_METHODS}
-    methods = [method for method in known if method in chosen] if variants else list(DEFAULT_METHODS)
-    if any("sparse_preset" in variant.extras for variant in variants):
+    methods = [method for method in known if method in chosen]
+    if not variants or any("sparse_preset" in variant.extras for variant in variants):
         methods = sorted(known - set(BASELINES) | set(methods))
     methods += [method for method in BASELINES if given.baselines and method not in methods]
     # Of the densest baseline at the longest context, rounded up as pages and forced tokens do.
@@ -235,23 +236,28 @@ def _more_variants(model: ServedModel, given: argparse.Namespace, variants: Sequ
                 "start it with --attention-backend sparse"
             )
         return []
-    methods = model.methods()
-    if methods is None and (not variants or given.baselines):
+    offer = model.offer()
+    if offer is None:
+        if variants and not given.baselines:
+            return []
         raise ServerError(
             "the server does not say which methods it has (GET /v1/sparse/methods); start it with VLLM_PLUGINS=sparse, "
             "or name --variant and an empty --baselines"
         )
-    assert methods is not None or not given.baselines
-    more = [] if variants else list(default_variants(methods or {}))
-    if given.baselines and methods is not None:
-        missing = [kind for kind in BASELINES if kind not in methods["prefill"]]
+    more: list[Variant] = []
+    if not variants:
+        more = list(default_variants(offer.methods))
+        if max(given.tokens) >= least_preset_tokens():
+            more += [Variant(f"preset {name}", {"sparse_preset": name}) for name in offer.presets]
+    if given.baselines:
+        missing = [kind for kind in BASELINES if kind not in offer.methods["prefill"]]
         if missing:
             raise ServerError(
                 f'the server does not enable the baselines {", ".join(missing)}; add them to its "methods" '
                 "(--additional-config, object sparse), or give an empty --baselines"
             )
         compared = [*variants, *more]
-        phases = [phase for phase in PHASES if any(getattr(variant, f"sparse_{phase}") for variant in compared)]
+        phases = [phase for phase in PHASES if any(variant.is_sparse(phase) for variant in compared)]
         more += baseline_variants(given.baselines, phases)
     return more
 

@@ -58,6 +58,19 @@ class NextTokens:
     top: tuple[Mapping[int, float], ...]
 
 
+@dataclass(frozen=True)
+class Offer:
+    """What a server's requests may choose.
+
+    Attributes:
+        methods: names by phase.
+        presets: names of those all of whose methods are enabled.
+    """
+
+    methods: Mapping[str, Sequence[str]]
+    presets: Sequence[str]
+
+
 class Tokenizer(Protocol):
     """The served model's."""
 
@@ -182,13 +195,17 @@ class ServedModel:
         top = tuple(_likeliest(entry["top_logprobs"]) for entry in content)
         return NextTokens(said, top)
 
-    def methods(self) -> dict[str, list[str]] | None:
-        """Names of the methods that requests may choose, by phase; None where the server has no route for that."""
+    def offer(self) -> Offer | None:
+        """What requests may choose; None where the server has no route that says it."""
         response = self._http.get("/v1/sparse/methods")
         if response.status_code != 200:
             return None
         found = response.json()
-        return {phase: list(found[phase]["methods"]) for phase in ("prefill", "decode")}
+        presets = found["preset"]["presets"]
+        return Offer(
+            {phase: list(found[phase]["methods"]) for phase in ("prefill", "decode")},
+            [name for name, preset in presets.items() if not any(preset["methods_not_enabled"].values())],
+        )
 
     def fresh_density(self) -> dict[str, float]:
         """Mean density of what ran since the last call, by phase."""

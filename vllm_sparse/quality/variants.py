@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_sparse.config.presets import PRESETS
+
 PHASES = ("prefill", "decode")
 DENSE_EXTRAS = {"sparse_prefill": "dense", "sparse_decode": "dense"}
 BASELINES = ("streaming", "random", "oracle")
@@ -33,14 +35,15 @@ class Variant:
     @property
     def sparse_prefill(self) -> bool:
         """Its prompts are sparse, so that its cached blocks are its own."""
-        return self._sparse("prefill")
+        return self.is_sparse("prefill")
 
     @property
     def sparse_decode(self) -> bool:
         """Its generated tokens are decoded with sparse attention."""
-        return self._sparse("decode")
+        return self.is_sparse("decode")
 
-    def _sparse(self, phase: str) -> bool:
+    def is_sparse(self, phase: str) -> bool:
+        """A phase, ``prefill`` or ``decode``, is sparse; that of a preset at some length."""
         chosen = self.extras.get(f"sparse_{phase}", "dense")
         return bool(chosen != "dense" or self.extras.get("sparse_preset", "dense") != "dense")
 
@@ -84,12 +87,17 @@ def default_variants(methods: Mapping[str, Sequence[str]]) -> Iterator[Variant]:
     """Each method alone, at its defaults.
 
     Args:
-        methods: names by phase, as `ServedModel.methods` gives them.
+        methods: names by phase, as a server offers them.
     """
     for phase in PHASES:
         for method in methods[phase]:
             if method not in BASELINES:
                 yield Variant(f"{method} {phase}", {**DENSE_EXTRAS, f"sparse_{phase}": method})
+
+
+def least_preset_tokens() -> int:
+    """Shortest prompt for which some preset is sparse."""
+    return min(tier.from_tokens for preset in PRESETS.values() for tier in preset.tiers)
 
 
 def baseline_variants(densities: Sequence[float], phases: Sequence[str]) -> Iterator[Variant]:

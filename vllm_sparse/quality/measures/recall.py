@@ -67,7 +67,7 @@ def measure_recall(
     layers = config.num_hidden_layers
     settings = {"sparse": {"methods": list(METHODS), "min_tokens": min_tokens}}
     server = parse_server_config(settings, layers, config.num_attention_heads)
-    params = [(variant.name, resolve(variant.extras, server, layers)) for variant in variants]
+    params = [(variant.name, resolve(variant.extras, server, layers, length_tokens)) for variant in variants]
     measured = TextRecall([], layers, chunk_tokens)
 
     def observe(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> str:
