@@ -295,14 +295,8 @@ class ServerTokenizer:
         """As of `Tokenizer`."""
         if not self.has_template:
             return self.text(plain_chat(messages, answer_prefix))
-        return self._model.tokenize(
-            {
-                "messages": [*messages, {"role": "assistant", "content": answer_prefix}],
-                "add_generation_prompt": False,
-                "continue_final_message": True,
-                "chat_template_kwargs": self._template_arguments,
-            }
-        )
+        written, turn = opened(messages, answer_prefix)
+        return self._model.tokenize({"messages": written, **turn, "chat_template_kwargs": self._template_arguments})
 
     def text(self, text: str) -> list[int]:
         """As of `Tokenizer`."""
@@ -327,11 +321,9 @@ class LocalTokenizer:
         """As of `Tokenizer`."""
         if self._tokenizer.chat_template is None:
             return self.text(plain_chat(messages, answer_prefix))
+        conversation, turn = opened(messages, answer_prefix)
         written: str = self._tokenizer.apply_chat_template(
-            [*messages, {"role": "assistant", "content": answer_prefix}],
-            tokenize=False,
-            continue_final_message=True,
-            **self._template_arguments,
+            conversation, tokenize=False, **turn, **self._template_arguments
         )
         ids: list[int] = self._tokenizer(written, add_special_tokens=False)["input_ids"]
         return ids
@@ -340,6 +332,15 @@ class LocalTokenizer:
         """As of `Tokenizer`."""
         ids: list[int] = self._tokenizer(text)["input_ids"]
         return ids
+
+
+def opened(
+    messages: Sequence[Mapping[str, str]], answer_prefix: str
+) -> tuple[list[Mapping[str, str]], dict[str, bool]]:
+    """A conversation with the assistant's turn open, and what a chat template is told of that."""
+    turn = {"add_generation_prompt": not answer_prefix, "continue_final_message": bool(answer_prefix)}
+    beginning = [{"role": "assistant", "content": answer_prefix}] if answer_prefix else []
+    return [*messages, *beginning], turn
 
 
 def plain_chat(messages: Sequence[Mapping[str, str]], answer_prefix: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import vllm_sparse
 from vllm_sparse.quality.gate import decide
 from vllm_sparse.quality.journal import NAME, JournalError, Run, merge, read_journal
 from vllm_sparse.quality.report.terminal import gate_table, tables
@@ -27,7 +28,8 @@ def main(arguments: list[str]) -> int:
 
 def report(run: Run, folder: Path, gate: bool) -> int:
     """Write the report and print its tables; returns the exit status."""
-    facts = {name.replace("_", " "): str(value) for name, value in run.facts.items()}
+    facts = {name.replace("_", " "): str(value) for name, value in run.facts.items() if value != ""}
+    facts["version of vllm_sparse"] = vllm_sparse.__version__
     summary = write_report(folder, run.records, list(run.variants.values()), facts)
     decided = decide(summary)
     print(tables(summary))
