@@ -69,8 +69,13 @@ def test_the_gate_on_the_bundled_model(server: Server, tmp_path: Path) -> None:
     variants: dict[str, dict[str, Any]] = {
         "sale": {"sparse_prefill": "sale"},
         "tidal": {"sparse_decode": "tidal"},
-        # What chance calls a strong key is none.
-        SPOILT: {"sparse_prefill": "sale", "sale_tau": 1000.0},
+        # One token beside sink and window, in every layer.
+        SPOILT: {
+            "sparse_decode": "tidal",
+            "tidal_budget_tokens": 81,
+            "tidal_dense_layers": 0,
+            "tidal_selection_reads": "list",
+        },
     }
     arguments = ["--url", server.url, "--api-key-file", key, "--output", output, *as_arguments(variants), "--baselines"]
     asked = ["--measures", "answers", "--prompts", 0, "--questions", questions, "--tokens", 8192, "--concurrency", 2]
