@@ -27,7 +27,8 @@ CHECKPOINT = Path(sys.prefix) / "checkpoints" / "smollm2-135m"
 # Needles in a document, and how many of them are asked for: all that the bundled model was trained to answer.
 BUNDLED_KINDS = {"one_key": (1, 1), "one_of_16_keys": (16, 1), "three_of_16_keys": (16, 3)}
 BUNDLED_PROMPTS = 6
-REAL_KINDS = ("one_needle", "copy_passage", "one_of_many_keys", "function_lookup", "json_lookup", "conversation")
+# Those of which the small model answers enough to lose something.
+REAL_KINDS = ("one_needle", "copy_passage", "one_of_many_keys", "json_lookup")
 REAL_PROMPTS = 6
 SPOILT = "spoilt"
 
@@ -124,9 +125,9 @@ def test_the_gate_on_a_real_checkpoint_and_every_measure(checkpoint: Path, tmp_p
     log = output / "server.log"
     assert ended.returncode == 1, f"{ended.stderr[-3000:]}\n{log.read_text()[-3000:] if log.exists() else ''}"
     limits = Limits(
-        least_mean_difference=-0.05,
-        least_interval_end=-0.2,
-        least_kinds=4,
+        least_mean_difference=-0.1,
+        least_interval_end=-0.3,
+        least_kinds=len(REAL_KINDS),
         least_prompts_per_kind=REAL_PROMPTS,
         most_loss_difference_nats=0.03,
         least_texts=4,
