@@ -27,6 +27,9 @@ SLOW = {
     "tests/inspect/test_command.py": {
         "test_a_page_is_written_and_progress_is_shown",
     },
+    "tests/kernels/test_candidate_tokens_triton.py": {
+        "test_kernels_compile_for_hopper",
+    },
     "tests/kernels/test_compilation.py": {
         "test_no_decode_step_waits_for_the_compiler",
     },

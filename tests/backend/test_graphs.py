@@ -266,6 +266,8 @@ def test_a_row_whose_layer_went_dense_is_summarised_all_the_same() -> None:
         BlockTopk(budget_tokens=48, sink_tokens=17, recent_tokens=31),
         BlockTopk(budget_tokens=16, sink_tokens=0, recent_tokens=0, page_tokens=64),
         BlockTopk(budget_tokens=33, sink_tokens=16, recent_tokens=17),
+        BlockTopk(budget_tokens=33, candidate_factor=4, sink_tokens=16, recent_tokens=17),
+        BlockTopk(budget_tokens=33, coverage=0.9, sink_tokens=0, recent_tokens=17),
         HipDecode(),
         HipDecode(refresh_steps=(21, 7, 7), sink_tokens=7, recent_tokens=30),
     ],

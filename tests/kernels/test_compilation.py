@@ -110,11 +110,22 @@ def test_rows_are_padded_as_in_graphs() -> None:
     assert [padded_rows(rows) for rows in GRAPH_ROWS] == list(GRAPH_ROWS)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 1), (14, 2), (32, 8)])
-def test_no_decode_step_waits_for_the_compiler(heads: int, kv_heads: int, launched: set[tuple[str, str]]) -> None:
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "knobs"),
+    [
+        (1, 1, {}),
+        (4, 1, {}),
+        (14, 2, {}),
+        (32, 8, {}),
+        (20, 5, {"blocktopk": {"candidate_factor": 4, "coverage": 0.9}}),
+    ],
+)
+def test_no_decode_step_waits_for_the_compiler(
+    heads: int, kv_heads: int, knobs: dict[str, dict[str, Any]], launched: set[tuple[str, str]]
+) -> None:
     """Steps outside of graphs, beside a chunk of another request, after the graphs were captured."""
     most_rows, longest = GRAPH_ROWS[-1], 16000
-    methods = [method() for method in DECODE_METHODS.values()]
+    methods = [method(**knobs.get(name, {})) for name, method in DECODE_METHODS.items() if not knobs or name in knobs]
     served = [method for method in methods if isinstance(method, BatchDecodeMethod)]
     size = ServerSize(most_rows, longest, LAYERS, kv_heads)
     buffers = DecodeBuffers(most_rows, size, served, LIST_TOKENS, torch.device("cpu"))
