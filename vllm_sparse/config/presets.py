@@ -91,7 +91,7 @@ PRESETS: dict[str, Preset] = {
         (Tier(_PAYS_FROM_TOKENS, prefill=Choice("sale", {"tau": 0.004})),),
     ),
     "balanced": Preset(
-        "Fewer keys, and some answers lost: prompts by sale at a higher threshold, from 32K on generations by blocktopk.",
+        "Fewer keys, some answers lost: prompts by sale at a higher threshold, from 32K on generations by blocktopk.",
         f"{_MEASURED_ON}: prompts score -0.034 ± 0.034, -log p +0.001, density 0.19; generations score -0.053 ± 0.032, "
         "density 0.12.",
         (
