@@ -46,7 +46,8 @@ class BlockTopk(TopTokensMethod):
     is then its most. Both score exactly what they read summaries of, which no paper does.
 
     The summaries are kept beside the KV cache, a ``1 / page_tokens`` of it with ``bounds``, half that with ``mean``, so
-    what they are is the server's choice.
+    what they are is the server's choice. ``float8_bounds`` take half of ``bounds`` in a cache of 16-bit numbers. They
+    are rounded to the nearest, so a key may score a little more than they allow.
     """
 
     name: ClassVar[str] = "blocktopk"
@@ -65,7 +66,8 @@ class BlockTopk(TopTokensMethod):
     dense_layers: DenseLayers = 2
     page_tokens: Annotated[Literal[16, 32, 64], Field(description="tokens of a scored page")] = 16
     scores: Annotated[
-        Literal["mean", "bounds"], Field(description="what a page is scored by: its mean key, or bounds of its keys")
+        Literal["mean", "bounds", "float8_bounds"],
+        Field(description="what a page is scored by: its mean key, or bounds of its keys, also in 8-bit numbers"),
     ] = "bounds"
     candidate_factor: Annotated[
         int,
@@ -90,7 +92,7 @@ class BlockTopk(TopTokensMethod):
 
     @property
     def summaries(self) -> SummaryKind:
-        return SummaryKind(self.page_tokens, self.scores == "bounds")
+        return SummaryKind(self.page_tokens, self.scores != "mean", self.scores == "float8_bounds")
 
     def layer_roles(self, num_layers: int) -> list[Role]:
         if self.dense_layers >= num_layers:
