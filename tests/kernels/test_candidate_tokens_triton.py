@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests import oracle
+from tests.cuda_graph import captured
 from tests.kernels.hopper import compile_for_hopper, spilled_bytes
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from tests.oracle import Platform
@@ -193,6 +196,47 @@ def test_a_method_chooses_for_rows_as_for_one_request(server: BlockTopk) -> None
         row = index // kv_heads
         table = data.block_table[row, : -(-contexts[row] // block_size)]
         assert positions_of(lists, index, table, block_size, kv_heads) == positions, f"{methods[row]}, seed {seed}"
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_replayed_graph_equals_eager_steps(rows: int, generator: torch.Generator) -> None:
+    """One capture for all steps, from summaries to lists, with rows that stand by."""
+    kv_heads, head_size, longest = 2, 128, 3000
+    server = BlockTopk(budget_tokens=256, candidate_factor=4, coverage=0.9, scores="float8_bounds")
+    platform = Platform("plain-bfloat16", DEVICE, torch.bfloat16, None, executes=False)
+    data = oracle.random_paged(platform, generator, [longest] * rows, kv_heads, head_size, 64)
+    shape = data.kv_cache.shape[0], kv_heads, 4, server.summaries.width(head_size)
+    summaries = torch.zeros(shape, dtype=server.summaries.dtype(torch.bfloat16), device=DEVICE)
+    for row in range(rows):
+        request = data.reader(row)
+        request.summaries = summaries
+        store_summaries(request, server.summaries, 0)
+    query = torch.zeros(rows, 8, head_size, dtype=torch.bfloat16, device=DEVICE)
+    seq_lens = torch.ones(rows, dtype=torch.int32, device=DEVICE)
+    starts = torch.arange(rows, device=DEVICE) * longest
+    own = DecodeRows(query, data.kv_cache, data.block_table, seq_lens, SCALE)
+    zeros = torch.zeros_like(seq_lens)
+
+    def make() -> tuple[TokenLists, Callable[[], None]]:
+        lists = empty_lists(rows * kv_heads, 300)
+        memory = server.allocate(ServerSize(rows, longest, 1, kv_heads), torch.device(DEVICE))
+        place = RowsPlace(starts, rows * longest, zeros, zeros, seq_lens, 0, summaries, memory)
+        return lists, functools.partial(server.choose_rows, own, row_knobs([server] * rows), place, lists)
+
+    (eager, choose), (replayed, call) = make(), make()
+    replay = captured(call)
+    choose()
+    for _ in range(5):
+        query.copy_(torch.randn(query.shape, generator=generator))
+        seq_lens.copy_(torch.randint(600, longest, (rows,), generator=generator))
+        seq_lens[rows // 2 + 1 :] = 0
+        choose()
+        replay()
+        assert torch.equal(eager.kept_tokens, replayed.kept_tokens)
+        for index, kept in enumerate(eager.kept_tokens.tolist()):
+            assert torch.equal(eager.slots[index, :kept], replayed.slots[index, :kept])
+    assert bool((eager.kept_tokens[: kv_heads * (rows // 2 + 1)] >= 80).all())
 
 
 @pytest.mark.skipif(CAN_RUN and DEVICE == "cpu", reason="Triton only interprets in this process")
