@@ -117,7 +117,7 @@ def test_rows_are_padded_as_in_graphs() -> None:
         (4, 1, {}),
         (14, 2, {}),
         (32, 8, {}),
-        (20, 5, {"blocktopk": {"candidate_factor": 4, "coverage": 0.9}}),
+        (20, 5, {"blocktopk": {"candidate_factor": 4, "coverage": 0.9, "scores": "float8_bounds"}}),
     ],
 )
 def test_no_decode_step_waits_for_the_compiler(
@@ -132,7 +132,9 @@ def test_no_decode_step_waits_for_the_compiler(
     cache = torch.zeros(BLOCKS, kv_heads, BLOCK, 2 * HEAD_SIZE, dtype=torch.bfloat16)
     kinds = {method.summaries for method in served if method.summaries is not None}
     summaries = {
-        kind: torch.zeros(BLOCKS, kv_heads, BLOCK // kind.page_tokens, kind.width(HEAD_SIZE), dtype=cache.dtype)
+        kind: torch.zeros(
+            BLOCKS, kv_heads, BLOCK // kind.page_tokens, kind.width(HEAD_SIZE), dtype=kind.dtype(cache.dtype)
+        )
         for kind in kinds
     }
     # Of an odd number of blocks, so that rows begin anywhere.
