@@ -22,7 +22,7 @@ from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_t
 from tests.oracle import Paged, Platform
 from vllm_sparse.backend.decode_batch import BatchLayer, DecodeStep
 from vllm_sparse.backend.decode_buffers import DecodeBuffers
-from vllm_sparse.backend.decode_graphs import MIXED, DecodeGraphs
+from vllm_sparse.backend.decode_graphs import ANY, DecodeGraphs
 from vllm_sparse.backend.execution import StepExecution
 from vllm_sparse.backend.executors.flash_attention import FlashAttentionExecutor
 from vllm_sparse.backend.guard import LAYERS_PER_STEP, RecallGuard, StepGuard
@@ -170,7 +170,7 @@ class Server:
     def capture(self) -> Callable[[], None]:
         """A step of all rows, at full contexts while it is captured, which must leave no trace."""
         self.contexts.fill_(LONGEST)
-        self.graphs.capturing = MIXED
+        self.graphs.capturing = ANY
         execution = self.graphs.capture_step(self.contexts, self.blocks, EVERYTHING)
         self.graphs.capturing = None
         step = execution.batch(self.contexts, self.blocks).step
@@ -264,10 +264,10 @@ class Server:
             self.blocks[: len(rows)] = blocks
             self.queries[:, : len(rows)] = queries
             self.graphs.step = execution
-            assert self.graphs.prepare() is not None
+            assert self.graphs.prepare(ROWS) is not None
             self.replay()
             assert not metrics.counted, "counting before the graph is queued would lengthen the step"
-            self.graphs.replayed(MIXED, ROWS)
+            self.graphs.replayed(ANY, ROWS)
             assert metrics.counted == list(plan.batch)
             metrics.counted.clear()
             layer = RECALL_LAYER

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,14 +30,15 @@ from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.server import server_config
 from vllm_sparse.keys import PagedKeys, PlainKeys
 from vllm_sparse.methods.decode import BatchDecodeMethod
+from vllm_sparse.methods.method import Method
 from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.step.launch import Executor
 from vllm_sparse.step.plan import RowSpan
 from vllm_sparse.step.rows import ServerSize
 
+logger = logging.getLogger("vllm.sparse")
+
 PREFERRED_BLOCK_TOKENS = 128
-# Decode rows that buffers are kept for; a step with more makes its own.
-MOST_ROWS = 256
 
 
 class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionMetadataBuilder):
@@ -59,12 +62,14 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
             for method in configured
             if isinstance(method, BatchDecodeMethod) and method.serves(method, size.max_seq_len)
         ]
+        if config.decode_in_batches:
+            _warn_of_rows_without_graphs(configured, methods, config.decode_list_tokens)
         if vllm_config.kernel_config.enable_jit_warmup:
             PrefillWarmUp(vllm_config, layer_names[0]).register_warmup()
         self._graphs: DecodeGraphs | None = None
         if methods and config.decode_in_batches:
             self.decode_buffers = DecodeBuffers(
-                min(size.requests, MOST_ROWS),
+                size.requests,
                 size,
                 methods,
                 config.decode_list_tokens,
@@ -105,6 +110,24 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
         """Runner V1 has no hook that keeps a sparse step out of a FULL graph, so it gets none."""
         return cls._cudagraph_support if vllm_config.use_v2_model_runner else AttentionCGSupport.NEVER
+
+
+def _warn_of_rows_without_graphs(
+    configured: Sequence[Method], served: Sequence[BatchDecodeMethod], list_tokens: int
+) -> None:
+    """Say at start-up which methods the configuration gives knobs with which no CUDA graph holds their rows."""
+    for method in configured:
+        longest = next((one.longest_list_tokens for one in served if one is method), None)
+        if longest is not None and longest <= list_tokens:
+            continue
+        why = "its rows are served one by one" if longest is None else f"its lists have up to {longest} tokens"
+        logger.warning(
+            "Sparse attention: CUDA graphs do not hold %s as the object sparse configures it (%s; decode_list_tokens "
+            "is %d), so every decode step with such a row, and with it all rows beside it, runs without FULL graphs",
+            method.name,
+            why,
+            list_tokens,
+        )
 
 
 class SparseFlashAttentionImpl(SparseAttentionImpl, FlashAttentionImpl):

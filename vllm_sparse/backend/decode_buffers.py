@@ -28,7 +28,7 @@ class DecodeBuffers:
     """What a server's decode steps keep on the device, at fixed addresses.
 
     Args:
-        most_rows: rows of the largest step, at most 1024.
+        most_rows: rows of the largest step.
         size: of the server.
         methods: by which rows may choose, as the server's configuration sets them.
         list_tokens: tokens of the longest list.
@@ -146,6 +146,12 @@ class DecodeBuffers:
             dense = not all_sparse or any(role.reads_everything for _, role, _ in roles)
             layers.append(LayerLaunches(dense, tuple(sorted(ahead)), tuple(sorted(here)), reading))
         return layers
+
+    def launches_of_any_roles(self) -> list[LayerLaunches]:
+        """What a step of any of the methods needs in each layer, whatever role each row has there."""
+        numbers = range(len(self.methods))
+        ahead = tuple(number for number in numbers if self.methods[number].shares_lists)
+        return [LayerLaunches(True, ahead, tuple(numbers), True)] * self.roles.shape[1]
 
 
 @lru_cache(maxsize=4096)
