@@ -65,7 +65,7 @@ RECALL_TOLERANCE = 1e-4
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=11)
+    run_under_the_interpreter(__file__, passing=12)
 
 
 def eighths(generator: torch.Generator, *shape: int) -> torch.Tensor:
@@ -341,6 +341,24 @@ def test_requests_take_their_own_turns(generator: torch.Generator) -> None:
         server.enter(request)
     for step, full_graph in enumerate(alternating(7)):
         assert server.step(running, full_graph) == ({0, 1, 3} if step < 3 else {0, 1, 2, 3})
+
+
+@needs_triton
+def test_layer_roles_are_the_rows_own(generator: torch.Generator) -> None:
+    """In one graph with those of the server's knobs, and with lists that layers read of others, and outside."""
+    server = Server(generator, 4)
+    later = replace(HIP, dense_layers=1)
+    first_only = replace(TIDAL, dense_layers=1, reselect_layers=(), selection_reads="list")
+    running = {
+        0: hip(401, 3),
+        1: Request(333, SparseParams(None, later), 1, dense_layers=frozenset({0})),
+        2: Request(290, SparseParams(None, first_only), 5, dense_layers=frozenset({0})),
+        3: Request(390, SparseParams(None, TIDAL), 4),
+    }
+    for request in running.values():
+        server.enter(request)
+    for full_graph in (True, False, True, True):
+        assert server.step(running, full_graph) == {0, 1, 2, 3}
 
 
 @needs_triton

@@ -46,10 +46,10 @@ DENSE_ROW = RowSetting(None, 0, (), 0, False)
 # Longer than any context, and what the device's settings still hold.
 LONGEST_CONTEXT_TOKENS = (1 << 31) - 1
 # Of the largest step with graphs for sparse rows alone. More rows that all are long hardly fit the cache: 128 contexts
-# of the default `min_tokens` fill that of an H200 beside an 8B model. Larger steps replay the graphs for dense rows too.
+# of the default `min_tokens` fill that of an H200 beside an 8B model. Larger steps replay graphs for dense rows too.
 MOST_ROWS_ALONE = 128
-# Of a captured size to the next smaller one, at least. Rows that pad a step read nothing; they cost where the model's matrix
-# products are bound by arithmetic, above some 150 rows.
+# Of a captured size to the next smaller one, at least. Rows that pad a step read nothing; they cost where the model's
+# matrix products are bound by arithmetic, above some 150 rows.
 SIZE_RATIO = 1.25
 
 

@@ -86,7 +86,7 @@ def check_request(vllm_config: VllmConfig, extras: Mapping[str, Any], settings: 
         given = {key: value for key, value in extras.items() if key.startswith(f"{name}_")}
         given = given or {key: value for key, value in extras.items() if key in ("sparse_preset", "sparse_decode")}
         key, value = next(iter(given.items()), ("sparse_decode", name))
-        asked = ", ".join(f"{key} {value!r}" for key, value in given.items()) or f"{key} {value!r}"
+        asked = ", ".join(f"{key} is {value!r}" for key, value in given.items()) or f"{key} is {value!r}"
         raise SparseParamsError(
             key,
             value,
