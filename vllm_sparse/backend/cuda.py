@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from vllm_sparse.backend.decode_buffers import DecodeBuffers
 from vllm_sparse.backend.decode_graphs import DecodeGraphs, set_graphs
 from vllm_sparse.backend.execution import StepExecution
 from vllm_sparse.backend.executors.flash_attention import FlashAttentionExecutor
+from vllm_sparse.backend.host_copy import indices_on, to_device
 from vllm_sparse.backend.impl import SparseAttentionImpl
 from vllm_sparse.backend.metadata import SparseMetadataBuilder
 from vllm_sparse.backend.support import SparseDeclarations
@@ -154,12 +156,12 @@ class SparseFlashAttentionImpl(SparseAttentionImpl, FlashAttentionImpl):
     ) -> FlashAttentionMetadata:
         subset = copy.copy(metadata)
         device = metadata.seq_lens.device
-        rows = torch.tensor([span.row for span in spans], device=device)
-        lengths = torch.tensor([0, *(span.query_tokens for span in spans)])
-        subset.num_actual_tokens = int(lengths.sum())
+        rows = indices_on(device, [span.row for span in spans])
+        starts = [0, *accumulate(span.query_tokens for span in spans)]
+        subset.num_actual_tokens = starts[-1]
         subset.max_query_len = max(span.query_tokens for span in spans)
         subset.max_seq_len = max(span.seq_len for span in spans)
-        subset.query_start_loc = lengths.cumsum(0).to(device=device, dtype=torch.int32)
+        subset.query_start_loc = to_device(torch.tensor(starts, dtype=torch.int32), device)
         subset.seq_lens = metadata.seq_lens[rows]
         subset.block_table = metadata.block_table[rows]
         # The kernel schedules itself; the stored schedule is for the whole batch.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeGuard
 import numpy as np
 import torch
 
+from vllm_sparse.backend.host_copy import copy_to
 from vllm_sparse.kernels.decode_roles import LayerContexts
 from vllm_sparse.step.launch import LayerLaunches
 from vllm_sparse.step.roles import Role
@@ -103,10 +104,7 @@ class DecodeBuffers:
             settings[index, KNOBS : KNOBS + len(knobs)] = knobs
             roles[index] = [role.number for role in row.roles]
         for target, values in ((self.settings, settings), (self.roles, roles)):
-            # A copy without waiting needs memory that is not written again before it is read.
-            staged = torch.from_numpy(values)
-            staged = staged.pin_memory() if target.is_cuda else staged
-            target[: len(rows)].copy_(staged, non_blocking=True)
+            copy_to(target[: len(rows)], torch.from_numpy(values))
 
     def serves(self, method: DecodeMethod | None) -> TypeGuard[BatchDecodeMethod]:
         """Whether rows of a request with this method are served at once."""
