@@ -44,6 +44,7 @@ from vllm_sparse.methods.hip import HipDecode
 from vllm_sparse.methods.hip.decode import MOST_STAGES
 from vllm_sparse.methods.knobs import KnobError
 from vllm_sparse.methods.registry import DECODE_METHODS
+from vllm_sparse.methods.streaming import StreamingDecode
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.metrics import StepRecord, WorkerMetrics
 from vllm_sparse.step.eligibility import DenseReason
@@ -582,3 +583,33 @@ def test_steps_without_a_graph_are_reported_as_mixed(graphs: DecodeGraphs) -> No
         assert gpu_model_runner.graphs_hold(np.array([0]))
     finally:
         TABLE.attach(slots_in_metadata=False)
+
+
+def test_the_start_tells_of_methods_that_no_graph_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_sparse.backend import cuda
+
+    told: list[tuple[str, str]] = []
+    monkeypatch.setattr(cuda.logger, "warning", lambda text, name, why, _: told.append((name, why)))
+    alone = replace(CONFIGURED, list_per="query_head")
+    long = BlockTopk(budget_tokens=LIST_TOKENS + 1)
+    held = StreamingDecode(recent_tokens=LIST_TOKENS - 4)
+    cuda._warn_of_rows_without_graphs([alone, long, held], [long, held], LIST_TOKENS)
+    assert told == [("tidal", "its rows are served one by one"), ("blocktopk", "its lists have up to 528 tokens")]
+
+
+def test_dense_rows_of_a_mixed_step_have_metadata_of_their_own() -> None:
+    from vllm_sparse.backend.cuda import SparseFlashAttentionImpl
+
+    metadata = SimpleNamespace(
+        seq_lens=torch.tensor([5, 60, 7, 80], dtype=torch.int32),
+        block_table=torch.arange(8, dtype=torch.int32).view(4, 2),
+        scheduler_metadata="of all rows",
+    )
+    spans = [RowSpan(1, 1, 2, 60), RowSpan(3, 4, 5, 80)]
+    subset: Any = SparseFlashAttentionImpl.dense_subset(None, None, None, metadata, spans)  # type: ignore[arg-type]
+    assert (subset.num_actual_tokens, subset.max_query_len, subset.max_seq_len) == (7, 5, 80)
+    assert subset.query_start_loc.tolist() == [0, 2, 7]
+    assert subset.query_start_loc.dtype == torch.int32
+    assert subset.seq_lens.tolist() == [60, 80]
+    assert subset.block_table.tolist() == [[2, 3], [6, 7]]
+    assert (subset.scheduler_metadata, metadata.scheduler_metadata) == (None, "of all rows")
