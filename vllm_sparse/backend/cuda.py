@@ -69,6 +69,8 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
         if vllm_config.kernel_config.enable_jit_warmup:
             PrefillWarmUp(vllm_config, layer_names[0]).register_warmup()
         self._graphs: DecodeGraphs | None = None
+        # vLLM makes a builder to measure memory with, too; its buffers are not needed beside these.
+        set_graphs(None)
         if methods and config.decode_in_batches:
             self.decode_buffers = DecodeBuffers(
                 size.requests,

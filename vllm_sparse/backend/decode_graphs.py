@@ -20,7 +20,6 @@ each takes start-up time for every one of the kinds above.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.backend.decode_batch import BatchStep, DecodeStep
@@ -51,6 +50,8 @@ MOST_ROWS_ALONE = 128
 # Of a captured size to the next smaller one, at least. Rows that pad a step read nothing; they cost where the model's
 # matrix products are bound by arithmetic, above some 150 rows.
 SIZE_RATIO = 1.25
+# Layer roles that are remembered: the guard makes new ones where it sends layers dense.
+MOST_ROLES = 4096
 
 
 def beside_dense(method: str) -> str:
@@ -120,8 +121,8 @@ class DecodeGraphs:
         self._observer = GraphObserver(kinds, reading, buffers.lists, buffers.size.kv_heads)
         self._guard = GraphGuard(buffers.lists, buffers.size.kv_heads, num_layers)
         self._guarding = {ANY, *(beside_dense(method.name) for method in methods if guards)}
-        # Asked for each row in each step; a request's roles change where the guard sends layers dense.
-        self._hold = lru_cache(maxsize=4096)(self._find_hold)
+        # Asked in each step; by the name of the graphs and the roles of a row.
+        self._held: dict[tuple[str, tuple[Role, ...]], bool] = {}
         self.captured: dict[str, dict[Any, Any]] = {}
         self.capturing: str | None = None
         self.sizes: list[int] = []
@@ -215,7 +216,8 @@ class DecodeGraphs:
         if len(names) != 1:
             return ANY
         name = names.pop()
-        roles = {row.roles for row in rows if row.method is not None}
+        # Requests of equal knobs share the object; hashing it for each row would take longer than a large batch has.
+        roles = {id(row.roles): row.roles for row in rows if row.method is not None}.values()
         if not all(self._hold(beside_dense(name), of_row) for of_row in roles):
             return ANY
         if any(row.guard is not None for row in plan.batch):
@@ -223,11 +225,17 @@ class DecodeGraphs:
         alone = len(plan.batch) == len(rows) and size <= MOST_ROWS_ALONE
         return name if alone and all(self._hold(name, of_row) for of_row in roles) else beside_dense(name)
 
-    def _find_hold(self, name: str, roles: tuple[Role, ...]) -> bool:
+    def _hold(self, name: str, roles: tuple[Role, ...]) -> bool:
         """Whether the graphs of one method launch all that its sparse rows with these layer roles need."""
-        method = next(one for one in self.buffers.methods if name in (one.name, beside_dense(one.name)))
-        needed = self.buffers.launches([RowSetting(method, 0, roles, 0, False)], all_sparse=True)
-        return all(has.holds(need) for has, need in zip(self.launches[name], needed, strict=True))
+        held = self._held.get((name, roles))
+        if held is None:
+            method = next(one for one in self.buffers.methods if name in (one.name, beside_dense(one.name)))
+            needed = self.buffers.launches([RowSetting(method, 0, roles, 0, False)], all_sparse=True)
+            held = all(has.holds(need) for has, need in zip(self.launches[name], needed, strict=True))
+            if len(self._held) >= MOST_ROLES:
+                self._held.clear()
+            self._held[name, roles] = held
+        return held
 
     def replayed(self, name: str, rows: int) -> None:
         """The step's graph is queued: count its rows and read what is sampled of it.
