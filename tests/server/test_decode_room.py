@@ -10,7 +10,6 @@ import pytest
 from vllm_sparse.config.messages import SparseParamsError
 from vllm_sparse.config.presets import PRESETS, Choice, Preset, Tier
 from vllm_sparse.methods.tidal import Tidal
-from vllm_sparse.server import decode_room
 from vllm_sparse.server.admission import resolve_for
 from vllm_sparse.server.decode_room import has_decode_graphs
 
@@ -38,7 +37,7 @@ def server(**settings: Any) -> Any:
 
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_room, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cuda=lambda: True))
 
 
 @pytest.mark.usefixtures("on_cuda")

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm.config.compilation import CUDAGraphMode
-from vllm.platforms import current_platform
-
 from vllm_sparse.config.messages import SparseParamsError
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.server import server_config
@@ -28,6 +25,10 @@ if TYPE_CHECKING:
 
 def has_decode_graphs(vllm_config: VllmConfig) -> bool:
     """Whether sparse decode steps of this server have CUDA graphs; verification of drafted tokens is dense."""
+    # Imported here: the platform must not be chosen while plugins are loaded.
+    from vllm.config.compilation import CUDAGraphMode
+    from vllm.platforms import current_platform
+
     return bool(
         server_config(vllm_config).decode_in_batches
         and current_platform.is_cuda()
