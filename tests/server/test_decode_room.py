@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +38,8 @@ def server(**settings: Any) -> Any:
 
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    # While it is imported, vLLM asks the platform for more than this one says.
+    importlib.import_module("vllm.config.compilation")
     monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cuda=lambda: True))
 
 
