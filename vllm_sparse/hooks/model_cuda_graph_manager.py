@@ -35,9 +35,12 @@ def install() -> None:
             for shape in own_shapes.get(CUDAGraphMode.FULL, [])
             if shape.uniform_token_count == 1 and graphs.buffers.holds(shape.num_reqs, 1)
         ]
+        if not shapes:
+            return
         sizes = [shape.num_reqs for shape in shapes]
         # Ranks of data parallelism pad alike, those whose steps are dense too: there each size is needed.
-        graphs.sizes = captured_sizes(sizes) if self.dp_size == 1 else sorted(set(sizes))
+        one_rank = self.vllm_config.parallel_config.data_parallel_size == 1
+        graphs.sizes = captured_sizes(sizes) if one_rank else sorted(set(sizes))
         try:
             for name in graphs.launches:
                 self.graphs = graphs.captured[name] = {}
