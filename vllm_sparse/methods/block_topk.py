@@ -55,6 +55,7 @@ class BlockTopk(TopTokensMethod):
     enabled_by_default: ClassVar[bool] = False
     server_knobs: ClassVar[tuple[str, ...]] = ("page_tokens", "scores")
     scores_tokens: ClassVar[bool] = True
+    shares_lists: ClassVar[bool] = False
     former_names: ClassVar[dict[str, str]] = {
         "budget": "budget_tokens",
         "block": "page_tokens",

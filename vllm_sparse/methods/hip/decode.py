@@ -60,6 +60,7 @@ class HipDecode(BatchDecodeMethod):
     """
 
     name: ClassVar[str] = "hip"
+    shares_lists: ClassVar[bool] = False
     former_names: ClassVar[dict[str, str]] = {
         "stage_chunks": "stage_block_tokens",
         "stage_tokens": "stage_budget_tokens",
