@@ -72,7 +72,7 @@ def test_rows_whose_layers_all_went_dense() -> None:
 
 def test_reasons_have_their_labels() -> None:
     assert [str(reason) for reason in DenseReason] == [
-        "short_context", "short_chunk", "no_room", "speculative", "low_recall",
+        "short_context", "short_chunk", "no_room", "speculative", "low_recall", "unprofitable",
     ]  # fmt: skip
     assert all(reason.sentence for reason in DenseReason)
 

@@ -35,6 +35,8 @@ def install() -> None:
             graphs.step = None
         if batch is not None and uniform_tokens is not None and not graphs_hold(batch.idx_mapping_np):
             uniform_tokens = None
+        has_graphs = graphs is not None and graphs.most_rows > 0
+        TABLE.full_graph = has_graphs and batch is not None and uniform_tokens is not None
         return batch, uniform_tokens
 
     GPUModelRunner.gather_batch_req_state = gather_batch_req_state
@@ -42,6 +44,7 @@ def install() -> None:
 
 def graphs_hold(slots: np.ndarray) -> bool:
     """Whether a step of the requests in these slots may replay a FULL graph."""
-    requests = TABLE.sparse_decodes(slots)
+    # Those of which no graph holds a row, and which is dense, do not matter.
+    requests = [request for request in TABLE.sparse_decodes(slots) if request.leaves_graphs]
     graphs = current_graphs()
     return not requests or (graphs is not None and graphs.holds(requests, len(slots)))

@@ -18,9 +18,12 @@ from vllm_sparse.kernels.flex_pattern import pooled_distance
 from vllm_sparse.kernels.page_list import query_blocks
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.knobs import KNOBS, DenseLayers, KnobError, ListPer, QueryBlockTokens
-from vllm_sparse.methods.prefill import Layer, PrefillMethod
+from vllm_sparse.methods.prefill import Layer, PrefillMethod, mean_reach
 
 BLOCK_TOKENS = 128
+# Density was 0.45 at gamma 0.9, 0.53 at 0.95 (Qwen2.5-Coder-0.5B, docs/methods.md) and 0.28 at 0.7 (the bundled model):
+# 1 - (1 - gamma) ** 0.26 is 0.45, 0.54 and 0.27.
+DENSITY_EXPONENT = 0.26
 
 
 @dataclass(frozen=True, config=KNOBS)
@@ -72,6 +75,13 @@ class FlexPrefill(PrefillMethod):
     @property
     def exactly_dense(self) -> bool:
         return self.gamma >= 1 and self.max_budget_tokens == 1 << 24
+
+    def read_tokens(self, query_tokens: int, seq_len: int) -> float:
+        reach = mean_reach(query_tokens, seq_len)
+        # Columns and diagonals.
+        least, most = 2 * self.min_budget_tokens, 2 * self.max_budget_tokens
+        density: float = 1 - (1 - self.gamma) ** DENSITY_EXPONENT
+        return min(max(density * reach, least), most, reach)
 
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         chunk, heads, head_size = query.shape
