@@ -357,6 +357,9 @@ def test_steps_without_a_graph_are_reported_as_mixed(graphs: DecodeGraphs) -> No
         assert gpu_model_runner.graphs_hold(np.array([0, 1]))
         assert not gpu_model_runner.graphs_hold(np.array([0, 1, 2]))
         assert not gpu_model_runner.graphs_hold(np.array([0, 1, 3, 4, 5]))
+        outside = TABLE.sparse_decodes(np.array([2]))[0]
+        outside.leaves_graphs = False
+        assert gpu_model_runner.graphs_hold(np.array([0, 1, 2])), "its row is dense"
         set_graphs(None)
         assert not gpu_model_runner.graphs_hold(np.array([1]))
         assert gpu_model_runner.graphs_hold(np.array([0]))

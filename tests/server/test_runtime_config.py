@@ -176,7 +176,12 @@ def test_a_preset_that_no_graph_holds_is_refused(directory: Path, stepped: None)
 
 def test_defaults_that_graphs_hold_are_taken(directory: Path) -> None:
     server = served(decode_graphs=True, methods=["tidal", "blocktopk", "hip", "sale"])
-    settings = {"tidal": {"budget_tokens": 4096, "sink_tokens": 0}, "hip": {"sink_tokens": 64}, "sale": {"tau": 0.1}}
+    settings = {
+        "unprofitable": "sparse",
+        "tidal": {"budget_tokens": 4096, "sink_tokens": 0},
+        "hip": {"sink_tokens": 64},
+        "sale": {"tau": 0.1},
+    }
     assert change_config(server, settings, None)[1].version == 2
     guards = served(decode_graphs=True, min_recall=0.9)
     assert change_config(guards, {"min_recall": 0.8}, None)[1].config.min_recall == 0.8
