@@ -46,7 +46,8 @@ def test_operations_of_the_linear_layers() -> None:
 
 
 def test_what_is_not_known_of_a_layer_counts_nothing() -> None:
-    """Experts, and an MLP whose size stands under another name."""
+    """Experts, and an MLP whose size differs by layer or stands under another name."""
     attention = 2 * 2 * 4096 * 128 * (32 + 8)
     assert linear_flops_of(SimpleNamespace(**LLAMA, num_local_experts=8), 1) == attention
+    assert linear_flops_of(SimpleNamespace(**{**LLAMA, "intermediate_size": [8192, 16384]}), 1) == attention
     assert linear_flops_of(SimpleNamespace(hidden_size=4096, num_attention_heads=32), 1) == 2 * 2 * 4096 * 128 * 64

@@ -32,11 +32,13 @@ def linear_flops_of(config: Any, tensor_parallel_size: int) -> float:
         config: the model's, as transformers has it.
         tensor_parallel_size: processes that share the layer.
     """
-    hidden = config.hidden_size
-    head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    projections = 2 * hidden * head_size * (config.num_attention_heads + kv_heads)
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or hidden // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    projections = 2 * hidden * head_size * (heads + kv_heads)
+    mlp_size = getattr(config, "intermediate_size", 0)
     has_experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    mlp = 0 if has_experts else 3 * hidden * getattr(config, "intermediate_size", 0)
+    # Some models have a list, a size for each layer.
+    mlp = 3 * hidden * mlp_size if isinstance(mlp_size, int) and not has_experts else 0
     flops: float = 2 * (projections + mlp) / tensor_parallel_size
     return flops

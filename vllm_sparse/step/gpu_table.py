@@ -1,7 +1,7 @@
 """What attention and choosing cost on each GPU: measured numbers, from which `vllm_sparse.step.costs` predicts steps.
 
 This file is data. The numbers were fitted to the tables of loadtest/RESULTS.md (tests/step/test_costs.py compares
-them); `python -m loadtest.benchmarks.engine.costs` measures a few cells on your GPU beside what is predicted here.
+them); `python -m loadtest.benchmarks.kernels.costs` measures a few cells on your GPU beside what is predicted here.
 """
 
 from __future__ import annotations
