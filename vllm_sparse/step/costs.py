@@ -187,16 +187,17 @@ class StepCosts:
         Returns:
             The methods, and the seconds that the step gains, 0 if there are none.
         """
-        found: frozenset[str] = frozenset()
+        found: tuple[str, ...] = ()
         best = float("-inf") if forced else self.margin_seconds
-        for choice in {frozenset(gains), *(frozenset({name}) for name in gains)}:
-            if choice and choice.issuperset(forced):
+        # In the order of the rows, and so the same in all processes of a model, to the last bit.
+        for choice in (tuple(gains), *((name,) for name in gains)):
+            if choice and set(choice).issuperset(forced):
                 alone = all_sparse and len(choice) == len(gains)
                 paid = self.gpu.doubt * self.launch_seconds(choice, alone, full_graph)
                 net = sum(gains[name] for name in choice) - paid
                 if net > best:
                     best, found = net, choice
-        return found, best if found else 0.0
+        return frozenset(found), best if found else 0.0
 
     def chunk_pays(self, method: PrefillMethod, query_tokens: int, seq_len: int) -> bool:
         """Whether a sparse prompt chunk is faster than a dense one.

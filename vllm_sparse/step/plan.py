@@ -324,9 +324,8 @@ class _Gains:
         if self.outside:
             # For all of them together it may pay to leave the graphs; a step that replays one decides for the next.
             _, least = costs.sparse_methods(self.held, self.forced, False, True)
-            together = {
-                name: self.held.get(name, 0.0) + self.outside.get(name, 0.0) for name in {*self.held, *self.outside}
-            }
+            names = dict.fromkeys([*self.held, *self.outside])
+            together = {name: self.held.get(name, 0.0) + self.outside.get(name, 0.0) for name in names}
             _, gained = costs.sparse_methods(together, together, False, False)
             leaves = gained > max(least, 0.0) + costs.margin_seconds
             for request in self.leaving:
