@@ -578,6 +578,9 @@ def test_steps_without_a_graph_are_reported_as_mixed(graphs: DecodeGraphs) -> No
         assert graphs.may_replay
         assert not gpu_model_runner.graphs_hold(np.array([0, 1, 2]))
         assert not gpu_model_runner.graphs_hold(np.array([0, 1, 3, 4, 5]))
+        outside = TABLE.sparse_decodes(np.array([2]))[0]
+        outside.leaves_graphs = False
+        assert gpu_model_runner.graphs_hold(np.array([0, 1, 2])), "its row is dense"
         set_graphs(None)
         assert not gpu_model_runner.graphs_hold(np.array([1]))
         assert gpu_model_runner.graphs_hold(np.array([0]))
@@ -613,3 +616,38 @@ def test_dense_rows_of_a_mixed_step_have_metadata_of_their_own() -> None:
     assert subset.seq_lens.tolist() == [60, 80]
     assert subset.block_table.tolist() == [[2, 3], [6, 7]]
     assert (subset.scheduler_metadata, metadata.scheduler_metadata) == (None, "of all rows")
+
+
+def test_a_step_says_whether_it_replays_a_full_graph(graphs: DecodeGraphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    from vllm_sparse.step.requests import TABLE
+
+    def gathered(runner: Any, slots: list[int] | None, dummy_run: bool) -> tuple[Any, int | None]:
+        """As vLLM describes a batch of decode rows, or one with a prompt chunk."""
+        batch = None if dummy_run else SimpleNamespace(idx_mapping_np=np.array(slots))
+        return batch, None if slots == [7] else 1
+
+    monkeypatch.setattr(GPUModelRunner, "gather_batch_req_state", gathered)
+    gpu_model_runner.install()
+    set_graphs(graphs)
+    TABLE.attach(slots_in_metadata=True)
+    TABLE.put(1, request(CONFIGURED))
+    TABLE.put(2, request(replace(CONFIGURED, budget_tokens=LIST_TOKENS + 1)))
+
+    def is_full(slots: list[int], dummy_run: bool = False) -> bool:
+        _, uniform_tokens = GPUModelRunner.gather_batch_req_state(None, slots, dummy_run)
+        assert dummy_run or TABLE.full_graph == (uniform_tokens is not None and bool(graphs.sizes))
+        return TABLE.full_graph
+
+    try:
+        assert is_full([0, 1])
+        assert not is_full([0, 1], dummy_run=True)
+        assert not is_full([1, 2])
+        assert not is_full([7])
+        graphs.sizes = []
+        assert not is_full([0])
+    finally:
+        TABLE.attach(slots_in_metadata=False)
+        TABLE.full_graph = False
+        set_graphs(None)

@@ -173,6 +173,7 @@ def test_a_preset_that_no_graph_holds_is_refused(directory: Path, stepped: None)
 def test_defaults_that_graphs_hold_are_taken(directory: Path) -> None:
     server = served(decode_graphs=True, methods=["tidal", "blocktopk", "hip", "sale"])
     settings = {
+        "unprofitable": "sparse",
         "tidal": {"budget_tokens": 4096, "sink_tokens": 0, "dense_layers": 4, "selection_reads": "list"},
         "hip": {"sink_tokens": 64},
         "sale": {"tau": 0.1},

@@ -19,6 +19,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from vllm_sparse.backend.attention_shape import attention_shape
 from vllm_sparse.backend.decode_buffers import DecodeBuffers
 from vllm_sparse.backend.decode_graphs import DecodeGraphs, set_graphs
 from vllm_sparse.backend.execution import StepExecution
@@ -34,8 +35,11 @@ from vllm_sparse.keys import PagedKeys, PlainKeys
 from vllm_sparse.methods.decode import BatchDecodeMethod
 from vllm_sparse.methods.method import Method
 from vllm_sparse.methods.registry import DECODE_METHODS
+from vllm_sparse.step.costs import StepCosts
+from vllm_sparse.step.gpu_table import costs_of
 from vllm_sparse.step.launch import Executor
 from vllm_sparse.step.plan import RowSpan
+from vllm_sparse.step.requests import SparseRequest
 from vllm_sparse.step.rows import ServerSize
 
 logger = logging.getLogger("vllm.sparse")
@@ -68,6 +72,11 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
             _warn_of_rows_without_graphs(configured, methods, config.decode_list_tokens)
         if vllm_config.kernel_config.enable_jit_warmup:
             PrefillWarmUp(vllm_config, layer_names[0]).register_warmup()
+        self.step_costs = StepCosts(
+            costs_of(torch.cuda.get_device_name(device)),
+            attention_shape(vllm_config, kv_cache_spec, size.num_layers),
+            methods if config.decode_in_batches else [],
+        )
         self._graphs: DecodeGraphs | None = None
         # vLLM makes a builder to measure memory with, too; its buffers are not needed beside these.
         set_graphs(None)
@@ -93,6 +102,10 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
     def step_starts(self, step: StepExecution) -> None:
         if self._graphs is not None:
             self._graphs.step = step
+
+    def graphs_hold(self, requests: Sequence[SparseRequest], rows: int) -> bool:
+        graphs = self._graphs
+        return graphs is None or not graphs.sizes or graphs.holds(requests, rows)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         """vLLM's own graphs hold dense attention only, those of `DecodeGraphs` what is being captured."""

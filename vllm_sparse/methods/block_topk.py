@@ -109,6 +109,10 @@ class BlockTopk(TopTokensMethod):
         """Candidates have exact scores, in a second stage."""
         return self.candidate_factor > 1 or self.coverage < 1
 
+    @property
+    def candidate_tokens(self) -> int:
+        return self.candidate_factor * self.budget_tokens if self.scores_candidates else 0
+
     def select(
         self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory
     ) -> PageList:

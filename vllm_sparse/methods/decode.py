@@ -59,6 +59,11 @@ class DecodeMethod(Method):
         """
         return None
 
+    @property
+    def candidate_tokens(self) -> int:
+        """Tokens whose keys a choice reads beside the scores of the whole context, to choose among them; 0: none."""
+        return 0
+
     @abstractmethod
     def layer_roles(self, num_layers: int) -> list[Role]:
         """Role of each layer: what a row reads there, and whether it writes a list.

@@ -30,7 +30,7 @@ import argparse
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -147,18 +147,30 @@ class Measurement:
     @property
     def step_seconds(self) -> float:
         """Of all layers by their roles."""
-        by_role = {
-            Role.DENSE: self.dense_seconds,
-            Role.DENSE_AND_WRITE: self.choosing_seconds,
-            Role.WRITE_AND_READ: self.choosing_seconds,
-            Role.READ: self.attention_seconds,
-        }
-        return sum(by_role[role] for role in self.roles)
+        return step_seconds(self.roles, self.selection_seconds, self.attention_seconds, self.dense_seconds)
 
     @property
     def dense_step_seconds(self) -> float:
         """Of as many dense layers."""
         return self.dense_seconds * len(self.roles)
+
+
+def step_seconds(roles: Sequence[Role], selection: float, attention: float, dense: float) -> float:
+    """Time of all layers of a step.
+
+    Args:
+        roles: of the layers.
+        selection: seconds of a choice.
+        attention: seconds of attention over lists.
+        dense: seconds of attention over everything.
+    """
+    by_role = {
+        Role.DENSE: dense,
+        Role.DENSE_AND_WRITE: selection + dense,
+        Role.WRITE_AND_READ: selection + attention,
+        Role.READ: attention,
+    }
+    return sum(by_role[role] for role in roles)
 
 
 def selection_of(method: DecodeMethod, batch: DecodeBatch, steps: int = 1) -> Selection:
