@@ -21,9 +21,9 @@ from vllm_sparse.methods.knobs import KNOBS, DenseLayers, KnobError, ListPer, Qu
 from vllm_sparse.methods.prefill import Layer, PrefillMethod, mean_reach
 
 BLOCK_TOKENS = 128
-# Density at 8K, where 4096 keys are in reach on average, was 0.42 at gamma 0.9, 0.50 at 0.95 and 0.61 at 0.98; at 32K it
-# was 0.27, 0.35 and 0.46, means over chunks (Qwen2.5-Coder-0.5B, docs/methods.md): about 1 - (1 - gamma) ** 0.24, falling
-# by this power of the keys in reach.
+# Density at 8K, where 4096 keys are in reach on average, was 0.42 at gamma 0.9, 0.50 at 0.95 and 0.61 at 0.98; at 32K
+# it was 0.27, 0.35 and 0.46, means over chunks (Qwen2.5-Coder-0.5B, docs/methods.md): about 1 - (1 - gamma) ** 0.24,
+# falling by this power of the keys in reach.
 DENSITY_EXPONENT, DENSITY_BY_REACH = 0.24, 0.33
 MEASURED_REACH_TOKENS = 4096
 
