@@ -210,7 +210,7 @@ def test_the_policy_has_the_best_worst_and_then_the_best_mean_recall(
 
 def test_the_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
     measured = Measured("m", 2048, 16, 64, "kv_head", [100, 90], 32, [None, None, 0.5, 0.25])
-    policy = Policy(ROLES, measured, 1024, "by hand")
+    policy = Policy(ROLES, measured, 1024, "list", "by hand")
     policy.save(tmp_path / "tidal.json")
     assert load(str(tmp_path / "tidal.json")).contents == policy
 
@@ -230,6 +230,15 @@ def test_a_policy_tells_the_budget_where_nobody_else_does(tmp_path: Path) -> Non
         assert params.decode.budget_tokens == expected
 
 
+def test_a_policy_tells_what_choosing_layers_read(tmp_path: Path) -> None:
+    path = tmp_path / "tidal.json"
+    Policy(ROLES, selection_reads="list").save(path)
+    for extras, expected in (({}, Role.WRITE_AND_READ), ({"tidal_selection_reads": "everything"}, ROLES[1])):
+        params = resolve({"sparse_decode": "tidal", **extras}, configured(str(path)), LAYERS)
+        assert params.decode is not None
+        assert params.decode.layer_roles(LAYERS)[1] is expected
+
+
 @pytest.mark.parametrize("name", shipped())
 def test_a_shipped_policy_is_known_by_its_name(name: str) -> None:
     policy = load(name).contents
@@ -237,7 +246,9 @@ def test_a_shipped_policy_is_known_by_its_name(name: str) -> None:
     config = parse_server_config({"sparse": {"tidal": {"policy": name}}}, layers, HEADS)
     params = resolve({"sparse_decode": "tidal"}, config, layers)
     assert params.decode is not None
-    assert params.decode.layer_roles(layers) == policy.roles
+    assert isinstance(params.decode, Tidal)
+    assert params.decode.layer_roles(layers) == params.decode.with_selection_reads(policy.roles)
+    assert params.decode.selection_reads == policy.selection_reads
     assert params.decode.budget_tokens == policy.budget_tokens
     assert policy.note, "says where it comes from"
 

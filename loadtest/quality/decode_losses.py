@@ -27,7 +27,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from vllm_sparse.calibration.decoding import Decoder, Prefix, Told
+from vllm_sparse.calibration.decoding import Decoder, Prefix
 from vllm_sparse.calibration.prompts import TASK_KINDS, TaskPrompt, task_prompts
 from vllm_sparse.quality.tasks.scoring import score
 from vllm_sparse.quality.tasks.task import Task
@@ -184,29 +184,6 @@ def aged(listed: torch.Tensor, forced: torch.Tensor, steps: int) -> torch.Tensor
     return listed[:, :, chosen] | forced
 
 
-class Result:
-    """What a rule did, over all prompts so far."""
-
-    def __init__(self) -> None:
-        self.told: list[Told] = []
-        self.scores: list[float] = []
-        self.read: list[float] = []
-        self.kept: list[torch.Tensor] = []
-
-    def row(self, name: str) -> str:
-        """Of the Markdown table."""
-        kept = torch.stack(self.kept).mean(0)
-        numbers = (
-            f"{statistics.fmean(self.scores):.3f}",
-            f"{statistics.fmean(told.same for told in self.told):.3f}",
-            f"{statistics.fmean(told.divergence for told in self.told):.4f}",
-            f"{statistics.fmean(self.read):.3f}",
-            f"{float(kept.mean()):.3f}",
-            f"{float(kept.min()):.3f}",
-        )
-        return f"| {name} | {' | '.join(numbers)} |"
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -221,22 +198,36 @@ def main() -> None:
     rules = {
         name: TypeAdapter(Rule).validate_json(text) for name, _, text in (rule.partition("=") for rule in given.rule)
     }
-    results = {name: Result() for name in rules}
     decoder = Decoder(given.model, given.device)
-    dense_scores = []
-    for task, prefix in prefixes(decoder, given):
-        dense_scores.append(_score(decoder, task, prefix.said))
-        for name, rule in rules.items():
-            lists = RuleLists(rule)
-            told = decoder.tell(prefix, lists)
-            results[name].told.append(told)
-            results[name].scores.append(_score(decoder, task, [prefix.said[0], *told.picks]))
-            results[name].read.append(float(torch.cat([each.flatten() for each in lists.read]).mean()))
-            results[name].kept.append(torch.stack([each.mean(2).flatten() for each in lists.kept]).cpu())
-    print(f"dense: score {statistics.fmean(dense_scores):.3f}\n")
-    print("| rule | score | same | KL | read | kept | least kept |", "|---|---|---|---|---|---|---|", sep="\n")
-    for name, result in results.items():
-        print(result.row(name))
+    answered = list(prefixes(decoder, given))
+    dense = statistics.fmean(_score(decoder, task, prefix.said) for task, prefix in answered)
+    print(f"dense: score {dense:.3f}\n")
+    print(
+        "| rule | score | same | KL | read | kept | least kept |", "|---|---|---|---|---|---|---|", sep="\n", flush=True
+    )
+    for name, rule in rules.items():
+        print(row(name, rule, decoder, answered), flush=True)
+
+
+def row(name: str, rule: Rule, decoder: Decoder, answered: Sequence[tuple[Task, Prefix]]) -> str:
+    """What a rule did over all prompts, as a row of the Markdown table."""
+    told, scores, read, kept = [], [], [], []
+    for task, prefix in answered:
+        lists = RuleLists(rule)
+        told.append(decoder.tell(prefix, lists))
+        scores.append(_score(decoder, task, [prefix.said[0], *told[-1].picks]))
+        read.append(float(torch.cat([each.flatten() for each in lists.read]).mean()))
+        kept.append(torch.stack([each.mean(2).flatten() for each in lists.kept]))
+    of_heads = torch.stack(kept).mean(0)
+    numbers = (
+        f"{statistics.fmean(scores):.3f}",
+        f"{statistics.fmean(one.same for one in told):.3f}",
+        f"{statistics.fmean(one.divergence for one in told):.4f}",
+        f"{statistics.fmean(read):.3f}",
+        f"{float(of_heads.mean()):.3f}",
+        f"{float(of_heads.min()):.3f}",
+    )
+    return f"| {name} | {' | '.join(numbers)} |"
 
 
 def _score(decoder: Decoder, task: Task, said: Sequence[int]) -> float:

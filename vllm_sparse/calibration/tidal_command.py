@@ -32,8 +32,8 @@ from vllm_sparse.methods.tidal.method import DENSE_LAYERS
 from vllm_sparse.methods.tidal.policy import Measured, Policy
 from vllm_sparse.step.roles import Role
 
-# Tokens of an answer, at most: four numbers, or the lines of a function that find it.
-ANSWER_TOKENS = 64
+# Tokens of an answer, at most: enough to be led astray, few enough that the search takes minutes.
+ANSWER_TOKENS = 32
 # Bounds of the quality gate (vllm_sparse.quality.gate), and what answers to a few prompts can tell.
 MOST_DIVERGENCE, LEAST_SAME = 0.02, 0.98
 BUDGETS = (1024, 2048, 4096)
@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
     methods = []
     for budget_tokens in sorted(set(given.budgets)):
         try:
-            methods.append(Tidal(budget_tokens=budget_tokens))
+            methods.append(Tidal(budget_tokens=budget_tokens, selection_reads=given.selection_reads))
         except (ValueError, KnobError) as error:
             parser.error(f"--budgets {budget_tokens}: {error}")
     prompts = calibration_prompts.prompts_of(parser, given)
@@ -119,7 +119,7 @@ def main(arguments: list[str]) -> None:
         for number in numbers:
             roles = choose_roles(recall, given.dense_layers, number)
             points.append(_point(one.method, roles, recall, mass, context_tokens))
-        points.append(_point(one.method, one.method.layer_roles(layers), recall, mass, context_tokens))
+        points.append(_point(one.method, Tidal().layer_roles(layers), recall, mass, context_tokens))
     points.sort(key=lambda point: point.cost)
     told = [_told(point, decoder, prefixes) for point in points]
     print(frontier(told))
@@ -143,7 +143,7 @@ def main(arguments: list[str]) -> None:
         round(chosen.divergence, 5),
         round(chosen.same, 4),
     )
-    Policy(chosen.roles, measured, chosen.method.budget_tokens).save(given.output)
+    Policy(chosen.roles, measured, chosen.method.budget_tokens, given.selection_reads).save(given.output)
     print(
         f"\n{given.output}: budget {chosen.method.budget_tokens}, layers "
         f"{', '.join(map(str, chosen.choosing))} choose; modelled cost {chosen.cost:.3f} "
@@ -165,6 +165,12 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=DENSE_LAYERS,
         help="first layers, dense; the next one chooses (default %(default)s)",
+    )
+    parser.add_argument(
+        "--selection-reads",
+        choices=("everything", "list"),
+        default="list",
+        help="what a layer that chooses reads itself; its own list costs a third of everything (default %(default)s)",
     )
     parser.add_argument("--selections", type=int, help="layers that choose (default: as few as stay within the bounds)")
     parser.add_argument(
@@ -219,13 +225,14 @@ def _point(
     method: Tidal, roles: list[Role], recall: list[list[float]], mass: list[list[float]], context_tokens: int
 ) -> Point:
     kept = [share for share in recall_of(roles, mass) if share is not None]
-    cost = modelled_cost(roles, method.budget_tokens, context_tokens)
+    cost = modelled_cost(method.with_selection_reads(roles), method.budget_tokens, context_tokens)
     return Point(method, roles, recall_of(roles, recall), statistics.fmean(kept), cost)
 
 
 def _told(point: Point, decoder: Decoder, prefixes: Sequence[Prefix]) -> Point:
     """The point with what decoding by it changes; prompts count by the tokens of their answers."""
-    told = [decoder.tell(prefix, PolicyLists(point.method, point.roles)) for prefix in prefixes]
+    roles = point.method.with_selection_reads(point.roles)
+    told = [decoder.tell(prefix, PolicyLists(point.method, roles)) for prefix in prefixes]
     tokens = [len(prefix.logits) for prefix in prefixes]
     return dataclasses.replace(
         point,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -76,15 +76,16 @@ class Tidal(TopTokensMethod):
 
     @classmethod
     def knobs_of_files(cls, knobs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The policy's budget, where the policy is followed."""
+        """The policy's budget and `selection_reads`, where the policy is followed."""
         if knobs.get("dense_layers") is not None or knobs.get("reselect_layers"):
             return {}
         try:
-            budget_tokens = load(knobs["policy"]).contents.budget_tokens
+            policy = load(knobs["policy"]).contents
         except (KeyError, TypeError, ValueError):
             # None given, or a wrong one, of which the check of the knob tells.
             return {}
-        return {} if budget_tokens is None else {"budget_tokens": budget_tokens}
+        held = {"budget_tokens": policy.budget_tokens, "selection_reads": policy.selection_reads}
+        return {knob: value for knob, value in held.items() if value is not None}
 
     def __post_init__(self) -> None:
         # Equal sets of layers are equal settings, which share cached blocks.
@@ -116,8 +117,12 @@ class Tidal(TopTokensMethod):
         self.layer_roles(num_layers)
 
     def layer_roles(self, num_layers: int) -> list[Role]:
+        return self.with_selection_reads(self._roles(num_layers))
+
+    def with_selection_reads(self, roles: Sequence[Role]) -> list[Role]:
+        """Roles in which layers that select read what the knob says."""
         writing = Role.DENSE_AND_WRITE if self.selection_reads == "everything" else Role.WRITE_AND_READ
-        return [writing if role.writes_list else role for role in self._roles(num_layers)]
+        return [writing if role.writes_list else role for role in roles]
 
     def _roles(self, num_layers: int) -> list[Role]:
         """Roles where layers that select read everything."""

@@ -23,7 +23,7 @@ logger = logging.getLogger("vllm.sparse")
 
 SHIPPED = Path(__file__).parent / "policies"
 CHECKED = ConfigDict(extra="forbid", strict=True)
-# Layers that write the list which they read themselves are the knob `selection_reads`, not a policy's.
+# Whether layers that write a list read it themselves says `selection_reads`, not their role.
 ROLES = {role.value: role for role in (Role.DENSE, Role.DENSE_AND_WRITE, Role.READ)}
 # Names in files of earlier releases.
 FORMER_NAMES = {"select": Role.DENSE_AND_WRITE, "reuse": Role.READ}
@@ -90,6 +90,7 @@ class Policy:
             list that was written last.
         measured: what the policy was found with; absent if a person wrote it.
         budget_tokens: of a list, where neither the server nor a request says otherwise; absent: the method's default.
+        selection_reads: what a layer that chooses reads itself, likewise.
         note: for people: where the policy comes from.
         version: of the format.
     """
@@ -97,6 +98,7 @@ class Policy:
     roles: list[PolicyRole]
     measured: Measured | None = None
     budget_tokens: Annotated[int, Field(ge=16, le=UNBOUNDED_TOKENS)] | None = None
+    selection_reads: Literal["everything", "list"] | None = None
     note: str = ""
     version: Literal[1] = 1
 
