@@ -47,7 +47,8 @@ class Rule:
         choose_every_steps: steps that a list lives; new tokens join it.
         merge: how the query heads of a KV head share a list: by the largest of their probabilities, the mean of their
             probabilities, the largest of their raw scores, or not at all.
-        page_tokens: above 1, the bounds of pages of so many keys choose (Quest) in place of exact scores.
+        page_tokens: above 1, pages of so many tokens are kept or dropped as one.
+        page_scores: what a page is worth: the bounds of its keys (Quest), or its best token.
         candidate_factor: above 0, the pages hold so many budgets of candidates among which exact scores choose.
         coverage: below 1, a list ends where it holds this share of the merged attention.
         sink_tokens: first tokens, forced.
@@ -63,6 +64,7 @@ class Rule:
     choose_every_steps: int = 1
     merge: Literal["max", "mean", "raw_max", "none"] = "max"
     page_tokens: int = 1
+    page_scores: Literal["bounds", "exact"] = "bounds"
     candidate_factor: int = 0
     coverage: float = 1.0
     sink_tokens: int = 16
@@ -130,7 +132,11 @@ def choose(rule: Rule, query: torch.Tensor, key: torch.Tensor, scores: torch.Ten
     forced = reach & ((positions < rule.sink_tokens) | (positions > ends - max(rule.recent_tokens, 1)))
     ranking = merged(scores, rule.merge)
     if rule.page_tokens > 1:
-        pages = merged(page_bounds(query, key, rule.page_tokens) * scale, rule.merge)
+        if rule.page_scores == "bounds":
+            pages = merged(page_bounds(query, key, rule.page_tokens) * scale, rule.merge)
+        else:
+            padded = torch.nn.functional.pad(ranking, (0, -tokens % rule.page_tokens), value=-torch.inf)
+            pages = padded.view(*padded.shape[:3], -1, rule.page_tokens).amax(4)
         of_tokens = pages.repeat_interleave(rule.page_tokens, 3)[..., :tokens]
         factor = max(rule.candidate_factor, 1)
         candidates = best(of_tokens.masked_fill(~reach, -torch.inf), forced, rule.budget_tokens * factor) & reach
