@@ -39,6 +39,9 @@ MOST_DIVERGENCE, LEAST_SAME = 0.02, 0.98
 BUDGETS = (1024, 2048, 4096)
 # Numbers of choosing layers that are tried grow by a third, as costs do.
 GROWTH = 4 / 3
+HEADER = """
+| cost | budget | choosing layers | worst recall | mean recall | kept | KL | same |
+|---|---|---|---|---|---|---|---|"""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,14 @@ class Point:
     def choosing(self) -> list[int]:
         """Layers that choose."""
         return [layer for layer, role in enumerate(self.roles) if role.writes_list]
+
+    @property
+    def row(self) -> str:
+        """Of the Markdown table under `HEADER`."""
+        numbers = f"{min(self.found):.3f} | {statistics.fmean(self.found):.3f} | {self.kept:.3f}"
+        changed = f"{self.divergence:.4f} | {self.same:.3f}"
+        layers = " ".join(map(str, self.choosing))
+        return f"| {self.cost:.3f} | {self.method.budget_tokens} | {layers} | {numbers} | {changed} |"
 
 
 def main(arguments: list[str]) -> None:
@@ -121,8 +132,11 @@ def main(arguments: list[str]) -> None:
             points.append(_point(one.method, roles, recall, mass, context_tokens))
         points.append(_point(one.method, Tidal().layer_roles(layers), recall, mass, context_tokens))
     points.sort(key=lambda point: point.cost)
-    told = [_told(point, decoder, prefixes) for point in points]
-    print(frontier(told))
+    print(HEADER)
+    told = []
+    for point in points:
+        told.append(_told(point, decoder, prefixes))
+        print(told[-1].row, flush=True)
     chosen = next((point for point in told if _is_within(point, given)), None)
     if chosen is None:
         best = min(told, key=lambda point: point.divergence)
@@ -245,17 +259,3 @@ def _is_within(point: Point, given: argparse.Namespace) -> bool:
     return bool(
         point.divergence <= given.divergence and point.same >= given.same and min(point.found) >= given.recall_floor
     )
-
-
-def frontier(points: Sequence[Point]) -> str:
-    """Markdown: what each policy costs and changes."""
-    lines = [
-        "| cost | budget | choosing layers | worst recall | mean recall | kept | KL | same |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for point in points:
-        numbers = f"{min(point.found):.3f} | {statistics.fmean(point.found):.3f} | {point.kept:.3f}"
-        changed = f"{point.divergence:.4f} | {point.same:.3f}"
-        layers = " ".join(map(str, point.choosing))
-        lines.append(f"| {point.cost:.3f} | {point.method.budget_tokens} | {layers} | {numbers} | {changed} |")
-    return "\n".join(lines)
