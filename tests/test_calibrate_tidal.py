@@ -353,8 +353,8 @@ def test_a_file_of_another_model_is_refused_at_start(file: str) -> None:
 
 def test_the_command_calibrates_the_bundled_model(tmp_path: Path) -> None:
     output = tmp_path / "found.json"
-    sizes = ["--tokens", "700", "--count", "2", "--budgets", "128", "256", "--dense-layers", "1"]
-    bounds = ["--divergence", "9", "--same", "0"]
+    sizes = ["--tokens", "2000", "--count", "2", "--budgets", "128", "256", "--dense-layers", "1"]
+    bounds = ["--selections", "2", "--divergence", "9", "--same", "0"]
     ended = run_installed("calibrate", "tidal", str(MODEL), "--output", str(output), *sizes, *bounds)
     assert ended.returncode == 0, ended.stderr
     assert "prompt 2 of 2" in ended.stdout
@@ -382,7 +382,7 @@ def test_the_command_calibrates_the_bundled_model(tmp_path: Path) -> None:
         (["--recall-floor", "1.5"], "--recall-floor 1.5: 0 to 1 is"),
         (["--same", "-1"], "--same -1.0: 0 to 1 is"),
         (["--budgets", "64"], "--budgets 64: .*do not hold sink_tokens 16 and recent_tokens 64"),
-        (["--tokens", "700", "--budgets", "700"], "shortest prompt has .*must not hold all of them"),
+        (["--tokens", "2000", "--count", "1", "--budgets", "2000"], "shortest prompt has .*must not hold all of them"),
         (["--tokens", "16"], "--tokens 16: .*too few"),
     ],
 )

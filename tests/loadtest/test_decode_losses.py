@@ -123,9 +123,9 @@ def test_the_table_of_a_prompt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A list of everything changes nothing; one of few tokens does; the second run reads what the first one kept."""
-    rules = ['--rule=all={"budget_tokens": 1000}']
+    rules = ['--rule=all={"budget_tokens": 4000}']
     rules.append('--rule=few={"budget_tokens": 6, "sink_tokens": 2, "recent_tokens": 2}')
-    command = ["decode_losses", str(MODEL), "--tokens", "700", "--prompts", "1", "--keep", str(tmp_path), *rules]
+    command = ["decode_losses", str(MODEL), "--tokens", "2000", "--prompts", "1", "--keep", str(tmp_path), *rules]
     tables = []
     for _ in range(2):
         monkeypatch.setattr(sys, "argv", command)
