@@ -328,7 +328,10 @@ def test_what_is_kept_of_a_page_is_the_servers_choice(knob: str, value: Any) -> 
         ({"flexprefill": {"gamma": "high"}}, r"object sparse\.flexprefill: flexprefill_gamma is 'high'"),
         ({"decode": "tidal", "tidal": {"dense_layers": 32}}, "32 layers"),
         ({"blocktopk": {"page_tokens": 24}}, "blocktopk_page_tokens is 24; one of 16, 32, 64 is allowed"),
-        ({"blocktopk": {"scores": "max"}}, "blocktopk_scores is 'max'; one of 'mean', 'bounds' is allowed"),
+        (
+            {"blocktopk": {"scores": "max"}},
+            "blocktopk_scores is 'max'; one of 'mean', 'bounds', 'float8_bounds' is allowed",
+        ),
         ({"decode": "blocktopk"}, "sparse_decode is 'blocktopk'.*not enable it"),
         (
             {"hip": {"widow": 3}},

@@ -25,7 +25,7 @@ from vllm_sparse.methods.decode import BatchDecodeMethod, LayerMemory
 from vllm_sparse.methods.hip import HipDecode
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.step.guard import guarded_roles
-from vllm_sparse.step.launch import Executor, Launch
+from vllm_sparse.step.launch import Executor, Launch, LayerLaunches
 from vllm_sparse.step.requests import RowSetting
 from vllm_sparse.step.roles import Role
 from vllm_sparse.step.rows import ServerSize
@@ -57,7 +57,7 @@ WIDE = Tidal(budget_tokens=300, dense_layers=0, reselect_layers=(2, 3), sink_tok
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=13)
+    run_under_the_interpreter(__file__, passing=14)
 
 
 class Gather(Executor):
@@ -148,14 +148,14 @@ def run_step(
     padding: int = 0,
     capacity: int = 1 << 20,
     all_sparse: bool = False,
-    launched_for: list[Row] | None = None,
+    launches: list[LayerLaunches] | None = None,
 ) -> list[torch.Tensor]:
     """Each layer's output, by the launches that these rows need, or other ones."""
     settings = settings_of(rows)
     buffers.tell(settings)
     contexts = torch.tensor([row.context for row in rows] + [0] * padding, dtype=torch.int32, device=DEVICE)
     table = torch.nn.functional.pad(data[0].block_table, (0, 0, 0, padding))
-    launches = buffers.launches(settings_of(launched_for or rows), all_sparse)
+    launches = launches or buffers.launches(settings, all_sparse)
     step = DecodeStep(buffers, len(rows) + padding, launches, contexts, table, capacity)
     outputs = []
     for layer in range(LAYERS):
@@ -392,8 +392,32 @@ def test_layers_that_the_guard_sent_dense_read_everything(in_graph: bool) -> Non
     assert rows[3].setting.roles[3] is Role.READ
     assert rows[7].setting.roles[4] is Role.DENSE
     data, queries, seed = draw(rows)
-    of_graph = [replace(row, guarded=frozenset()) for row in rows] if in_graph else None
-    outputs = run_step(new_buffers(), rows, data, queries, padding=1, launched_for=of_graph)
+    buffers = new_buffers()
+    of_graph = [replace(row, guarded=frozenset()) for row in rows] if in_graph else rows
+    launches = buffers.launches(settings_of(of_graph), all_sparse=False)
+    outputs = run_step(buffers, rows, data, queries, padding=1, launches=launches)
+    check(rows, outputs, expected(rows, data, queries, set()), (data, queries, seed))
+
+
+@needs_triton
+def test_a_step_of_any_roles_equals_the_oracle() -> None:
+    """By the launches that hold every role of every method in every layer, whatever those of the server."""
+    rows = [
+        Row(700, TIDAL),
+        Row(640, replace(TIDAL, dense_layers=3, reselect_layers=(4,))),
+        Row(610, replace(TIDAL, dense_layers=0, reselect_layers=(2, 3), selection_reads="list", budget_tokens=80)),
+        Row(500, replace(TIDAL, dense_layers=4, reselect_layers=(5,)), guarded=frozenset({5})),
+        Row(333),
+        Row(777, replace(BLOCKS, dense_layers=0)),
+        Row(560, replace(BLOCKS, dense_layers=5, budget_tokens=48, recent_tokens=7)),
+        Row(90, replace(BLOCKS, dense_layers=1)),
+        Row(650, replace(HIP, dense_layers=3)),
+        Row(431, FLAT, guarded=frozenset({1})),
+    ]
+    assert len({row.setting.roles for row in rows}) == len(rows)
+    buffers = new_buffers()
+    data, queries, seed = draw(rows)
+    outputs = run_step(buffers, rows, data, queries, padding=2, launches=buffers.launches_of_any_roles())
     check(rows, outputs, expected(rows, data, queries, set()), (data, queries, seed))
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests import oracle
+from tests.cuda_graph import captured
 from tests.kernels.hopper import compile_for_hopper, spilled_bytes
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from tests.oracle import Platform
+from vllm_sparse.kernels.candidate_tokens import CandidateMemory
 from vllm_sparse.kernels.page_summaries import store_summaries
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.pages import to_logical
-from vllm_sparse.step.rows import DecodeRows, RowScores, RowsPlace, TokenLists
+from vllm_sparse.step.rows import DecodeRows, RowScores, RowsPlace, ServerSize, TokenLists
 
 pytest.importorskip("triton")
 
@@ -112,9 +116,10 @@ def test_lists_equal_the_definition(
     """A ragged batch of rows with other knobs, one of which stands by; a list's scores do not fit into registers."""
     from vllm_sparse.kernels.candidate_tokens import triton as candidate_tokens
 
-    monkeypatch.setattr(candidate_tokens, "MOST_ROW_ENTRIES", 256)
-    monkeypatch.setattr(candidate_tokens, "TILE", 64)
-    monkeypatch.setattr(candidate_tokens, "threshold_tile", lambda entries: (128, 4))
+    monkeypatch.setattr(candidate_tokens, "KEY_TILE", 32)
+    monkeypatch.setattr(candidate_tokens, "ROW_TILE", 128)
+    monkeypatch.setattr(candidate_tokens, "SCORE_TILE", 64)
+    monkeypatch.setattr(candidate_tokens, "PROGRAMS", 64)
     seed = random.randrange(1 << 30)
     generator = torch.Generator().manual_seed(seed)
     contexts = [1, 1000, 700, 300, 129, 901, 128, 333]
@@ -130,10 +135,12 @@ def test_lists_equal_the_definition(
     values = torch.randn(len(contexts), kv_heads, most_pages, generator=generator).to(DEVICE)
     page_starts = torch.arange(len(contexts), device=DEVICE) * kv_heads * most_pages
     scores = RowScores(values, page_starts, most_pages, page)
-    starts = (seq_lens.cumsum(0) - seq_lens).long()
-    room = candidate_tokens.CandidateRoom(starts, int(seq_lens.sum()), 4, True)
     lists = empty_lists(len(contexts) * kv_heads, 128 + 2 * page)
-    candidate_tokens.best_candidates(scores, rows, row_knobs(methods), room, lists)
+    memory = CandidateMemory.allocate(ServerSize(len(contexts), 1000, 1, kv_heads), torch.device(DEVICE))
+    for _ in range(2):
+        # The second time what the first has left in the memory counts.
+        candidate_tokens.best_candidates(scores, rows, row_knobs(methods), memory, lists, 4, covers=True)
+        assert not bool(memory.arrived.any())
     group = heads // kv_heads
     for row, context in enumerate(contexts):
         for head in range(kv_heads):
@@ -181,7 +188,8 @@ def test_a_method_chooses_for_rows_as_for_one_request(server: BlockTopk) -> None
         expected += [oracle.live_pages(chosen, head) for head in range(kv_heads)]
     starts = (seq_lens.cumsum(0) - seq_lens).long()
     zeros = torch.zeros_like(seq_lens)
-    place = RowsPlace(starts, sum(contexts), zeros, zeros, seq_lens, 0, summaries, None)
+    memory = server.allocate(ServerSize(len(contexts), 1000, 1, kv_heads), torch.device(DEVICE))
+    place = RowsPlace(starts, sum(contexts), zeros, zeros, seq_lens, 0, summaries, memory)
     lists = empty_lists(len(contexts) * kv_heads, 160)
     server.choose_rows(rows, row_knobs(methods), place, lists)
     for index, positions in enumerate(expected):
@@ -190,34 +198,77 @@ def test_a_method_chooses_for_rows_as_for_one_request(server: BlockTopk) -> None
         assert positions_of(lists, index, table, block_size, kv_heads) == positions, f"{methods[row]}, seed {seed}"
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_replayed_graph_equals_eager_steps(rows: int, generator: torch.Generator) -> None:
+    """One capture for all steps, from summaries to lists, with rows that stand by."""
+    kv_heads, head_size, longest = 2, 128, 3000
+    server = BlockTopk(budget_tokens=256, candidate_factor=4, coverage=0.9, scores="float8_bounds")
+    platform = Platform("plain-bfloat16", DEVICE, torch.bfloat16, None, executes=False)
+    data = oracle.random_paged(platform, generator, [longest] * rows, kv_heads, head_size, 64)
+    shape = data.kv_cache.shape[0], kv_heads, 4, server.summaries.width(head_size)
+    summaries = torch.zeros(shape, dtype=server.summaries.dtype(torch.bfloat16), device=DEVICE)
+    for row in range(rows):
+        request = data.reader(row)
+        request.summaries = summaries
+        store_summaries(request, server.summaries, 0)
+    query = torch.zeros(rows, 8, head_size, dtype=torch.bfloat16, device=DEVICE)
+    seq_lens = torch.ones(rows, dtype=torch.int32, device=DEVICE)
+    starts = torch.arange(rows, device=DEVICE) * longest
+    own = DecodeRows(query, data.kv_cache, data.block_table, seq_lens, SCALE)
+    zeros = torch.zeros_like(seq_lens)
+
+    def make() -> tuple[TokenLists, Callable[[], None]]:
+        lists = empty_lists(rows * kv_heads, 300)
+        memory = server.allocate(ServerSize(rows, longest, 1, kv_heads), torch.device(DEVICE))
+        place = RowsPlace(starts, rows * longest, zeros, zeros, seq_lens, 0, summaries, memory)
+        return lists, functools.partial(server.choose_rows, own, row_knobs([server] * rows), place, lists)
+
+    (eager, choose), (replayed, call) = make(), make()
+    replay = captured(call)
+    choose()
+    for _ in range(5):
+        query.copy_(torch.randn(query.shape, generator=generator))
+        seq_lens.copy_(torch.randint(600, longest, (rows,), generator=generator))
+        seq_lens[rows // 2 + 1 :] = 0
+        choose()
+        replay()
+        assert torch.equal(eager.kept_tokens, replayed.kept_tokens)
+        for index, kept in enumerate(eager.kept_tokens.tolist()):
+            assert torch.equal(eager.slots[index, :kept], replayed.slots[index, :kept])
+    assert bool((eager.kept_tokens[: kv_heads * (rows // 2 + 1)] >= 80).all())
+
+
 @pytest.mark.skipif(CAN_RUN and DEVICE == "cpu", reason="Triton only interprets in this process")
-def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("group", "head_size"), [(4, 128), (1, 64), (8, 256)])
+@pytest.mark.parametrize("covers", [False, True])
+def test_kernels_compile_for_hopper(group: int, head_size: int, covers: bool, tmp_path: Path) -> None:
     """And have registers for what they hold of a list."""
     from vllm_sparse.kernels.candidate_tokens import triton as candidate_tokens
-    from vllm_sparse.kernels.common.triton import threshold_tile
 
-    compile_for_hopper(
-        candidate_tokens.candidate_rows_kernel,
+    integers = ("context", "knob", "candidate", "count", "arrived", "slot", "kept")
+    strides = ("knob_row_stride", "query_row_stride", "query_head_stride", "cache_token_stride")
+    compiled = compile_for_hopper(
+        candidate_tokens.best_candidates_kernel,
         {
-            **dict.fromkeys(("context_pointer", "knob_pointer", "page_context_pointer", "page_knob_pointer"), "*i32"),
-            **dict.fromkeys(("list_context_pointer", "list_knob_pointer"), "*i32"),
-            **dict.fromkeys(("start_pointer", "list_start_pointer"), "*i64"),
-            "knob_row_stride": "i32",
+            **dict.fromkeys(("query_pointer", "cache_pointer"), "*bf16"),
+            **dict.fromkeys((f"{name}_pointer" for name in integers), "*i32"),
+            **dict.fromkeys(("product_pointer", "partial_pointer"), "*fp32"),
+            **dict.fromkeys(("width", "list_width", "kv_heads", *strides), "i32"),
+            "scale": "fp32",
         },
-        {"KV_HEADS": 8, "HEAD_TILE": 8, "PAGE": 16},
-        num_warps=1,
+        {
+            "COVERS": covers,
+            "SPLITS": 64,
+            "GROUP": group,
+            "GROUP_TILE": 16,
+            "HEAD_SIZE": head_size,
+            "HEAD_TILE": head_size,
+            "KEY_TILE": candidate_tokens.keys_at_once(head_size),
+            "ROW_TILE": candidate_tokens.ROW_TILE,
+            "SCORE_TILE": candidate_tokens.SCORE_TILE,
+        },
+        num_warps=8,
+        num_stages=3,
     )
-    for most in (4096, candidate_tokens.MOST_ROW_ENTRIES):
-        entries, num_warps = threshold_tile(most)
-        compiled = compile_for_hopper(
-            candidate_tokens.covering_budget_kernel,
-            {
-                **dict.fromkeys(("context_pointer", "row_knob_pointer", "list_knob_pointer"), "*i32"),
-                **dict.fromkeys(("row_knob_stride", "kv_heads"), "i32"),
-                "score_pointer": "*fp32",
-                "start_pointer": "*i64",
-            },
-            {"GROUP": 4, "ROW_TILE": entries, "TILE": min(entries, candidate_tokens.TILE)},
-            num_warps=num_warps,
-        )
-        assert spilled_bytes(compiled, tmp_path) == 0
+    assert spilled_bytes(compiled, tmp_path) == 0

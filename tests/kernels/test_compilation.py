@@ -14,7 +14,7 @@ import torch
 
 from vllm_sparse.backend.decode_batch import BatchLayer, DecodeStep
 from vllm_sparse.backend.decode_buffers import DecodeBuffers
-from vllm_sparse.backend.decode_graphs import DENSE_ROW
+from vllm_sparse.backend.decode_graphs import DENSE_ROW, DecodeGraphs, captured_sizes
 from vllm_sparse.backend.warm_up import warm_up_chunks
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.methods.decode import BatchDecodeMethod
@@ -117,7 +117,7 @@ def test_rows_are_padded_as_in_graphs() -> None:
         (4, 1, {}),
         (14, 2, {}),
         (32, 8, {}),
-        (20, 5, {"blocktopk": {"candidate_factor": 4, "coverage": 0.9}}),
+        (20, 5, {"blocktopk": {"candidate_factor": 4, "coverage": 0.9, "scores": "float8_bounds"}}),
     ],
 )
 def test_no_decode_step_waits_for_the_compiler(
@@ -132,7 +132,9 @@ def test_no_decode_step_waits_for_the_compiler(
     cache = torch.zeros(BLOCKS, kv_heads, BLOCK, 2 * HEAD_SIZE, dtype=torch.bfloat16)
     kinds = {method.summaries for method in served if method.summaries is not None}
     summaries = {
-        kind: torch.zeros(BLOCKS, kv_heads, BLOCK // kind.page_tokens, kind.width(HEAD_SIZE), dtype=cache.dtype)
+        kind: torch.zeros(
+            BLOCKS, kv_heads, BLOCK // kind.page_tokens, kind.width(HEAD_SIZE), dtype=kind.dtype(cache.dtype)
+        )
         for kind in kinds
     }
     # Of an odd number of blocks, so that rows begin anywhere.
@@ -153,12 +155,12 @@ def test_no_decode_step_waits_for_the_compiler(
             step.attend(BatchLayer(layer, query, cache, 0.1, output, Nothing(), lambda *_: None, summaries))
 
     mixtures = [[method] for method in served] + [served]
-    for mixture in mixtures:
-        for all_sparse in (True, False):
-            launches = buffers.launches([setting(method, 0) for method in mixture], all_sparse)
-            for count in GRAPH_ROWS:
-                buffers.tell([DENSE_ROW] * count)
-                serve(launches, slice(0, count), most_rows * longest)
+    graphs = DecodeGraphs(buffers, served, LAYERS, speculative=False)
+    graphs.sizes = captured_sizes(GRAPH_ROWS)
+    for name, launches in graphs.launches.items():
+        for count in graphs.sizes_of(name):
+            buffers.tell([DENSE_ROW] * count)
+            serve(launches, slice(0, count), most_rows * longest)
     captured = set(launched)
     assert captured
     for _ in range(STEPS):

@@ -41,7 +41,7 @@ class StoredSummaries:
         # vLLM profiles with a smaller cache than it serves with.
         if stored is None or stored.shape != shape:
             former_bytes = 0 if stored is None else stored.nbytes
-            stored = torch.empty(shape, dtype=kv_cache.dtype, device=kv_cache.device)
+            stored = torch.empty(shape, dtype=kind.dtype(kv_cache.dtype), device=kv_cache.device)
             self.by_kind[kind] = stored
             memory = WorkerMetrics.get().memory
             if memory is not None:

@@ -25,7 +25,7 @@ class ServerSettings(BaseModel):
         decode_in_batches: on a GPU, serve the sparse decode rows of a step at once, inside CUDA graphs; false saves
             their memory and start-up time, and serves one request after the other between PIECEWISE graphs.
         decode_list_tokens: tokens of the longest decode list that a GPU server keeps room for and CUDA graphs hold;
-            requests that read more decode without them.
+            requests that ask for longer ones are refused.
         timing_interval_steps: in one of so many steps with sparse rows, selection and attention are timed; 0: never.
         recall_interval_steps: in one of so many with sparse rows of a phase, the recall of one row in one layer is
             measured; 0: never.

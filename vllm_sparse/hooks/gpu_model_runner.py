@@ -32,7 +32,7 @@ def install() -> None:
         TABLE.dummy_step = dummy_run
         graphs = current_graphs()
         if graphs is not None:
-            graphs.step = None
+            graphs.step, graphs.may_replay = None, False
         if batch is not None and uniform_tokens is not None and not graphs_hold(batch.idx_mapping_np):
             uniform_tokens = None
         return batch, uniform_tokens
@@ -41,7 +41,12 @@ def install() -> None:
 
 
 def graphs_hold(slots: np.ndarray) -> bool:
-    """Whether a step of the requests in these slots may replay a FULL graph."""
+    """Whether a step of the requests in these slots may replay a FULL graph, which then is chosen for sparse rows."""
     requests = TABLE.sparse_decodes(slots)
     graphs = current_graphs()
-    return not requests or (graphs is not None and graphs.holds(requests, len(slots)))
+    if not requests:
+        return True
+    if graphs is None or not graphs.holds(requests, len(slots)):
+        return False
+    graphs.may_replay = True
+    return True

@@ -90,6 +90,7 @@ class DecodeBaseline(TopTokensMethod):
 
     # A baseline to compare with. Each decode method takes CUDA graphs of its own, and so time at start-up.
     enabled_by_default: ClassVar[bool] = False
+    shares_lists: ClassVar[bool] = False
 
     budget_tokens: BudgetTokens = 2048
     sink_tokens: SinkTokens = 16

@@ -9,16 +9,24 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vllm_sparse.kernels.candidate_tokens import COVERAGE_UNITS, best_candidates
+from vllm_sparse.kernels.candidate_tokens import COVERAGE_UNITS, CandidateMemory, best_candidates
 from vllm_sparse.kernels.page_scores import page_scores
 from vllm_sparse.kernels.page_summaries import SummaryKind, read_summaries
 from vllm_sparse.kernels.top_tokens import TokenBudget, top_pages, top_tokens
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.decode import DecodeMethod, LayerMemory, TopTokensMethod
-from vllm_sparse.methods.knobs import KNOBS, BudgetTokens, DenseLayers, KnobError, RecentTokens, SinkTokens
+from vllm_sparse.methods.knobs import (
+    KNOBS,
+    UNBOUNDED_TOKENS,
+    BudgetTokens,
+    DenseLayers,
+    KnobError,
+    RecentTokens,
+    SinkTokens,
+)
 from vllm_sparse.pages import PageList
 from vllm_sparse.step.roles import Role
-from vllm_sparse.step.rows import DecodeRows, RowsPlace, TokenLists
+from vllm_sparse.step.rows import DecodeRows, RowsPlace, ServerSize, TokenLists
 
 
 @dataclass(frozen=True, config=KNOBS)
@@ -38,7 +46,8 @@ class BlockTopk(TopTokensMethod):
     is then its most. Both score exactly what they read summaries of, which no paper does.
 
     The summaries are kept beside the KV cache, a ``1 / page_tokens`` of it with ``bounds``, half that with ``mean``, so
-    what they are is the server's choice.
+    what they are is the server's choice. ``float8_bounds`` take half of ``bounds`` in a cache of 16-bit numbers. They
+    are rounded to the nearest, so a key may score a little more than they allow.
     """
 
     name: ClassVar[str] = "blocktopk"
@@ -46,6 +55,7 @@ class BlockTopk(TopTokensMethod):
     enabled_by_default: ClassVar[bool] = False
     server_knobs: ClassVar[tuple[str, ...]] = ("page_tokens", "scores")
     scores_tokens: ClassVar[bool] = True
+    shares_lists: ClassVar[bool] = False
     former_names: ClassVar[dict[str, str]] = {
         "budget": "budget_tokens",
         "block": "page_tokens",
@@ -57,7 +67,8 @@ class BlockTopk(TopTokensMethod):
     dense_layers: DenseLayers = 2
     page_tokens: Annotated[Literal[16, 32, 64], Field(description="tokens of a scored page")] = 16
     scores: Annotated[
-        Literal["mean", "bounds"], Field(description="what a page is scored by: its mean key, or bounds of its keys")
+        Literal["mean", "bounds", "float8_bounds"],
+        Field(description="what a page is scored by: its mean key, or bounds of its keys, also in 8-bit numbers"),
     ] = "bounds"
     candidate_factor: Annotated[
         int,
@@ -82,7 +93,7 @@ class BlockTopk(TopTokensMethod):
 
     @property
     def summaries(self) -> SummaryKind:
-        return SummaryKind(self.page_tokens, self.scores == "bounds")
+        return SummaryKind(self.page_tokens, self.scores != "mean", self.scores == "float8_bounds")
 
     def layer_roles(self, num_layers: int) -> list[Role]:
         if self.dense_layers >= num_layers:
@@ -121,7 +132,10 @@ class BlockTopk(TopTokensMethod):
         return 1 if self.candidate_factor > 1 else self.page_tokens
 
     def row_knobs(self) -> tuple[int, ...]:
-        return *super().row_knobs(), self.candidate_factor, round(self.coverage * COVERAGE_UNITS)
+        budget, sink, recent = super().row_knobs()
+        # Rows that keep no more candidates than they read, in whole pages, may read them all.
+        most = UNBOUNDED_TOKENS if self.candidate_factor == 1 else budget
+        return budget * self.candidate_factor, sink, recent, most, round(self.coverage * COVERAGE_UNITS)
 
     def serves(self, method: DecodeMethod, max_seq_len: int) -> bool:
         # What is launched in a layer is the server's; of that a row may do less.
@@ -130,6 +144,9 @@ class BlockTopk(TopTokensMethod):
             and method.candidate_factor <= self.candidate_factor
             and (method.coverage == 1 or self.coverage < 1)
         )
+
+    def allocate(self, size: ServerSize, device: torch.device) -> CandidateMemory | None:
+        return CandidateMemory.allocate(size, device) if self.scores_candidates else None
 
     def choose_rows(self, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
         # Imported here: there is Triton only where there is a GPU.
@@ -143,10 +160,11 @@ class BlockTopk(TopTokensMethod):
         if not self.scores_candidates:
             top_tokens(scores, rows, knobs, lists)
             return
-        room = candidate_tokens.CandidateRoom(
-            place.starts, place.capacity_tokens, self.candidate_factor, self.coverage < 1
+        memory = place.memory
+        assert isinstance(memory, CandidateMemory)
+        candidate_tokens.best_candidates(
+            scores, rows, knobs, memory, lists, self.candidate_factor, covers=self.coverage < 1
         )
-        candidate_tokens.best_candidates(scores, rows, knobs, room, lists)
 
 
 def _best_overlapped(scores: torch.Tensor, block: int, page_size_tokens: int, seq_len: int) -> torch.Tensor:

@@ -90,6 +90,8 @@ class BatchDecodeMethod(DecodeMethod):
 
     scores_tokens: ClassVar[bool] = False
     """`choose_rows` scores whole contexts and needs room for that."""
+    shares_lists: ClassVar[bool] = True
+    """With some knobs a layer reads a list that another one wrote; where not, graphs of any roles launch less."""
 
     def serves(self, method: DecodeMethod, max_seq_len: int) -> bool:
         """Whether `choose_rows` serves a request; otherwise it is served one by one, on a GPU too.

@@ -58,12 +58,12 @@ def store_summaries(keys: PagedKeys, kind: SummaryKind, first_new_token: int) ->
 
 
 def read_summaries(keys: PagedKeys, kind: SummaryKind) -> torch.Tensor:
-    """Summaries of all pages of a request: ``[kv_heads, ceil(context / page_tokens), width]``, in the cache's dtype.
+    """Summaries of all pages of a request: ``[kv_heads, ceil(context / page_tokens), width]``, in `kind.dtype`.
 
     These are the stored summaries, or if `keys.summaries` is None those that `store_summaries` would have stored.
     """
     if keys.summaries is None:
-        return page_summaries(keys, kind).to(keys.kv_cache.dtype)
+        return kind.stored(page_summaries(keys, kind), keys.kv_cache.dtype)
     blocks = keys.block_table[: -(-keys.seq_len // keys.block_size_tokens)].long()
     pages = -(-keys.seq_len // kind.page_tokens)
     return keys.summaries[blocks].transpose(0, 1).flatten(1, 2)[:, :pages]

@@ -10,6 +10,8 @@ from vllm_sparse.keys import PagedKeys
 
 # A multiple of every page size. Keys are read in tiles, so that memory never holds a copy of a whole long cache.
 TILE_TOKENS = 8192
+# The largest number of 4 bits of exponent and 3 of mantissa.
+LARGEST_FLOAT8 = 448.0
 
 
 @dataclass(frozen=True)
@@ -19,14 +21,27 @@ class SummaryKind:
     Attributes:
         page_tokens: tokens of a page; a power of two.
         bounds: True for the least numbers of each channel, then the largest ones; False for the mean key.
+        float8: stored in 8-bit floats, rounded to the nearest and to `LARGEST_FLOAT8` at most, instead of the cache's
+            numbers.
     """
 
     page_tokens: int
     bounds: bool
+    float8: bool = False
 
     def width(self, head_size: int) -> int:
         """Number of values in a summary."""
         return head_size * (2 if self.bounds else 1)
+
+    def dtype(self, cache_dtype: torch.dtype) -> torch.dtype:
+        """Of stored summaries beside a cache of this dtype."""
+        return torch.float8_e4m3fn if self.float8 else cache_dtype
+
+    def stored(self, summaries: torch.Tensor, cache_dtype: torch.dtype) -> torch.Tensor:
+        """Summaries as they are stored beside a cache of this dtype."""
+        if self.float8:
+            summaries = summaries.clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8)
+        return summaries.to(self.dtype(cache_dtype))
 
 
 def page_summaries(keys: PagedKeys, kind: SummaryKind, first_token: int = 0) -> torch.Tensor:
@@ -55,4 +70,4 @@ def store_summaries(keys: PagedKeys, kind: SummaryKind, first_new_token: int) ->
     pages_per_block = keys.block_size_tokens // kind.page_tokens
     page = torch.arange(summaries.shape[1], device=summaries.device) + start // kind.page_tokens
     block = keys.block_table[page // pages_per_block].long()
-    keys.summaries[block, :, page % pages_per_block] = summaries.transpose(0, 1).to(keys.summaries.dtype)
+    keys.summaries[block, :, page % pages_per_block] = kind.stored(summaries.transpose(0, 1), keys.kv_cache.dtype)

@@ -12,12 +12,22 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.common.triton import load_key_block, product_tile
+from vllm_sparse.kernels.page_summaries import reference
 from vllm_sparse.kernels.page_summaries.reference import SummaryKind
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.step.rows import DecodeRows
 
 # Numbers that a warp reads at once: 16 loads of 16 bytes per thread in bfloat16.
 WARP_NUMBERS = 4096
+LARGEST_FLOAT8 = tl.constexpr(reference.LARGEST_FLOAT8)
+
+
+@triton.jit
+def _stored(b_number, p_summary):
+    """Numbers that `p_summary` has room for: those of 8 bits end at `LARGEST_FLOAT8`."""
+    if p_summary.dtype.element_ty == tl.float8e4nv:
+        b_number = tl.clamp(b_number, -LARGEST_FLOAT8, LARGEST_FLOAT8)
+    return b_number
 
 
 @triton.jit
@@ -59,10 +69,10 @@ def _summarise(
         live = (tl.arange(0, PAGE) < live_tokens)[:, None]
         b_least = tl.min(tl.where(live, b_key, float("inf")), axis=0)
         b_largest = tl.max(tl.where(live, b_key, float("-inf")), axis=0)
-        tl.store(p_summary + o_dim, b_least, mask=in_head)
-        tl.store(p_summary + HEAD_SIZE + o_dim, b_largest, mask=in_head)
+        tl.store(p_summary + o_dim, _stored(b_least, p_summary), mask=in_head)
+        tl.store(p_summary + HEAD_SIZE + o_dim, _stored(b_largest, p_summary), mask=in_head)
     else:
-        tl.store(p_summary + o_dim, tl.sum(b_key, axis=0) / live_tokens, mask=in_head)
+        tl.store(p_summary + o_dim, _stored(tl.sum(b_key, axis=0) / live_tokens, p_summary), mask=in_head)
 
 
 # Lengths change with every prompt chunk; specialising on them would compile in the middle of serving.
