@@ -62,6 +62,9 @@ SLOW = {
         "test_the_rate_is_what_the_server_sustains",
         "test_times_tokens_and_answers_are_the_servers",
     },
+    "tests/loadtest/test_decode_losses.py": {
+        "test_the_table_of_a_prompt",
+    },
     "tests/loadtest/test_load_command.py": {
         "test_runs_of_other_prompts_are_compared_without_pairs",
         "test_two_runs_are_compared_in_pairs",

@@ -351,6 +351,7 @@ def _build(phase: str, name: str, config: ServerConfig, requested: Mapping[str, 
     schema = knob_schema(phase, name)
     configured = {knob: value for knob, value in config.knobs(name).items() if knob in schema}
     knobs = {**configured, **requested}
+    knobs = {**PHASES[phase][name].knobs_of_files(knobs), **knobs}
     for knob, value in knobs.items():
         # vLLM turns JSON's true into 1 before a plugin sees it.
         if schema[knob].get("type") == "boolean" and type(value) is int and value in (0, 1):
