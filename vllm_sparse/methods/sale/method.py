@@ -18,8 +18,8 @@ from vllm_sparse.methods.sale.thresholds import load, log_thresholds
 
 DEFAULT_TAU = 0.004
 # Density at 8K, where 4096 keys are in reach on average, was 0.49 at the default, 0.31 at 0.02 and 0.23 at 0.05; at 32K
-# it was 0.32, 0.19 and 0.14, means over chunks (Qwen2.5-Coder-0.5B, docs/methods.md). That is a fall by the logarithm of
-# tau and by this power of the keys in reach.
+# it was 0.32, 0.19 and 0.14, means over chunks (Qwen2.5-Coder-0.5B, docs/methods.md): a fall by the logarithm of tau
+# and by this power of the keys in reach.
 DENSITY_AT_DEFAULT_TAU, DENSITY_BY_TAU, DENSITY_BY_REACH = 0.49, 0.11, 0.45
 MEASURED_REACH_TOKENS = 4096
 
