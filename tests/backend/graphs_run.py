@@ -14,6 +14,8 @@ from typing import Any
 PROMPT_TOKENS, OUTPUT_TOKENS = 400, 24
 SERVER = {
     "min_tokens": 0,
+    # Contexts this short would run dense.
+    "unprofitable": "sparse",
     "methods": ["tidal", "hip"],
     "tidal": {"budget_tokens": 128},
     "hip": {
