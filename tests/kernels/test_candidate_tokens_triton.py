@@ -15,12 +15,11 @@ from tests.cuda_graph import captured
 from tests.kernels.hopper import compile_for_hopper, spilled_bytes
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from tests.oracle import Platform
-from vllm_sparse.kernels.candidate_tokens import CandidateMemory
 from vllm_sparse.kernels.page_summaries import store_summaries
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.pages import to_logical
-from vllm_sparse.step.rows import DecodeRows, RowScores, RowsPlace, ServerSize, TokenLists
+from vllm_sparse.step.rows import DecodeRows, RowScores, RowsPlace, TokenLists
 
 pytest.importorskip("triton")
 
@@ -116,10 +115,9 @@ def test_lists_equal_the_definition(
     """A ragged batch of rows with other knobs, one of which stands by; a list's scores do not fit into registers."""
     from vllm_sparse.kernels.candidate_tokens import triton as candidate_tokens
 
-    monkeypatch.setattr(candidate_tokens, "KEY_TILE", 32)
-    monkeypatch.setattr(candidate_tokens, "ROW_TILE", 128)
-    monkeypatch.setattr(candidate_tokens, "SCORE_TILE", 64)
-    monkeypatch.setattr(candidate_tokens, "PROGRAMS", 64)
+    monkeypatch.setattr(candidate_tokens, "MOST_ROW_ENTRIES", 256)
+    monkeypatch.setattr(candidate_tokens, "TILE", 64)
+    monkeypatch.setattr(candidate_tokens, "threshold_tile", lambda entries: (128, 4))
     seed = random.randrange(1 << 30)
     generator = torch.Generator().manual_seed(seed)
     contexts = [1, 1000, 700, 300, 129, 901, 128, 333]
@@ -135,12 +133,10 @@ def test_lists_equal_the_definition(
     values = torch.randn(len(contexts), kv_heads, most_pages, generator=generator).to(DEVICE)
     page_starts = torch.arange(len(contexts), device=DEVICE) * kv_heads * most_pages
     scores = RowScores(values, page_starts, most_pages, page)
+    starts = (seq_lens.cumsum(0) - seq_lens).long()
+    room = candidate_tokens.CandidateRoom(starts, int(seq_lens.sum()), 4, True)
     lists = empty_lists(len(contexts) * kv_heads, 128 + 2 * page)
-    memory = CandidateMemory.allocate(ServerSize(len(contexts), 1000, 1, kv_heads), torch.device(DEVICE))
-    for _ in range(2):
-        # The second time what the first has left in the memory counts.
-        candidate_tokens.best_candidates(scores, rows, row_knobs(methods), memory, lists, 4, covers=True)
-        assert not bool(memory.arrived.any())
+    candidate_tokens.best_candidates(scores, rows, row_knobs(methods), room, lists)
     group = heads // kv_heads
     for row, context in enumerate(contexts):
         for head in range(kv_heads):
@@ -188,8 +184,7 @@ def test_a_method_chooses_for_rows_as_for_one_request(server: BlockTopk) -> None
         expected += [oracle.live_pages(chosen, head) for head in range(kv_heads)]
     starts = (seq_lens.cumsum(0) - seq_lens).long()
     zeros = torch.zeros_like(seq_lens)
-    memory = server.allocate(ServerSize(len(contexts), 1000, 1, kv_heads), torch.device(DEVICE))
-    place = RowsPlace(starts, sum(contexts), zeros, zeros, seq_lens, 0, summaries, memory)
+    place = RowsPlace(starts, sum(contexts), zeros, zeros, seq_lens, 0, summaries, None)
     lists = empty_lists(len(contexts) * kv_heads, 160)
     server.choose_rows(rows, row_knobs(methods), place, lists)
     for index, positions in enumerate(expected):
@@ -220,8 +215,7 @@ def test_a_replayed_graph_equals_eager_steps(rows: int, generator: torch.Generat
 
     def make() -> tuple[TokenLists, Callable[[], None]]:
         lists = empty_lists(rows * kv_heads, 300)
-        memory = server.allocate(ServerSize(rows, longest, 1, kv_heads), torch.device(DEVICE))
-        place = RowsPlace(starts, rows * longest, zeros, zeros, seq_lens, 0, summaries, memory)
+        place = RowsPlace(starts, rows * longest, zeros, zeros, seq_lens, 0, summaries, None)
         return lists, functools.partial(server.choose_rows, own, row_knobs([server] * rows), place, lists)
 
     (eager, choose), (replayed, call) = make(), make()
@@ -240,35 +234,33 @@ def test_a_replayed_graph_equals_eager_steps(rows: int, generator: torch.Generat
 
 
 @pytest.mark.skipif(CAN_RUN and DEVICE == "cpu", reason="Triton only interprets in this process")
-@pytest.mark.parametrize(("group", "head_size"), [(4, 128), (1, 64), (8, 256)])
-@pytest.mark.parametrize("covers", [False, True])
-def test_kernels_compile_for_hopper(group: int, head_size: int, covers: bool, tmp_path: Path) -> None:
+def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     """And have registers for what they hold of a list."""
     from vllm_sparse.kernels.candidate_tokens import triton as candidate_tokens
+    from vllm_sparse.kernels.common.triton import threshold_tile
 
-    integers = ("context", "knob", "candidate", "count", "arrived", "slot", "kept")
-    strides = ("knob_row_stride", "query_row_stride", "query_head_stride", "cache_token_stride")
-    compiled = compile_for_hopper(
-        candidate_tokens.best_candidates_kernel,
+    compile_for_hopper(
+        candidate_tokens.candidate_rows_kernel,
         {
-            **dict.fromkeys(("query_pointer", "cache_pointer"), "*bf16"),
-            **dict.fromkeys((f"{name}_pointer" for name in integers), "*i32"),
-            **dict.fromkeys(("product_pointer", "partial_pointer"), "*fp32"),
-            **dict.fromkeys(("width", "list_width", "kv_heads", *strides), "i32"),
-            "scale": "fp32",
+            **dict.fromkeys(("context_pointer", "knob_pointer", "page_context_pointer", "page_knob_pointer"), "*i32"),
+            **dict.fromkeys(("list_context_pointer", "list_knob_pointer"), "*i32"),
+            **dict.fromkeys(("start_pointer", "list_start_pointer"), "*i64"),
+            "knob_row_stride": "i32",
         },
-        {
-            "COVERS": covers,
-            "SPLITS": 64,
-            "GROUP": group,
-            "GROUP_TILE": 16,
-            "HEAD_SIZE": head_size,
-            "HEAD_TILE": head_size,
-            "KEY_TILE": candidate_tokens.keys_at_once(head_size),
-            "ROW_TILE": candidate_tokens.ROW_TILE,
-            "SCORE_TILE": candidate_tokens.SCORE_TILE,
-        },
-        num_warps=8,
-        num_stages=3,
+        {"KV_HEADS": 8, "HEAD_TILE": 8, "PAGE": 16},
+        num_warps=1,
     )
-    assert spilled_bytes(compiled, tmp_path) == 0
+    for most in (4096, candidate_tokens.MOST_ROW_ENTRIES):
+        entries, num_warps = threshold_tile(most)
+        compiled = compile_for_hopper(
+            candidate_tokens.covering_budget_kernel,
+            {
+                **dict.fromkeys(("context_pointer", "row_knob_pointer", "list_knob_pointer"), "*i32"),
+                **dict.fromkeys(("row_knob_stride", "kv_heads"), "i32"),
+                "score_pointer": "*fp32",
+                "start_pointer": "*i64",
+            },
+            {"GROUP": 4, "ROW_TILE": entries, "TILE": min(entries, candidate_tokens.TILE)},
+            num_warps=num_warps,
+        )
+        assert spilled_bytes(compiled, tmp_path) == 0

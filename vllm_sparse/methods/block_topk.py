@@ -9,24 +9,16 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vllm_sparse.kernels.candidate_tokens import COVERAGE_UNITS, CandidateMemory, best_candidates
+from vllm_sparse.kernels.candidate_tokens import COVERAGE_UNITS, best_candidates
 from vllm_sparse.kernels.page_scores import page_scores
 from vllm_sparse.kernels.page_summaries import SummaryKind, read_summaries
 from vllm_sparse.kernels.top_tokens import TokenBudget, top_pages, top_tokens
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.decode import DecodeMethod, LayerMemory, TopTokensMethod
-from vllm_sparse.methods.knobs import (
-    KNOBS,
-    UNBOUNDED_TOKENS,
-    BudgetTokens,
-    DenseLayers,
-    KnobError,
-    RecentTokens,
-    SinkTokens,
-)
+from vllm_sparse.methods.knobs import KNOBS, BudgetTokens, DenseLayers, KnobError, RecentTokens, SinkTokens
 from vllm_sparse.pages import PageList
 from vllm_sparse.step.roles import Role
-from vllm_sparse.step.rows import DecodeRows, RowsPlace, ServerSize, TokenLists
+from vllm_sparse.step.rows import DecodeRows, RowsPlace, TokenLists
 
 
 @dataclass(frozen=True, config=KNOBS)
@@ -136,10 +128,7 @@ class BlockTopk(TopTokensMethod):
         return 1 if self.candidate_factor > 1 else self.page_tokens
 
     def row_knobs(self) -> tuple[int, ...]:
-        budget, sink, recent = super().row_knobs()
-        # Rows that keep no more candidates than they read, in whole pages, may read them all.
-        most = UNBOUNDED_TOKENS if self.candidate_factor == 1 else budget
-        return budget * self.candidate_factor, sink, recent, most, round(self.coverage * COVERAGE_UNITS)
+        return *super().row_knobs(), self.candidate_factor, round(self.coverage * COVERAGE_UNITS)
 
     def serves(self, method: DecodeMethod, max_seq_len: int) -> bool:
         # What is launched in a layer is the server's; of that a row may do less.
@@ -148,9 +137,6 @@ class BlockTopk(TopTokensMethod):
             and method.candidate_factor <= self.candidate_factor
             and (method.coverage == 1 or self.coverage < 1)
         )
-
-    def allocate(self, size: ServerSize, device: torch.device) -> CandidateMemory | None:
-        return CandidateMemory.allocate(size, device) if self.scores_candidates else None
 
     def choose_rows(self, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
         # Imported here: there is Triton only where there is a GPU.
@@ -164,11 +150,10 @@ class BlockTopk(TopTokensMethod):
         if not self.scores_candidates:
             top_tokens(scores, rows, knobs, lists)
             return
-        memory = place.memory
-        assert isinstance(memory, CandidateMemory)
-        candidate_tokens.best_candidates(
-            scores, rows, knobs, memory, lists, self.candidate_factor, covers=self.coverage < 1
+        room = candidate_tokens.CandidateRoom(
+            place.starts, place.capacity_tokens, self.candidate_factor, self.coverage < 1
         )
+        candidate_tokens.best_candidates(scores, rows, knobs, room, lists)
 
 
 def _best_overlapped(scores: torch.Tensor, block: int, page_size_tokens: int, seq_len: int) -> torch.Tensor:

@@ -4,7 +4,6 @@
 the pages' scores on, for CUDA graphs.
 """
 
-from vllm_sparse.kernels.candidate_tokens.memory import CandidateMemory
 from vllm_sparse.kernels.candidate_tokens.reference import COVERAGE_UNITS, best_candidates
 
-__all__ = ["COVERAGE_UNITS", "CandidateMemory", "best_candidates"]
+__all__ = ["COVERAGE_UNITS", "best_candidates"]

@@ -1,91 +1,116 @@
-"""The best tokens of pages that a first stage keeps, for all rows of a decode step: one launch for the second stage.
+"""The best tokens of pages that a first stage keeps, for all rows of a decode step, made of other kernels.
 
-The first stage's choice is that of any page scores, with the budget of the candidates (`top_tokens`), and lists places
-of tokens in the cache. Here the programs of a list share its candidates: each stores products of its keys with the
-queries, and the last one to finish turns them into scores, finds where the list ends and writes it. That saves three
-launches, each of which would wait for the one before it. With four query heads per KV head of 128 channels a candidate
-takes 256 bytes of key, 4 of its place in the cache and 16 of products, which come back from the L2 cache.
+A page of the cache is a small block that holds one KV head. So the first choice, made of rows whose "tokens" are pages,
+writes block tables: each list becomes a row of its own, with one KV head, as many tokens as it has candidates, and the
+pages as its blocks. The exact scores of those rows and the choice among them are those of any context, and their token
+lists are places in the real cache. What is left to do here is to count (`candidate_rows_kernel`), and to find where a
+list ends that covers a share of the attention (`covering_budget_kernel`).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.candidate_tokens.memory import CandidateMemory
 from vllm_sparse.kernels.candidate_tokens.reference import COVERAGE_UNITS
-from vllm_sparse.kernels.common.triton import (
-    LEAST_KEY,
-    chosen_entries,
-    ordered_scores,
-    product_tile,
-    row_threshold,
-    score_of,
-)
+from vllm_sparse.kernels.common.triton import ordered_scores, row_threshold, score_of, threshold_tile
+from vllm_sparse.kernels.token_scores.triton import token_scores_of_rows
 from vllm_sparse.kernels.top_tokens import top_tokens
 from vllm_sparse.step.rows import DecodeRows, RowScores, TokenLists, padded_rows
 
 UNITS = tl.constexpr(COVERAGE_UNITS)
-# Most keys that a program reads at once, and most numbers of them, for which it has registers and shared memory.
-KEY_TILE, KEY_NUMBERS = 128, 128 * 128
-# Two programs of eight warps per multiprocessor of an H200.
-PROGRAMS = 2 * 132
-# Scores of a list that its last program holds in registers. It reads those of a longer list again, from its L1 cache.
-ROW_TILE, SCORE_TILE = 8192, 2048
+TILE = 4096
+# Scores of a list that a program holds in registers, each as a key and as a mass.
+MOST_ROW_ENTRIES = 16384
 
 
 @triton.jit
-def _store_scores(p_product, p_partial, count, width, SPLITS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):
-    """Logarithms of the probabilities that the query heads of a group give each candidate, summed.
-
-    Args:
-        p_product: the first head's products, which scores replace; another head's follow `width` numbers later.
-        p_partial: of each head and split, the largest product and the sum of exponentials less it.
-        count: candidates.
-        width: of the products.
-    """
-    o_split = tl.arange(0, SPLITS)
-    for first in range(0, count, TILE):
-        o_token = first + tl.arange(0, TILE)
-        live = o_token < count
-        b_score = tl.full([TILE], float("-inf"), tl.float32)
-        for member in tl.static_range(GROUP):
-            b_most = tl.load(p_partial + (member * SPLITS + o_split) * 2)
-            most = tl.max(b_most, axis=0)
-            total = tl.sum(tl.load(p_partial + (member * SPLITS + o_split) * 2 + 1) * tl.exp(b_most - most), axis=0)
-            b_product = tl.load(p_product + member * width + o_token, mask=live, other=0.0)
-            b_logarithm = (b_product - most) - tl.log(total)
-            b_larger = tl.maximum(b_score, b_logarithm)
-            b_score = b_larger + tl.log(1.0 + tl.exp(tl.minimum(b_score, b_logarithm) - b_larger))
-        tl.store(p_product + o_token, b_score, mask=live)
-    # What follows reads scores that other threads have written.
-    tl.debug_barrier()
-
-
-@triton.jit
-def _covering(
-    p_score, count, sink, first_recent, coverage, GROUP: tl.constexpr, ROW_TILE: tl.constexpr, TILE: tl.constexpr
+def candidate_rows_kernel(
+    context_pointer,
+    knob_pointer,
+    start_pointer,
+    page_context_pointer,
+    page_knob_pointer,
+    list_context_pointer,
+    list_knob_pointer,
+    list_start_pointer,
+    knob_row_stride,
+    KV_HEADS: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
-    """Where a list ends that holds a share of the attention, the forced tokens' included.
+    """How many pages a row has and keeps as candidates, and how many tokens each of its lists has of them."""
+    i_row = tl.program_id(0)
+    context = tl.load(context_pointer + i_row)
+    p_knob = knob_pointer + i_row * knob_row_stride
+    budget, sink, recent = tl.load(p_knob), tl.load(p_knob + 1), tl.load(p_knob + 2)
+    factor = tl.load(p_knob + 3)
+    pages = tl.cdiv(context, PAGE)
+    sink_pages = tl.minimum(tl.cdiv(sink, PAGE), pages)
+    first_recent = tl.maximum(tl.maximum(context - tl.maximum(recent, 1), 0) // PAGE, sink_pages)
+    budget_pages = tl.cdiv(budget * factor, PAGE)
+    kept = tl.minimum(tl.maximum(budget_pages, sink_pages + pages - first_recent), pages)
+    tl.store(page_context_pointer + i_row, pages)
+    tl.store(page_knob_pointer + i_row * 3, budget_pages)
+    tl.store(page_knob_pointer + i_row * 3 + 1, sink_pages)
+    tl.store(page_knob_pointer + i_row * 3 + 2, pages - first_recent)
 
-    Returns:
-        The key of `ordered_scores` of the last token that competes, how many keys are above it, and how many tokens
-        that compete are kept.
-    """
+    # The last page, which may be short, is always kept.
+    tokens = tl.where(context > 0, kept * PAGE - (pages * PAGE - context), 0)
+    o_head = tl.arange(0, HEAD_TILE)
+    exists = o_head < KV_HEADS
+    o_list = i_row * KV_HEADS + o_head
+    b_zero = tl.zeros([HEAD_TILE], tl.int32)
+    tl.store(list_context_pointer + o_list, b_zero + tokens, mask=exists)
+    # Rows that keep no more candidates than they read, read them all.
+    tl.store(list_knob_pointer + o_list * 3, b_zero + tl.where(factor == 1, tokens, budget), mask=exists)
+    tl.store(list_knob_pointer + o_list * 3 + 1, b_zero + sink, mask=exists)
+    tl.store(list_knob_pointer + o_list * 3 + 2, b_zero + recent, mask=exists)
+    # A list has room for a score of each token of the row.
+    start = tl.load(start_pointer + i_row) * KV_HEADS
+    tl.store(list_start_pointer + o_list, start + o_head.to(tl.int64) * context, mask=exists)
+
+
+@triton.jit
+def covering_budget_kernel(
+    score_pointer,
+    start_pointer,
+    context_pointer,
+    row_knob_pointer,
+    list_knob_pointer,
+    row_knob_stride,
+    kv_heads,
+    GROUP: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Lower a list's budget to the fewest tokens that hold the row's share of the attention, the forced ones'
+    included."""
+    i_list = tl.program_id(0)
+    context = tl.load(context_pointer + i_list)
+    coverage = tl.load(row_knob_pointer + (i_list // kv_heads) * row_knob_stride + 4)
+    if (context == 0) | (coverage >= UNITS):
+        return
+    p_knob = list_knob_pointer + i_list * 3
+    budget, sink, recent = tl.load(p_knob), tl.load(p_knob + 1), tl.load(p_knob + 2)
+    sink = tl.minimum(sink, context)
+    first_recent = tl.maximum(context - tl.maximum(recent, 1), sink)
+    p_score = score_pointer + tl.load(start_pointer + i_list)
     b_forced = tl.zeros([TILE], tl.float32)
-    for first in range(0, count, TILE):
+    for first in range(0, context, TILE):
         o_token = first + tl.arange(0, TILE)
-        forced = (o_token < count) & ((o_token < sink) | (o_token >= first_recent))
+        forced = (o_token < context) & ((o_token < sink) | (o_token >= first_recent))
         b_forced += tl.exp(tl.load(p_score + o_token, mask=forced, other=float("-inf")))
     # The probabilities of each of the group's heads sum to 1.
     target = coverage.to(tl.float32) * (GROUP / UNITS) - tl.sum(b_forced)
-    # No key is above the largest integer.
-    threshold, above, kept = 0x7FFFFFFF, 0, 0
+    count = sink + context - first_recent
     if target > 0:
         threshold, total = row_threshold(p_score, sink, first_recent, target, True, ROW_TILE, TILE, LOGARITHMS=True)
-        reaching = 0
-        for first in range(0, count, TILE):
+        above, reaching = 0, 0
+        for first in range(0, context, TILE):
             o_token = first + tl.arange(0, TILE)
             competes = (o_token >= sink) & (o_token < first_recent)
             b_key = ordered_scores(p_score, o_token, competes)
@@ -93,203 +118,99 @@ def _covering(
             reaching += tl.sum((competes & (b_key >= threshold)).to(tl.int32))
         # Of the tokens equal to the threshold as many as the rest of the share needs; all if the row does not reach it.
         value = tl.exp(score_of(threshold))
-        equal = tl.where(value > 0, tl.ceil((target - total) / tl.maximum(value, 1e-38)), count)
-        kept = above + tl.minimum(tl.maximum(equal, 1.0), reaching - above).to(tl.int32)
-    return threshold, above, kept
+        equal = tl.where(value > 0, tl.ceil((target - total) / tl.maximum(value, 1e-38)), context)
+        count += above + tl.minimum(tl.maximum(equal, 1.0), reaching - above).to(tl.int32)
+    tl.store(p_knob, tl.minimum(budget, count))
 
 
-# Steps outside of graphs may have lists of other widths; specialising on them would compile in the middle of serving.
-@triton.jit(do_not_specialize=["width", "list_width"])
-def best_candidates_kernel(
-    query_pointer,
-    cache_pointer,
-    context_pointer,
-    knob_pointer,
-    candidate_pointer,
-    count_pointer,
-    product_pointer,
-    partial_pointer,
-    arrived_pointer,
-    slot_pointer,
-    kept_pointer,
-    scale,
-    width,
-    list_width,
-    knob_row_stride,
-    query_row_stride,
-    query_head_stride,
-    cache_token_stride,
-    kv_heads,
-    COVERS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_TILE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_TILE: tl.constexpr,
-    KEY_TILE: tl.constexpr,
-    ROW_TILE: tl.constexpr,
-    SCORE_TILE: tl.constexpr,
-):
-    i_list = tl.program_id(0)
-    i_split = tl.program_id(1)
-    i_row = i_list // kv_heads
-    if tl.load(context_pointer + i_row) == 0:
-        return
-    count = tl.load(count_pointer + i_list)
-    o_member = tl.arange(0, GROUP_TILE)
-    o_dim = tl.arange(0, HEAD_TILE)
-    in_group, in_head = o_member < GROUP, o_dim < HEAD_SIZE
-    o_query_head = i_list % kv_heads * GROUP + o_member
-    p_query = query_pointer + i_row.to(tl.int64) * query_row_stride + o_query_head[:, None] * query_head_stride
-    b_query = tl.load(p_query + o_dim[None, :], mask=in_group[:, None] & in_head[None, :], other=0.0)
-    p_candidate = candidate_pointer + i_list.to(tl.int64) * width
-    p_product = product_pointer + i_list.to(tl.int64) * GROUP * width
-    p_partial = partial_pointer + i_list.to(tl.int64) * GROUP * SPLITS * 2
+@dataclass(frozen=True)
+class CandidateRoom:
+    """What the lists of candidates are sized by, for all rows.
 
-    tiles = tl.cdiv(count, KEY_TILE)
-    tiles_of_split = tl.cdiv(tiles, SPLITS)
-    first_tile = i_split * tiles_of_split
-    b_most = tl.full([GROUP_TILE], float("-inf"), tl.float32)
-    b_sum = tl.zeros([GROUP_TILE], tl.float32)
-    for i_tile in range(first_tile, tl.minimum(first_tile + tiles_of_split, tiles)):
-        o_token = i_tile * KEY_TILE + tl.arange(0, KEY_TILE)
-        live = o_token < count
-        b_place = tl.load(p_candidate + o_token, mask=live, other=0).to(tl.int64)
-        p_key = cache_pointer + b_place[:, None] * cache_token_stride + o_dim[None, :]
-        b_key = tl.load(p_key, mask=live[:, None] & in_head[None, :], other=0.0)
-        # "ieee", because Triton would round float32 inputs to TF32.
-        b_product = tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale
-        p_products = p_product + o_member[:, None] * width + o_token[None, :]
-        tl.store(p_products, b_product, mask=in_group[:, None] & live[None, :])
-        b_product = tl.where(live[None, :], b_product, float("-inf"))
-        b_more = tl.maximum(b_most, tl.max(b_product, axis=1))
-        b_sum = b_sum * tl.exp(b_most - b_more) + tl.sum(tl.exp(b_product - b_more[:, None]), axis=1)
-        b_most = b_more
-    # A split without keys stores minus infinity and the sum 0, which change nothing in the merge.
-    tl.store(p_partial + (o_member * SPLITS + i_split) * 2, b_most, mask=in_group)
-    tl.store(p_partial + (o_member * SPLITS + i_split) * 2 + 1, b_sum, mask=in_group)
+    Attributes:
+        starts: int64 ``[rows]`` first token of each row's room for scores, as in `RowsPlace`.
+        capacity_tokens: tokens that there is room for.
+        most_factor: largest factor of a row.
+        covers: some row may have a coverage below 1.
+    """
 
-    # The barrier and the atomic order the writes: the last program reads what all threads of all programs have written.
-    tl.debug_barrier()
-    p_arrived = arrived_pointer + i_list
-    if tl.atomic_add(p_arrived, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
-        tl.store(p_arrived, 0)
-        _store_scores(p_product, p_partial, count, width, SPLITS, GROUP, SCORE_TILE)
-        p_knob = knob_pointer + i_row * knob_row_stride
-        sink = tl.minimum(tl.load(p_knob + 1), count)
-        first_recent = tl.maximum(count - tl.maximum(tl.load(p_knob + 2), 1), sink)
-        competing = first_recent - sink
-        most = tl.minimum(tl.maximum(tl.load(p_knob + 3) - (count - competing), 0), competing)
-        threshold, above, wanted = 0x7FFFFFFF, 0, competing
-        if COVERS:
-            coverage = tl.load(p_knob + 4)
-            if coverage < UNITS:
-                threshold, above, wanted = _covering(
-                    p_product, count, sink, first_recent, coverage, GROUP, ROW_TILE, SCORE_TILE
-                )
-        if wanted > most:
-            wanted = most
-            threshold, above = row_threshold(p_product, sink, first_recent, wanted, False, ROW_TILE, SCORE_TILE)
-        elif wanted == competing:
-            # Every key is above the least integer.
-            threshold, above = LEAST_KEY, competing
-
-        p_slot = slot_pointer + i_list.to(tl.int64) * list_width
-        written = 0
-        # Of equal scores the first win.
-        equal_left = wanted - above
-        for first in range(0, count, SCORE_TILE):
-            o_token = first + tl.arange(0, SCORE_TILE)
-            competes = (o_token >= sink) & (o_token < first_recent)
-            b_key = ordered_scores(p_product, o_token, competes)
-            b_equal = (competes & (b_key == threshold)).to(tl.int32)
-            b_chosen, equal_left = chosen_entries(b_key, b_equal, threshold, equal_left)
-            b_kept = (o_token < count) & ((competes & b_chosen) | ~competes)
-            b_rank = written + tl.cumsum(b_kept.to(tl.int32), axis=0) - 1
-            tl.store(p_slot + b_rank, tl.load(p_candidate + o_token, mask=b_kept, other=0), mask=b_kept)
-            written += tl.sum(b_kept.to(tl.int32))
-        tl.store(kept_pointer + i_list, written)
+    starts: torch.Tensor
+    capacity_tokens: int
+    most_factor: int
+    covers: bool
 
 
 def best_candidates(
-    scores: RowScores,
-    rows: DecodeRows,
-    knobs: torch.Tensor,
-    memory: CandidateMemory,
-    lists: TokenLists,
-    most_factor: int,
-    covers: bool,
+    scores: RowScores, rows: DecodeRows, knobs: torch.Tensor, room: CandidateRoom, lists: TokenLists
 ) -> None:
     """Keep each row's best pages as candidates, and write the best tokens among them; for CUDA graphs.
 
     As `reference.best_candidates` chooses for pages of one token among the candidates of `top_pages`. While it runs it
-    takes, for each list, four bytes per candidate that there is room for, and four per query head and candidate.
+    takes four bytes per query head and token for which there is room.
 
     Args:
         scores: of the rows' pages.
         rows: the rows. Those with a context of 0 keep their lists.
-        knobs: int32 ``[rows, 5]`` tokens of the pages that a row keeps as candidates, first tokens and last tokens that
-            it always reads, most tokens that it reads, and its coverage in `COVERAGE_UNITS`.
-        memory: for at least as many lists.
+        knobs: int32 ``[rows, 5]`` the fields of each row's `TokenBudget`; how many times the budget its candidates are,
+            where 1 reads them all, in whole pages; and its coverage in `COVERAGE_UNITS`.
+        room: for scores and candidates.
         lists: written; at least as wide as the largest budget and two pages.
-        most_factor: how many times as many candidates as a list has room for there may be.
-        covers: some row may have a coverage below 1.
     """
     count, query_heads, head_size = rows.query.shape
-    kv_heads = rows.kv_cache.shape[1]
-    count_lists, group = count * kv_heads, query_heads // kv_heads
+    blocks, kv_heads, block_size, _ = rows.kv_cache.shape
     page, device = scores.unit_tokens, rows.query.device
-    assert count_lists <= memory.arrived.shape[0], "kernels would write past the memory"
-    # A token's place times the stride of a token is where its key lies.
-    assert rows.kv_cache.is_contiguous()
-    assert rows.query.stride(2) == 1
+    count_lists, group = count * kv_heads, query_heads // kv_heads
 
-    width = (triton.cdiv(most_factor * lists.slots.shape[1], page) + 2) * page
-    candidates = TokenLists(
-        torch.empty(count_lists, width, dtype=torch.int32, device=device),
-        torch.empty(count_lists, dtype=torch.int32, device=device),
-    )
-    top_tokens(scores, rows, knobs, candidates)
+    def integers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
 
-    # A power of two, so that most batch sizes share a compiled kernel.
-    splits = triton.next_power_of_2(max(PROGRAMS // (padded_rows(count) * kv_heads), 1))
-    products = torch.empty(count_lists, group, width, dtype=torch.float32, device=device)
-    partials = torch.empty(count_lists, group, splits, 2, dtype=torch.float32, device=device)
-    head_tile = product_tile(head_size)
-    best_candidates_kernel[(count_lists, splits)](
-        rows.query,
-        rows.kv_cache,
+    page_contexts, page_knobs = integers(count), integers(count, 3)
+    list_contexts, list_knobs = integers(count_lists), integers(count_lists, 3)
+    list_starts = integers(count_lists, dtype=torch.int64)
+    candidate_rows_kernel[(count,)](
         rows.seq_lens,
         knobs,
-        candidates.slots,
-        candidates.kept_tokens,
-        products,
-        partials,
-        memory.arrived,
-        lists.slots,
-        lists.kept_tokens,
-        rows.scale,
-        width,
-        lists.slots.stride(0),
+        room.starts,
+        page_contexts,
+        page_knobs,
+        list_contexts,
+        list_knobs,
+        list_starts,
         knobs.stride(0),
-        rows.query.stride(0),
-        rows.query.stride(1),
-        rows.kv_cache.stride(2),
-        kv_heads,
-        COVERS=covers,
-        SPLITS=splits,
-        GROUP=group,
-        GROUP_TILE=product_tile(group),
-        HEAD_SIZE=head_size,
-        HEAD_TILE=head_tile,
-        KEY_TILE=keys_at_once(head_tile),
-        ROW_TILE=ROW_TILE,
-        SCORE_TILE=SCORE_TILE,
-        num_warps=8,
-        num_stages=3,
+        KV_HEADS=kv_heads,
+        HEAD_TILE=triton.next_power_of_2(kv_heads),
+        PAGE=page,
+        num_warps=1,
     )
+    most_pages = triton.cdiv(room.most_factor * lists.slots.shape[1], page) + 2
+    candidates = TokenLists(integers(count_lists, most_pages), integers(count_lists))
+    paged = rows.kv_cache.view(blocks, kv_heads, block_size // page, -1)
+    pages = replace(rows, kv_cache=paged, seq_lens=page_contexts)
+    top_tokens(replace(scores, unit_tokens=1), pages, page_knobs, candidates)
 
-
-def keys_at_once(head_tile: int) -> int:
-    """Keys that a program reads at once."""
-    return max(min(KEY_TILE, KEY_NUMBERS // head_tile), 16)
+    list_rows = DecodeRows(
+        rows.query.reshape(count_lists, group, head_size),
+        rows.kv_cache.view(-1, 1, page, rows.kv_cache.shape[3]),
+        candidates.slots,
+        list_contexts,
+        rows.scale,
+    )
+    capacity = room.capacity_tokens * kv_heads
+    padded_lists = padded_rows(count) * kv_heads
+    exact = token_scores_of_rows(list_rows, list_starts, capacity, sum_heads=True, padded_lists=padded_lists)
+    if room.covers:
+        entries, num_warps = threshold_tile(min(most_pages * page, MOST_ROW_ENTRIES))
+        covering_budget_kernel[(count_lists,)](
+            exact.values,
+            exact.starts,
+            list_contexts,
+            knobs,
+            list_knobs,
+            knobs.stride(0),
+            kv_heads,
+            GROUP=group,
+            ROW_TILE=entries,
+            TILE=min(entries, TILE),
+            num_warps=num_warps,
+        )
+    top_tokens(exact, list_rows, list_knobs, lists)
