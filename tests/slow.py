@@ -30,6 +30,9 @@ SLOW = {
     "tests/kernels/test_candidate_tokens_triton.py": {
         "test_kernels_compile_for_hopper",
     },
+    "tests/kernels/test_code_scores_triton.py": {
+        "test_kernels_compile_for_hopper",
+    },
     "tests/kernels/test_compilation.py": {
         "test_no_decode_step_waits_for_the_compiler",
     },

@@ -156,6 +156,8 @@ def test_kernel_compiles_for_hopper(
         "HEAD_TILE": head_tile,
         "PAGE": page_tokens,
         "BOUNDS": bounds,
+        "CODES": False,
+        "WIDTH": SummaryKind(page_tokens, bounds).width(head_size),
     }
     num_warps = summaries_triton.warps(page_tokens, head_tile)
     lengths = dict.fromkeys(("context", "first_page", "pages"), "i32")

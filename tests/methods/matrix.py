@@ -17,6 +17,7 @@ from vllm_sparse.methods.random_pages import RandomDecode, RandomPages
 from vllm_sparse.methods.sale import Sale
 from vllm_sparse.methods.streaming import Streaming, StreamingDecode
 from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.methods.token_topk import TokenTopk
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,10 @@ DECODE = [
         unit_tokens=16,
         slack_tokens=196,
     ),
+    DecodeCase("tokentopk-default", TokenTopk(), 16, 64),
+    DecodeCase("tokentopk-small", TokenTopk(budget_tokens=128, page_tokens=16), 16, 64),
+    DecodeCase("tokentopk-nothing-forced", TokenTopk(budget_tokens=64, sink_tokens=0, recent_tokens=0), 0, 1),
+    DecodeCase("tokentopk-all-forced", TokenTopk(budget_tokens=160, sink_tokens=80, recent_tokens=80), 80, 80),
     DecodeCase("hip-default", HipDecode(), 256, 1025, choice_tokens=16, slack_tokens=300),
     DecodeCase(
         "hip-small",
@@ -260,6 +265,7 @@ DECODE_DENSE = [
     DecodeCase(
         "blocktopk-budget-mean", BlockTopk(budget_tokens=1000, page_tokens=64, scores="mean"), 16, 64, unit_tokens=64
     ),
+    DecodeCase("tokentopk-budget", TokenTopk(budget_tokens=1 << 24), 16, 64),
     DecodeCase(
         "hip-tokens",
         HipDecode(stage_block_tokens=(64, 16), stage_budget_tokens=(1024, 1024), sink_tokens=0, recent_tokens=0),

@@ -144,8 +144,8 @@ class StepCosts:
         if share is not None:
             return share
         if method.summaries is not None:
-            width = method.summaries.width(self.shape.head_size)
-            return width / (2 * self.shape.head_size * method.summaries.page_tokens)
+            # Of a cache of 16-bit numbers, keys and values.
+            return method.summaries.bytes_per_token(self.shape.head_size, 2) / (4 * self.shape.head_size)
         return 0.5 if isinstance(method, BatchDecodeMethod) and method.scores_tokens else 0.0
 
     def _launches(self, method: DecodeMethod) -> LaunchCosts:

@@ -7,10 +7,10 @@ from types import ModuleType
 import torch
 
 from vllm_sparse.kernels.page_summaries import reference
-from vllm_sparse.kernels.page_summaries.reference import SummaryKind
+from vllm_sparse.kernels.page_summaries.reference import SummaryKind, coded_keys
 from vllm_sparse.keys import PagedKeys, PlainKeys
 
-__all__ = ["SummaryKind", "page_summaries", "read_summaries", "store_summaries"]
+__all__ = ["SummaryKind", "coded_keys", "page_summaries", "read_summaries", "store_summaries"]
 
 
 def _implementation(keys: PagedKeys) -> ModuleType:
@@ -35,7 +35,8 @@ def page_summaries(keys: PagedKeys, kind: SummaryKind) -> torch.Tensor:
         kind: page size and what a summary holds.
 
     Returns:
-        float32 ``[kv_heads, ceil(context / page_tokens), kind.width(head_size)]``; the last page may be short.
+        ``[kv_heads, ceil(context / page_tokens), kind.width(head_size)]``, codes in bytes, all others in float32; the
+        last page may be short.
     """
     summaries: torch.Tensor = _implementation(keys).page_summaries(keys, kind)
     return summaries
