@@ -14,8 +14,8 @@ from vllm_sparse.kernels.page_scores import page_scores
 from vllm_sparse.kernels.page_summaries import SummaryKind, read_summaries
 from vllm_sparse.kernels.top_tokens import TokenBudget, top_pages, top_tokens
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.decode import DecodeMethod, LayerMemory, TopTokensMethod
-from vllm_sparse.methods.knobs import KNOBS, BudgetTokens, DenseLayers, KnobError, RecentTokens, SinkTokens
+from vllm_sparse.methods.decode import DecodeMethod, LayerMemory, TopTokensMethod, choosing_in_each_layer
+from vllm_sparse.methods.knobs import KNOBS, BudgetTokens, DenseLayers, RecentTokens, SinkTokens
 from vllm_sparse.pages import PageList
 from vllm_sparse.step.roles import Role
 from vllm_sparse.step.rows import DecodeRows, RowsPlace, TokenLists
@@ -88,13 +88,7 @@ class BlockTopk(TopTokensMethod):
         return SummaryKind(self.page_tokens, self.scores != "mean", self.scores == "float8_bounds")
 
     def layer_roles(self, num_layers: int) -> list[Role]:
-        if self.dense_layers >= num_layers:
-            raise KnobError(
-                "dense_layers",
-                self.dense_layers,
-                f"this model has {num_layers} layers, so 0 to {num_layers - 1} are allowed",
-            )
-        return [Role.DENSE] * self.dense_layers + [Role.WRITE_AND_READ] * (num_layers - self.dense_layers)
+        return choosing_in_each_layer(self.dense_layers, num_layers)
 
     @property
     def scores_candidates(self) -> bool:

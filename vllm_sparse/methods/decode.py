@@ -10,6 +10,7 @@ import numpy as np
 
 from vllm_sparse.methods.knobs import KnobError
 from vllm_sparse.methods.method import Method
+from vllm_sparse.step.roles import Role
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.page_summaries import SummaryKind
     from vllm_sparse.keys import PagedKeys
     from vllm_sparse.pages import PageList
-    from vllm_sparse.step.roles import Role
     from vllm_sparse.step.rows import DecodeMemory, DecodeRows, RowsPlace, ServerSize, TokenLists
 
 
@@ -187,3 +187,16 @@ class TopTokensMethod(BatchDecodeMethod):
 
     def row_knobs(self) -> tuple[int, ...]:
         return self.budget_tokens, self.sink_tokens, self.recent_tokens
+
+
+def choosing_in_each_layer(dense_layers: int, num_layers: int) -> list[Role]:
+    """Roles where each layer after the first `dense_layers` reads a list of its own.
+
+    Raises:
+        KnobError: no layer is left that reads one.
+    """
+    if dense_layers >= num_layers:
+        raise KnobError(
+            "dense_layers", dense_layers, f"this model has {num_layers} layers, so 0 to {num_layers - 1} are allowed"
+        )
+    return [Role.DENSE] * dense_layers + [Role.WRITE_AND_READ] * (num_layers - dense_layers)

@@ -29,9 +29,19 @@ class Layer:
     first_query_head: int
 
 
+# Of the real texts of 8K tokens whose densities methods expect.
+MEASURED_REACH_TOKENS = 4096
+
+
 def mean_reach(query_tokens: int, seq_len: int) -> float:
     """Keys in reach of a query of a prompt chunk, mean over the chunk; arguments as of `PrefillMethod.read_tokens`."""
     return seq_len - (query_tokens - 1) / 2
+
+
+def density_at(reach_tokens: float, measured_density: float, exponent: float) -> float:
+    """Density with so many keys in reach: that at `MEASURED_REACH_TOKENS`, falling by a power of the reach."""
+    density: float = measured_density * (MEASURED_REACH_TOKENS / reach_tokens) ** exponent
+    return density
 
 
 def tokens_with_dense_tail(kept_tokens: float, tail_tokens: int, query_tokens: int, seq_len: int) -> float:

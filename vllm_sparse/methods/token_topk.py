@@ -11,10 +11,10 @@ from pydantic.dataclasses import dataclass
 
 from vllm_sparse.kernels.code_scores import code_scores
 from vllm_sparse.kernels.page_summaries import SummaryKind, read_summaries
-from vllm_sparse.kernels.top_tokens import TokenBudget, top_pages, top_tokens
+from vllm_sparse.kernels.top_tokens import TokenBudget, best_of_pages, top_pages, top_tokens
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.decode import LayerMemory, TopTokensMethod
-from vllm_sparse.methods.knobs import KNOBS, BudgetTokens, DenseLayers, KnobError, RecentTokens, SinkTokens
+from vllm_sparse.methods.decode import LayerMemory, TopTokensMethod, choosing_in_each_layer
+from vllm_sparse.methods.knobs import KNOBS, BudgetTokens, DenseLayers, RecentTokens, SinkTokens
 from vllm_sparse.pages import PageList
 from vllm_sparse.step.roles import Role
 from vllm_sparse.step.rows import DecodeRows, RowsPlace, TokenLists
@@ -58,22 +58,15 @@ class TokenTopk(TopTokensMethod):
         return SummaryKind(self.page_tokens, bounds=True, codes=True)
 
     def layer_roles(self, num_layers: int) -> list[Role]:
-        if self.dense_layers >= num_layers:
-            raise KnobError(
-                "dense_layers",
-                self.dense_layers,
-                f"this model has {num_layers} layers, so 0 to {num_layers - 1} are allowed",
-            )
-        return [Role.DENSE] * self.dense_layers + [Role.WRITE_AND_READ] * (num_layers - self.dense_layers)
+        return choosing_in_each_layer(self.dense_layers, num_layers)
 
     def select(
         self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory
     ) -> PageList:
         context, page = keys.seq_len, page_size_tokens
         scores = code_scores(query, read_summaries(keys, self.summaries), context, scale)
-        padded = torch.nn.functional.pad(scores, (0, -context % page), value=float("-inf"))
         budget = TokenBudget(self.budget_tokens, self.sink_tokens, self.recent_tokens)
-        return top_pages(padded.view(scores.shape[0], -1, page).amax(2), context, page, page, budget)
+        return top_pages(best_of_pages(scores, page), context, page, page, budget)
 
     def choose_rows(self, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
         # Imported here: there is Triton only where there is a GPU.

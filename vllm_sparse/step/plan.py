@@ -227,7 +227,7 @@ def plan_step(
                 known = request.gain
                 if known is None or known.roles is not roles:
                     known = _learn_gain(request, roles, at_once, costs, limits)
-                gain = known.seconds_per_token * span.seq_len - known.constant_seconds
+                gain = known.at(span.seq_len)
                 pays = gain > 0 if at_once else _pays_alone(request, gain, costs, limits.full_graph)
             reason = why_decode_is_dense(
                 params.decode,

@@ -27,6 +27,20 @@ class TokenBudget:
     recent_tokens: int
 
 
+def best_of_pages(scores: torch.Tensor, page_size_tokens: int) -> torch.Tensor:
+    """What pages are worth by their best token.
+
+    Args:
+        scores: ``[lists, tokens]``.
+        page_size_tokens: the last page may be short.
+
+    Returns:
+        ``[lists, ceil(tokens / page_size_tokens)]``.
+    """
+    padded = torch.nn.functional.pad(scores, (0, -scores.shape[1] % page_size_tokens), value=float("-inf"))
+    return padded.view(scores.shape[0], -1, page_size_tokens).amax(2)
+
+
 def top_pages(
     scores: torch.Tensor,
     seq_len: int,

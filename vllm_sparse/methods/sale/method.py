@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from vllm_sparse.kernels.low_bit_scores import PAGE_TOKENS, LowBitScoring, kept_map
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.knobs import KNOBS, DenseLayers, KnobError, ListPer, QueryBlockTokens
-from vllm_sparse.methods.prefill import Layer, PrefillMethod, mean_reach
+from vllm_sparse.methods.prefill import Layer, PrefillMethod, density_at, mean_reach
 from vllm_sparse.methods.sale.thresholds import load, log_thresholds
 
 DEFAULT_TAU = 0.004
@@ -21,7 +21,6 @@ DEFAULT_TAU = 0.004
 # it was 0.32, 0.19 and 0.14, means over chunks (Qwen2.5-Coder-0.5B, docs/methods.md): a fall by the logarithm of tau
 # and by this power of the keys in reach.
 DENSITY_AT_DEFAULT_TAU, DENSITY_BY_TAU, DENSITY_BY_REACH = 0.49, 0.11, 0.45
-MEASURED_REACH_TOKENS = 4096
 
 
 @dataclass(frozen=True, config=KNOBS)
@@ -116,7 +115,7 @@ class Sale(PrefillMethod):
         density = DENSITY_AT_DEFAULT_TAU - DENSITY_BY_TAU * math.log(tau / DEFAULT_TAU) if tau > 0 else 1.0
         reach = mean_reach(query_tokens, seq_len)
         if tau > 0:
-            density *= (MEASURED_REACH_TOKENS / reach) ** DENSITY_BY_REACH
+            density = density_at(reach, density, DENSITY_BY_REACH)
         kept = max(density, 0.0) * reach
         return min(max(kept, self.sink_tokens + self.recent_tokens + self.query_block_tokens), reach)
 

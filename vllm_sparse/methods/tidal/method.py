@@ -10,7 +10,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vllm_sparse.kernels.token_scores import token_scores
-from vllm_sparse.kernels.top_tokens import TokenBudget, top_pages, top_tokens
+from vllm_sparse.kernels.top_tokens import TokenBudget, best_of_pages, top_pages, top_tokens
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.decode import DecodeMethod, LayerMemory, TopTokensMethod
 from vllm_sparse.methods.knobs import KNOBS, BudgetTokens, KnobError, RecentTokens, SinkTokens
@@ -158,14 +158,9 @@ class Tidal(TopTokensMethod):
     ) -> PageList:
         context = keys.seq_len
         scores = token_scores(query, keys, scale, merge_heads=self.list_per == "kv_head")
-        if page_size_tokens > 1:
-            # Coarser pages: a page is worth its best token.
-            padding = -context % page_size_tokens
-            scores = torch.nn.functional.pad(scores, (0, padding), value=float("-inf"))
-            scores = scores.view(scores.shape[0], -1, page_size_tokens).amax(2)
         page = page_size_tokens
         budget = TokenBudget(self.budget_tokens, self.sink_tokens, self.recent_tokens)
-        return top_pages(scores, context, page, page, budget)
+        return top_pages(best_of_pages(scores, page), context, page, page, budget)
 
     def serves(self, method: DecodeMethod, max_seq_len: int) -> bool:
         return isinstance(method, Tidal) and method.list_per == "kv_head"
