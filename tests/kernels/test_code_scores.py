@@ -37,7 +37,7 @@ def test_codes_say_keys_to_half_a_step(
     if platform.dtype != torch.float16:
         keys[0, 3, 5] = 1e6
     data = oracle.paged(platform, [keys], [keys], 32, generator)
-    kind = SummaryKind(page_tokens, bounds=True, codes=True)
+    kind = SummaryKind(page_tokens, "codes")
     blocks, kv_heads = data.kv_cache.shape[:2]
     request = data.reader(0)
     request.summaries = torch.full(
@@ -66,7 +66,7 @@ def test_codes_say_keys_to_half_a_step(
 def test_computed_codes_are_the_stored_ones(generator: torch.Generator) -> None:
     """Written in steps of any length, each of which begins in the middle of a block."""
     data = oracle.random_paged(PLAIN, generator, [333], 2, 32, 64)
-    kind = SummaryKind(32, bounds=True, codes=True)
+    kind = SummaryKind(32, "codes")
     request = data.reader(0)
     computed = read_summaries(request, kind)
     shape = data.kv_cache.shape[0], 2, 2, kind.width(32)
@@ -86,7 +86,7 @@ def test_scores_equal_float64_probabilities(
     context: int, heads: int, kv_heads: int, generator: torch.Generator
 ) -> None:
     data = oracle.random_paged(PLAIN, generator, [context], kv_heads, 32, 32)
-    summaries = read_summaries(data.reader(0), SummaryKind(32, bounds=True, codes=True))
+    summaries = read_summaries(data.reader(0), SummaryKind(32, "codes"))
     query = oracle.random_tensor(PLAIN, generator, heads, 32, spread=2)
     keys = coded_keys(summaries, 32)[:, :context]
     expected = oracle.probabilities(query.unsqueeze(0), keys, 0.2, torch.ones(context, dtype=torch.bool))[:, 0]

@@ -55,7 +55,7 @@ class TokenTopk(TopTokensMethod):
 
     @property
     def summaries(self) -> SummaryKind:
-        return SummaryKind(self.page_tokens, bounds=True, codes=True)
+        return SummaryKind(self.page_tokens, "codes")
 
     def layer_roles(self, num_layers: int) -> list[Role]:
         return choosing_in_each_layer(self.dense_layers, num_layers)
