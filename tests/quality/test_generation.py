@@ -20,6 +20,7 @@ from vllm_sparse.quality.records import DENSE, GenerationRecord
 from vllm_sparse.quality.report.summary import summarise
 from vllm_sparse.quality.schedule import run_jobs
 from vllm_sparse.quality.served_model import Answer, Prediction, ServedModel
+from vllm_sparse.quality.tasks.scoring import common_subsequence
 from vllm_sparse.quality.variants import DENSE_EXTRAS, Variant
 
 LENGTH, GENERATED, DOCUMENTS = 400, 40, 6
@@ -165,3 +166,16 @@ def test_repeated_share_counts_each_run_that_stood_before(values: list[int], siz
     runs = [values[start : start + size] for start in range(len(values) - size + 1)]
     before = [run in runs[:place] for place, run in enumerate(runs)]
     assert repeated_share(values, size) == pytest.approx(sum(before) / len(before) if before else 0)
+
+
+WORDS = st.lists(st.sampled_from("abcd"), max_size=24)
+
+
+@given(WORDS, WORDS)
+def test_common_subsequence_is_that_of_the_table(first: list[str], second: list[str]) -> None:
+    table = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
+    for row, word in enumerate(first, 1):
+        for column, other in enumerate(second, 1):
+            longer = max(table[row - 1][column], table[row][column - 1])
+            table[row][column] = table[row - 1][column - 1] + 1 if word == other else longer
+    assert common_subsequence(first, second) == table[-1][-1]
