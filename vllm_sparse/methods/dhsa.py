@@ -122,7 +122,7 @@ class Dhsa(PrefillMethod):
         """The context's keys in key blocks, as the knobs say."""
         if self.key_blocks == "adaptive":
             return adaptive_blocks(keys, self.boundary_threshold)
-        mean = page_summaries(keys, SummaryKind(self.key_block_tokens, bounds=False))
+        mean = page_summaries(keys, SummaryKind(self.key_block_tokens, "mean"))
         start = torch.arange(0, (mean.shape[1] + 1) * self.key_block_tokens, self.key_block_tokens, device=mean.device)
         length = (keys.seq_len - start[:-1]).clamp(max=self.key_block_tokens)
         return KeyBlocks(mean * length.sqrt().unsqueeze(1), start, 0)

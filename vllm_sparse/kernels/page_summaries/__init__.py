@@ -7,10 +7,10 @@ from types import ModuleType
 import torch
 
 from vllm_sparse.kernels.page_summaries import reference
-from vllm_sparse.kernels.page_summaries.reference import SummaryKind, coded_keys
+from vllm_sparse.kernels.page_summaries.reference import SummaryContent, SummaryKind, coded_keys
 from vllm_sparse.keys import PagedKeys, PlainKeys
 
-__all__ = ["SummaryKind", "coded_keys", "page_summaries", "read_summaries", "store_summaries"]
+__all__ = ["SummaryContent", "SummaryKind", "coded_keys", "page_summaries", "read_summaries", "store_summaries"]
 
 
 def _implementation(keys: PagedKeys) -> ModuleType:
