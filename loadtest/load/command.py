@@ -16,16 +16,15 @@ import argparse
 import asyncio
 import contextlib
 import datetime
-import json
 import platform
 import secrets
 import signal
 import sys
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from loadtest.load.http import HttpError, Server
 from loadtest.load.journal import FORMAT, NAME, Journal
 from loadtest.load.plan import Planner, Stage
 from loadtest.load.report.command import compare_runs, write_report
@@ -37,7 +36,6 @@ from loadtest.load.workloads.build import PromptMaker
 from loadtest.load.workloads.tokens import local_counter, model_counter
 
 SERVER_LOG = "server.log"
-REQUEST_SECONDS = 30.0
 
 
 class UsageError(Exception):
@@ -80,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="served model name; default: the server's only one")
     parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json; default: the model's, or /tokenize")
     parser.add_argument("--api-key-file", type=Path, help="file that holds the server's API key")
+    parser.add_argument("--certificates", type=Path, help="file of the authorities of an https server's certificate")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="replace a setting")
     parser.add_argument("--out", type=Path, help="folder of the run; default: loadtest-runs/SCENARIO-TIME")
     return parser
@@ -93,15 +92,16 @@ def _load_test(arguments: argparse.Namespace) -> None:
     if (folder / NAME).exists():
         raise UsageError(f"{folder} holds a run already: name another folder with --out")
     with contextlib.ExitStack() as stack:
-        server = None
+        process = None
         if arguments.serve:
             folder.mkdir(parents=True, exist_ok=True)
             _show(f"starting the server; its log is {folder / SERVER_LOG}")
-            server = stack.enter_context(served(arguments.serve, url, folder / SERVER_LOG))
+            process = stack.enter_context(served(arguments.serve, url, folder / SERVER_LOG))
         elif arguments.wait:
             wait_until_healthy(url, arguments.wait)
-        finished = _run(scenario, arguments, url, folder)
-        died = server.poll() if server is not None else None
+        server = stack.enter_context(Server(url, _headers(arguments.api_key_file), arguments.certificates))
+        finished = _run(scenario, arguments, server, folder)
+        died = process.poll() if process is not None else None
     failed = write_report(folder)
     if died is not None:
         raise ServerError(f"the server ended with {died} while it was tested; its log is {folder / SERVER_LOG}")
@@ -111,16 +111,23 @@ def _load_test(arguments: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def _run(scenario: Scenario, arguments: argparse.Namespace, url: str, folder: Path) -> bool:
-    headers = {}
-    if arguments.api_key_file:
-        headers["Authorization"] = f"Bearer {arguments.api_key_file.read_text().strip()}"
-    model, root = _served_model(url, arguments.model, headers)
+def _headers(api_key_file: Path | None) -> dict[str, str]:
+    if api_key_file is None:
+        return {}
+    try:
+        key = api_key_file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--api-key-file {api_key_file} cannot be read: {error}") from None
+    if not key or not key.isprintable() or not key.isascii():
+        raise UsageError(f"--api-key-file {api_key_file} holds no key: one line of ASCII is wanted")
+    return {"Authorization": f"Bearer {key}"}
+
+
+def _run(scenario: Scenario, arguments: argparse.Namespace, server: Server, folder: Path) -> bool:
+    model, root = _served_model(server, arguments.model)
     _show("making the prompts")
     try:
-        counter = (
-            local_counter(arguments.tokenizer) if arguments.tokenizer else model_counter(url, model, root, headers)
-        )
+        counter = local_counter(arguments.tokenizer) if arguments.tokenizer else model_counter(server, model, root)
     except FileNotFoundError as error:
         raise UsageError(f"--tokenizer: {error}") from None
     makers = {
@@ -133,9 +140,9 @@ def _run(scenario: Scenario, arguments: argparse.Namespace, url: str, folder: Pa
     warm_up = planner.warm_up()
     folder.mkdir(parents=True, exist_ok=True)
     with Journal(folder) as journal:
-        journal.write("run", _about(scenario, arguments.scenario, url, model, headers, salt))
+        journal.write("run", _about(scenario, arguments.scenario, server, model, salt))
         _show(_announcement(warm_up, sweeps))
-        return asyncio.run(run(scenario, warm_up, sweeps, url, model, headers, journal, _show))
+        return asyncio.run(run(scenario, warm_up, sweeps, server, model, journal, _show))
 
 
 def _announcement(warm_up: Stage, sweeps: Sequence[Sequence[Stage]]) -> str:
@@ -143,13 +150,12 @@ def _announcement(warm_up: Stage, sweeps: Sequence[Sequence[Stage]]) -> str:
     return f"{len(warm_up.sessions)} requests to warm up, then {sum(planned)} sessions in at most {len(planned)} stages"
 
 
-def _served_model(url: str, wanted: str | None, headers: dict[str, str]) -> tuple[str, str | None]:
+def _served_model(server: Server, wanted: str | None) -> tuple[str, str | None]:
     """Name and root of the model to test."""
     try:
-        models = _get_json(f"{url}/v1/models", headers)["data"]
-        names = {str(model["id"]): model.get("root") for model in models}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"no OpenAI-compatible server answers at {url} ({error})") from None
+        names = {str(model["id"]): model.get("root") for model in server.get("/v1/models")["data"]}
+    except (HttpError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"no OpenAI-compatible server answers at {server.url} ({error})") from None
     if wanted is None and len(names) != 1:
         raise UsageError(f"name one of the server's models with --model: {', '.join(names)}")
     name = next(iter(names)) if wanted is None else wanted
@@ -158,23 +164,18 @@ def _served_model(url: str, wanted: str | None, headers: dict[str, str]) -> tupl
     return name, names[name]
 
 
-def _get_json(url: str, headers: dict[str, str]) -> Any:
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=REQUEST_SECONDS) as response:
-        return json.load(response)
-
-
-def _about(scenario: Scenario, name: str, url: str, model: str, headers: dict[str, str], salt: str) -> dict[str, Any]:
+def _about(scenario: Scenario, name: str, server: Server, model: str, salt: str) -> dict[str, Any]:
     """What the journal says of the run as a whole."""
     try:
-        server_version = _get_json(f"{url}/version", headers).get("version")
-    except (OSError, ValueError, AttributeError):
+        server_version = server.get("/version").get("version")
+    except (HttpError, AttributeError):
         server_version = None
     return {
         "format": FORMAT,
         "scenario_name": Path(name).stem,
         "scenario": scenario.model_dump(mode="json"),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "url": url,
+        "url": server.url,
         "model": model,
         "server_version": server_version,
         "salt": salt,

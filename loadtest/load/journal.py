@@ -12,9 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from loadtest.load.client import Reply
+from loadtest.load.reply import Reply
 
-FORMAT = 1
+FORMAT = 2
 # What the journal of a run that did not come to its end lacks.
 KILLED = {"interrupted": True, "warm_up_failed": False, "seconds": None}
 NAME = "journal.jsonl"

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequenc
 from typing import Any
 
 from loadtest.load.capacity import Capacity, paced
-from loadtest.load.client import Client, Clock, connections
+from loadtest.load.client import Client, Clock
+from loadtest.load.http import Server, connections
 from loadtest.load.journal import Journal, Record
 from loadtest.load.measures import good_share
 from loadtest.load.overhead import Overhead
@@ -180,7 +181,7 @@ class Runner:
             "max_tokens": turn.max_tokens,
             "temperature": 0,
             "stream": True,
-            "stream_options": {"include_usage": True},
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
             "cache_salt": session.salt,
         }
         if self._scenario.endpoint == "completions":
@@ -221,9 +222,8 @@ async def run(
     scenario: Scenario,
     warm_up: Stage,
     sweeps: Sequence[Sequence[Stage]],
-    url: str,
+    server: Server,
     model: str,
-    headers: Mapping[str, str],
     journal: Journal,
     show: Callable[[str], None],
 ) -> bool:
@@ -233,9 +233,8 @@ async def run(
         scenario: the methods, limits and requests.
         warm_up: runs first.
         sweeps: from `Planner.stages`.
-        url: of the server, without a path.
+        server: where it is and what every request carries.
         model: served name.
-        headers: of every request.
         journal: takes everything.
         show: prints a line on the progress for the user.
 
@@ -243,7 +242,8 @@ async def run(
         Whether it ran to its end: nobody interrupted it, and not the whole warm-up failed.
     """
     clock = Clock()
-    async with connections(headers) as http:
+    url = server.url
+    async with connections(server.headers, server.certificates) as http:
         client = Client(http, url, scenario.request_timeout_seconds, clock)
         scraper = Scraper(http, url, scenario.scrape_seconds, clock, lambda reading: journal.write("metrics", reading))
         runner = Runner(scenario, model, client, journal, clock, show)

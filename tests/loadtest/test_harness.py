@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from loadtest.load.http import Server
 from loadtest.load.journal import KILLED, Journal, read_journal
 from loadtest.load.plan import Session, Stage
 from loadtest.load.run import run
@@ -282,5 +283,6 @@ def test_an_error_of_the_harness_is_no_quiet_server(simulated: Simulated, tmp_pa
     sessions = tuple(Session(prompt, "asked", "plain", f"p, time {number}", "salt") for number in range(20))
     stage = Stage("20/s", 20, ("plain",), sessions, tuple(0.05 * number for number in range(20)))
     nothing = Stage("warm-up", 1, ("plain",), (), None)
-    with Journal(tmp_path) as journal, pytest.raises(RuntimeError, match="the harness is wrong"):
-        asyncio.run(run(scenario, nothing, [[stage]], simulated.url, "simulated", {}, journal, print))
+    wrong = pytest.raises(RuntimeError, match="the harness is wrong")
+    with Server(simulated.url, {}) as server, Journal(tmp_path) as journal, wrong:
+        asyncio.run(run(scenario, nothing, [[stage]], server, "simulated", journal, print))

@@ -42,6 +42,8 @@ def request(**changes: Any) -> dict[str, Any]:
         "first_token_seconds": 1.5,
         "last_token_seconds": 1.9,
         "end_seconds": 2.0,
+        "first_tokens": 1,
+        "counted_by": "usage",
         "gaps_milliseconds": [40.0] * 10,
         "input_tokens": 1000,
         "output_tokens": 11,

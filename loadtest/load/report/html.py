@@ -9,15 +9,16 @@ from typing import Any
 
 import yaml
 
-from loadtest.load.client import FAILURES
 from loadtest.load.measures import Request, counted, tpot_seconds, ttft_seconds
 from loadtest.load.plan import WARM_UP
+from loadtest.load.reply import FAILURES
 from loadtest.load.report.chart import Series, chart, distribution
 from loadtest.load.report.server_metrics import density_series, fallbacks, series_of, time_series
 from loadtest.load.report.statistics import LEAST_CLUSTERS, PERCENTILES, samples_needed
 from loadtest.load.report.summary import Report, compared
 from loadtest.load.report.words import (
     count_or_dash,
+    counting_in_words,
     density_of,
     interval_in_words,
     milliseconds,
@@ -454,7 +455,10 @@ def _client(report: Report) -> str:
 def _settings(report: Report) -> str:
     shown = {key: value for key, value in report["run"]["scenario"].items() if key != "description"}
     scenario = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=100)
-    note = "report.json holds every request and the whole schedule; journal.jsonl is what it was made from."
+    note = (
+        f"Tokens are counted by {counting_in_words(report['summary']['counted_by'])}. "
+        "report.json holds every request and the whole schedule; journal.jsonl is what it was made from."
+    )
     return _section(
         "Settings", f"<details open><summary>Scenario</summary><pre>{_text(scenario)}</pre></details>", _note(note)
     )

@@ -67,6 +67,7 @@ def describe(requests: Sequence[Request], slo: Slo, duration_seconds: float) -> 
         "requests_per_second": len(ok) / duration,
         "input_tokens_per_second": _sum(ok, "input_tokens") / duration,
         "output_tokens_per_second": _sum(ok, "output_tokens") / duration,
+        "counted_by": dict(Counter(request["counted_by"] for request in ok)),
         "uncounted_outputs": sum(request["output_tokens"] is None for request in ok),
         "good_share": len(good) / len(requests) if requests else None,
         "goodput_per_second": len(good) / duration,
@@ -172,6 +173,7 @@ def summarise(run: Mapping[str, Any]) -> dict[str, Any]:
         "comparisons": _comparisons(run, scenario),
         "kept_slo": _kept_slo(stages, scenario),
         "failures": dict(Counter(request["status"] for request in everything if request["status"] != "ok")),
+        "counted_by": dict(Counter(request["counted_by"] for request in everything if request["counted_by"])),
         "warm_up_requests": sum(len(one["requests"]) for one in run["stages"] if one["name"] == WARM_UP),
         "warnings": _warnings(run, stages),
     }
@@ -359,6 +361,11 @@ def _stage_warnings(stage: Mapping[str, Any]) -> list[str]:
             )
     if stage["drift"] is not None and not 1 / MOST_DRIFT <= stage["drift"] <= MOST_DRIFT:
         found.append(f"TTFT changed by {stage['drift']:.2f}x from the first to the last third: not a steady state.")
+    if by_events := together["counted_by"].get("events"):
+        found.append(
+            f"the server did not say which events hold tokens in {by_events} answers: events with text were taken for "
+            "tokens, and gaps between tokens are gaps between those."
+        )
     if together["uncounted_outputs"]:
         found.append("the server counted no output tokens for some requests: they have no TPOT.")
     return found

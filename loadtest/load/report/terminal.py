@@ -8,6 +8,7 @@ from typing import Any
 from loadtest.load.report.summary import Report
 from loadtest.load.report.words import (
     count_or_dash,
+    counting_in_words,
     density_of,
     failures_in_words,
     interval_in_words,
@@ -61,6 +62,7 @@ def table(report: Report) -> str:
         parts.append(f"Paired prompts only; the page also shows the {others} requests of other workloads.")
     if summary["failures"]:
         parts.append(f"Failures: {failures_in_words(summary['failures'])}.")
+    parts.append(f"Tokens counted by {counting_in_words(summary['counted_by'])}.")
     parts += [_client(stage) for stage in summary["stages"] if stage["client"]]
     if summary["warnings"]:
         parts.append("\n".join(f"! {warning}" for warning in summary["warnings"]))

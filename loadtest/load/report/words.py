@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loadtest.load.client import FAILURES
+from loadtest.load.reply import FAILURES
 
 DASH = "-"
+COUNTS = {
+    "usage": "the usage that the server sends with every event",
+    "token_ids": "the token ids that the server sends",
+    "events": "events with text, since the server says nothing better",
+}
+"""What tells tokens from other events, by `loadtest.load.reply.Reply.counted_by`."""
 
 
 def seconds(value: float | None) -> str:
@@ -59,6 +65,11 @@ def density_of(density: Mapping[str, float], extras: Mapping[str, Any]) -> str:
         return "1"
     known = [f"{phase} {density[f'{phase}/{method}']:.2f}" for phase, method in named if f"{phase}/{method}" in density]
     return ", ".join(known) or "missing"
+
+
+def counting_in_words(counted_by: Mapping[str, int]) -> str:
+    """How it is known which events hold tokens, with the number of answers."""
+    return "; ".join(f"{COUNTS[way]} ({count} answers)" for way, count in counted_by.items()) or "no token came"
 
 
 def failures_in_words(failures: Mapping[str, int]) -> str:
