@@ -65,6 +65,9 @@ SLOW = {
         "test_the_rate_is_what_the_server_sustains",
         "test_times_tokens_and_answers_are_the_servers",
     },
+    "tests/loadtest/test_verdict.py": {
+        "test_the_exit_status_follows_the_conditions",
+    },
     "tests/loadtest/test_stream.py": {
         "test_only_tokens_count",
     },

@@ -7,6 +7,8 @@
     python -m loadtest.load compare RUN_A RUN_B
 
 A run writes a folder: journal.jsonl as it goes, and at the end, also after Ctrl-C, report.json and report.html.
+It ends with exit status 1 if a condition of the scenario's fail_on or of --fail-on holds: by default, if a request
+failed.
 `report` makes these two again from the journal, such as after a crash.
 """
 
@@ -16,6 +18,7 @@ import argparse
 import asyncio
 import contextlib
 import datetime
+import json
 import platform
 import secrets
 import signal
@@ -36,6 +39,7 @@ from loadtest.load.workloads.build import PromptMaker
 from loadtest.load.workloads.tokens import local_counter, model_counter
 
 SERVER_LOG = "server.log"
+FAILED = 1
 
 
 class UsageError(Exception):
@@ -80,12 +84,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--api-key-file", type=Path, help="file that holds the server's API key")
     parser.add_argument("--certificates", type=Path, help="file of the authorities of an https server's certificate")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="replace a setting")
+    parser.add_argument(
+        "--fail-on",
+        action="append",
+        metavar="CONDITION",
+        help="end with exit status 1 if it holds, such as 'failed_share > 0.01', 'dense: ttft_seconds.p95 > 2', "
+        "'overloaded'; in place of the scenario's fail_on; may be repeated",
+    )
     parser.add_argument("--out", type=Path, help="folder of the run; default: loadtest-runs/SCENARIO-TIME")
     return parser
 
 
 def _load_test(arguments: argparse.Namespace) -> None:
-    scenario = load_scenario(arguments.scenario, arguments.set)
+    settings = list(arguments.set)
+    if arguments.fail_on:
+        settings.append(f"fail_on={json.dumps(arguments.fail_on)}")
+    scenario = load_scenario(arguments.scenario, settings)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = arguments.out or Path("loadtest-runs") / f"{Path(arguments.scenario).stem}-{stamp}"
     url = arguments.url.rstrip("/")
@@ -100,15 +114,13 @@ def _load_test(arguments: argparse.Namespace) -> None:
         elif arguments.wait:
             wait_until_healthy(url, arguments.wait)
         server = stack.enter_context(Server(url, _headers(arguments.api_key_file), arguments.certificates))
-        finished = _run(scenario, arguments, server, folder)
+        _run(scenario, arguments, server, folder)
         died = process.poll() if process is not None else None
-    failed = write_report(folder)
+    passed = write_report(folder)
     if died is not None:
         raise ServerError(f"the server ended with {died} while it was tested; its log is {folder / SERVER_LOG}")
-    if failed:
-        sys.exit(f"loadtest.load: {failed} requests failed; the report names each kind")
-    if not finished:
-        sys.exit(1)
+    if not passed:
+        sys.exit(FAILED)
 
 
 def _headers(api_key_file: Path | None) -> dict[str, str]:
@@ -123,7 +135,7 @@ def _headers(api_key_file: Path | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def _run(scenario: Scenario, arguments: argparse.Namespace, server: Server, folder: Path) -> bool:
+def _run(scenario: Scenario, arguments: argparse.Namespace, server: Server, folder: Path) -> None:
     model, root = _served_model(server, arguments.model)
     _show("making the prompts")
     try:
@@ -137,12 +149,12 @@ def _run(scenario: Scenario, arguments: argparse.Namespace, server: Server, fold
     salt = secrets.token_hex(4)
     planner = Planner(scenario, makers, salt)
     sweeps = planner.stages()
-    warm_up = planner.warm_up()
+    warm_up, at_once = planner.warm_up(), planner.at_once()
     folder.mkdir(parents=True, exist_ok=True)
     with Journal(folder) as journal:
         journal.write("run", _about(scenario, arguments.scenario, server, model, salt))
         _show(_announcement(warm_up, sweeps))
-        return asyncio.run(run(scenario, warm_up, sweeps, server, model, journal, _show))
+        asyncio.run(run(scenario, warm_up, at_once, sweeps, server, model, journal, _show))
 
 
 def _announcement(warm_up: Stage, sweeps: Sequence[Sequence[Stage]]) -> str:

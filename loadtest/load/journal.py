@@ -88,14 +88,18 @@ class Journal:
 
 
 def read_journal(path: Path) -> dict[str, Any]:
-    """A run from its journal: ``run``, ``stages`` (``schedule``, ``requests``, ``client``), ``metrics``, ``end``.
+    """A run from its journal.
+
+    Returns:
+        ``run``, ``stages`` (``schedule``, ``requests``, ``client``), ``refused`` (stages that were not run),
+        ``metrics``, ``end``.
 
     A last line that was cut short is left out, and so is what a killed run did not come to write.
 
     Raises:
         ValueError: that is no journal, or of another format.
     """
-    run: dict[str, Any] = {"run": {}, "stages": [], "metrics": [], "end": KILLED}
+    run: dict[str, Any] = {"run": {}, "stages": [], "refused": [], "metrics": [], "end": KILLED}
     for line in _lines(path):
         kind = line.pop("kind")
         if kind == "run":
@@ -106,6 +110,8 @@ def read_journal(path: Path) -> dict[str, Any]:
             run["stages"][-1]["requests"].append(line)
         elif kind == "client":
             run["stages"][-1]["client"] = line
+        elif kind == "refused":
+            run["refused"].append(line)
         elif kind == "metrics":
             run["metrics"].append(line)
         elif kind == "end":

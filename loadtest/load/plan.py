@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,10 @@ from loadtest.load.workloads.kinds import Workload
 from loadtest.load.workloads.prompt import Prompt
 
 WARM_UP = "warm-up"
+AT_ONCE = "warm-up at once"
+WARM_UPS = (WARM_UP, AT_ONCE)
+"""Names of the stages of which nothing counts."""
+MOST_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,19 @@ class Planner:
             for method in workload.methods or self._scenario.methods
         ]
         return Stage(WARM_UP, 1, tuple(self._scenario.methods), tuple(sessions), None)
+
+    def at_once(self) -> Stage:
+        """Sessions of the warm-up's kinds that run at once, to see what the server sustains; nothing without a rate."""
+        load = self._scenario.load
+        kinds = self.warm_up().sessions if isinstance(load, OpenLoad) and load.trace is None else ()
+        sessions = [
+            self._session(AT_ONCE, kind.prompt, self._workload(kind.workload), kind.method, f"time {number}")
+            for number, kind in zip(range(MOST_AT_ONCE), itertools.cycle(kinds), strict=False)
+        ]
+        return Stage(AT_ONCE, len(sessions), tuple(self._scenario.methods), tuple(sessions), None)
+
+    def _workload(self, name: str) -> Workload:
+        return next(workload for workload in self._scenario.workloads if workload.name == name)
 
     def _one_of_each_length(self, workload: Workload) -> list[Prompt]:
         maker = self._makers[workload.name]

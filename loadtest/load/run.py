@@ -6,20 +6,23 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from loadtest.load.capacity import Capacity, paced
+from loadtest.load.capacity import Capacity, hopeless, paced
 from loadtest.load.client import Client, Clock
 from loadtest.load.http import Server, connections
 from loadtest.load.journal import Journal, Record
 from loadtest.load.measures import good_share
 from loadtest.load.overhead import Overhead
-from loadtest.load.plan import WARM_UP, Session, Stage
+from loadtest.load.plan import WARM_UPS, Session, Stage
 from loadtest.load.scenario import ClosedLoad, OpenLoad, Scenario
 from loadtest.load.scrape import Scraper
 from loadtest.load.workloads.prompt import Message, Turn
 
 PROGRESS_SECONDS = 10.0
+# What the sessions that run at once would take one after the other.
+AT_ONCE_SECONDS = 20.0
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 
@@ -108,7 +111,7 @@ class Runner:
         load = self._scenario.load
         start = self._clock()
         waiting = iter(enumerate(stage.sessions))
-        warming_up = stage.name == WARM_UP
+        warming_up = stage.name in WARM_UPS
         ramp_seconds = 0.0 if warming_up else load.ramp_seconds
         duration_seconds = load.duration_seconds if isinstance(load, ClosedLoad) and not warming_up else None
 
@@ -221,25 +224,24 @@ async def _interruptible(runner: Runner) -> AsyncIterator[None]:
 async def run(
     scenario: Scenario,
     warm_up: Stage,
+    at_once: Stage,
     sweeps: Sequence[Sequence[Stage]],
     server: Server,
     model: str,
     journal: Journal,
     show: Callable[[str], None],
-) -> bool:
+) -> None:
     """Run everything; a sweep ends with the stage at which the SLO breaks, and nothing follows a warm-up that failed.
 
     Args:
         scenario: the methods, limits and requests.
         warm_up: runs first.
+        at_once: runs next, as far as it does not take too long; may be empty.
         sweeps: from `Planner.stages`.
         server: where it is and what every request carries.
         model: served name.
         journal: takes everything.
         show: prints a line on the progress for the user.
-
-    Returns:
-        Whether it ran to its end: nobody interrupted it, and not the whole warm-up failed.
     """
     clock = Clock()
     url = server.url
@@ -252,8 +254,9 @@ async def run(
             try:
                 warming_up = await runner.run(warm_up) if warm_up.sessions else []
                 useless = bool(warming_up) and all(request["status"] != "ok" for request in warming_up)
-                if not useless and not runner.interrupted:
-                    sweeps = _paced(sweeps, scenario, warming_up, show)
+                if warming_up and at_once.sessions and not useless and not runner.interrupted:
+                    capacity = await _capacity(runner, warming_up, at_once)
+                    sweeps = _paced(sweeps, scenario, capacity, journal, show)
                 for sweep in [] if useless else sweeps:
                     await _sweep(runner, sweep, scraper, scenario)
             finally:
@@ -262,25 +265,43 @@ async def run(
         await scraper.read()
     end = {"interrupted": runner.interrupted, "warm_up_failed": useless, "seconds": round(clock(), 3)}
     journal.write("end", end)
-    return not (runner.interrupted or useless)
+
+
+async def _capacity(runner: Runner, warming_up: Sequence[Mapping[str, Any]], at_once: Stage) -> Capacity:
+    """What the server sustains, with sessions of `at_once` as many as do not take too long."""
+    sessions = at_once.sessions[: Capacity(warming_up).sessions_within(at_once.sessions, AT_ONCE_SECONDS)]
+    return Capacity(warming_up, await runner.run(replace(at_once, level=len(sessions), sessions=sessions)))
 
 
 def _paced(
     sweeps: Sequence[Sequence[Stage]],
     scenario: Scenario,
-    warming_up: Sequence[Mapping[str, Any]],
+    capacity: Capacity,
+    journal: Journal,
     show: Callable[[str], None],
 ) -> Sequence[Sequence[Stage]]:
-    """The stages at the pace that the warm-up allows, where the scenario leaves it open."""
+    """The stages at the pace that the server sustains, and without those that are hopeless."""
     load = scenario.load
-    if not isinstance(load, OpenLoad) or load.capacity_shares is None:
-        return sweeps
+    assert isinstance(load, OpenLoad)
+    if load.capacity_shares is None:
+        return [_hopeful(sweep, capacity, journal, show) for sweep in sweeps]
     assert load.duration_seconds is not None
-    capacity = Capacity(warming_up)
     found = [[paced(stage, capacity, load.duration_seconds) for stage in sweep] for sweep in sweeps]
     for stage in (stage for sweep in found for stage in sweep):
         show(f"by the warm-up: {stage.name}, {len(stage.sessions)} sessions")
     return found
+
+
+def _hopeful(
+    sweep: Sequence[Stage], capacity: Capacity, journal: Journal, show: Callable[[str], None]
+) -> Sequence[Stage]:
+    """A sweep up to its first hopeless stage; the load rises from stage to stage."""
+    for number, stage in enumerate(sweep):
+        if (reason := hopeless(stage, capacity)) is not None:
+            show(f"{stage.name} is not run: {reason}")
+            journal.write("refused", {"name": stage.name, "level": stage.level, "reason": reason})
+            return sweep[:number]
+    return sweep
 
 
 async def _sweep(runner: Runner, stages: Sequence[Stage], scraper: Scraper, scenario: Scenario) -> None:

@@ -11,6 +11,7 @@ import yaml
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from loadtest.load.settings import NotNegative, ScenarioError, Strict
+from loadtest.load.thresholds import ThresholdText, parse_threshold
 from loadtest.load.workloads.kinds import Workload
 from loadtest.load.workloads.prompt import Endpoint
 
@@ -47,8 +48,8 @@ class OpenLoad(_Load):
 
     Attributes:
         rates: session arrivals a second; a stage each, in order, until the SLO breaks.
-        capacity_shares: in place of rates, shares of the rate at which the warm-up's sessions ended one after the
-            other, so that a scenario suits servers of any speed.
+        capacity_shares: in place of rates, shares of the rate that the server sustained in the warm-up, so that a
+            scenario suits servers of any speed.
         burstiness: shape of the gamma intervals; 1 is Poisson, less is more bursty.
         trace: JSON lines with `timestamp_seconds`, replayed at their own pace.
         requests, duration_seconds: how much a stage sends: exactly one of the two; with `capacity_shares` both, and
@@ -125,8 +126,11 @@ class Scenario(Strict):
         methods: name to the `vllm_xargs` of its requests; the first one is what the others are compared with.
         endpoint: `chat` or `completions`.
         request: further fields of every request's body, such as `chat_template_kwargs`.
-        warm_up_rounds: before the stages, that often: one request for each method, workload and doubling of the length.
+        warm_up_rounds: before the stages, that often: one request for each method, workload and doubling of the length;
+            after them, where requests arrive at a rate, some at once, which tells what the server sustains. Rates that
+            are hopeless by that are not run.
         request_timeout_seconds: after that a request has failed. Nothing is ever retried.
+        fail_on: conditions under which the run has failed and ends with exit status 1 (`loadtest.load.thresholds`).
         scrape_seconds: between two readings of the server's metrics.
     """
 
@@ -140,6 +144,7 @@ class Scenario(Strict):
     request: Mapping[str, Any] = {}
     warm_up_rounds: Annotated[int, Field(ge=0)] = 1
     request_timeout_seconds: PositiveFloat = 600.0
+    fail_on: tuple[ThresholdText, ...] = ("failures > 0",)
     scrape_seconds: PositiveFloat = 2.0
 
     @model_validator(mode="after")
@@ -149,6 +154,10 @@ class Scenario(Strict):
             raise ValueError(f"workloads: names must differ, these are given: {names}")
         if isinstance(self.load, OpenLoad) and self.load.capacity_shares is not None and not self.warm_up_rounds:
             raise ValueError("capacity_shares need warm_up_rounds of at least 1, which measure the capacity")
+        for text in self.fail_on:
+            method = parse_threshold(text).method
+            if method is not None and method not in self.methods:
+                raise ValueError(f"fail_on: {text!r}: no method {method!r}; there are {[*self.methods]}")
         for workload in self.workloads:
             unknown = sorted(set(workload.methods or ()) - set(self.methods))
             if unknown:

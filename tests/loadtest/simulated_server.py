@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -36,6 +37,7 @@ class Behaviour:
         leading: events without a token between the role and the first token, evenly over `ttft_seconds`.
         finish_seconds: so long after the last token an event says why the answer ended; 0: the last token's does.
         together: tokens in one event.
+        in_turn: wait until no other such request runs, as a server that gains nothing from several at once.
         dressed: comments, `id:`, `retry:`, `event:`, CRLF and data over several lines, as event streams may have.
     """
 
@@ -49,6 +51,7 @@ class Behaviour:
     leading: int = 0
     finish_seconds: float = 0.0
     together: int = 1
+    in_turn: bool = False
     dressed: bool = False
 
 
@@ -59,6 +62,7 @@ class SimulatedServer:
         self.running = 0
         self.started = 0
         self.bodies: list[dict[str, Any]] = []
+        self._turn = asyncio.Lock()
 
     async def models(self, request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": MODEL_NAME, "root": "nowhere"}]})
@@ -96,7 +100,8 @@ class SimulatedServer:
         self.started += 1
         self.running += 1
         try:
-            return await self._stream(request, body, behaviour)
+            async with self._turn if behaviour.in_turn else contextlib.nullcontext():
+                return await self._stream(request, body, behaviour)
         finally:
             self.running -= 1
 

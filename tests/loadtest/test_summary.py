@@ -198,7 +198,13 @@ def drift_of(ttfts: list[float]) -> float | None:
         "requests": requests,
         "client": None,
     }
-    run = {"run": {"scenario": scenario.model_dump(mode="json")}, "stages": [stage], "metrics": [], "end": KILLED}
+    run = {
+        "run": {"scenario": scenario.model_dump(mode="json")},
+        "stages": [stage],
+        "refused": [],
+        "metrics": [],
+        "end": KILLED,
+    }
     drift: float | None = summarise(run)["stages"][0]["drift"]
     return drift
 

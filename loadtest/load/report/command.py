@@ -29,22 +29,22 @@ def _report(folder: Path) -> dict[str, Any]:
     return {**run, "summary": summarise(run)}
 
 
-def write_report(folder: Path) -> int:
+def write_report(folder: Path) -> bool:
     """Write report.json and report.html of a run into its folder, and print its table.
 
     Args:
         folder: holds the journal.
 
     Returns:
-        How many requests failed, without those that whoever interrupted the run ended.
+        Whether the run passed.
     """
     report = _report(folder)
     (folder / REPORT_JSON).write_text(json.dumps(report, allow_nan=False), encoding="utf-8")
     (folder / REPORT_HTML).write_text(html.page(report), encoding="utf-8")
-    print(terminal.table(report))
+    print(terminal.table(report, sys.stdout.isatty()))
     print(f"\n{folder / REPORT_HTML}\n{folder / REPORT_JSON}")
-    failures: dict[str, int] = report["summary"]["failures"]
-    return sum(count for status, count in failures.items() if status != "interrupted")
+    passed: bool = report["summary"]["verdict"]["passed"]
+    return passed
 
 
 def compare_runs(arguments: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from loadtest.load.measures import Request, counted, tpot_seconds, ttft_seconds
-from loadtest.load.plan import WARM_UP
+from loadtest.load.plan import WARM_UPS
 from loadtest.load.report.statistics import independent_difference, independent_ratio
 from loadtest.load.report.summary import Report, by_prompt, compare_methods
 
@@ -37,7 +37,7 @@ def _requests(report: Report) -> dict[tuple[Any, str], dict[tuple[str, str, int]
     """Counted requests by level and method; there by pair, digest of the prompt, and turn."""
     found: dict[tuple[Any, str], dict[tuple[str, str, int], Request]] = {}
     for stage in report["stages"]:
-        for request in counted(stage["requests"]) if stage["name"] != WARM_UP else ():
+        for request in counted(stage["requests"]) if stage["name"] not in WARM_UPS else ():
             digest = stage["schedule"][request["session"]]["prompt_digest"]
             group = found.setdefault((stage["level"], request["method"]), {})
             group[request["pair"], digest, request["turn"]] = request

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from loadtest.load.measures import Request, counted, tpot_seconds, ttft_seconds
-from loadtest.load.plan import WARM_UP
+from loadtest.load.plan import WARM_UPS
 from loadtest.load.reply import FAILURES
 from loadtest.load.report.chart import Series, chart, distribution
 from loadtest.load.report.server_metrics import density_series, fallbacks, series_of, time_series
@@ -42,6 +42,7 @@ def page(report: Report) -> str:
     run = report["run"]
     title = f"Load test: {run['scenario_name']}"
     sections = [
+        _verdict(report["summary"]["verdict"]),
         _head(report, title),
         _warnings(report["summary"]["warnings"]),
         _findings(report),
@@ -111,6 +112,16 @@ def _head(report: Report, title: str) -> str:
     return (
         f'<h1>{_text(title)}</h1><p>{_text(scenario["description"])}</p><p class="soft">{_text(" · ".join(facts))}</p>'
     )
+
+
+def _verdict(found: Mapping[str, Any]) -> str:
+    """The first line of the page."""
+    if found["passed"] and not found["overloaded"]:
+        return '<p class="verdict passed">Passed</p>'
+    lines = [f"Overloaded: {text}" for text in found["overloaded"]] + [f"Failed: {text}" for text in found["failed"]]
+    items = "".join(f"<li>{_text(line)}</li>" for line in lines)
+    note = "Latencies of an overloaded server are of its queue, not of its methods." if found["overloaded"] else ""
+    return f'<div class="verdict failed"><ul>{items}</ul><span>{note}</span></div>'
 
 
 def _warnings(warnings: Sequence[str]) -> str:
@@ -250,7 +261,7 @@ def _measured(report: Report, measure: Callable[[Request], float | None], unit: 
     scenario = Scenario.model_validate(report["run"]["scenario"])
     values: dict[str, list[float]] = {method: [] for method in _colours(report)}
     for stage in report["stages"]:
-        for request in compared(counted(stage["requests"]), scenario) if stage["name"] != WARM_UP else ():
+        for request in compared(counted(stage["requests"]), scenario) if stage["name"] not in WARM_UPS else ():
             value = measure(request)
             if request["status"] == "ok" and value is not None:
                 values[request["method"]].append(value / unit)

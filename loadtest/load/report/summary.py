@@ -18,9 +18,10 @@ from loadtest.load.measures import (
     tpot_seconds,
     ttft_seconds,
 )
-from loadtest.load.plan import WARM_UP
+from loadtest.load.plan import WARM_UPS
 from loadtest.load.report.server_metrics import density, fallback_share, series_of
 from loadtest.load.report.statistics import difference, interval_of_mean, mcnemar, percentiles, ratio
+from loadtest.load.report.verdict import MOST_DRIFT, overload, verdict
 from loadtest.load.scenario import Scenario, Slo
 
 Report = Mapping[str, Any]
@@ -31,7 +32,6 @@ MOST_LAG_SECONDS = 0.010
 MOST_CPU_SHARE = 0.9
 LEAST_SENT_SHARE = 0.95
 MOST_FALLBACK_SHARE = 0.2
-MOST_DRIFT = 1.5
 LEAST_DRIFT_REQUESTS = 10
 
 
@@ -166,15 +166,17 @@ def by_length(requests: Sequence[Request]) -> dict[str, list[Request]]:
 def summarise(run: Mapping[str, Any]) -> dict[str, Any]:
     """The summary of a run as `loadtest.load.journal.read_journal` returns it."""
     scenario = Scenario.model_validate(run["run"]["scenario"])
-    stages = [_stage(stage, run["metrics"], scenario) for stage in run["stages"] if stage["name"] != WARM_UP]
+    stages = [_stage(stage, run["metrics"], scenario) for stage in run["stages"] if stage["name"] not in WARM_UPS]
     everything = [request for stage in run["stages"] for request in stage["requests"]]
+    comparisons = _comparisons(run, scenario)
     return {
+        "verdict": verdict(stages, comparisons, run, scenario),
         "stages": stages,
-        "comparisons": _comparisons(run, scenario),
+        "comparisons": comparisons,
         "kept_slo": _kept_slo(stages, scenario),
         "failures": dict(Counter(request["status"] for request in everything if request["status"] != "ok")),
         "counted_by": dict(Counter(request["counted_by"] for request in everything if request["counted_by"])),
-        "warm_up_requests": sum(len(one["requests"]) for one in run["stages"] if one["name"] == WARM_UP),
+        "warm_up_requests": sum(len(one["requests"]) for one in run["stages"] if one["name"] in WARM_UPS),
         "warnings": _warnings(run, stages),
     }
 
@@ -199,7 +201,7 @@ def _stage(stage: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], scena
     }
     ends = [request["end_seconds"] for request in stage["requests"]]
     within = series_of(metrics, stage["start_seconds"], max(ends, default=stage["start_seconds"]))
-    return {
+    found = {
         "name": stage["name"],
         "level": stage["level"],
         "scheduled": len(stage["schedule"]),
@@ -222,7 +224,23 @@ def _stage(stage: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], scena
         "fallback_share": fallback_share(within),
         "client": _client(stage),
         "drift": _drift(requests),
+        "backlog": _backlog(stage),
+        "all_by_method": {
+            method: describe(chosen, scenario.slo, duration)
+            for method in scenario.methods
+            if (chosen := [request for request in requests if request["method"] == method])
+        },
     }
+    return {**found, "overload": overload(found)}
+
+
+def _backlog(stage: Mapping[str, Any]) -> float | None:
+    """Share of an open loop's requests that were unanswered when the last one arrived; none in a closed loop."""
+    requests = stage["requests"]
+    if not requests or stage["schedule"][0]["arrival_seconds"] is None:
+        return None
+    last = max(request["intended_seconds"] for request in requests)
+    return float(sum(request["end_seconds"] > last for request in requests) / len(requests))
 
 
 def _client(stage: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -279,7 +297,7 @@ def _comparisons(run: Mapping[str, Any], scenario: Scenario) -> list[dict[str, A
         return []
     by_level: dict[Any, dict[str, list[Request]]] = defaultdict(lambda: defaultdict(list))
     for stage in run["stages"]:
-        for request in compared(counted(stage["requests"]), scenario) if stage["name"] != WARM_UP else ():
+        for request in compared(counted(stage["requests"]), scenario) if stage["name"] not in WARM_UPS else ():
             by_level[stage["level"]][request["method"]].append(request)
     found = []
     for level, methods in by_level.items():

@@ -29,8 +29,26 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), rule, *map(line, rows)])
 
 
-def table(report: Report) -> str:
-    """The summary of a run."""
+RED, GREEN, PLAIN = "\x1b[1;31m", "\x1b[32m", "\x1b[0m"
+
+
+def _verdict(found: Mapping[str, Any], colours: bool) -> str:
+    """What the run comes to; the words say it without colours too."""
+    red, green, plain = (RED, GREEN, PLAIN) if colours else ("", "", "")
+    lines = [f"{red}OVERLOADED: {text}.{plain}" for text in found["overloaded"]]
+    lines += [f"{red}FAILED: {text}.{plain}" for text in found["failed"]]
+    if found["overloaded"]:
+        lines.append("Latencies of an overloaded server are of its queue, not of its methods.")
+    return "\n".join(lines or [f"{green}PASSED{plain}"])
+
+
+def table(report: Report, colours: bool = False) -> str:
+    """The summary of a run.
+
+    Args:
+        report: of the run.
+        colours: of a terminal.
+    """
     summary = report["summary"]
     methods = report["run"]["scenario"]["methods"]
     rows = [
@@ -52,7 +70,7 @@ def table(report: Report) -> str:
     ]
     header = ["load", "method", "succeeded", "score", "TTFT p50 s", "p95 s", "TPOT p50 ms", "tokens/s"]
     header += ["goodput/s", "good", "density"]
-    parts = [_table(header, rows)] if rows else ["No request was counted."]
+    parts = [_verdict(summary["verdict"], colours), _table(header, rows) if rows else "No request was counted."]
     if summary["comparisons"]:
         against = [(f"{row['method']} against {row['baseline']}", row) for row in summary["comparisons"]]
         parts.append(_comparison_table(against))
