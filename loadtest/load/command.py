@@ -22,7 +22,9 @@ import json
 import platform
 import secrets
 import signal
+import ssl
 import sys
+import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,22 +107,46 @@ def _load_test(arguments: argparse.Namespace) -> None:
     url = arguments.url.rstrip("/")
     if (folder / NAME).exists():
         raise UsageError(f"{folder} holds a run already: name another folder with --out")
+    died = None
     with contextlib.ExitStack() as stack:
+        server = stack.enter_context(_server(url, arguments))
         process = None
         if arguments.serve:
-            folder.mkdir(parents=True, exist_ok=True)
+            _make(folder)
             _show(f"starting the server; its log is {folder / SERVER_LOG}")
             process = stack.enter_context(served(arguments.serve, url, folder / SERVER_LOG))
         elif arguments.wait:
-            wait_until_healthy(url, arguments.wait)
-        server = stack.enter_context(Server(url, _headers(arguments.api_key_file), arguments.certificates))
-        _run(scenario, arguments, server, folder)
+            wait_until_healthy(server, arguments.wait)
+        try:
+            _run(scenario, arguments, server, folder)
+        except BaseException:
+            # Whatever it was, what has been measured is reported before.
+            if (folder / NAME).exists():
+                write_report(folder)
+            raise
         died = process.poll() if process is not None else None
     passed = write_report(folder)
     if died is not None:
         raise ServerError(f"the server ended with {died} while it was tested; its log is {folder / SERVER_LOG}")
     if not passed:
         sys.exit(FAILED)
+
+
+def _server(url: str, arguments: argparse.Namespace) -> Server:
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path:
+        raise UsageError(f"--url {url}: http://HOST:PORT or https://HOST:PORT is wanted, without a path")
+    try:
+        return Server(url, _headers(arguments.api_key_file), arguments.certificates)
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(f"--certificates {arguments.certificates} cannot be read: {error}") from None
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {folder} cannot be made: {error.strerror}") from None
 
 
 def _headers(api_key_file: Path | None) -> dict[str, str]:
@@ -150,7 +176,7 @@ def _run(scenario: Scenario, arguments: argparse.Namespace, server: Server, fold
     planner = Planner(scenario, makers, salt)
     sweeps = planner.stages()
     warm_up, at_once = planner.warm_up(), planner.at_once()
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     with Journal(folder) as journal:
         journal.write("run", _about(scenario, arguments.scenario, server, model, salt))
         _show(_announcement(warm_up, sweeps))

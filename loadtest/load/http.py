@@ -54,12 +54,16 @@ class Server:
         url: without a path.
         headers: of every request.
         certificates: as of `connections`.
+
+    Raises:
+        OSError: the certificates cannot be read.
     """
 
     def __init__(self, url: str, headers: Mapping[str, str], certificates: Path | None = None) -> None:
         self.url = url
         self.headers = headers
         self.certificates = certificates
+        ssl.create_default_context(cafile=certificates)
         self._loop = asyncio.Runner()
         self._connections = connections(headers, certificates)
 
@@ -88,6 +92,18 @@ class Server:
             HttpError: as `get`.
         """
         return self._loop.run(self._json("POST", path, body))
+
+    def is_healthy(self) -> bool:
+        """Whether it answers at ``/health``."""
+
+        async def ask() -> bool:
+            try:
+                async with self._http.get(f"{self.url}/health", timeout=aiohttp.ClientTimeout(total=5)) as response:
+                    return response.status == 200
+            except (aiohttp.ClientError, OSError):
+                return False
+
+        return self._loop.run(ask())
 
     async def _json(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
         timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS)

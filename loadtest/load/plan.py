@@ -13,7 +13,8 @@ from typing import Any
 from loadtest.load.arrivals import arrivals, count_in, replay
 from loadtest.load.scenario import ClosedLoad, OpenLoad, Scenario
 from loadtest.load.settings import ScenarioError
-from loadtest.load.workloads.build import PromptMaker, read_json_lines
+from loadtest.load.workloads.build import PromptMaker
+from loadtest.load.workloads.files import TraceLine, read_lines
 from loadtest.load.workloads.kinds import Workload
 from loadtest.load.workloads.prompt import Prompt
 
@@ -172,11 +173,12 @@ class Planner:
 
     def _replayed(self, load: OpenLoad) -> list[float]:
         assert load.trace is not None
-        try:
-            times = replay(float(line["timestamp_seconds"]) for line in read_json_lines(load.trace))
-        except (KeyError, ValueError) as error:
-            raise ScenarioError(f"{load.trace}: every line needs a number timestamp_seconds ({error})") from None
-        return times[: load.requests]
+        times = [line.timestamp_seconds for line in read_lines(load.trace, TraceLine)]
+        known = [time for time in times if time is not None]
+        if len(known) < len(times):
+            place = times.index(None) + 1
+            raise ScenarioError(f"{load.trace}: every request needs a timestamp_seconds, number {place} has none")
+        return replay(known)[: load.requests]
 
     def _sessions(self, stage: str, methods: tuple[str, ...], count: int, rng: random.Random) -> tuple[Session, ...]:
         workloads = [one for one in self._scenario.workloads if not one.paired or self._methods_of(one, methods)]

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, Field, JsonValue, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from loadtest.load.settings import NotNegative, ScenarioError, Strict
 from loadtest.load.thresholds import ThresholdText, parse_threshold
+from loadtest.load.workloads.files import read_text
 from loadtest.load.workloads.kinds import Workload
 from loadtest.load.workloads.prompt import Endpoint
 
@@ -137,11 +138,11 @@ class Scenario(Strict):
     description: str
     seed: int = 0
     endpoint: Endpoint = "chat"
-    methods: Annotated[Mapping[str, Mapping[str, Any]], Field(min_length=1)]
+    methods: Annotated[Mapping[str, Mapping[str, JsonValue]], Field(min_length=1)]
     workloads: Annotated[tuple[Workload, ...], Field(min_length=1)]
     load: Annotated[OpenLoad | ClosedLoad, Field(discriminator="loop")]
     slo: Slo
-    request: Mapping[str, Any] = {}
+    request: Mapping[str, JsonValue] = {}
     warm_up_rounds: Annotated[int, Field(ge=0)] = 1
     request_timeout_seconds: PositiveFloat = 600.0
     fail_on: tuple[ThresholdText, ...] = ("failures > 0",)
@@ -188,13 +189,15 @@ def load_scenario(name: str, settings: Sequence[str] = ()) -> Scenario:
         ScenarioError: there is none, or it is not valid.
     """
     path = Path(name) if name.endswith((".yaml", ".yml", ".json")) else BUNDLED / f"{name}.yaml"
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise ScenarioError(
             f"no scenario {name!r}: give the path of a .yaml file or one of {', '.join(scenario_names())}"
-        ) from None
-    except yaml.YAMLError as error:
+        )
+    text = read_text(path)
+    try:
+        content = yaml.safe_load(text)
+        lines = _lines_of(yaml.compose(text, yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError) as error:
         raise ScenarioError(f"{path} is not YAML: {error}") from None
     if not isinstance(content, dict):
         raise ScenarioError(f"{path} holds no mapping of settings")
@@ -203,8 +206,46 @@ def load_scenario(name: str, settings: Sequence[str] = ()) -> Scenario:
     try:
         return Scenario.model_validate(content)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, part['loc'])) or 'scenario'}: {part['msg']}" for part in error.errors()]
-        raise ScenarioError(f"{path} is not a valid scenario:\n" + "\n".join(lines)) from None
+        reasons = [f"  {_where(part['loc'], part['msg'], lines, settings)}" for part in error.errors()]
+        raise ScenarioError(f"{path} is not a valid scenario:\n" + "\n".join(reasons)) from None
+
+
+def _lines_of(node: yaml.Node | None, place: tuple[str | int, ...] = ()) -> dict[tuple[str | int, ...], int]:
+    """The line of each setting, by its place.
+
+    Raises:
+        ValueError: a mapping has a key twice, of which YAML would keep the last.
+    """
+    if node is None:
+        return {}
+    found = {place: node.start_mark.line + 1}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if (*place, key.value) in found:
+                raise ValueError(f"line {key.start_mark.line + 1}: {key.value!r} stands there twice")
+            found |= _lines_of(value, (*place, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            found |= _lines_of(value, (*place, number))
+    return found
+
+
+def _where(
+    location: tuple[int | str, ...],
+    reason: str,
+    lines: Mapping[tuple[str | int, ...], int],
+    settings: Sequence[str],
+) -> str:
+    """What is wrong with a setting, with the line of the file unless `settings` replaced it."""
+    name = ".".join(map(str, location)) or "scenario"
+    known: tuple[int | str, ...] = ()
+    for part in location:
+        # Parts that are not in the file name the kind of a load or workload.
+        known = (*known, part) if (*known, part) in lines else known
+    dotted = ".".join(map(str, known))
+    replaced = [setting.partition("=")[0] for setting in settings]
+    from_file = known and not any(f"{dotted}.".startswith(f"{place}.") for place in replaced)
+    return f"{name}: {reason} (line {lines[known]})" if from_file else f"{name}: {reason}"
 
 
 def _replace(content: dict[str, Any], setting: str) -> None:

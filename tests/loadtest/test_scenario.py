@@ -80,6 +80,14 @@ def test_a_setting_is_replaced(tmp_path: Path) -> None:
         (["description.a=1"], "'description' holds no settings of its own"),
         (["workloads.7.name=a"], "'7' is no place of that list, which has 0 to 0"),
         (["seed=[1"], "not YAML"),
+        (["slo.ttft_seconds=.inf"], "slo.ttft_seconds: Input should be a finite number"),
+        (["load.rates=[.nan]"], "load.open.rates.0"),
+        (["description=2026-01-02"], "description: Input should be a valid string"),
+        (["request={seed: .inf}"], "request.seed"),
+        (["request={seed: 2026-01-02}"], "request"),
+        (["methods.sparse={sparse_prefill: 2026-01-02}"], "methods.sparse.sparse_prefill"),
+        (["methods.sparse.flexprefill_gamma=.nan"], "methods.sparse"),
+        (["methods={on: {}}"], "methods.1.[key]: Input should be a valid string"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, settings: list[str], said: str) -> None:
@@ -101,3 +109,18 @@ def test_a_scenario_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ScenarioError, match="is not YAML"):
         load_scenario(str(tmp_path / "bad.yaml"))
+
+
+def test_the_line_of_what_is_wrong_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "one.yaml"
+    text = yaml.safe_dump(VALID, sort_keys=False)
+    path.write_text(text.replace("tpot_seconds: 0.1", "tpot_seconds: .inf"))
+    number = next(number for number, line in enumerate(text.split("\n"), 1) if "tpot_seconds" in line)
+    with pytest.raises(ScenarioError, match=rf"slo.tpot_seconds: Input should be a finite number \(line {number}\)"):
+        load_scenario(str(path))
+    path.write_text(f"{text}seed: 1\nseed: 2\n")
+    with pytest.raises(ScenarioError, match=r"line \d+: 'seed' stands there twice"):
+        load_scenario(str(path))
+    path.write_bytes(text.encode() + b"# caf\xe9\n")
+    with pytest.raises(ScenarioError, match=rf"line {text.count(chr(10)) + 1}, is no UTF-8 \(byte 0xe9\)"):
+        load_scenario(str(path))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import json
 import random
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 from loadtest.load.settings import ScenarioError
+from loadtest.load.workloads.files import OwnLine, TraceLine, read_lines, text_of
 from loadtest.load.workloads.kinds import (
     DocumentWorkload,
     JsonlWorkload,
@@ -58,13 +56,18 @@ class PromptMaker:
     def distinct(self) -> int:
         """How many prompts there are before they repeat."""
         if isinstance(self._workload, TraceWorkload | JsonlWorkload):
-            return len(self._lines)
+            return len(self._requests if isinstance(self._workload, TraceWorkload) else self._lines)
         return self._workload.distinct_prompts
 
     @functools.cached_property
-    def _lines(self) -> list[dict[str, Any]]:
-        assert isinstance(self._workload, TraceWorkload | JsonlWorkload)
-        return read_json_lines(self._workload.file)
+    def _requests(self) -> list[TraceLine]:
+        assert isinstance(self._workload, TraceWorkload)
+        return read_lines(self._workload.file, TraceLine)
+
+    @functools.cached_property
+    def _lines(self) -> list[OwnLine]:
+        assert isinstance(self._workload, JsonlWorkload)
+        return read_lines(self._workload.file, OwnLine)
 
     def __call__(self, number: int) -> Prompt:
         """Prompt `number`, 0 or more; they repeat after `distinct`."""
@@ -72,8 +75,6 @@ class PromptMaker:
         if number not in self._made:
             try:
                 self._made[number] = self._make(number)
-            except KeyError as error:
-                raise ScenarioError(f"workload {self._workload.name!r}, line {number + 1} lacks {error}") from None
             except (ValueError, LookupError) as error:
                 raise ScenarioError(f"workload {self._workload.name!r}, prompt {number}: {error}") from None
         return self._made[number]
@@ -95,10 +96,10 @@ class PromptMaker:
             return self._document(name, workload, number)
         if isinstance(workload, TextWorkload):
             return self._text(name, draw(workload.input_tokens, rng), draw(workload.output_tokens, rng), rng)
-        line = self._lines[number]
         if isinstance(workload, TraceWorkload):
-            return self._text(name, int(line["input_tokens"]), int(line["output_tokens"]), rng)
-        return self._own(name, line, workload.output_tokens)
+            request = self._requests[number]
+            return self._text(name, request.input_tokens, request.output_tokens, rng)
+        return self._own(name, self._lines[number], workload.output_tokens)
 
     def _needle(self, name: str, workload: NeedleWorkload, rng: random.Random) -> Prompt:
         tokens = draw(workload.input_tokens, rng)
@@ -141,25 +142,19 @@ class PromptMaker:
             content = "Tell me a story."
         return Prompt(name, (Turn(content, output_tokens, ignore_eos=True),), input_tokens)
 
-    def _own(self, name: str, line: dict[str, Any], output_tokens: int) -> Prompt:
-        if ("prompt" in line) == ("messages" in line):
-            raise ValueError("a line needs either prompt or messages")
-        history: list[dict[str, Any]] = []
-        content = line.get("prompt", "")
-        if "messages" in line:
-            if self._endpoint == "completions":
-                raise ValueError("messages need endpoint: chat")
-            *history, last = line["messages"]
-            content = last["content"]
-        answers = [str(answer) for answer in line.get("answers", ())]
+    def _own(self, name: str, line: OwnLine, output_tokens: int) -> Prompt:
+        if line.messages is not None and self._endpoint == "completions":
+            raise ValueError("messages need endpoint: chat")
+        messages = [message.model_dump() for message in line.messages or ()]
+        texts = [text_of(message.content) for message in line.messages or ()] or [str(line.prompt)]
+        answers = [str(answer) for answer in line.answers]
         turn = Turn(
-            content,
-            int(line.get("output_tokens", output_tokens)),
-            ignore_eos=bool(line.get("ignore_eos", False)),
+            messages[-1]["content"] if messages else str(line.prompt),
+            line.output_tokens or output_tokens,
+            ignore_eos=line.ignore_eos,
             score=functools.partial(share_found, answers) if answers else None,
         )
-        tokens = self._count_tokens("\n".join([*(str(one["content"]) for one in history), content]))
-        return Prompt(name, (turn,), tokens, tuple(history))
+        return Prompt(name, (turn,), self._count_tokens("\n".join(texts)), tuple(messages[:-1]))
 
 
 def _turn_of(task: Task) -> Turn:
@@ -171,33 +166,3 @@ def _turn_of(task: Task) -> Turn:
 @functools.cache
 def _bundled_counter() -> Callable[[str], int]:
     return functools.partial(count_bundled_tokens, build_tokenizer())
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; empty lines do not count.
-
-    Raises:
-        ScenarioError: there is no such file, it is empty, or a line is no JSON object.
-    """
-    return list(_objects(path)) or _no_lines(path)
-
-
-def _no_lines(path: Path) -> list[dict[str, Any]]:
-    raise ScenarioError(f"{path} has no lines")
-
-
-def _objects(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ScenarioError(f"{path} cannot be read: {error.strerror}") from None
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except ValueError as error:
-            raise ScenarioError(f"{path}, line {number}, is no JSON: {error}") from None
-        if not isinstance(found, dict):
-            raise ScenarioError(f"{path}, line {number}, is no JSON object")
-        yield found
