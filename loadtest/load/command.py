@@ -25,6 +25,7 @@ import signal
 import ssl
 import sys
 import urllib.parse
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from loadtest.load.http import HttpError, Server
 from loadtest.load.journal import FORMAT, NAME, Journal
 from loadtest.load.plan import Planner, Stage
 from loadtest.load.report.command import compare_runs, write_report
+from loadtest.load.report.statistics import PERCENTILES, samples_needed
 from loadtest.load.run import run
 from loadtest.load.scenario import Scenario, load_scenario, scenario_names
 from loadtest.load.server import ServerError, served, wait_until_healthy
@@ -185,7 +187,15 @@ def _run(scenario: Scenario, arguments: argparse.Namespace, server: Server, fold
 
 def _announcement(warm_up: Stage, sweeps: Sequence[Sequence[Stage]]) -> str:
     planned = [len(stage.sessions) for sweep in sweeps for stage in sweep]
-    return f"{len(warm_up.sessions)} requests to warm up, then {sum(planned)} sessions in at most {len(planned)} stages"
+    stages = [stage for sweep in sweeps for stage in sweep]
+    fewest = min(
+        count for stage in stages for count in Counter(session.method for session in stage.sessions).values() if count
+    )
+    reached = [f"p{one:g}" for one in PERCENTILES if fewest >= samples_needed(one)]
+    return (
+        f"{len(warm_up.sessions)} requests to warm up, then {sum(planned)} sessions in at most {len(planned)} stages; "
+        f"a method has {fewest} of them in a stage, enough for {', '.join(reached) or 'no percentile'}"
+    )
 
 
 def _served_model(server: Server, wanted: str | None) -> tuple[str, str | None]:

@@ -104,15 +104,18 @@ class ClosedLoad(_Load):
 
 
 class Slo(Strict):
-    """A request is good when it succeeds within both limits; a stage holds while `share` of its requests are good.
+    """A request is good when it succeeds within every limit; a stage holds while `share` of its requests are good.
 
     The limit on TTFT is `ttft_seconds + ttft_seconds_per_1000_tokens * input tokens / 1000`, so that long requests do
-    not fail by design.
+    not fail by design. `gap_p99_seconds` limits the 99th percentile of a request's gaps between tokens, and
+    `latency_seconds` the time until its last token; none: no limit.
     """
 
     ttft_seconds: PositiveFloat
     ttft_seconds_per_1000_tokens: NotNegative = 0.0
     tpot_seconds: PositiveFloat
+    gap_p99_seconds: PositiveFloat | None = None
+    latency_seconds: PositiveFloat | None = None
     share: Share = 0.9
 
     def ttft_limit_seconds(self, input_tokens: int) -> float:

@@ -25,6 +25,7 @@ from loadtest.load.report.words import (
     percent,
     score_in_words,
     seconds,
+    with_interval,
 )
 from loadtest.load.scenario import Scenario
 
@@ -47,6 +48,7 @@ def page(report: Report) -> str:
         _warnings(report["summary"]["warnings"]),
         _findings(report),
         _side_by_side(report),
+        _together(report),
         _workloads(report),
         _latency(report),
         _goodput(report),
@@ -142,8 +144,9 @@ def _findings(report: Report) -> str:
     if not items:
         return ""
     note = (
-        "Ratios are paired, prompt by prompt; below 1x is faster. Brackets are 95 % bootstrap intervals over prompts; "
-        f"fewer than {LEAST_CLUSTERS} prompts, or prompts that all agree, have none."
+        "Ratios are paired, prompt by prompt; below 1x is faster. Brackets are bootstrap intervals over blocks of "
+        f"prompts, as wide as it takes for all {len(comparisons)} comparisons to hold at 95 %; McNemar's p is Holm's. "
+        f"Fewer than {LEAST_CLUSTERS} prompts, or prompts that all agree, have none."
     )
     return _section("In short", f"<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>", _note(note))
 
@@ -190,7 +193,8 @@ def _side_by_side(report: Report) -> str:
     note = (
         "Paired prompts only, the same ones for every method, where the scenario has any. "
         f"Latency counts from the intended time of a request. Percentiles need enough requests ({needed}); with fewer "
-        "they are not shown. Goodput: requests a second that met both limits; right goodput: those of them that were "
+        "they are not shown; brackets are 95 % intervals, in which requests of a queue, which depend on one another, "
+        "count as fewer. Goodput: requests a second that met every limit; right goodput: those of them that were "
         "answered right. Density: keys read of those in reach, from the server's metrics."
     )
     return _section("Methods side by side", f'<div class="tables">{"".join(tables)}</div>', _note(note))
@@ -209,19 +213,52 @@ def _columns(report: Report, columns: Sequence[Column]) -> str:
         row("score", _score),
         *(
             row(f"{label} p{one:g}", _percentile(key, one, form))
-            for label, key, form in (("TTFT s", "ttft_seconds", seconds), ("TPOT ms", "tpot_seconds", milliseconds))
+            for label, key, form in (
+                ("TTFT s", "ttft_seconds", seconds),
+                ("TPOT ms", "tpot_seconds", milliseconds),
+                ("gap between tokens ms", "gap_seconds", milliseconds),
+                ("end to end s", "latency_seconds", seconds),
+            )
             for one in PERCENTILES
             if any(found[key][f"p{one:g}"] is not None for _, found, _ in columns)
         ),
         row("TTFT s, mean", lambda one: seconds(one["ttft_seconds"]["mean"])),
         row("TPOT ms, mean", lambda one: milliseconds(one["tpot_seconds"]["mean"])),
-        row("output tokens/s", lambda one: f"{one['output_tokens_per_second']:.1f}"),
         row("within the SLO", lambda one: percent(one["good_share"])),
-        row("goodput, 1/s", lambda one: f"{one['goodput_per_second']:.3f}"),
-        row("right goodput, 1/s", lambda one: f"{one['right_goodput_per_second']:.3f}"),
+        *(_throughput(row) if all(stage["alone"] for _, _, stage in columns) else []),
         ["density", *(_density(stage["density"], extras[method]) for method, _, stage in columns)],
     ]
     return _table(["", *(_text(method) for method, _, _ in columns)], rows)
+
+
+def _throughput(row: Callable[[str, Callable[[Mapping[str, Any]], str]], list[str]]) -> list[list[str]]:
+    """Where a method had the server for itself; methods that mix share one throughput."""
+    return [
+        row("requests/s", lambda one: f"{one['requests_per_second']:.3f}"),
+        row("output tokens/s", lambda one: f"{one['output_tokens_per_second']:.1f}"),
+        row("goodput, 1/s", lambda one: f"{one['goodput_per_second']:.3f}"),
+        row("right goodput, 1/s", lambda one: f"{one['right_goodput_per_second']:.3f}"),
+    ]
+
+
+def _together(report: Report) -> str:
+    """Throughput of each stage."""
+    rows = [
+        [
+            _text(stage["name"]),
+            f"{stage['duration_seconds']:.0f}",
+            f"{one['requests_per_second']:.3f}",
+            f"{one['input_tokens_per_second']:.0f}",
+            f"{one['output_tokens_per_second']:.1f}",
+            f"{one['goodput_per_second']:.3f}",
+            percent(one["good_share"]),
+        ]
+        for stage in report["summary"]["stages"]
+        for one in [stage["together"]]
+    ]
+    header = ["load", "seconds", "requests/s", "input tokens/s", "output tokens/s", "goodput, 1/s", "within SLO"]
+    note = "Of everything that ran at a load, whichever its method: methods that mix share the server's throughput."
+    return _section("Throughput", _table(header, rows), _note(note)) if rows else ""
 
 
 def _density(density: Mapping[str, float], extras: Mapping[str, Any]) -> str:
@@ -234,7 +271,11 @@ def _score(one: Mapping[str, Any]) -> str:
 
 
 def _percentile(key: str, percentile: float, form: Callable[[float | None], str]) -> Callable[[Mapping[str, Any]], str]:
-    return lambda one: form(one[key][f"p{percentile:g}"])
+    def cell(one: Mapping[str, Any]) -> str:
+        value, bracket, interval = with_interval(one[key], f"p{percentile:g}", form).partition(" [")
+        return f"{value}<small>[{interval}</small>" if bracket else value
+
+    return cell
 
 
 def _workloads(report: Report) -> str:

@@ -20,7 +20,16 @@ from loadtest.load.measures import (
 )
 from loadtest.load.plan import WARM_UPS
 from loadtest.load.report.server_metrics import density, fallback_share, series_of
-from loadtest.load.report.statistics import difference, interval_of_mean, mcnemar, percentiles, ratio
+from loadtest.load.report.statistics import (
+    CONFIDENCE,
+    confidence_of_each,
+    corrected,
+    difference,
+    interval_of_mean,
+    mcnemar,
+    percentiles,
+    ratio,
+)
 from loadtest.load.report.verdict import MOST_DRIFT, overload, verdict
 from loadtest.load.scenario import Scenario, Slo
 
@@ -29,6 +38,7 @@ Report = Mapping[str, Any]
 
 # A client later or busier than this measures itself: the run says so.
 MOST_LAG_SECONDS = 0.010
+MOST_TAIL_LAG_SECONDS = 0.050
 MOST_CPU_SHARE = 0.9
 LEAST_SENT_SHARE = 0.95
 MOST_FALLBACK_SHARE = 0.2
@@ -51,7 +61,7 @@ def describe(requests: Sequence[Request], slo: Slo, duration_seconds: float) -> 
         slo: the limits.
         duration_seconds: of the time in which they ran.
     """
-    ok = [request for request in requests if request["status"] == "ok"]
+    ok = sorted((one for one in requests if one["status"] == "ok"), key=lambda one: one["intended_seconds"])
     good = [request for request in requests if is_good(request, slo)]
     scored = [request for request in ok if request["score"] is not None]
     duration = max(duration_seconds, 1e-9)
@@ -94,20 +104,26 @@ def prompt_of(request: Request) -> str:
 
 
 def by_prompt(requests: Iterable[Request], measure: Callable[[Request], float | None]) -> dict[str, list[float]]:
-    """Values by prompt, those of its repetitions and turns together in a fixed order."""
+    """Values by prompt: prompts by when they were first sent, a prompt's repetitions and turns in a fixed order."""
     found: dict[str, list[float]] = defaultdict(list)
+    sent: dict[str, float] = {}
     for request in sorted(requests, key=lambda request: (request["pair"], request["turn"])):
         value = measure(request)
         if value is not None:
-            found[prompt_of(request)].append(value)
-    return found
+            prompt = prompt_of(request)
+            found[prompt].append(value)
+            sent[prompt] = min(request["intended_seconds"], sent.get(prompt, float("inf")))
+    return {prompt: found[prompt] for prompt in sorted(found, key=lambda prompt: sent[prompt])}
 
 
-def compare_methods(first: Sequence[Request], second: Sequence[Request]) -> dict[str, Any]:
+def compare_methods(
+    first: Sequence[Request], second: Sequence[Request], confidence: float = CONFIDENCE
+) -> dict[str, Any]:
     """Paired comparison of two methods that got the same prompts.
 
     Args:
         first, second: counted requests of each, with `pair` and `turn` that match.
+        confidence: of each interval.
 
     Returns:
         ``ttft_ratio`` and ``tpot_ratio`` (second over first), ``score_difference``, ``only_first_right``,
@@ -122,11 +138,11 @@ def compare_methods(first: Sequence[Request], second: Sequence[Request]) -> dict
     only_second = sum(b["score"] == 1 and a["score"] < 1 for a, b in scored)
     return {
         "pairs": len(pairs),
-        "ttft_ratio": ratio(by_prompt(firsts, ttft_seconds), by_prompt(seconds, ttft_seconds)),
+        "ttft_ratio": ratio(by_prompt(firsts, ttft_seconds), by_prompt(seconds, ttft_seconds), confidence),
         "tpot_ratio": ratio(
-            by_prompt((a for a, _ in paced), tpot_seconds), by_prompt((b for _, b in paced), tpot_seconds)
+            by_prompt((a for a, _ in paced), tpot_seconds), by_prompt((b for _, b in paced), tpot_seconds), confidence
         ),
-        "score_difference": difference(_scores(a for a, _ in scored), _scores(b for _, b in scored)),
+        "score_difference": difference(_scores(a for a, _ in scored), _scores(b for _, b in scored), confidence),
         "only_first_right": only_first,
         "only_second_right": only_second,
         "mcnemar_p": mcnemar(only_first, only_second) if scored else None,
@@ -204,6 +220,7 @@ def _stage(stage: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], scena
     found = {
         "name": stage["name"],
         "level": stage["level"],
+        "alone": len(stage["methods"]) == 1,
         "scheduled": len(stage["schedule"]),
         "sent": len(stage["requests"]),
         "left_out": len(stage["requests"]) - len(requests),
@@ -299,26 +316,33 @@ def _comparisons(run: Mapping[str, Any], scenario: Scenario) -> list[dict[str, A
     for stage in run["stages"]:
         for request in compared(counted(stage["requests"]), scenario) if stage["name"] not in WARM_UPS else ():
             by_level[stage["level"]][request["method"]].append(request)
+    compared_methods = [
+        (level, method, methods[scenario.baseline], methods[method])
+        for level, methods in by_level.items()
+        for method in scenario.methods
+        if method != scenario.baseline and method in methods and scenario.baseline in methods
+    ]
+    # Whoever looks at many intervals finds one that misses: all of them hold together.
+    confidence = confidence_of_each(len(compared_methods))
+    lengths = {place: by_length(first) for place, (_, _, first, _) in enumerate(compared_methods)}
+    confidence_of_lengths = confidence_of_each(sum(map(len, lengths.values())))
     found = []
-    for level, methods in by_level.items():
-        for method in scenario.methods:
-            if method == scenario.baseline or method not in methods or scenario.baseline not in methods:
-                continue
-            first, second = methods[scenario.baseline], methods[method]
-            lengths_first, lengths_second = by_length(first), by_length(second)
-            found.append(
-                {
-                    "level": level,
-                    "method": method,
-                    "baseline": scenario.baseline,
-                    **compare_methods(first, second),
-                    "lengths": {
-                        label: compare_methods(some, lengths_second.get(label, []))
-                        for label, some in lengths_first.items()
-                    },
-                }
-            )
-    return found
+    for place, (level, method, first, second) in enumerate(compared_methods):
+        others = by_length(second)
+        found.append(
+            {
+                "level": level,
+                "method": method,
+                "baseline": scenario.baseline,
+                **compare_methods(first, second, confidence),
+                "lengths": {
+                    label: compare_methods(some, others.get(label, []), confidence_of_lengths)
+                    for label, some in lengths[place].items()
+                },
+            }
+        )
+    ps = corrected([one["mcnemar_p"] for one in found])
+    return [{**one, "mcnemar_p": p, "comparisons": len(found)} for one, p in zip(found, ps, strict=True)]
 
 
 def _kept_slo(stages: Sequence[Mapping[str, Any]], scenario: Scenario) -> dict[str, float | None]:
@@ -364,6 +388,12 @@ def _stage_warnings(stage: Mapping[str, Any]) -> list[str]:
         found.append(f"{failed} of {together['requests']} requests failed; latencies are of those that succeeded.")
     if client is not None:
         lag = client["lag_seconds"]
+        loop = client["loop_lag_seconds"]
+        if loop["mean"] > MOST_LAG_SECONDS or loop["p99"] > MOST_TAIL_LAG_SECONDS:
+            found.append(
+                f"the client's event loop woke {loop['mean'] * 1e3:.0f} ms late on average, {loop['p99'] * 1e3:.0f} ms "
+                "at p99: times of tokens are off by as much."
+            )
         if lag is not None and (lag["mean"] or 0.0) > MOST_LAG_SECONDS:
             found.append(f"requests were sent {lag['mean'] * 1e3:.0f} ms late on average: the client was too slow.")
         if client["sent_rate"] and client["sent_rate"] < LEAST_SENT_SHARE * client["requested_rate"]:

@@ -16,6 +16,7 @@ from loadtest.load.report.words import (
     percent,
     score_in_words,
     seconds,
+    with_interval,
 )
 
 
@@ -57,20 +58,21 @@ def table(report: Report, colours: bool = False) -> str:
             name,
             f"{one['succeeded']}/{one['requests']}",
             score_in_words(one["score"]),
-            seconds(one["ttft_seconds"]["p50"]),
-            seconds(one["ttft_seconds"]["p95"]),
-            milliseconds(one["tpot_seconds"]["p50"]),
-            f"{one['output_tokens_per_second']:.1f}",
-            f"{one['goodput_per_second']:.2f}",
+            with_interval(one["ttft_seconds"], "p50", seconds),
+            with_interval(one["ttft_seconds"], "p95", seconds),
+            with_interval(one["tpot_seconds"], "p50", milliseconds),
+            milliseconds(one["gap_seconds"]["p99"]),
+            seconds(one["latency_seconds"]["p50"]),
             percent(one["good_share"]),
             density_of(stage["density"], methods[name]),
         ]
         for stage in summary["stages"]
         for name, one in stage["methods"].items()
     ]
-    header = ["load", "method", "succeeded", "score", "TTFT p50 s", "p95 s", "TPOT p50 ms", "tokens/s"]
-    header += ["goodput/s", "good", "density"]
+    header = ["load", "method", "succeeded", "score", "TTFT p50 s", "p95 s", "TPOT p50 ms", "gap p99 ms"]
+    header += ["end to end p50 s", "good", "density"]
     parts = [_verdict(summary["verdict"], colours), _table(header, rows) if rows else "No request was counted."]
+    parts += [_throughput(stage) for stage in summary["stages"] if stage["together"]["requests"]]
     if summary["comparisons"]:
         against = [(f"{row['method']} against {row['baseline']}", row) for row in summary["comparisons"]]
         parts.append(_comparison_table(against))
@@ -87,6 +89,16 @@ def table(report: Report, colours: bool = False) -> str:
     return "\n\n".join(parts)
 
 
+def _throughput(stage: Mapping[str, Any]) -> str:
+    """Of a whole stage: methods that share a server share its throughput."""
+    one = stage["together"]
+    return (
+        f"Throughput, {stage['name']}: {one['requests_per_second']:.2f} requests/s, "
+        f"{one['output_tokens_per_second']:.1f} output tokens/s, goodput {one['goodput_per_second']:.2f}/s"
+        + ("." if stage["alone"] else ", all methods together.")
+    )
+
+
 def _client(stage: Mapping[str, Any]) -> str:
     client = stage["client"]
     text = (
@@ -100,7 +112,16 @@ def _client(stage: Mapping[str, Any]) -> str:
 
 
 def _comparison_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    header = ["load", "compared", "pairs", "TTFT ratio", "TPOT ratio", "score difference", "McNemar p", "same text"]
+    header = [
+        "load",
+        "compared",
+        "pairs",
+        "TTFT ratio",
+        "TPOT ratio",
+        "score difference",
+        "McNemar p, corrected",
+        "same text",
+    ]
     cells = [
         [
             count_or_dash(row["level"]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from loadtest.load.reply import FAILURES
@@ -27,6 +27,13 @@ def milliseconds(value_seconds: float | None) -> str:
         return DASH
     value = value_seconds * 1e3
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def with_interval(found: Mapping[str, Any], percentile: str, form: Callable[[float | None], str]) -> str:
+    """A percentile with its interval, such as ``0.31 [0.29, 0.34]``."""
+    interval = found["intervals"][percentile]
+    value = form(found[percentile])
+    return value if interval is None else f"{value} [{form(interval[0])}, {form(interval[1])}]"
 
 
 def percent(share: float | None) -> str:
