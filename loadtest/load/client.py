@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 
-from loadtest.load.reply import Reply
+from loadtest.load.reply import CANCELLED, Reply
 from loadtest.load.stream import StreamError, read_answer
 
 
@@ -42,15 +42,22 @@ class Client:
         self._timeout_seconds = timeout_seconds
         self._clock = clock
 
-    async def send(self, path: str, body: Mapping[str, Any]) -> Reply:
-        """Send a request and read its stream to the end. Cancelling it gives a reply that says so."""
+    async def send(self, path: str, body: Mapping[str, Any], cancel_after_seconds: float | None = None) -> Reply:
+        """Send a request and read its stream to the end, or break it off after some seconds, as a user may do.
+
+        Cancelling the call gives a reply that says so.
+        """
         content = json.dumps(body).encode()
         reply = Reply(self._clock())
+        breaks_off = cancel_after_seconds is not None and cancel_after_seconds < self._timeout_seconds
         try:
-            async with asyncio.timeout(self._timeout_seconds):
+            async with asyncio.timeout(cancel_after_seconds if breaks_off else self._timeout_seconds):
                 await self._exchange(path, content, reply)
         except TimeoutError:
-            reply.fail("timeout_stream" if reply.first_token_seconds is not None else "timeout_first_token")
+            if breaks_off:
+                reply.fail(CANCELLED)
+            else:
+                reply.fail("timeout_stream" if reply.first_token_seconds is not None else "timeout_first_token")
         except aiohttp.ClientConnectorError as error:
             reply.fail("refused", error)
         except (aiohttp.ClientError, ConnectionError) as error:

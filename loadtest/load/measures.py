@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from loadtest.load.reply import CANCELLED
 from loadtest.load.scenario import Slo
 
 Request = Mapping[str, Any]
@@ -66,8 +67,13 @@ def is_good(request: Request, slo: Slo) -> bool:
 
 
 def counted(requests: Iterable[Request]) -> list[Request]:
-    """Those that count: neither sent while the load grew nor ended by whoever ran the test."""
-    return [request for request in requests if not request["ramp"] and request["status"] != "interrupted"]
+    """Those that count: neither sent while the load grew nor ended by the scenario or whoever ran the test."""
+    return [one for one in requests if not one["ramp"] and one["status"] not in ("interrupted", CANCELLED)]
+
+
+def failed(request: Request) -> bool:
+    """Whether a request has failed; one that was broken off on purpose has not."""
+    return request["status"] not in ("ok", CANCELLED)
 
 
 def good_share(requests: Iterable[Request], slo: Slo) -> float:

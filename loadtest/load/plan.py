@@ -14,9 +14,9 @@ from loadtest.load.arrivals import arrivals, count_in, replay
 from loadtest.load.scenario import ClosedLoad, OpenLoad, Scenario
 from loadtest.load.settings import ScenarioError
 from loadtest.load.workloads.build import PromptMaker
-from loadtest.load.workloads.files import TraceLine, read_lines
 from loadtest.load.workloads.kinds import Workload
 from loadtest.load.workloads.prompt import Prompt
+from loadtest.load.workloads.traces import read_trace
 
 WARM_UP = "warm-up"
 AT_ONCE = "warm-up at once"
@@ -173,12 +173,12 @@ class Planner:
 
     def _replayed(self, load: OpenLoad) -> list[float]:
         assert load.trace is not None
-        times = [line.timestamp_seconds for line in read_lines(load.trace, TraceLine)]
+        times = [line.timestamp_seconds for line in read_trace(load.trace)]
         known = [time for time in times if time is not None]
         if len(known) < len(times):
             place = times.index(None) + 1
             raise ScenarioError(f"{load.trace}: every request needs a timestamp_seconds, number {place} has none")
-        return replay(known)[: load.requests]
+        return [time / load.trace_speed for time in replay(known)[: load.requests]]
 
     def _sessions(self, stage: str, methods: tuple[str, ...], count: int, rng: random.Random) -> tuple[Session, ...]:
         workloads = [one for one in self._scenario.workloads if not one.paired or self._methods_of(one, methods)]

@@ -19,6 +19,9 @@ FAILURES = {
 }
 """Kinds of failure beside ``http_429``, ``http_500`` and the like."""
 
+CANCELLED = "cancelled"
+"""The status of a request that the scenario breaks off, as users do."""
+
 
 @dataclass
 class Reply:
@@ -26,7 +29,7 @@ class Reply:
 
     Attributes:
         sent_seconds: when it was sent.
-        status: ``ok``, ``http_`` with the code, or a key of `FAILURES`.
+        status: ``ok``, `CANCELLED`, ``http_`` with the code, or a key of `FAILURES`.
         detail: what the server or the connection said of a failure.
         first_token_seconds, last_token_seconds: of what was generated; an event without a token is not counted.
         first_tokens: how many tokens came at `first_token_seconds`.

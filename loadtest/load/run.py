@@ -13,7 +13,7 @@ from loadtest.load.capacity import Capacity, hopeless, paced
 from loadtest.load.client import Client, Clock
 from loadtest.load.http import Server, connections
 from loadtest.load.journal import Journal, Record
-from loadtest.load.measures import good_share
+from loadtest.load.measures import failed, good_share
 from loadtest.load.overhead import Overhead
 from loadtest.load.plan import WARM_UPS, Session, Stage
 from loadtest.load.scenario import ClosedLoad, OpenLoad, Scenario
@@ -92,8 +92,8 @@ class Runner:
             self._show(self._progress(stage))
 
     def _progress(self, stage: Stage) -> str:
-        failed = sum(request["status"] != "ok" for request in self._records)
-        return f"{stage.name}: {len(self._records)} requests ended, {failed} failed ({len(stage.sessions)} sessions)"
+        failures = sum(map(failed, self._records))
+        return f"{stage.name}: {len(self._records)} requests ended, {failures} failed ({len(stage.sessions)} sessions)"
 
     async def _open_loop(self, stage: Stage, arrivals_seconds: Sequence[float]) -> None:
         start = self._clock()
@@ -157,7 +157,12 @@ class Runner:
             elif place:
                 intended = None
             self._overhead.begin_request()
-            reply = await self._client.send(PATHS[self._scenario.endpoint], self._body(session, turn, history))
+            reply = await self._client.send(
+                PATHS[self._scenario.endpoint],
+                self._body(session, turn, history),
+                # In the warm-up everything is measured.
+                None if stage.name in WARM_UPS else session.prompt.cancel_after_seconds,
+            )
             self._overhead.end_request()
             score = turn.score(reply.text) if reply.status == "ok" and turn.score is not None else None
             record = Record(

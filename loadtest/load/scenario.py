@@ -52,7 +52,8 @@ class OpenLoad(_Load):
         capacity_shares: in place of rates, shares of the rate that the server sustained in the warm-up, so that a
             scenario suits servers of any speed.
         burstiness: shape of the gamma intervals; 1 is Poisson, less is more bursty.
-        trace: JSON lines with `timestamp_seconds`, replayed at their own pace.
+        trace: file of a trace (`loadtest.load.workloads.traces`), replayed at its own pace.
+        trace_speed: so many times faster.
         requests, duration_seconds: how much a stage sends: exactly one of the two; with `capacity_shares` both, and
             the first one that is reached ends the stage.
     """
@@ -63,6 +64,7 @@ class OpenLoad(_Load):
     rates: Rates | None = None
     capacity_shares: Rates | None = None
     trace: Path | None = None
+    trace_speed: PositiveFloat = 1.0
     requests: PositiveInt | None = None
     duration_seconds: PositiveFloat | None = None
 
@@ -166,7 +168,7 @@ class Scenario(Strict):
             unknown = sorted(set(workload.methods or ()) - set(self.methods))
             if unknown:
                 raise ValueError(f"workload {workload.name!r}: no such methods: {unknown}; there are {[*self.methods]}")
-            if workload.kind == "documents" and self.endpoint == "completions":
+            if workload.kind in ("documents", "sharegpt") and self.endpoint == "completions":
                 raise ValueError(f"workload {workload.name!r}: conversations need endpoint: chat")
         return self
 

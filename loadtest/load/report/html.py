@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from loadtest.load.measures import Request, counted, tpot_seconds, ttft_seconds
+from loadtest.load.measures import Request, counted, failed, tpot_seconds, ttft_seconds
 from loadtest.load.plan import WARM_UPS
 from loadtest.load.reply import FAILURES
 from loadtest.load.report.chart import Series, chart, distribution
@@ -108,6 +108,7 @@ def _head(report: Report, title: str) -> str:
         f"started {run['started']}",
         f"seed {scenario['seed']}",
         f"{report['summary']['warm_up_requests']} requests of warm-up are left out",
+        f"{report['summary']['cancelled']} were broken off",
     ]
     if report["end"]["seconds"] is not None:
         facts.insert(3, f"{report['end']['seconds']:.0f} s")
@@ -457,7 +458,7 @@ def _failures(report: Report) -> str:
     found: dict[tuple[str, str], list[Request]] = {}
     for stage in report["stages"]:
         for request in stage["requests"]:
-            if request["status"] != "ok":
+            if failed(request):
                 found.setdefault((request["status"], request["method"]), []).append(request)
     if not found:
         return _section("Failures", "<p>None.</p>")

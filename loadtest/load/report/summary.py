@@ -10,6 +10,7 @@ from typing import Any
 from loadtest.load.measures import (
     Request,
     counted,
+    failed,
     good_share,
     input_tokens,
     is_good,
@@ -19,6 +20,7 @@ from loadtest.load.measures import (
     ttft_seconds,
 )
 from loadtest.load.plan import WARM_UPS
+from loadtest.load.reply import CANCELLED
 from loadtest.load.report.server_metrics import density, fallback_share, series_of
 from loadtest.load.report.statistics import (
     CONFIDENCE,
@@ -190,7 +192,8 @@ def summarise(run: Mapping[str, Any]) -> dict[str, Any]:
         "stages": stages,
         "comparisons": comparisons,
         "kept_slo": _kept_slo(stages, scenario),
-        "failures": dict(Counter(request["status"] for request in everything if request["status"] != "ok")),
+        "failures": dict(Counter(request["status"] for request in everything if failed(request))),
+        "cancelled": sum(request["status"] == CANCELLED for request in everything),
         "counted_by": dict(Counter(request["counted_by"] for request in everything if request["counted_by"])),
         "warm_up_requests": sum(len(one["requests"]) for one in run["stages"] if one["name"] in WARM_UPS),
         "warnings": _warnings(run, stages),

@@ -80,6 +80,8 @@ def table(report: Report, colours: bool = False) -> str:
     others = sum(stage["together"]["requests"] for stage in summary["stages"]) - shown
     if others:
         parts.append(f"Paired prompts only; the page also shows the {others} requests of other workloads.")
+    if summary["cancelled"]:
+        parts.append(f"{summary['cancelled']} requests were broken off, as the scenario asks; they are not counted.")
     if summary["failures"]:
         parts.append(f"Failures: {failures_in_words(summary['failures'])}.")
     parts.append(f"Tokens counted by {counting_in_words(summary['counted_by'])}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
+from loadtest.load.reply import CANCELLED
 from loadtest.load.scenario import Scenario
 from loadtest.load.thresholds import COMPARED, OVERLOADED, TIMED, Threshold, parse_threshold
 
@@ -66,7 +67,7 @@ def _reasons(
     if threshold.measure == "failures" and threshold.method is None:
         # Those of the warm-up too, of which nothing else is judged.
         statuses = [one["status"] for stage in run["stages"] for one in stage["requests"]]
-        failures = sum(status not in ("ok", "interrupted") for status in statuses)
+        failures = sum(status not in ("ok", CANCELLED, "interrupted") for status in statuses)
         if threshold.holds(failures):
             yield f"{threshold.text}: {failures} requests failed, of {len(statuses)} with the warm-up"
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 from loadtest.load.settings import ScenarioError
 from loadtest.load.workloads.files import OwnLine, TraceLine, read_lines, text_of
@@ -13,6 +14,7 @@ from loadtest.load.workloads.kinds import (
     JsonlWorkload,
     NeedleWorkload,
     RulerWorkload,
+    ShareGptWorkload,
     TextWorkload,
     TraceWorkload,
     Workload,
@@ -20,6 +22,7 @@ from loadtest.load.workloads.kinds import (
 from loadtest.load.workloads.lengths import draw
 from loadtest.load.workloads.prompt import Endpoint, Prompt, Turn
 from loadtest.load.workloads.tokens import estimated_counter
+from loadtest.load.workloads.traces import MOONCAKE_BLOCK_TOKENS, read_share_gpt, read_trace
 from loadtest.quality.tasks.haystack import prose
 from loadtest.quality.tasks.ruler import TASKS
 from loadtest.quality.tasks.task import CountTokens, Task, fit, share_found
@@ -55,14 +58,21 @@ class PromptMaker:
     @functools.cached_property
     def distinct(self) -> int:
         """How many prompts there are before they repeat."""
-        if isinstance(self._workload, TraceWorkload | JsonlWorkload):
-            return len(self._requests if isinstance(self._workload, TraceWorkload) else self._lines)
-        return self._workload.distinct_prompts
+        if isinstance(self._workload, TraceWorkload):
+            return len(self._requests)
+        if isinstance(self._workload, ShareGptWorkload):
+            return len(self._conversations)
+        return len(self._lines) if isinstance(self._workload, JsonlWorkload) else self._workload.distinct_prompts
 
     @functools.cached_property
     def _requests(self) -> list[TraceLine]:
         assert isinstance(self._workload, TraceWorkload)
-        return read_lines(self._workload.file, TraceLine)
+        return read_trace(self._workload.file)
+
+    @functools.cached_property
+    def _conversations(self) -> list[list[tuple[str, str]]]:
+        assert isinstance(self._workload, ShareGptWorkload)
+        return read_share_gpt(self._workload.file)
 
     @functools.cached_property
     def _lines(self) -> list[OwnLine]:
@@ -74,10 +84,17 @@ class PromptMaker:
         number %= self.distinct
         if number not in self._made:
             try:
-                self._made[number] = self._make(number)
+                self._made[number] = self._cancelled(number, self._make(number))
             except (ValueError, LookupError) as error:
                 raise ScenarioError(f"workload {self._workload.name!r}, prompt {number}: {error}") from None
         return self._made[number]
+
+    def _cancelled(self, number: int, prompt: Prompt) -> Prompt:
+        """The prompt, broken off if it is one of those."""
+        cancelled = self._workload.cancelled
+        if cancelled is None or random.Random(f"{self._seed}/cancelled/{prompt.name}").random() >= cancelled.share:
+            return prompt
+        return replace(prompt, cancel_after_seconds=cancelled.after_seconds)
 
     def _rng(self, number: int) -> random.Random:
         return random.Random(f"{self._seed}/{self._workload.name}/{number}")
@@ -98,7 +115,11 @@ class PromptMaker:
             return self._text(name, draw(workload.input_tokens, rng), draw(workload.output_tokens, rng), rng)
         if isinstance(workload, TraceWorkload):
             request = self._requests[number]
+            if request.blocks:
+                return self._of_blocks(name, request, rng)
             return self._text(name, request.input_tokens, request.output_tokens, rng)
+        if isinstance(workload, ShareGptWorkload):
+            return self._conversation(name, workload, self._conversations[number][: workload.turns])
         return self._own(name, self._lines[number], workload.output_tokens)
 
     def _needle(self, name: str, workload: NeedleWorkload, rng: random.Random) -> Prompt:
@@ -141,6 +162,33 @@ class PromptMaker:
             # Shorter than a sentence.
             content = "Tell me a story."
         return Prompt(name, (Turn(content, output_tokens, ignore_eos=True),), input_tokens)
+
+    def _of_blocks(self, name: str, request: TraceLine, rng: random.Random) -> Prompt:
+        """Text in which equal blocks at the beginning are equal text, so that the prefix cache finds them."""
+        texts = []
+        rest = request.input_tokens
+        # What a trace gives no block for is the request's own.
+        for block in (*request.blocks, f"of {name}"):
+            tokens = min(rest, MOONCAKE_BLOCK_TOKENS) if isinstance(block, int) else rest
+            characters = round(tokens * self._characters_per_token)
+            source = random.Random(f"{self._seed}/{self._workload.name}/block {block}")
+            text = ""
+            while len(text) < characters:
+                text += " ".join(prose(source, 20)) + " "
+            texts.append(text[:characters])
+            rest -= tokens
+        turn = Turn("".join(texts), request.output_tokens, ignore_eos=True)
+        return Prompt(name, (turn,), request.input_tokens, shared=f"{self._workload.name}/trace")
+
+    @functools.cached_property
+    def _characters_per_token(self) -> float:
+        sample = " ".join(prose(random.Random(0), 400))
+        return len(sample) / self._count_tokens(sample)
+
+    def _conversation(self, name: str, workload: ShareGptWorkload, asked: list[tuple[str, str]]) -> Prompt:
+        turns = [Turn(question, max(1, self._count_tokens(answer)), ignore_eos=True) for question, answer in asked]
+        tokens = self._count_tokens(asked[0][0])
+        return Prompt(name, tuple(turns), tokens, think_seconds=workload.think_seconds)
 
     def _own(self, name: str, line: OwnLine, output_tokens: int) -> Prompt:
         if line.messages is not None and self._endpoint == "completions":

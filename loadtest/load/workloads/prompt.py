@@ -47,6 +47,7 @@ class Prompt:
         input_tokens: of the first turn, as planned; the server says how many it really had.
         history: messages before the first turn.
         think_seconds: between an answer and the next turn.
+        cancel_after_seconds: when the client breaks its requests off; none: never.
         shared: what it may share blocks in the prefix cache by, with sessions of the same method; none: nothing.
     """
 
@@ -56,6 +57,7 @@ class Prompt:
     history: tuple[Message, ...] = ()
     think_seconds: float = 0.0
     shared: str | None = None
+    cancel_after_seconds: float | None = None
 
     @functools.cached_property
     def digest(self) -> str:
