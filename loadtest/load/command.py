@@ -4,12 +4,13 @@
     python -m loadtest.load long-context --url http://127.0.0.1:8000 --set load.rates='[0.5, 1]'
     python -m loadtest.load mine.yaml --url http://127.0.0.1:8000
     python -m loadtest.load report RUN
-    python -m loadtest.load compare RUN_A RUN_B
+    python -m loadtest.load compare RUN_A RUN_B RUN_C
 
-A run writes a folder: journal.jsonl as it goes, and at the end, also after Ctrl-C, report.json and report.html.
+A run writes a folder: journal.jsonl as it goes, and at the end, also after Ctrl-C, report.json, report.html
+and requests.csv.
 It ends with exit status 1 if a condition of the scenario's fail_on or of --fail-on holds: by default, if a request
 failed.
-`report` makes these two again from the journal, such as after a crash.
+`report` makes these again from the journal, such as after a crash.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from loadtest.load.http import HttpError, Server
 from loadtest.load.journal import FORMAT, NAME, Journal
 from loadtest.load.plan import Planner, Stage
 from loadtest.load.report.command import compare_runs, write_report
+from loadtest.load.report.export import ExportError, check_parquet
 from loadtest.load.report.statistics import PERCENTILES, samples_needed
 from loadtest.load.run import run
 from loadtest.load.scenario import Scenario, load_scenario, scenario_names
@@ -44,6 +46,7 @@ from loadtest.load.workloads.tokens import local_counter, model_counter
 
 SERVER_LOG = "server.log"
 FAILED = 1
+PARQUET_HELP = "write requests.parquet beside requests.csv (needs pyarrow)"
 
 
 class UsageError(Exception):
@@ -59,20 +62,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given[:1] == ["compare"]:
             compare_runs(given[1:])
         elif given[:1] == ["report"]:
-            write_report(_report_folder(given[1:]))
+            _report(given[1:])
         else:
             _load_test(_parser().parse_args(given))
-    except (UsageError, ScenarioError, ServerError) as error:
+    except (UsageError, ScenarioError, ServerError, ExportError) as error:
         sys.exit(f"loadtest.load: {error}")
     except KeyboardInterrupt:
         sys.exit("loadtest.load: interrupted; `python -m loadtest.load report FOLDER` reports what had run")
 
 
-def _report_folder(given: Sequence[str]) -> Path:
+def _report(given: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m loadtest.load report", description="Make a run's report again.")
     parser.add_argument("run", type=Path, help="folder of the run")
-    folder: Path = parser.parse_args(given).run
-    return folder
+    parser.add_argument("--parquet", action="store_true", help=PARQUET_HELP)
+    arguments = parser.parse_args(given)
+    write_report(arguments.run, arguments.parquet)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         help="end with exit status 1 if it holds, such as 'failed_share > 0.01', 'dense: ttft_seconds.p95 > 2', "
         "'overloaded'; in place of the scenario's fail_on; may be repeated",
     )
+    parser.add_argument("--parquet", action="store_true", help=PARQUET_HELP)
     parser.add_argument("--out", type=Path, help="folder of the run; default: loadtest-runs/SCENARIO-TIME")
     return parser
 
@@ -107,6 +112,8 @@ def _load_test(arguments: argparse.Namespace) -> None:
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = arguments.out or Path("loadtest-runs") / f"{Path(arguments.scenario).stem}-{stamp}"
     url = arguments.url.rstrip("/")
+    if arguments.parquet:
+        check_parquet()
     if (folder / NAME).exists():
         raise UsageError(f"{folder} holds a run already: name another folder with --out")
     died = None
@@ -127,7 +134,7 @@ def _load_test(arguments: argparse.Namespace) -> None:
                 write_report(folder)
             raise
         died = process.poll() if process is not None else None
-    passed = write_report(folder)
+    passed = write_report(folder, arguments.parquet)
     if died is not None:
         raise ServerError(f"the server ended with {died} while it was tested; its log is {folder / SERVER_LOG}")
     if not passed:

@@ -20,6 +20,7 @@ from loadtest.load.report.words import (
     count_or_dash,
     counting_in_words,
     density_of,
+    few_pairs,
     interval_in_words,
     milliseconds,
     percent,
@@ -166,8 +167,8 @@ def _finding(row: Mapping[str, Any], name_level: bool) -> str:
     if not row["pairs"]:
         return f"{name}: no pair of requests succeeded."
     parts = [
-        f"time to the first token {interval_in_words(row['ttft_ratio'], '{:.2f}x')}",
-        f"time per token {interval_in_words(row['tpot_ratio'], '{:.2f}x')}",
+        f"time to the first token {_ratio(row['ttft_ratio'])}",
+        f"time per token {_ratio(row['tpot_ratio'])}",
     ]
     if row["score_difference"]["value"] is not None:
         parts.append(
@@ -177,6 +178,11 @@ def _finding(row: Mapping[str, Any], name_level: bool) -> str:
         )
     parts.append(f"same text in {percent(row['same_text_share'])} of {row['pairs']} pairs")
     return f"{name}: {'; '.join(parts)}."
+
+
+def _ratio(found: Mapping[str, Any]) -> str:
+    text = interval_in_words(found, "{:.2f}x")
+    return f'<span class="few">({text}: {found["pairs"]} pairs say nothing)</span>' if few_pairs(found, {}) else text
 
 
 def _side_by_side(report: Report) -> str:
@@ -406,13 +412,18 @@ def _lengths(report: Report) -> str:
                 ]
             )
     header = ["method", "input tokens", "TTFT", "TPOT", "score"]
-    note = "Against the same prompts dense: where TTFT falls below 1x, the method begins to pay."
+    note = (
+        "Against the same prompts dense: where TTFT falls below 1x, the method begins to pay. In grey and parentheses: "
+        f"fewer than {LEAST_CLUSTERS} pairs, which say nothing."
+    )
     return _section("By length of the prompt", _table(header, rows), _note(note)) if rows else ""
 
 
 def _with_interval(found: Mapping[str, Any], form: str) -> str:
+    """Of few pairs it is grey and in parentheses."""
     value, bracket, interval = interval_in_words(found, form).partition(" [")
-    return f"{value}<small>[{interval}</small>" if bracket else value
+    text = f"{value}<small>[{interval}</small>" if bracket else value
+    return f'<td class="few">({text})</td>' if few_pairs(found, {}) else text
 
 
 def _server(report: Report) -> str:
@@ -513,5 +524,5 @@ def _settings(report: Report) -> str:
         "report.json holds every request and the whole schedule; journal.jsonl is what it was made from."
     )
     return _section(
-        "Settings", f"<details open><summary>Scenario</summary><pre>{_text(scenario)}</pre></details>", _note(note)
+        "Settings", f"<details><summary>Scenario</summary><pre>{_text(scenario)}</pre></details>", _note(note)
     )

@@ -209,7 +209,7 @@ def ratio(
 
 
 def independent_difference(
-    first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]]
+    first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]], confidence: float = CONFIDENCE
 ) -> dict[str, Any]:
     """The difference second - first of the means of values that are not paired, by cluster; ``pairs`` is 0."""
     if not first or not second:
@@ -218,12 +218,14 @@ def independent_difference(
     if min(len(first), len(second)) < LEAST_CLUSTERS:
         return {"pairs": 0, "value": value, "interval": None}
     draws = _resampled_means(list(second.values()), 1) - _resampled_means(list(first.values()), 0)
-    return {"pairs": 0, "value": value, "interval": _ends(draws, CONFIDENCE)}
+    return {"pairs": 0, "value": value, "interval": _ends(draws, confidence)}
 
 
-def independent_ratio(first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+def independent_ratio(
+    first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]], confidence: float = CONFIDENCE
+) -> dict[str, Any]:
     """The ratio second / first of the geometric means of positive values that are not paired, by cluster."""
-    return _exponential(independent_difference(_logarithms(first), _logarithms(second)))
+    return _exponential(independent_difference(_logarithms(first), _logarithms(second), confidence))
 
 
 def _logarithms(values: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:

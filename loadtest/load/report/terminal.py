@@ -11,6 +11,7 @@ from loadtest.load.report.words import (
     counting_in_words,
     density_of,
     failures_in_words,
+    few_pairs,
     interval_in_words,
     milliseconds,
     percent,
@@ -30,7 +31,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), rule, *map(line, rows)])
 
 
-RED, GREEN, PLAIN = "\x1b[1;31m", "\x1b[32m", "\x1b[0m"
+RED, GREEN, GREY, PLAIN = "\x1b[1;31m", "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
 def _verdict(found: Mapping[str, Any], colours: bool) -> str:
@@ -75,7 +76,7 @@ def table(report: Report, colours: bool = False) -> str:
     parts += [_throughput(stage) for stage in summary["stages"] if stage["together"]["requests"]]
     if summary["comparisons"]:
         against = [(f"{row['method']} against {row['baseline']}", row) for row in summary["comparisons"]]
-        parts.append(_comparison_table(against))
+        parts.append(_comparison_table(against, colours))
     shown = sum(one["requests"] for stage in summary["stages"] for one in stage["methods"].values())
     others = sum(stage["together"]["requests"] for stage in summary["stages"]) - shown
     if others:
@@ -113,7 +114,8 @@ def _client(stage: Mapping[str, Any]) -> str:
     return f"{text}, requests sent {milliseconds(lag['mean'])} ms late on average, {milliseconds(lag['most'])} at most."
 
 
-def _comparison_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+def _comparison_table(rows: Sequence[tuple[str, Mapping[str, Any]]], colours: bool) -> str:
+    """Rows of too few pairs to say anything are grey, and their ratios in parentheses."""
     header = [
         "load",
         "compared",
@@ -129,20 +131,32 @@ def _comparison_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
             count_or_dash(row["level"]),
             name,
             "not paired" if row.get("paired") is False else str(row["pairs"]),
-            interval_in_words(row["ttft_ratio"], "{:.2f}x"),
-            interval_in_words(row["tpot_ratio"], "{:.2f}x"),
+            _ratio(row["ttft_ratio"], row),
+            _ratio(row["tpot_ratio"], row),
             interval_in_words(row["score_difference"], "{:+.3f}"),
             "-" if row["mcnemar_p"] is None else f"{row['mcnemar_p']:.3f}",
             percent(row["same_text_share"]),
         ]
         for name, row in rows
     ]
-    return _table(header, cells)
+    lines = _table(header, cells).split("\n")
+    grey = [False, False, *(few_pairs(row["ttft_ratio"], row) for _, row in rows)]
+    return "\n".join(f"{GREY}{line}{PLAIN}" if dim and colours else line for line, dim in zip(lines, grey, strict=True))
 
 
-def comparison(found: Mapping[str, Any]) -> str:
-    """The comparison of two runs."""
+def _ratio(found: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    text = interval_in_words(found, "{:.2f}x")
+    return f"({text})" if few_pairs(found, row) else text
+
+
+def comparison(found: Mapping[str, Any], colours: bool = False) -> str:
+    """The comparison of runs.
+
+    Args:
+        found: by `loadtest.load.report.compare`.
+        colours: of a terminal.
+    """
     if not found["rows"]:
         return "The runs have no load and method in common."
-    rows = [(f"{row['method']}: B against A", row) for row in found["rows"]]
-    return "\n\n".join([_comparison_table(rows), *found["remarks"]])
+    rows = [(f"{row['method']}: {row['second']} against {row['first']}", row) for row in found["rows"]]
+    return "\n\n".join([_comparison_table(rows, colours), *found["remarks"]])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from loadtest.load.reply import FAILURES
+from loadtest.load.report.statistics import LEAST_CLUSTERS
 
 DASH = "-"
 COUNTS = {
@@ -52,6 +53,11 @@ def score_in_words(score: Mapping[str, Any]) -> str:
         return DASH
     interval = score["interval"]
     return f"{score['mean']:.3f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+
+
+def few_pairs(found: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Whether a ratio is of so few pairs that it says nothing, whatever it is."""
+    return row.get("paired") is not False and found["value"] is not None and found["pairs"] < LEAST_CLUSTERS
 
 
 def interval_in_words(found: Mapping[str, Any], form: str) -> str:
