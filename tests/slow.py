@@ -68,6 +68,12 @@ SLOW = {
     "tests/loadtest/test_verdict.py": {
         "test_the_exit_status_follows_the_conditions",
     },
+    "tests/loadtest/test_search.py": {
+        "test_each_methods_highest_rate_is_found",
+    },
+    "tests/loadtest/test_export.py": {
+        "test_ratios_of_few_pairs_are_grey_and_in_parentheses",
+    },
     "tests/loadtest/test_stream.py": {
         "test_only_tokens_count",
     },

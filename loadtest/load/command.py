@@ -183,16 +183,18 @@ def _run(scenario: Scenario, arguments: argparse.Namespace, server: Server, fold
     }
     salt = secrets.token_hex(4)
     planner = Planner(scenario, makers, salt)
-    sweeps = planner.stages()
+    sweeps, searches = planner.stages(), planner.searches()
     warm_up, at_once = planner.warm_up(), planner.at_once()
     _make(folder)
     with Journal(folder) as journal:
         journal.write("run", _about(scenario, arguments.scenario, server, model, salt))
         _show(_announcement(warm_up, sweeps))
-        asyncio.run(run(scenario, warm_up, at_once, sweeps, server, model, journal, _show))
+        asyncio.run(run(scenario, warm_up, at_once, sweeps, searches, server, model, journal))
 
 
 def _announcement(warm_up: Stage, sweeps: Sequence[Sequence[Stage]]) -> str:
+    if not sweeps:
+        return f"{len(warm_up.sessions)} requests to warm up, then the search for the highest rate that holds the SLO"
     planned = [len(stage.sessions) for sweep in sweeps for stage in sweep]
     stages = [stage for sweep in sweeps for stage in sweep]
     fewest = min(

@@ -105,9 +105,11 @@ def read_journal(path: Path) -> dict[str, Any]:
         if kind == "run":
             run["run"] = line
         elif kind == "stage":
-            run["stages"].append({**line, "requests": [], "client": None})
+            run["stages"].append({**line, "requests": [], "client": None, "stopped": None})
         elif kind == "request":
             run["stages"][-1]["requests"].append(line)
+        elif kind == "stopped":
+            run["stages"][-1]["stopped"] = line["reason"]
         elif kind == "client":
             run["stages"][-1]["client"] = line
         elif kind == "refused":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,9 +137,28 @@ class Planner:
         Raises:
             ScenarioError: a prompt cannot be made, or no workload uses a method that runs apart.
         """
-        load, methods = self._scenario.load, tuple(self._scenario.methods)
-        together = [methods] if not load.methods_apart else [(method,) for method in methods]
-        return [self._sweep(chosen) for chosen in together]
+        load = self._scenario.load
+        if isinstance(load, OpenLoad) and load.search is not None:
+            return []
+        return [self._sweep(chosen) for chosen in self._together()]
+
+    def searches(self) -> list[Callable[[int, float], Stage]]:
+        """For each search its maker of stages, by their number and rate; equal numbers have equal prompts."""
+        load = self._scenario.load
+        if not isinstance(load, OpenLoad) or load.search is None:
+            return []
+        found: list[Callable[[int, float], Stage]] = [
+            functools.partial(self._stage, methods=chosen) for chosen in self._together()
+        ]
+        # Prompts are made before the first request, whatever the rates turn out to be.
+        for make, number in itertools.product(found, range(load.search.most_stages)):
+            make(number, 1.0)
+        return found
+
+    def _together(self) -> list[tuple[str, ...]]:
+        """The methods of each sweep."""
+        methods = tuple(self._scenario.methods)
+        return [(method,) for method in methods] if self._scenario.load.methods_apart else [methods]
 
     def _sweep(self, methods: tuple[str, ...]) -> list[Stage]:
         load = self._scenario.load

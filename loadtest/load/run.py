@@ -16,11 +16,12 @@ from loadtest.load.journal import Journal, Record
 from loadtest.load.measures import failed, good_share
 from loadtest.load.overhead import Overhead
 from loadtest.load.plan import WARM_UPS, Session, Stage
+from loadtest.load.progress import Progress
 from loadtest.load.scenario import ClosedLoad, OpenLoad, Scenario
 from loadtest.load.scrape import Scraper
+from loadtest.load.search import Search
 from loadtest.load.workloads.prompt import Message, Turn
 
-PROGRESS_SECONDS = 10.0
 # What the sessions that run at once would take one after the other.
 AT_ONCE_SECONDS = 20.0
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
@@ -35,7 +36,7 @@ class Runner:
         client: sends.
         journal: takes every request.
         clock: of all times.
-        show: prints a line on the progress for the user.
+        progress: what the user sees.
     """
 
     def __init__(
@@ -45,23 +46,27 @@ class Runner:
         client: Client,
         journal: Journal,
         clock: Clock,
-        show: Callable[[str], None],
+        progress: Progress,
     ) -> None:
         self._scenario = scenario
         self._model = model
         self._client = client
         self._journal = journal
         self._clock = clock
-        self._show = show
+        self._progress = progress
         self._overhead = Overhead()
         self._tasks: set[asyncio.Task[None]] = set()
         self._errors: list[BaseException] = []
         self._records: list[dict[str, Any]] = []
         self.interrupted = False
+        self.stopped: str | None = None
 
     def interrupt(self) -> None:
         """Send nothing more, and end what is running; everything is recorded."""
         self.interrupted = True
+        self._cancel()
+
+    def _cancel(self) -> None:
         for task in self._tasks:
             task.cancel()
 
@@ -74,8 +79,10 @@ class Runner:
         about = {"name": stage.name, "level": stage.level, "methods": stage.methods, "schedule": stage.schedule()}
         self._journal.write("stage", {**about, "start_seconds": round(self._clock(), 6)})
         self._records = []
+        self.stopped = None
         self._overhead = Overhead()
-        watching = [asyncio.create_task(self._overhead.watch()), asyncio.create_task(self._tell(stage))]
+        self._progress.begin(stage.name, len(stage.sessions))
+        watching = [asyncio.create_task(self._overhead.watch()), asyncio.create_task(self._progress.run())]
         if stage.arrivals_seconds is None:
             await self._closed_loop(stage)
         else:
@@ -83,17 +90,23 @@ class Runner:
         for task in watching:
             task.cancel()
         self._journal.write("client", self._overhead.report())
-        self._show(self._progress(stage))
+        self._progress.end()
         return self._records
 
-    async def _tell(self, stage: Stage) -> None:
-        while True:
-            await asyncio.sleep(PROGRESS_SECONDS)
-            self._show(self._progress(stage))
-
-    def _progress(self, stage: Stage) -> str:
+    def _stop_if_useless(self, stage: Stage) -> None:
+        """End the stage where the scenario says that it is not worth going on."""
+        stop = self._scenario.stop
+        if stop is None or stage.name in WARM_UPS or self.stopped is not None:
+            return
         failures = sum(map(failed, self._records))
-        return f"{stage.name}: {len(self._records)} requests ended, {failures} failed ({len(stage.sessions)} sessions)"
+        if len(self._records) >= stop.after_requests and failures > stop.failed_share * len(self._records):
+            self.stopped = f"{failures} of the first {len(self._records)} requests failed"
+        elif stop.in_flight is not None and self._progress.in_flight > stop.in_flight:
+            self.stopped = f"{self._progress.in_flight} requests were in flight"
+        if self.stopped is not None:
+            self._journal.write("stopped", {"reason": self.stopped})
+            self._progress.show(f"{stage.name} was stopped: {self.stopped}")
+            self._cancel()
 
     async def _open_loop(self, stage: Stage, arrivals_seconds: Sequence[float]) -> None:
         start = self._clock()
@@ -119,7 +132,7 @@ class Runner:
             await asyncio.sleep(delay_seconds)
             for number, session in waiting:
                 elapsed = self._clock() - start
-                if self.interrupted or (duration_seconds is not None and elapsed >= duration_seconds):
+                if self.interrupted or self.stopped or (duration_seconds is not None and elapsed >= duration_seconds):
                     return
                 await self._session(stage, number, session, None, elapsed < ramp_seconds)
 
@@ -149,7 +162,7 @@ class Runner:
     async def _session(self, stage: Stage, number: int, session: Session, intended: float | None, ramp: bool) -> None:
         history: list[Message] = list(session.prompt.history)
         for place, turn in enumerate(session.prompt.turns):
-            if self.interrupted:
+            if self.interrupted or self.stopped:
                 return
             if place and session.prompt.think_seconds:
                 intended = self._clock() + session.prompt.think_seconds
@@ -157,6 +170,8 @@ class Runner:
             elif place:
                 intended = None
             self._overhead.begin_request()
+            self._progress.sent()
+            self._stop_if_useless(stage)
             reply = await self._client.send(
                 PATHS[self._scenario.endpoint],
                 self._body(session, turn, history),
@@ -179,6 +194,8 @@ class Runner:
                 reply,
             )
             self._records.append(self._journal.record(record))
+            self._progress.ended(failed(self._records[-1]))
+            self._stop_if_useless(stage)
             if reply.status != "ok":
                 return
             history += [{"role": "user", "content": turn.content}, {"role": "assistant", "content": reply.text}]
@@ -231,10 +248,10 @@ async def run(
     warm_up: Stage,
     at_once: Stage,
     sweeps: Sequence[Sequence[Stage]],
+    searches: Sequence[Callable[[int, float], Stage]],
     server: Server,
     model: str,
     journal: Journal,
-    show: Callable[[str], None],
 ) -> None:
     """Run everything; a sweep ends with the stage at which the SLO breaks, and nothing follows a warm-up that failed.
 
@@ -243,17 +260,18 @@ async def run(
         warm_up: runs first.
         at_once: runs next, as far as it does not take too long; may be empty.
         sweeps: from `Planner.stages`.
+        searches: from `Planner.searches`, of which each makes its stages as it goes on.
         server: where it is and what every request carries.
         model: served name.
         journal: takes everything.
-        show: prints a line on the progress for the user.
     """
     clock = Clock()
+    progress = Progress(clock)
     url = server.url
     async with connections(server.headers, server.certificates) as http:
         client = Client(http, url, scenario.request_timeout_seconds, clock)
         scraper = Scraper(http, url, scenario.scrape_seconds, clock, lambda reading: journal.write("metrics", reading))
-        runner = Runner(scenario, model, client, journal, clock, show)
+        runner = Runner(scenario, model, client, journal, clock, progress)
         async with _interruptible(runner):
             scraping = asyncio.create_task(scraper.run())
             try:
@@ -261,7 +279,9 @@ async def run(
                 useless = bool(warming_up) and all(request["status"] != "ok" for request in warming_up)
                 if warming_up and at_once.sessions and not useless and not runner.interrupted:
                     capacity = await _capacity(runner, warming_up, at_once)
-                    sweeps = _paced(sweeps, scenario, capacity, journal, show)
+                    sweeps = _paced(sweeps, scenario, capacity, journal, progress.show)
+                    for search in searches:
+                        await _search(runner, search, capacity, scraper, scenario)
                 for sweep in [] if useless else sweeps:
                     await _sweep(runner, sweep, scraper, scenario)
             finally:
@@ -288,8 +308,10 @@ def _paced(
     """The stages at the pace that the server sustains, and without those that are hopeless."""
     load = scenario.load
     assert isinstance(load, OpenLoad)
-    if load.capacity_shares is None:
+    if load.rates is not None:
         return [_hopeful(sweep, capacity, journal, show) for sweep in sweeps]
+    if load.capacity_shares is None:
+        return sweeps
     assert load.duration_seconds is not None
     found = [[paced(stage, capacity, load.duration_seconds) for stage in sweep] for sweep in sweeps]
     for stage in (stage for sweep in found for stage in sweep):
@@ -311,10 +333,31 @@ def _hopeful(
 
 async def _sweep(runner: Runner, stages: Sequence[Stage], scraper: Scraper, scenario: Scenario) -> None:
     for stage in stages:
-        if runner.interrupted:
+        if runner.interrupted or not await _held(runner, stage, scraper, scenario):
             return
-        await scraper.read()
-        requests = await runner.run(stage)
-        await scraper.read()
-        if good_share(requests, scenario.slo) < scenario.slo.share:
-            return
+
+
+async def _held(runner: Runner, stage: Stage, scraper: Scraper, scenario: Scenario) -> bool:
+    """Run a stage: whether it held the SLO."""
+    await scraper.read()
+    requests = await runner.run(stage)
+    await scraper.read()
+    return runner.stopped is None and good_share(requests, scenario.slo) >= scenario.slo.share
+
+
+async def _search(
+    runner: Runner, make: Callable[[int, float], Stage], capacity: Capacity, scraper: Scraper, scenario: Scenario
+) -> None:
+    """Look for the highest rate that holds the SLO."""
+    load = scenario.load
+    assert isinstance(load, OpenLoad)
+    assert load.search is not None
+    how = load.search
+    first = how.first_share * capacity.sessions_per_second(make(0, 1.0).sessions)
+    search = Search(first, how.factor, how.refinements, how.most_stages)
+    number = 0
+    while (rate := search.next_rate()) is not None and not runner.interrupted:
+        # Three digits say which rate it was, in the report as in the name of the stage.
+        rate = float(f"{rate:.3g}")
+        search.tell(rate, await _held(runner, make(number, rate), scraper, scenario))
+        number += 1

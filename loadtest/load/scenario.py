@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, JsonValue, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    JsonValue,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from loadtest.load.settings import NotNegative, ScenarioError, Strict
 from loadtest.load.thresholds import ThresholdText, parse_threshold
@@ -44,6 +53,22 @@ class _Load(Strict):
     ramp_seconds: NotNegative = 0.0
 
 
+class SearchSettings(Strict):
+    """The search for the highest rate that holds the SLO (`loadtest.load.search`).
+
+    Attributes:
+        first_share: of what the server sustained in the warm-up: the rate to begin with.
+        factor: from one rate to the next, until one breaks the SLO.
+        refinements: rates tried between the last that held and the first that broke.
+        most_stages: rates in all.
+    """
+
+    first_share: PositiveFloat = 0.5
+    factor: Annotated[float, Field(gt=1)] = 1.6
+    refinements: NonNegativeInt = 2
+    most_stages: PositiveInt = 12
+
+
 class OpenLoad(_Load):
     """Requests arrive whether or not earlier ones have ended; latency counts from the intended time.
 
@@ -51,6 +76,7 @@ class OpenLoad(_Load):
         rates: session arrivals a second; a stage each, in order, until the SLO breaks.
         capacity_shares: in place of rates, shares of the rate that the server sustained in the warm-up, so that a
             scenario suits servers of any speed.
+        search: in place of rates, look for the highest one that holds the SLO; with `methods_apart`, of each method.
         burstiness: shape of the gamma intervals; 1 is Poisson, less is more bursty.
         trace: file of a trace (`loadtest.load.workloads.traces`), replayed at its own pace.
         trace_speed: so many times faster.
@@ -63,6 +89,7 @@ class OpenLoad(_Load):
     burstiness: PositiveFloat | None = None
     rates: Rates | None = None
     capacity_shares: Rates | None = None
+    search: SearchSettings | None = None
     trace: Path | None = None
     trace_speed: PositiveFloat = 1.0
     requests: PositiveInt | None = None
@@ -74,9 +101,11 @@ class OpenLoad(_Load):
             raise ValueError("burstiness belongs to arrivals: gamma, and only to it")
         if (self.trace is None) == (self.arrivals == "trace"):
             raise ValueError("trace names the file of arrivals: trace, and only of it")
-        paces = [self.rates is not None, self.capacity_shares is not None, self.arrivals == "trace"]
-        if sum(paces) != 1:
-            raise ValueError("give exactly one of rates, capacity_shares and arrivals: trace, which has its own pace")
+        given = [self.rates, self.capacity_shares, self.search]
+        if sum(one is not None for one in given) + (self.arrivals == "trace") != 1:
+            raise ValueError(
+                "give exactly one of rates, capacity_shares, search and arrivals: trace, which has its own pace"
+            )
         if self.arrivals == "trace":
             if self.duration_seconds is not None or self.ramp_seconds:
                 raise ValueError("arrivals: trace takes neither duration_seconds nor ramp_seconds")
@@ -85,6 +114,9 @@ class OpenLoad(_Load):
                 raise ValueError("capacity_shares need both requests and duration_seconds, the most of each")
             if self.ramp_seconds:
                 raise ValueError("capacity_shares take no ramp_seconds")
+        elif self.search is not None:
+            if self.requests is None or self.duration_seconds is not None:
+                raise ValueError("search needs requests, and takes no duration_seconds: every rate gets as many")
         elif (self.requests is None) == (self.duration_seconds is None):
             raise ValueError("give exactly one of requests and duration_seconds")
         return self
@@ -125,6 +157,19 @@ class Slo(Strict):
         return self.ttft_seconds + self.ttft_seconds_per_1000_tokens * input_tokens / 1000
 
 
+class Stop(Strict):
+    """When a stage is not worth going on with; what runs then is broken off, and the run has failed.
+
+    Attributes:
+        failed_share: of the requests that have ended, once there are `after_requests`.
+        in_flight: requests at once, above which only a queue grows; none: no limit.
+    """
+
+    failed_share: Share = 0.5
+    after_requests: PositiveInt = 20
+    in_flight: PositiveInt | None = None
+
+
 class Scenario(Strict):
     """A load test.
 
@@ -136,6 +181,7 @@ class Scenario(Strict):
             after them, where requests arrive at a rate, some at once, which tells what the server sustains. Rates that
             are hopeless by that are not run.
         request_timeout_seconds: after that a request has failed. Nothing is ever retried.
+        stop: when a stage is broken off; none: never.
         fail_on: conditions under which the run has failed and ends with exit status 1 (`loadtest.load.thresholds`).
         scrape_seconds: between two readings of the server's metrics.
     """
@@ -150,6 +196,7 @@ class Scenario(Strict):
     request: Mapping[str, JsonValue] = {}
     warm_up_rounds: Annotated[int, Field(ge=0)] = 1
     request_timeout_seconds: PositiveFloat = 600.0
+    stop: Stop | None = None
     fail_on: tuple[ThresholdText, ...] = ("failures > 0",)
     scrape_seconds: PositiveFloat = 2.0
 
@@ -158,8 +205,9 @@ class Scenario(Strict):
         names = [workload.name for workload in self.workloads]
         if len(set(names)) < len(names):
             raise ValueError(f"workloads: names must differ, these are given: {names}")
-        if isinstance(self.load, OpenLoad) and self.load.capacity_shares is not None and not self.warm_up_rounds:
-            raise ValueError("capacity_shares need warm_up_rounds of at least 1, which measure the capacity")
+        by_capacity = isinstance(self.load, OpenLoad) and (self.load.capacity_shares or self.load.search)
+        if by_capacity and not self.warm_up_rounds:
+            raise ValueError("capacity_shares and search need warm_up_rounds of at least 1, which measure the capacity")
         for text in self.fail_on:
             method = parse_threshold(text).method
             if method is not None and method not in self.methods:

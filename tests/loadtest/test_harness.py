@@ -285,4 +285,4 @@ def test_an_error_of_the_harness_is_no_quiet_server(simulated: Simulated, tmp_pa
     nothing = Stage("warm-up", 1, ("plain",), (), None)
     wrong = pytest.raises(RuntimeError, match="the harness is wrong")
     with Server(simulated.url, {}) as server, Journal(tmp_path) as journal, wrong:
-        asyncio.run(run(scenario, nothing, nothing, [[stage]], server, "simulated", journal, print))
+        asyncio.run(run(scenario, nothing, nothing, [[stage]], [], server, "simulated", journal))

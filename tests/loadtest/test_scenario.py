@@ -52,7 +52,7 @@ def test_a_setting_is_replaced(tmp_path: Path) -> None:
         (["load.rates=[1, 2, 2]"], "levels of load must rise: [1.0, 2.0, 2.0]"),
         (["load.arrivals=gamma"], "burstiness belongs to arrivals: gamma"),
         (["load.arrivals=trace"], "trace names the file"),
-        (["load.capacity_shares=[0.5]"], "exactly one of rates, capacity_shares and arrivals: trace"),
+        (["load.capacity_shares=[0.5]"], "exactly one of rates, capacity_shares, search and arrivals: trace"),
         (["load={loop: open, capacity_shares: [0.5], requests: 9}"], "need both requests and duration_seconds"),
         (
             ["load={loop: open, capacity_shares: [0.5], requests: 9, duration_seconds: 9, ramp_seconds: 2}"],
@@ -62,6 +62,9 @@ def test_a_setting_is_replaced(tmp_path: Path) -> None:
             ["load={loop: open, capacity_shares: [0.5], requests: 9, duration_seconds: 9}", "warm_up_rounds=0"],
             "need warm_up_rounds of at least 1",
         ),
+        (["load={loop: open, search: {}, duration_seconds: 9}"], "search needs requests"),
+        (["load={loop: open, search: {factor: 1}, requests: 9}"], "load.open.search.factor"),
+        (["load={loop: open, search: {}, requests: 9}", "warm_up_rounds=0"], "need warm_up_rounds of at least 1"),
         (["load.duration_seconds=3"], "exactly one of requests and duration_seconds"),
         (["load={loop: closed, concurrency: [], requests: 3}"], "load.closed.concurrency"),
         (["load.burst=3"], "load.open.burst: Extra inputs are not permitted"),

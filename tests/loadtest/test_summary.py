@@ -205,6 +205,7 @@ def drift_of(ttfts: list[float]) -> float | None:
         "schedule": [{"arrival_seconds": float(number)} for number in range(len(ttfts))],
         "requests": requests,
         "client": None,
+        "stopped": None,
     }
     run = {
         "run": {"scenario": scenario.model_dump(mode="json")},

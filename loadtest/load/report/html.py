@@ -22,6 +22,7 @@ from loadtest.load.report.words import (
     density_of,
     few_pairs,
     interval_in_words,
+    load_unit_of,
     milliseconds,
     percent,
     score_in_words,
@@ -141,8 +142,8 @@ def _findings(report: Report) -> str:
     items = [_finding(row, len({one["level"] for one in comparisons}) > 1) for row in comparisons]
     for name, level in kept.items():
         if name and (level is not None or len(report["summary"]["stages"]) > 1):
-            said = "held at no level that was run" if level is None else f"held up to {level:g}{_unit(report)}"
-            items.append(f"<b>{_text(name)}</b>: the SLO {said}.")
+            said = "held at no level that was run" if level is None else f"held up to {level:g}{load_unit_of(report)}"
+            items.append(f"<b>{_text(name)}</b>: the SLO {said}{_knee(report, name)}.")
     if not items:
         return ""
     note = (
@@ -153,11 +154,14 @@ def _findings(report: Report) -> str:
     return _section("In short", f"<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>", _note(note))
 
 
-def _unit(report: Report) -> str:
-    load = report["run"]["scenario"]["load"]
-    if load["loop"] == "closed":
-        return " sessions at once"
-    return " of capacity" if load.get("capacity_shares") else " sessions/s"
+def _knee(report: Report, name: str) -> str:
+    found = report["summary"]["saturation"].get(name)
+    if found is None or found["goodput_per_second"] is None:
+        return ""
+    return (
+        f", with a goodput of {found['goodput_per_second']:.3g}/s; the most, {found['peak_goodput']:.3g}/s, was at "
+        f"{found['knee']:g}{load_unit_of(report)}"
+    )
 
 
 def _finding(row: Mapping[str, Any], name_level: bool) -> str:
@@ -194,7 +198,7 @@ def _side_by_side(report: Report) -> str:
         return ""
     tables = []
     for level, columns in levels.items():
-        title = f"<h3>{level:g}{_unit(report)}</h3>" if level is not None and len(levels) > 1 else ""
+        title = f"<h3>{level:g}{load_unit_of(report)}</h3>" if level is not None and len(levels) > 1 else ""
         tables.append(f"<div>{title}{_columns(report, columns)}</div>")
     needed = ", ".join(f"p{one:g} {samples_needed(one)}" for one in PERCENTILES)
     note = (
@@ -355,7 +359,7 @@ def _over_level(report: Report, title: str, y_label: str, value: Callable[[Mappi
             if method in stage["methods"] and (found := value(stage["methods"][method])) is not None
         ]
         series.append(Series(method, sorted(points), colour))
-    return chart(title, series, f"load,{_unit(report)}", y_label)
+    return chart(title, series, f"load,{load_unit_of(report)}", y_label)
 
 
 def _goodput(report: Report) -> str:

@@ -192,6 +192,7 @@ def summarise(run: Mapping[str, Any]) -> dict[str, Any]:
         "stages": stages,
         "comparisons": comparisons,
         "kept_slo": _kept_slo(stages, scenario),
+        "saturation": _saturation(stages, scenario),
         "failures": dict(Counter(request["status"] for request in everything if failed(request))),
         "cancelled": sum(request["status"] == CANCELLED for request in everything),
         "counted_by": dict(Counter(request["counted_by"] for request in everything if request["counted_by"])),
@@ -223,12 +224,13 @@ def _stage(stage: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], scena
     found = {
         "name": stage["name"],
         "level": stage["level"],
+        "stopped": stage["stopped"],
         "alone": len(stage["methods"]) == 1,
         "scheduled": len(stage["schedule"]),
         "sent": len(stage["requests"]),
         "left_out": len(stage["requests"]) - len(requests),
         "duration_seconds": duration,
-        "holds_slo": good_share(requests, scenario.slo) >= scenario.slo.share,
+        "holds_slo": stage["stopped"] is None and good_share(requests, scenario.slo) >= scenario.slo.share,
         "together": describe(requests, scenario.slo, duration),
         "methods": {name: describe(chosen, scenario.slo, duration) for name, chosen in by_method.items()},
         "lengths": {
@@ -357,6 +359,36 @@ def _kept_slo(stages: Sequence[Mapping[str, Any]], scenario: Scenario) -> dict[s
         if stage["holds_slo"] and stage["level"] is not None:
             kept[name] = max(kept[name] or 0.0, stage["level"])
     return kept
+
+
+def _saturation(stages: Sequence[Mapping[str, Any]], scenario: Scenario) -> dict[str, dict[str, float | None]]:
+    """Of each method that ran apart, or of all together, over rising load.
+
+    Returns:
+        ``level``: the highest that held the SLO, with ``goodput_per_second`` and ``output_tokens_per_second`` there;
+        ``breaks``: the lowest above it that did not; ``knee``: the level with the greatest goodput, ``peak_goodput``.
+    """
+    found: dict[str, dict[str, float | None]] = {}
+    by_name: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for stage in stages:
+        if stage["level"] is not None and stage["together"]["requests"]:
+            name = next(iter(stage["methods"]), "") if scenario.load.methods_apart else "all methods together"
+            by_name[name].append(stage)
+    for name, some in by_name.items():
+        held = max((one for one in some if one["holds_slo"]), key=lambda one: one["level"], default=None)
+        level = held["level"] if held else 0.0
+        peak = max(some, key=lambda one: one["together"]["goodput_per_second"])
+        found[name] = {
+            "level": held["level"] if held else None,
+            "goodput_per_second": held["together"]["goodput_per_second"] if held else None,
+            "output_tokens_per_second": held["together"]["output_tokens_per_second"] if held else None,
+            "breaks": min(
+                (one["level"] for one in some if not one["holds_slo"] and one["level"] > level), default=None
+            ),
+            "knee": peak["level"],
+            "peak_goodput": peak["together"]["goodput_per_second"],
+        }
+    return found
 
 
 def _warnings(run: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> list[str]:

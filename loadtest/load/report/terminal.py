@@ -13,6 +13,7 @@ from loadtest.load.report.words import (
     failures_in_words,
     few_pairs,
     interval_in_words,
+    load_unit_of,
     milliseconds,
     percent,
     score_in_words,
@@ -74,6 +75,8 @@ def table(report: Report, colours: bool = False) -> str:
     header += ["end to end p50 s", "good", "density"]
     parts = [_verdict(summary["verdict"], colours), _table(header, rows) if rows else "No request was counted."]
     parts += [_throughput(stage) for stage in summary["stages"] if stage["together"]["requests"]]
+    if len(summary["stages"]) > 1 and summary["saturation"]:
+        parts.append(_saturation(summary["saturation"], load_unit_of(report)))
     if summary["comparisons"]:
         against = [(f"{row['method']} against {row['baseline']}", row) for row in summary["comparisons"]]
         parts.append(_comparison_table(against, colours))
@@ -90,6 +93,26 @@ def table(report: Report, colours: bool = False) -> str:
     if summary["warnings"]:
         parts.append("\n".join(f"! {warning}" for warning in summary["warnings"]))
     return "\n\n".join(parts)
+
+
+def _saturation(found: Mapping[str, Mapping[str, float | None]], unit: str) -> str:
+    rows = [
+        [
+            name,
+            count_or_dash(one["level"]),
+            count_or_dash(one["breaks"]),
+            _two_digits(one["goodput_per_second"]),
+            _two_digits(one["output_tokens_per_second"]),
+            f"{count_or_dash(one['knee'])} ({_two_digits(one['peak_goodput'])}/s)",
+        ]
+        for name, one in found.items()
+    ]
+    header = [f"load:{unit}", "holds the SLO", "breaks it", "goodput/s there", "output tokens/s", "most goodput at"]
+    return _table(header, rows)
+
+
+def _two_digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _throughput(stage: Mapping[str, Any]) -> str:

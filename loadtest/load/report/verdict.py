@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from loadtest.load.reply import CANCELLED
-from loadtest.load.scenario import Scenario
+from loadtest.load.scenario import OpenLoad, Scenario
 from loadtest.load.thresholds import COMPARED, OVERLOADED, TIMED, Threshold, parse_threshold
 
 # Requests that a server with room to spare would not have left so.
@@ -48,6 +48,9 @@ def verdict(
         ``passed``; ``failed``: a sentence for each reason; ``overloaded``: a sentence for each such stage.
     """
     failed = [f"{one['name']} was not run: {one['reason']}" for one in run["refused"]]
+    searched = isinstance(scenario.load, OpenLoad) and scenario.load.search is not None
+    # A search stops where it has found what it looks for.
+    failed += [f"{one['name']} was stopped: {one['stopped']}" for one in stages if one["stopped"] and not searched]
     if run["end"]["interrupted"]:
         failed.append("the run did not come to its end")
     if not any(stage["together"]["requests"] for stage in stages):

@@ -42,6 +42,14 @@ def percent(share: float | None) -> str:
     return DASH if share is None else f"{share:.0%}"
 
 
+def load_unit_of(report: Mapping[str, Any]) -> str:
+    """What a stage's level counts."""
+    load = report["run"]["scenario"]["load"]
+    if load["loop"] == "closed":
+        return " sessions at once"
+    return " of capacity" if load.get("capacity_shares") else " sessions/s"
+
+
 def count_or_dash(value: float | None) -> str:
     """A level of load."""
     return DASH if value is None else f"{value:g}"
