@@ -15,13 +15,17 @@ from loadtest.load.stream import StreamError, read_answer
 
 
 class Clock:
-    """Seconds since the run began."""
+    """Seconds since the run began.
 
-    def __init__(self) -> None:
-        self._origin = time.perf_counter()
+    Args:
+        origin: when that was, on the machine's clock, which all its processes share; default: now.
+    """
+
+    def __init__(self, origin: float | None = None) -> None:
+        self.origin = time.perf_counter() if origin is None else origin
 
     def __call__(self) -> float:
-        return time.perf_counter() - self._origin
+        return time.perf_counter() - self.origin
 
 
 class Client:
@@ -47,7 +51,10 @@ class Client:
 
         Cancelling the call gives a reply that says so.
         """
-        content = json.dumps(body).encode()
+        return await self.send_content(path, json.dumps(body).encode(), cancel_after_seconds)
+
+    async def send_content(self, path: str, content: bytes, cancel_after_seconds: float | None = None) -> Reply:
+        """As `send`, with a body that is JSON already."""
         reply = Reply(self._clock())
         breaks_off = cancel_after_seconds is not None and cancel_after_seconds < self._timeout_seconds
         try:

@@ -74,6 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _report(given: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m loadtest.load report", description="Make a run's report again.")
     parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument(
+        "--clients",
+        type=_count,
+        default=1,
+        metavar="PROCESSES",
+        help="that send requests and read streams, where one is too slow: the report warns of that; default: 1",
+    )
     parser.add_argument("--parquet", action="store_true", help=PARQUET_HELP)
     arguments = parser.parse_args(given)
     write_report(arguments.run, arguments.parquet)
@@ -99,9 +106,22 @@ def _parser() -> argparse.ArgumentParser:
         help="end with exit status 1 if it holds, such as 'failed_share > 0.01', 'dense: ttft_seconds.p95 > 2', "
         "'overloaded'; in place of the scenario's fail_on; may be repeated",
     )
+    parser.add_argument(
+        "--clients",
+        type=_count,
+        default=1,
+        metavar="PROCESSES",
+        help="that send requests and read streams, where one is too slow: the report warns of that; default: 1",
+    )
     parser.add_argument("--parquet", action="store_true", help=PARQUET_HELP)
     parser.add_argument("--out", type=Path, help="folder of the run; default: loadtest-runs/SCENARIO-TIME")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes, 1 or more")
+    return int(text)
 
 
 def _load_test(arguments: argparse.Namespace) -> None:
@@ -189,7 +209,7 @@ def _run(scenario: Scenario, arguments: argparse.Namespace, server: Server, fold
     with Journal(folder) as journal:
         journal.write("run", _about(scenario, arguments.scenario, server, model, salt))
         _show(_announcement(warm_up, sweeps))
-        asyncio.run(run(scenario, warm_up, at_once, sweeps, searches, server, model, journal))
+        asyncio.run(run(scenario, warm_up, at_once, sweeps, searches, server, model, journal, arguments.clients))
 
 
 def _announcement(warm_up: Stage, sweeps: Sequence[Sequence[Stage]]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from loadtest.load.capacity import Capacity, hopeless, paced
 from loadtest.load.client import Client, Clock
+from loadtest.load.clients import Clients, client_processes
 from loadtest.load.http import Server, connections
 from loadtest.load.journal import Journal, Record
 from loadtest.load.measures import failed, good_share
@@ -43,7 +44,7 @@ class Runner:
         self,
         scenario: Scenario,
         model: str,
-        client: Client,
+        client: Client | Clients,
         journal: Journal,
         clock: Clock,
         progress: Progress,
@@ -89,9 +90,22 @@ class Runner:
             await self._open_loop(stage, stage.arrivals_seconds)
         for task in watching:
             task.cancel()
-        self._journal.write("client", self._overhead.report())
+        self._journal.write("client", await self._costs())
         self._progress.end()
         return self._records
+
+    async def _costs(self) -> dict[str, Any]:
+        """What the client cost: of several processes, each time of the one that had it worst."""
+        own = self._overhead.report()
+        others = await self._client.costs() if isinstance(self._client, Clients) else []
+        every = [own, *others]
+        lags = [one["loop_lag_seconds"] for one in every]
+        return {
+            **own,
+            "processes": len(others) or 1,
+            "cpu_share": max(one["cpu_share"] for one in every),
+            "loop_lag_seconds": {name: max(lag[name] for lag in lags) for name in own["loop_lag_seconds"]},
+        }
 
     def _stop_if_useless(self, stage: Stage) -> None:
         """End the stage where the scenario says that it is not worth going on."""
@@ -252,6 +266,7 @@ async def run(
     server: Server,
     model: str,
     journal: Journal,
+    processes: int = 1,
 ) -> None:
     """Run everything; a sweep ends with the stage at which the SLO breaks, and nothing follows a warm-up that failed.
 
@@ -264,12 +279,17 @@ async def run(
         server: where it is and what every request carries.
         model: served name.
         journal: takes everything.
+        processes: that send and read; one: this one.
     """
     clock = Clock()
     progress = Progress(clock)
     url = server.url
-    async with connections(server.headers, server.certificates) as http:
-        client = Client(http, url, scenario.request_timeout_seconds, clock)
+    timeout_seconds = scenario.request_timeout_seconds
+    async with contextlib.AsyncExitStack() as stack:
+        http = await stack.enter_async_context(connections(server.headers, server.certificates))
+        client: Client | Clients = Client(http, url, timeout_seconds, clock)
+        if processes > 1:
+            client = await stack.enter_async_context(client_processes(processes, server, timeout_seconds, clock))
         scraper = Scraper(http, url, scenario.scrape_seconds, clock, lambda reading: journal.write("metrics", reading))
         runner = Runner(scenario, model, client, journal, clock, progress)
         async with _interruptible(runner):

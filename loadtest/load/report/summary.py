@@ -436,7 +436,9 @@ def _stage_warnings(stage: Mapping[str, Any]) -> list[str]:
                 f"{client['sent_rate']:.3g}/s were sent where {client['requested_rate']:.3g}/s were asked for."
             )
         if client["cpu_share"] > MOST_CPU_SHARE:
-            found.append(f"the client used {client['cpu_share']:.0%} of a core: it may have been the bottleneck.")
+            found.append(
+                f"the client used {client['cpu_share']:.0%} of a core: it may have been the bottleneck (--clients)."
+            )
     for method, share in stage["fallback_share"].items():
         if share > MOST_FALLBACK_SHARE:
             found.append(

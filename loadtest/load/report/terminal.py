@@ -128,8 +128,10 @@ def _throughput(stage: Mapping[str, Any]) -> str:
 def _client(stage: Mapping[str, Any]) -> str:
     client = stage["client"]
     text = (
-        f"Client, {stage['name']}: {percent(client['cpu_share'])} of a core, {client['peak_requests']} requests at "
-        f"once, event loop {milliseconds(client['loop_lag_seconds']['most'])} ms late at most"
+        f"Client, {stage['name']}: {percent(client['cpu_share'])} of a core"
+        + (f" by the busiest of {client['processes']} processes" if client["processes"] > 1 else "")
+        + f", {client['peak_requests']} requests at once, "
+        f"event loop {milliseconds(client['loop_lag_seconds']['most'])} ms late at most"
     )
     lag = client["lag_seconds"]
     if lag is None:
