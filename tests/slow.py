@@ -68,6 +68,9 @@ SLOW = {
     "tests/loadtest/test_verdict.py": {
         "test_the_exit_status_follows_the_conditions",
     },
+    "tests/loadtest/test_clients.py": {
+        "test_the_command_starts_and_ends_them",
+    },
     "tests/loadtest/test_search.py": {
         "test_each_methods_highest_rate_is_found",
     },

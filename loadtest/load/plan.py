@@ -151,9 +151,16 @@ class Planner:
             functools.partial(self._stage, methods=chosen) for chosen in self._together()
         ]
         # Prompts are made before the first request, whatever the rates turn out to be.
-        for make, number in itertools.product(found, range(load.search.most_stages)):
-            make(number, 1.0)
+        for maker in self._makers.values():
+            for number in range(self._pool(maker)):
+                maker(number)
         return found
+
+    def _pool(self, maker: PromptMaker) -> int:
+        """Prompts of a stage before they repeat: a search has no more than its shortest stages need."""
+        load = self._scenario.load
+        searched = isinstance(load, OpenLoad) and load.search is not None
+        return min(maker.distinct, load.requests or 1) if searched else maker.distinct
 
     def _together(self) -> list[tuple[str, ...]]:
         """The methods of each sweep."""
@@ -184,6 +191,8 @@ class Planner:
         assert level is not None
         assert load.arrivals != "trace"
         count = load.requests or count_in(level, load.duration_seconds or 0, load.ramp_seconds)
+        if load.search is not None:
+            count = max(count, count_in(level, load.search.stage_seconds, load.ramp_seconds))
         sessions = self._sessions(name, methods, count, rng)
         rate = level if load.capacity_shares is None else 1.0
         times = arrivals(
@@ -214,7 +223,8 @@ class Planner:
             number = taken[workload.name]
             taken[workload.name] += 1
             maker = self._makers[workload.name]
-            prompt = maker(number)
+            pool = self._pool(maker)
+            prompt = maker(number % pool)
             allowed = self._methods_of(workload, methods)
             if workload.paired:
                 chosen = list(allowed)
@@ -222,7 +232,7 @@ class Planner:
             else:
                 allowed = allowed or self._methods_of(workload, tuple(self._scenario.methods))
                 chosen = method_rng.choices(list(allowed), list(allowed.values()))
-            time = f"time {number // maker.distinct}"
+            time = f"time {number // pool}"
             sessions += [self._session(stage, prompt, workload, method, time) for method in chosen]
         # A trace has as many arrivals as it has; elsewhere the last group stays whole.
         return tuple(sessions[:count] if self._replays else sessions)

@@ -60,12 +60,14 @@ class SearchSettings(Strict):
         first_share: of what the server sustained in the warm-up: the rate to begin with.
         factor: from one rate to the next, until one breaks the SLO.
         refinements: rates tried between the last that held and the first that broke.
+        stage_seconds: so long a rate lasts at least: in less, no queue grows that would show that it is too high.
         most_stages: rates in all.
     """
 
     first_share: PositiveFloat = 0.5
     factor: Annotated[float, Field(gt=1)] = 1.6
     refinements: NonNegativeInt = 2
+    stage_seconds: PositiveFloat = 30.0
     most_stages: PositiveInt = 12
 
 
@@ -116,7 +118,9 @@ class OpenLoad(_Load):
                 raise ValueError("capacity_shares take no ramp_seconds")
         elif self.search is not None:
             if self.requests is None or self.duration_seconds is not None:
-                raise ValueError("search needs requests, and takes no duration_seconds: every rate gets as many")
+                raise ValueError(
+                    "search needs requests, the least of a rate, and has stage_seconds in place of duration_seconds"
+                )
         elif (self.requests is None) == (self.duration_seconds is None):
             raise ValueError("give exactly one of requests and duration_seconds")
         return self

@@ -53,7 +53,7 @@ def test_each_methods_highest_rate_is_found(load_test: LoadTest, tmp_path: Path)
         "slow": {"ttft_seconds": 0.15, "tpot_seconds": 0.0, "in_turn": True},
     }
     load = {"loop": "open", "arrivals": "constant", "requests": 40, "methods_apart": True}
-    load["search"] = {"first_share": 0.6, "factor": 1.8, "refinements": 1, "most_stages": 6}
+    load["search"] = {"first_share": 0.6, "factor": 1.8, "refinements": 1, "most_stages": 6, "stage_seconds": 2}
     settings = {"slo": {"ttft_seconds": 0.4, "tpot_seconds": 1}, "tokens": 3, "warm_up_rounds": 2}
     finished = load_test(scenario_of(tmp_path, methods, load, **settings))
     assert finished.code == 0, finished.output
@@ -67,6 +67,16 @@ def test_each_methods_highest_rate_is_found(load_test: LoadTest, tmp_path: Path)
     assert found["quick"]["level"] > 1.5 * found["slow"]["level"]
     assert "holds the SLO" in finished.output
     assert "/s; the most, " in finished.page
+
+
+def test_a_rate_lasts_long_enough_for_a_queue(load_test: LoadTest, tmp_path: Path) -> None:
+    load = {"loop": "open", "requests": 4, "search": {"first_share": 1, "most_stages": 1, "stage_seconds": 1.5}}
+    finished = load_test(scenario_of(tmp_path, {"one": {"ttft_seconds": 0.1}}, load, tokens=2))
+    assert finished.code == 0, finished.output
+    stage = finished.report["stages"][-1]
+    assert len(stage["schedule"]) == pytest.approx(1.5 * stage["level"], abs=1)
+    assert len({entry["prompt_digest"] for entry in stage["schedule"]}) == 4, "prompts repeat"
+    assert "where the SLO still held: it sustains more" in finished.output
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def _head(report: Report, title: str) -> str:
         f"started {run['started']}",
         f"seed {scenario['seed']}",
         f"{report['summary']['warm_up_requests']} requests of warm-up are left out",
-        f"{report['summary']['cancelled']} were broken off",
+        *([f"{cancelled} were broken off"] if (cancelled := report["summary"]["cancelled"]) else []),
     ]
     if report["end"]["seconds"] is not None:
         facts.insert(3, f"{report['end']['seconds']:.0f} s")

@@ -33,7 +33,7 @@ from loadtest.load.report.statistics import (
     ratio,
 )
 from loadtest.load.report.verdict import MOST_DRIFT, overload, verdict
-from loadtest.load.scenario import Scenario, Slo
+from loadtest.load.scenario import OpenLoad, Scenario, Slo
 
 Report = Mapping[str, Any]
 """A run, as `loadtest.load.journal.read_journal` returns it, with its `summary`."""
@@ -187,17 +187,18 @@ def summarise(run: Mapping[str, Any]) -> dict[str, Any]:
     stages = [_stage(stage, run["metrics"], scenario) for stage in run["stages"] if stage["name"] not in WARM_UPS]
     everything = [request for stage in run["stages"] for request in stage["requests"]]
     comparisons = _comparisons(run, scenario)
+    saturation = _saturation(stages, scenario)
     return {
         "verdict": verdict(stages, comparisons, run, scenario),
         "stages": stages,
         "comparisons": comparisons,
         "kept_slo": _kept_slo(stages, scenario),
-        "saturation": _saturation(stages, scenario),
+        "saturation": saturation,
         "failures": dict(Counter(request["status"] for request in everything if failed(request))),
         "cancelled": sum(request["status"] == CANCELLED for request in everything),
         "counted_by": dict(Counter(request["counted_by"] for request in everything if request["counted_by"])),
         "warm_up_requests": sum(len(one["requests"]) for one in run["stages"] if one["name"] in WARM_UPS),
-        "warnings": _warnings(run, stages),
+        "warnings": _warnings(run, stages) + _unfinished_searches(saturation, scenario),
     }
 
 
@@ -406,6 +407,16 @@ def _warnings(run: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> li
     if not any("samples" in reading for reading in run["metrics"]):
         found.append("The server's metrics could not be read: density, fallbacks, memory and queue are unknown.")
     return found
+
+
+def _unfinished_searches(saturation: Mapping[str, Mapping[str, float | None]], scenario: Scenario) -> list[str]:
+    if not isinstance(scenario.load, OpenLoad) or scenario.load.search is None:
+        return []
+    return [
+        f"{name}: the search ended with {one['level']:g} sessions/s, where the SLO still held: it sustains more."
+        for name, one in saturation.items()
+        if one["breaks"] is None and one["level"] is not None
+    ]
 
 
 def _first_failure(run: Mapping[str, Any]) -> str:
