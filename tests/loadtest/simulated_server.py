@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import re
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -211,7 +212,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
-    web.run_app(application(), host="127.0.0.1", port=parser.parse_args(arguments).port, print=None)
+    parser.add_argument("--certificate", help="file of a key and a certificate: serve https")
+    given = parser.parse_args(arguments)
+    context = None
+    if given.certificate:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(given.certificate)
+    web.run_app(application(), host="127.0.0.1", port=given.port, print=None, ssl_context=context)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import json
 import random
 import subprocess
@@ -11,6 +13,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from loadtest.load import command
 from loadtest.load.journal import NAME
@@ -74,6 +80,49 @@ def test_what_cannot_be_read_is_said(simulated: Simulated, tmp_path: Path) -> No
     assert "http://HOST:PORT or https://HOST:PORT is wanted" in said("--url", "localhost:8000")
     assert "without a path" in said("--url", f"{simulated.url}/v1")
     assert "cannot be made" in said("--out", str(mine / "run"))
+
+
+def self_signed(path: Path) -> Path:
+    """A key and its certificate for 127.0.0.1 in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "simulated")])
+    now = datetime.datetime.now(datetime.UTC)
+    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(names, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
+    return path
+
+
+@pytest.mark.parametrize("clients", ["1", "2"])
+def test_https_is_checked(tmp_path: Path, clients: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Against the file that is named, in client processes too; a certificate that nobody vouches for is refused."""
+    certificate = self_signed(tmp_path / "pem")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(yaml.safe_dump(scenario_of(tmp_path, {"plain": {}}, OPEN, tokens=3)))
+    server = Simulated(certificate)
+    arguments = [str(mine), "--url", server.url, "--out", str(tmp_path / "run"), "--clients", clients]
+    try:
+        with pytest.raises(SystemExit) as caught:
+            command.main(arguments)
+        assert f"no OpenAI-compatible server answers at {server.url}" in str(caught.value.code)
+        assert "certificate verify failed" in str(caught.value.code)
+        command.main([*arguments, "--wait", "5", "--certificates", str(certificate)])
+    finally:
+        server.stop()
+    assert "| plain  | 12/12" in capfd.readouterr().out
 
 
 def test_proxies_of_the_environment_are_not_asked(simulated: Simulated, tmp_path: Path) -> None:
