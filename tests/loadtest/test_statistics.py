@@ -145,11 +145,13 @@ def test_the_interval_of_a_percentile_covers_it_in_a_queue_too(
     rng = random.Random(int(torch.randint(1 << 30, (1,), generator=generator)))
     covered, widths = 0, []
     for _ in range(200):
+        # Where values depend so much on one another that they do not reach so far, there is none.
         interval = interval_of_percentile(queue(rng, 600, memory), percentile)
-        assert interval is not None
-        covered += interval[0] <= truth <= interval[1]
-        widths.append(interval[1] - interval[0])
-    assert covered >= 170
+        if interval is not None:
+            covered += interval[0] <= truth <= interval[1]
+            widths.append(interval[1] - interval[0])
+    assert len(widths) >= 180
+    assert covered >= 0.86 * len(widths)
     # The standard error of the median is 1.25 / sqrt(n), of p95 2.11 / sqrt(n), and an interval has four of them.
     factor = math.sqrt((1 + memory) / (1 - memory))
     expected = 4 * (1.25 if percentile == 50 else 2.11) / math.sqrt(600)
@@ -159,12 +161,14 @@ def test_the_interval_of_a_percentile_covers_it_in_a_queue_too(
 def test_the_interval_of_a_mean_covers_it_in_a_queue_too(generator: torch.Generator) -> None:
     """Prompt by prompt it would cover six times in ten."""
     rng = random.Random(int(torch.randint(1 << 30, (1,), generator=generator)))
-    covered = 0
+    covered = known = 0
     for _ in range(100):
-        interval = interval_of_mean([[value] for value in queue(rng, 200, 0.7)])
-        assert interval is not None
-        covered += interval[0] <= 0 <= interval[1]
-    assert covered >= 80
+        interval = interval_of_mean([[value] for value in queue(rng, 300, 0.7)])
+        known += interval is not None
+        covered += interval is not None and interval[0] <= 0 <= interval[1]
+    assert known >= 60
+    assert covered >= 0.76 * known
+    assert interval_of_mean([[float(value)] for value in range(40)]) is None, "one slope is no six blocks"
 
 
 def test_an_interval_that_the_values_do_not_reach_is_none() -> None:
@@ -180,11 +184,12 @@ def test_dependence_is_the_time_of_correlation(generator: torch.Generator) -> No
 
 
 def test_many_comparisons_are_corrected() -> None:
+    rng = random.Random(1)
     assert corrected([0.01, None, 0.04, 0.03]) == [pytest.approx(0.03), None, pytest.approx(0.06), pytest.approx(0.06)]
     assert corrected([0.9, 0.8]) == [1.0, 1.0]
     assert confidence_of_each(1) == pytest.approx(0.95)
     assert confidence_of_each(5) == pytest.approx(0.99)
-    clusters = [[float(value)] for value in range(30)]
+    clusters = [[rng.random()] for _ in range(30)]
     one, many = (interval_of_mean(clusters, confidence_of_each(count)) for count in (1, 20))
     assert one is not None
     assert many is not None

@@ -105,14 +105,16 @@ def interval_of_mean(clusters: Sequence[Sequence[float]], confidence: float = CO
 
     Args:
         clusters: values that belong together, such as the repetitions of one prompt; in the order in which they were
-            measured. Blocks are as long as neighbours depend on one another: of one cluster where they do not.
+            measured. Blocks are up to three times as long as neighbours depend on one another: of one cluster where
+            they do not.
         confidence: of the interval.
 
     Returns:
-        Lower and upper end; none with fewer than `LEAST_CLUSTERS` clusters, or where all have one mean: drawing them
-        again shows no spread, which is not to say that there is none.
+        Lower and upper end; none with fewer clusters than `LEAST_CLUSTERS`, counted as fewer where they depend on one
+        another, or where all have one mean: drawing them again shows no spread, which is not to say that there is none.
     """
-    return _ends(_resampled_means(clusters, 0), confidence) if len(clusters) >= LEAST_CLUSTERS else None
+    draws = _resampled_means(clusters, 0)
+    return None if draws is None else _ends(draws, confidence)
 
 
 def corrected(p_values: Sequence[float | None]) -> list[float | None]:
@@ -150,12 +152,17 @@ def _ends(draws: Array, confidence: float) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
-def _resampled_means(clusters: Sequence[Sequence[float]], seed: int) -> Array:
+def _resampled_means(clusters: Sequence[Sequence[float]], seed: int) -> Array | None:
+    """Means of blocks of clusters drawn again; none of too few blocks."""
     rng = np.random.default_rng(seed)
     sums = np.array([np.sum(cluster) for cluster in clusters], dtype=np.float64)
     sizes = np.array([len(cluster) for cluster in clusters], dtype=np.float64)
     count = len(clusters)
-    length = min(math.ceil(dependence(sums / sizes)), count // LEAST_CLUSTERS or 1)
+    alike = dependence(sums / sizes)
+    if count < LEAST_CLUSTERS * alike:
+        return None
+    # Shorter ones would cut too much of the dependence off at their ends.
+    length = min(math.ceil(1 + 3 * (alike - 1)), count // LEAST_CLUSTERS)
     # Blocks go round the end, so that every cluster is as likely.
     starts = rng.integers(count, size=(RESAMPLES, math.ceil(count / length)))
     draws = ((starts[:, :, None] + np.arange(length)) % count).reshape(RESAMPLES, -1)[:, :count]
@@ -215,10 +222,9 @@ def independent_difference(
     if not first or not second:
         return {"pairs": 0, "value": None, "interval": None}
     value = float(np.concatenate(list(second.values())).mean() - np.concatenate(list(first.values())).mean())
-    if min(len(first), len(second)) < LEAST_CLUSTERS:
-        return {"pairs": 0, "value": value, "interval": None}
-    draws = _resampled_means(list(second.values()), 1) - _resampled_means(list(first.values()), 0)
-    return {"pairs": 0, "value": value, "interval": _ends(draws, confidence)}
+    draws = _resampled_means(list(second.values()), 1), _resampled_means(list(first.values()), 0)
+    known = None if draws[0] is None or draws[1] is None else _ends(draws[0] - draws[1], confidence)
+    return {"pairs": 0, "value": value, "interval": known}
 
 
 def independent_ratio(
