@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -81,18 +82,27 @@ class Finished:
 
 
 class Simulated:
-    """A running simulated server."""
+    """A running simulated server.
 
-    def __init__(self) -> None:
+    Args:
+        certificate: file of a key and a certificate that it serves https with; none: http.
+    """
+
+    def __init__(self, certificate: Path | None = None) -> None:
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://127.0.0.1:{self.port}" if certificate is None else f"https://127.0.0.1:{self.port}"
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.loadtest.simulated_server", "--port", str(self.port)], cwd=ROOT
+            [
+                *(sys.executable, "-m", "tests.loadtest.simulated_server", "--port", str(self.port)),
+                *(["--certificate", str(certificate)] if certificate else []),
+            ],
+            cwd=ROOT,
         )
+        trusted = True if certificate is None else ssl.create_default_context(cafile=certificate)
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
-                httpx.get(f"{self.url}/health").raise_for_status()
+                httpx.get(f"{self.url}/health", verify=trusted).raise_for_status()
                 return
             except httpx.TransportError:
                 assert time.monotonic() < deadline, "the simulated server does not start"

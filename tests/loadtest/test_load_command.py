@@ -142,7 +142,7 @@ def test_a_report_is_made_again_from_the_journal(load_test: LoadTest, tmp_path: 
     before, page = finished.report, finished.page
     (finished.folder / "report.json").unlink()
     (finished.folder / "report.html").unlink()
-    command.main(["report", str(finished.folder)])
+    command.main(["report", str(finished.folder), "--parquet"])
     assert finished.report == before
     assert finished.page == page
 
@@ -177,7 +177,17 @@ def test_two_runs_are_compared_in_pairs(two_runs: list[str], capsys: pytest.Capt
     assert 0.4 < float(tpot.partition("x")[0]) < 2.5
     assert score == "-1.000"
     assert float(p) < 0.001
-    assert "The scenarios differ in: methods." in output
+    assert "The scenarios of A and B differ in: methods." in output
+
+
+def test_more_runs_are_each_compared_with_the_first(two_runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    command.main(["compare", *two_runs, two_runs[0]])
+    output = capsys.readouterr().out
+    assert output.startswith(f"A: {two_runs[0]}\nB: {two_runs[1]}\nC: {two_runs[0]}\n")
+    rows = [line for line in output.splitlines() if " against A" in line]
+    assert ["B against A" in row for row in rows] == [True, False]
+    assert "1.00x" in rows[1]
 
 
 def test_runs_of_other_prompts_are_compared_without_pairs(
