@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -14,6 +15,7 @@ from vllm.v1.attention.backend import AttentionType
 
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.server import server_config
+from vllm_sparse.kernels.top_coded_tokens.cuda import PAGES
 from vllm_sparse.methods.decode import DecodeMethod
 from vllm_sparse.methods.registry import SUMMARISING_METHODS
 from vllm_sparse.step.requests import TABLE
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_sparse.kernels.page_summaries import SummaryKind
+
+logger = logging.getLogger("vllm.sparse")
 
 FLASH_ATTENTION_VERSION = 3
 ADVICE = "serve without --attention-backend sparse, or change that setting"
@@ -197,6 +201,13 @@ def check_summaries(vllm_config: VllmConfig, block_size_tokens: int) -> None:
         assert isinstance(method, DecodeMethod)
         assert method.summaries is not None
         _refuse(SUMMARY_REFUSALS, Summarised(vllm_config, name, method.summaries, block_size_tokens))
+        pages = method.summaries.page_tokens
+        if method.summaries.content == "codes" and pages < block_size_tokens and block_size_tokens in PAGES:
+            logger.warning(
+                "%s codes keys in pages of %d tokens, and the cache's blocks have %d: each step codes the newest block "
+                'again before it chooses. {"sparse": {"%s": {"page_tokens": %d}}} in --additional-config saves that.',
+                *(name, pages, block_size_tokens, name, block_size_tokens),
+            )
 
 
 def check_layer(impl: Any) -> None:
