@@ -55,7 +55,7 @@ from vllm_sparse.step.roles import Role, reading_layers
 from vllm_sparse.step.rows import ServerSize, padded_rows
 
 LAYERS, MOST_ROWS, LIST_TOKENS = 6, 8, 512
-CONFIGURED = Tidal(budget_tokens=256, dense_layers=1, reselect_layers=(3,))
+CONFIGURED = Tidal(budget_tokens=256, dense_layers=1, reselect_layers=(3,), selection_reads="everything")
 SIZE = ServerSize(MOST_ROWS, 1024, LAYERS, 2)
 BATCH_METHODS = [kind for kind in DECODE_METHODS.values() if issubclass(kind, BatchDecodeMethod)]
 
