@@ -24,7 +24,7 @@ WRONG: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     (
         "preset of a method that is not enabled",
         {"sparse_preset": "balanced"},
-        ("'balanced', whose decode method blocktopk this server does not enable", '"methods": ['),
+        ("'balanced', whose decode method tokentopk this server does not enable", '"methods": ['),
     ),
     ("unknown setting", {"sparse_method": "tidal"}, ("sparse_method", "sparse_prefill, sparse_decode")),
     ("reserved key", {"sparse_resolved": '{"min_tokens":0}'}, ("sparse_resolved", "sparse_prefill, sparse_decode")),
