@@ -171,7 +171,7 @@ class MetricsChange:
         return self("vllm_sparse_density_ratio_sum", phase=phase, method=method) / count
 
     def requests(self, phase: str, method: str) -> float:
-        """Requests admitted for a method."""
+        """Answers admitted for a method."""
         return self("vllm_sparse_requests_total", phase=phase, method=method)
 
     def fallbacks(self, phase: str, method: str, reason: str) -> float:

@@ -80,6 +80,13 @@ class Summarised:
 
 SERVER_REFUSALS: tuple[Refusal[Server], ...] = (
     Refusal(
+        lambda server: server.config.model_config.runner_type == "pooling",
+        lambda server: (
+            "attention backend sparse does not support pooling models (embedding, classification, scoring): its "
+            "settings are those of generations; serve without --attention-backend sparse"
+        ),
+    ),
+    Refusal(
         lambda server: server.config.parallel_config.pipeline_parallel_size > 1,
         lambda server: f"attention backend sparse does not support pipeline parallelism yet; {ADVICE}",
     ),
