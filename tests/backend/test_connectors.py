@@ -20,13 +20,13 @@ from vllm.v1.request import Request
 from vllm_sparse.backend.support import SALTED_CONNECTORS, check_server
 from vllm_sparse.config.request import SparseParams
 from vllm_sparse.config.salt import cache_salt
-from vllm_sparse.methods.registry import PREFILL_METHODS
+from vllm_sparse.methods.flexprefill import FlexPrefill
 
 MODEL = str(Path(__file__).parents[2] / "loadtest" / "model" / "weights")
 BLOCK_TOKENS = 32
 
-SPARSE = cache_salt(SparseParams(prefill=PREFILL_METHODS["flexprefill"]()), None)
-OTHER_GAMMA = cache_salt(SparseParams(prefill=PREFILL_METHODS["flexprefill"](gamma=0.5)), None)
+SPARSE = cache_salt(SparseParams(prefill=FlexPrefill()), None)
+OTHER_GAMMA = cache_salt(SparseParams(prefill=FlexPrefill(gamma=0.5)), None)
 
 
 def configuration(connector: str, **settings: Any) -> VllmConfig:
