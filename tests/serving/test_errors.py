@@ -61,6 +61,11 @@ WRONG: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ),
     ("negative minimum", {**BOTH, "sparse_min_tokens": -1}, ("sparse_min_tokens", "-1", "0 or more")),
     ("recall above 1", {**BOTH, "sparse_min_recall": 1.1}, ("sparse_min_recall", "1.1", "number from 0 to 1")),
+    (
+        "minimum that no number holds",
+        {**BOTH, "sparse_min_tokens": 10**18},
+        ("sparse_min_tokens is 1000000000000000000", "limits.min_tokens", "at most 16777216"),
+    ),
     ("text as minimum", {**BOTH, "sparse_min_tokens": "1k"}, ("sparse_min_tokens", "'1k'", "an integer")),
 )
 

@@ -16,6 +16,7 @@ from vllm_sparse.config.request import ALL_DENSE, RESOLVED_KEY, ParamsByLength, 
 from vllm_sparse.config.salt import SALT_MARK, cache_salt
 from vllm_sparse.config.server import server_config, uses_sparse_backend
 from vllm_sparse.server.decode_room import check_request
+from vllm_sparse.server.limits import check_limits
 from vllm_sparse.server.runtime_config import running_config
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def resolve_for(vllm_config: VllmConfig, extras: Mapping[str, Any]) -> ParamsByL
     """Resolve a request's extras for a server, for prompts of every length.
 
     Raises:
-        SparseParamsError: the settings are wrong, the server runs another attention backend, or its CUDA graphs have no
-            room for the request.
+        SparseParamsError: the settings are wrong or beyond the server's limits, it runs another attention backend, or
+            its CUDA graphs have no room for the request.
     """
     if not uses_sparse_backend(vllm_config):
         keys = sparse_keys(extras)
@@ -69,7 +70,9 @@ def resolve_for(vllm_config: VllmConfig, extras: Mapping[str, Any]) -> ParamsByL
             )
         return ParamsByLength(DENSE, ((0, ALL_DENSE),))
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-    settings = resolve_by_length(extras, running_config(server_config(vllm_config)).config, num_layers)
+    config = running_config(server_config(vllm_config)).config
+    settings = resolve_by_length(extras, config, num_layers)
+    check_limits(vllm_config, config, extras, settings)
     check_request(vllm_config, extras, settings)
     return settings
 
