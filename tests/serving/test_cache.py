@@ -22,10 +22,9 @@ def cached(server: Server, content: str, extras: dict[str, Any] | None, salt: st
     ("number", "extras", "other"),
     [
         (0, {**FLEXPREFILL, **MIN}, {"flexprefill_gamma": 0.8}),
-        (1, {**TIDAL, **MIN, "tidal_budget_tokens": 256}, {"tidal_budget_tokens": 512}),
         (2, {**BOTH, **MIN, "tidal_budget_tokens": 256}, {"sparse_min_tokens": 600}),
     ],
-    ids=["flexprefill", "tidal", "both"],
+    ids=["flexprefill", "both"],
 )
 def test_only_equal_settings_share(server: Server, number: int, extras: dict[str, Any], other: dict[str, Any]) -> None:
     content = prompt_of(300 + number, 1000).content
@@ -40,6 +39,23 @@ def test_only_equal_settings_share(server: Server, number: int, extras: dict[str
     assert cached(server, content, extras, "mine") > 900
     assert cached(server, content, None, "mine") == 0
     assert cached(server, content, extras, "yours") == 0
+
+
+def test_a_dense_prompt_is_shared_whatever_its_generation(server: Server) -> None:
+    """Of a request whose generation alone is sparse, what sparse steps wrote is its own."""
+    extras = {**TIDAL, **MIN, "tidal_budget_tokens": 256}
+    tokens = tokens_of(server, prompt_of(301, 1000))
+    first = continued(server, tokens, extras, max_tokens=100)
+    assert first.cached == 0
+    for others in ({**TIDAL, **MIN, "tidal_budget_tokens": 512}, {"sparse_decode": "dense"}, extras):
+        assert len(tokens) - 64 < continued(server, tokens, others).cached < len(tokens)
+        # Nothing of the 100 tokens that were generated.
+        assert continued(server, [*tokens, *first.tokens], others).cached <= len(tokens)
+        tokens = [*tokens, 5]
+    # The user's own salt separates as well.
+    assert continued(server, tokens, extras, "mine").cached == 0
+    assert continued(server, tokens, {"sparse_decode": "dense"}, "mine").cached > 900
+    assert continued(server, tokens, extras, "yours").cached == 0
 
 
 def test_equal_settings_in_other_words_share(server: Server) -> None:

@@ -18,6 +18,7 @@ from vllm_sparse.config.server import server_config, uses_sparse_backend
 from vllm_sparse.server.decode_room import check_request
 from vllm_sparse.server.limits import check_limits
 from vllm_sparse.server.runtime_config import running_config
+from vllm_sparse.step.eligibility import longest_dense_seq_len
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -117,8 +118,9 @@ def admit(vllm_config: VllmConfig, params: Any, build: Callable[[], Any]) -> Any
         extra_args = dict(request.sampling_params.extra_args or {})
         extra_args[RESOLVED_KEY] = resolved.serialize()
         request.sampling_params.extra_args = extra_args
-        if _may_become_sparse(request, resolved):
-            request.cache_salt = cache_salt(resolved, request.cache_salt)
+        first_token = first_sparse_token(request, resolved)
+        if first_token is not None:
+            request.cache_salt = cache_salt(resolved, request.cache_salt, first_token)
     return request
 
 
@@ -127,8 +129,24 @@ def _prompt_tokens(request: Any) -> int:
     return len(request.prompt_embeds if request.prompt_token_ids is None else request.prompt_token_ids)
 
 
-def _may_become_sparse(request: Any, resolved: SparseParams) -> bool:
-    """Whether the request can reach `min_tokens`; else each of its steps is dense, and so are its cached blocks."""
-    if not request.prompt_token_ids or request.resumable or request.sampling_params.max_tokens is None:
-        return True
-    return bool(len(request.prompt_token_ids) + request.sampling_params.max_tokens >= resolved.min_tokens)
+def first_sparse_token(request: Any, resolved: SparseParams) -> int | None:
+    """Index of the first token that a sparse step may write; None: each of the request's steps is dense.
+
+    Where the prompt has a method it is 0, however short the prompt is: a preempted request comes back with what it
+    generated as part of its prompt, and the chunk that reaches `min_tokens` is sparse from its first token on. It is 0
+    also where the decode method keeps summaries of keys, which dense requests do not write.
+
+    Args:
+        request: vLLM's engine request.
+        resolved: what it runs.
+    """
+    if not request.prompt_token_ids or request.resumable:
+        return 0
+    prompt_tokens, max_tokens = len(request.prompt_token_ids), request.sampling_params.max_tokens
+    longest = None if max_tokens is None else prompt_tokens + max_tokens
+    if longest is not None and longest < resolved.min_tokens:
+        return None
+    if resolved.prefill is not None or resolved.decode is None or resolved.decode.summaries is not None:
+        return 0
+    first = max(prompt_tokens, longest_dense_seq_len(resolved.decode, resolved.min_tokens))
+    return None if longest is not None and first >= longest else first
