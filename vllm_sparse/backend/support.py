@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -29,6 +29,10 @@ logger = logging.getLogger("vllm.sparse")
 
 FLASH_ATTENTION_VERSION = 3
 ADVICE = "serve without --attention-backend sparse, or change that setting"
+
+# KV connectors of vLLM that find blocks by its block hashes, which chain the cache salt, or by the salt itself. What a
+# sparse request wrote is found there by requests of equal settings only, as in the prefix cache.
+SALTED_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector", "LMCacheMPConnector")
 
 Subject = TypeVar("Subject")
 
@@ -64,6 +68,30 @@ class Server:
         layers: int = self.config.model_config.get_total_num_hidden_layers()
         return layers
 
+    @property
+    def unsalted_connectors(self) -> list[str]:
+        """KV connectors, those within others too, by which blocks of a sparse request may reach any other request."""
+        transfer = self.config.kv_transfer_config
+        if transfer is None or transfer.kv_connector is None:
+            return []
+        return _unsalted(
+            {
+                "kv_connector": transfer.kv_connector,
+                "kv_connector_module_path": transfer.kv_connector_module_path,
+                "kv_connector_extra_config": transfer.kv_connector_extra_config,
+            }
+        )
+
+
+def _unsalted(connector: Mapping[str, Any]) -> list[str]:
+    """`Server.unsalted_connectors` of a connector's configuration, as vLLM writes it."""
+    name, module = connector["kv_connector"], connector.get("kv_connector_module_path")
+    if name == "MultiConnector" and not module:
+        inner = connector.get("kv_connector_extra_config", {}).get("connectors", [])
+        return [unsalted for one in inner for unsalted in _unsalted(one)]
+    # A module of its own may give another connector a name of vLLM's.
+    return [] if name in SALTED_CONNECTORS and not module else [f"{module}.{name}" if module else name]
+
 
 @dataclass(frozen=True)
 class Summarised:
@@ -84,6 +112,13 @@ class Summarised:
 
 SERVER_REFUSALS: tuple[Refusal[Server], ...] = (
     Refusal(
+        lambda server: server.config.model_config.runner_type == "pooling",
+        lambda server: (
+            "attention backend sparse does not support pooling models (embedding, classification, scoring): its "
+            "settings are those of generations; serve without --attention-backend sparse"
+        ),
+    ),
+    Refusal(
         lambda server: server.config.parallel_config.pipeline_parallel_size > 1,
         lambda server: f"attention backend sparse does not support pipeline parallelism yet; {ADVICE}",
     ),
@@ -96,6 +131,15 @@ SERVER_REFUSALS: tuple[Refusal[Server], ...] = (
         lambda server: (
             "attention backend sparse does not support speculative decoding on model runner V1, which hands no "
             f"sampling parameters to plugins then; {ADVICE}"
+        ),
+    ),
+    Refusal(
+        lambda server: bool(server.unsalted_connectors),
+        lambda server: (
+            f"attention backend sparse does not work with KV connector {', '.join(server.unsalted_connectors)}: it "
+            "finds blocks neither by vLLM's block hashes nor by the cache salt, so it would hand keys and values of a "
+            "sparse request to dense requests and to those of other settings; serve without it, with one of "
+            f"{', '.join(SALTED_CONNECTORS)} in its place, or without --attention-backend sparse"
         ),
     ),
     Refusal(

@@ -69,7 +69,10 @@ class Tidal(TopTokensMethod):
     ] = ""
     sink_tokens: SinkTokens = 16
     recent_tokens: RecentTokens = 64
-    list_per: Annotated[Literal["kv_head", "query_head"], Field(description="heads that share a list")] = "kv_head"
+    list_per: Annotated[
+        Literal["kv_head", "query_head"],
+        Field(description="heads that share a list", json_schema_extra={"limit": "list_per", "compiles": True}),
+    ] = "kv_head"
     selection_reads: Annotated[
         Literal["everything", "list"],
         Field(description="what a layer that selects reads itself: the list it chose, or everything, as in the paper"),
