@@ -91,8 +91,8 @@ PRESETS: dict[str, Preset] = {
         (Tier(_PAYS_FROM_TOKENS, prefill=Choice("sale", {"tau": 0.004})),),
     ),
     "balanced": Preset(
-        "Fewer keys, some answers lost: prompts by sale at a higher threshold, from 32K on generations by tokentopk, which "
-        "loses none.",
+        "Fewer keys, some answers lost: prompts by sale at a higher threshold, from 32K on generations by tokentopk, "
+        "which loses none.",
         f"{_MEASURED_ON}: prompts score -0.034 ± 0.034, -log p +0.001, density 0.19; generations, 180 prompts, score "
         "+0.001 ± 0.017, KL 0.0006.",
         (
