@@ -92,6 +92,14 @@ def test_what_the_server_has_itself_is_allowed(
     assert refused(extras, limits=limits, **own) == ""
 
 
+@pytest.mark.parametrize(("sink_tokens", "message"), [(128, ""), (129, "allows at most 128")])
+def test_a_knob_of_both_phases_has_what_the_server_has_in_either(sink_tokens: int, message: str) -> None:
+    """128 for prompts and 16 for generations are the baseline's defaults."""
+    extras = {"sparse_prefill": "random", "random_sink_tokens": sink_tokens}
+    said = refused(extras, methods=list(METHODS), limits={"budget_tokens": 16})
+    assert (message in said) if message else said == ""
+
+
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     # While it is imported, vLLM asks the platform for more than this one says.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from vllm_sparse.config.request import ParamsByLength
     from vllm_sparse.config.settings import ServerConfig
+    from vllm_sparse.methods.knobs import LimitName
 
 MIB = 1 << 20
 WHERE = "(--additional-config, object sparse.limits, or PUT /v1/sparse/config)"
@@ -44,15 +45,32 @@ def check_limits(
         if key in REQUEST_KEYS:
             continue
         name, knob = split_key(key)
+        limit, allowed = limit_of_knob(name, knob, config)
+        if not is_within(given[key], allowed):
+            _refuse(former.get(key, key), given[key], f"limits.{limit}", in_words(allowed))
         for phase in phases_with(name, knob):
-            schema = knob_schema(phase, name)[knob]
-            own = getattr(configured_method(config, phase, name), knob)
-            limit, allowed = narrowed(schema, own, config.limits)
-            if not is_within(given[key], allowed):
-                _refuse(former.get(key, key), given[key], f"limits.{limit}", in_words(allowed))
-            if schema.get("compiles") and current_platform.is_cuda():
+            if knob_schema(phase, name)[knob].get("compiles") and current_platform.is_cuda():
+                own = getattr(configured_method(config, phase, name), knob)
                 _check_kernels(former.get(key, key), given[key], own, config.limits.new_kernels)
     _check_memory(vllm_config, config, given, settings)
+
+
+def limit_of_knob(name: str, knob: str, config: ServerConfig) -> tuple[LimitName | None, dict[str, Any]]:
+    """What a limit leaves of a knob's values, as `config.limits.narrowed` tells it.
+
+    A key of ``vllm_xargs`` may be of both phases, whose methods the server sets apart: it leaves what either leaves.
+
+    Args:
+        name: of the method.
+        knob: without the method's name.
+        config: the server's configuration.
+    """
+    phases = phases_with(name, knob)
+    own = [getattr(configured_method(config, phase, name), knob) for phase in phases]
+    left = [
+        narrowed(knob_schema(phase, name)[knob], value, config.limits) for phase, value in zip(phases, own, strict=True)
+    ]
+    return next((one for one in left if all(is_within(value, one[1]) for value in own)), left[0])
 
 
 def _check_kernels(key: str, value: Any, own: Any, new_kernels: str) -> None:

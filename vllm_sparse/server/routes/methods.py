@@ -8,12 +8,12 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from vllm_sparse.config.limits import narrowed
 from vllm_sparse.config.names import DENSE, METHODS, PHASES, UNPROFITABLE, former_keys, knob_schema
 from vllm_sparse.config.presets import PRESETS, Preset, Tier
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.methods.method import Method
+from vllm_sparse.server.limits import limit_of_knob
 from vllm_sparse.server.routes.served import ServedSparsely
 from vllm_sparse.server.runtime_config import running_config
 
@@ -97,7 +97,7 @@ def request_knobs(phase: str, name: str, config: ServerConfig) -> dict[str, dict
         # A request cannot say null, which leaves the choice to the method: it leaves the knob out.
         constraints = {**schema, **next(iter(schema.get("anyOf", ())), {})}
         flat = {"description": schema["description"]}
-        _, allowed = narrowed(schema, getattr(method, knob), config.limits)
+        _, allowed = limit_of_knob(name, knob, config)
         constraints |= allowed
         flat |= {keyword: constraints[keyword] for keyword in CONSTRAINTS if keyword in constraints}
         if getattr(method, knob) is not None:
