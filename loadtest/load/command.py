@@ -74,13 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _report(given: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m loadtest.load report", description="Make a run's report again.")
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument(
-        "--clients",
-        type=_count,
-        default=1,
-        metavar="PROCESSES",
-        help="that send requests and read streams, where one is too slow: the report warns of that; default: 1",
-    )
     parser.add_argument("--parquet", action="store_true", help=PARQUET_HELP)
     arguments = parser.parse_args(given)
     write_report(arguments.run, arguments.parquet)
