@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_sparse.methods.knobs import UNBOUNDED_TOKENS, LimitName
 
+WHERE_TO_SET = "(--additional-config, object sparse.limits, or PUT /v1/sparse/config)"
+
 
 class Limits(BaseModel):
     """The most that requests may ask for. What the server's own configuration holds is always allowed."""

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vllm_sparse.config.former_names import present_extras
+from vllm_sparse.config.limits import WHERE_TO_SET
 from vllm_sparse.config.messages import SparseParamsError, allowed_values, how_to_choose, knob_error, knob_list
 from vllm_sparse.config.names import (
     DENSE,
@@ -189,8 +190,7 @@ def _resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) -
             "sparse_min_tokens",
             min_tokens,
             f"sparse_min_tokens is {min_tokens!r}; limits.min_tokens of this server allows at most {most} tokens; ask "
-            f"for less, or raise it up to {UNBOUNDED_TOKENS} (--additional-config, object sparse.limits, or PUT "
-            "/v1/sparse/config)",
+            f"for less, or raise it up to {UNBOUNDED_TOKENS} {WHERE_TO_SET}",
         )
     min_recall = extras.get("sparse_min_recall", config.min_recall)
     if not isinstance(min_recall, int | float) or isinstance(min_recall, bool) or not 0 <= min_recall <= 1:

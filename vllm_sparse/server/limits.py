@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.config.former_names import present_extras
-from vllm_sparse.config.limits import in_words, is_within, narrowed
+from vllm_sparse.config.limits import WHERE_TO_SET, in_words, is_within, narrowed
 from vllm_sparse.config.messages import SparseParamsError
 from vllm_sparse.config.names import REQUEST_KEYS, knob_schema, phases_with, sparse_keys, split_key
 from vllm_sparse.config.request import configured_method
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from vllm_sparse.methods.knobs import LimitName
 
 MIB = 1 << 20
-WHERE = "(--additional-config, object sparse.limits, or PUT /v1/sparse/config)"
 
 
 def check_limits(
@@ -126,5 +125,5 @@ def _refuse(key: str, value: Any, limit: str, allowed: str, advice: str = "raise
     raise SparseParamsError(
         key,
         value,
-        f"{key} is {value!r}; {limit} of this server allows {allowed}; ask for less, or {advice} {WHERE}",
+        f"{key} is {value!r}; {limit} of this server allows {allowed}; ask for less, or {advice} {WHERE_TO_SET}",
     )
