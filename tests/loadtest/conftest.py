@@ -25,6 +25,17 @@ START_SECONDS = 30.0
 RUN_SECONDS = 240.0
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What times the simulated server is repeated where it fails: a busy machine makes client and server late.
+
+    A load test that measures wrong fails on a quiet machine too, every time.
+    """
+    again = pytest.mark.flaky(reruns=3, reruns_delay=5, only_rerun=["AssertionError"])
+    for item in items:
+        if "simulated" in getattr(item, "fixturenames", ()):
+            item.add_marker(again)
+
+
 def prompts_file(folder: Path, count: int, tokens: int) -> Path:
     """Prompts with known answers: JSON lines as the workload `jsonl` reads them."""
     path = folder / "prompts.jsonl"

@@ -151,9 +151,9 @@ def test_a_report_is_made_again_from_the_journal(load_test: LoadTest, tmp_path: 
 def two_runs(simulated: Simulated, tmp_path: Path) -> list[str]:
     """Runs of which the second has half the TTFT and wrong answers."""
     folders = []
-    behaviours = ({"ttft_seconds": 1.6}, {"ttft_seconds": 0.8, "right": False})
+    behaviours = ({"ttft_seconds": 3.2}, {"ttft_seconds": 1.6, "right": False})
     for name, behaviour in zip("ab", behaviours, strict=True):
-        mine = written(tmp_path, scenario_of(tmp_path, {"one": behaviour}, OPEN))
+        mine = written(tmp_path, scenario_of(tmp_path, {"one": behaviour}, OPEN, warm_up_rounds=0))
         folders.append(str(tmp_path / name))
         command.main([mine, "--url", simulated.url, "--out", folders[-1]])
     return folders
@@ -193,7 +193,7 @@ def test_more_runs_are_each_compared_with_the_first(two_runs: list[str], capsys:
 def test_runs_of_other_prompts_are_compared_without_pairs(
     two_runs: list[str], simulated: Simulated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scenario = scenario_of(tmp_path, {"one": {"ttft_seconds": 1.6}}, OPEN)
+    scenario = scenario_of(tmp_path, {"one": {"ttft_seconds": 3.2}}, OPEN, warm_up_rounds=0)
     (tmp_path / "prompts.jsonl").write_text((tmp_path / "prompts.jsonl").read_text().replace("number", "other"))
     command.main([written(tmp_path, scenario), "--url", simulated.url, "--out", str(tmp_path / "c")])
     capsys.readouterr()
