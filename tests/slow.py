@@ -148,6 +148,10 @@ SLOW = {
         "test_the_command_calibrates_the_bundled_model",
         "test_the_command_names_what_is_wrong",
     },
+    "tests/test_calibrate_tokentopk.py": {
+        "test_bounds_keep_layers_out",
+        "test_the_command_calibrates_the_bundled_model",
+    },
     "tests/test_calibrate_tidal.py": {
         "test_the_command_calibrates_the_bundled_model",
     },

@@ -10,6 +10,7 @@ import sys
 VERBS = {
     "calibrate sale": "vllm_sparse.calibration.sale_command",
     "calibrate tidal": "vllm_sparse.calibration.tidal_command",
+    "calibrate tokentopk": "vllm_sparse.calibration.tokentopk_command",
     "inspect": "vllm_sparse.inspect.command",
     "quality report": "vllm_sparse.quality.report.command",
     "quality": "vllm_sparse.quality.command",
