@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from tests.methods.lists import chunk_allowed
 from tests.oracle import Paged, Platform
 from vllm_sparse.config.request import ALL_DENSE, SparseParams
 from vllm_sparse.methods.decode import LayerMemory
+from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.prefill import Layer
 from vllm_sparse.methods.tidal import Tidal
@@ -30,12 +31,13 @@ PER_HEAD = Tidal(budget_tokens=96, dense_layers=2, reselect_layers=(5,), list_pe
 
 @dataclass
 class Row:
-    """One request of a step: new tokens, tokens in the cache, parameters."""
+    """One request of a step: new tokens, tokens in the cache, parameters, and of a prompt chunk the prompt's tokens."""
 
     tokens: int
     context: int
     params: SparseParams = ALL_DENSE
     prefilling: bool = False
+    prompt_tokens: int | None = None
 
 
 MIXED = [
@@ -114,7 +116,7 @@ def run(engine: Engine, step: Step) -> list[torch.Tensor]:
     from vllm_sparse.step.requests import TABLE, SparseRequest
 
     for index, row in enumerate(step.rows):
-        TABLE.put(index, None if row.params.is_dense else SparseRequest(row.params))
+        TABLE.put(index, None if row.params.is_dense else SparseRequest(row.params, row.prompt_tokens))
     metadata = engine.builder.build(0, step.common)
     return [
         forward(layer.impl, layer, query, data.kv_cache, metadata)
@@ -165,7 +167,8 @@ def allowed(step: Step, index: int, layer: int) -> torch.Tensor:
     if kind == "flex":
         assert row.params.prefill is not None
         query = step.queries[layer][span]
-        lists = row.params.prefill.select(query, step.data[layer].reader(index), SCALE, BLOCK, Layer(layer, 0))
+        place = Layer(layer, 0, row.prompt_tokens)
+        lists = row.params.prefill.select(query, step.data[layer].reader(index), SCALE, BLOCK, place)
         return chunk_allowed(row.params.prefill, lists, step.data[layer], index, query)
     if kind.startswith("list"):
         assert row.params.decode is not None
@@ -206,6 +209,18 @@ def test_rows_in_any_order_equal_the_oracle(engine: Engine, generator: torch.Gen
 def test_a_row_alone_equals_the_oracle(engine: Engine, row: Row, generator: torch.Generator) -> None:
     step = make_step([row], generator)
     check(step, run(engine, step))
+
+
+def test_a_prompt_chunk_knows_where_the_prompt_ends(engine: Engine, generator: torch.Generator) -> None:
+    """The tail that is dense is not the chunk's."""
+    method = Dhsa(density=0.2, sink_tokens=0, recent_tokens=0, dense_layers=LAYERS - 1)
+    ends = make_step([Row(384, 640, SparseParams(method), True, 640)], generator)
+    goes_on = replace(ends, rows=[replace(ends.rows[0], prompt_tokens=900)])
+    outputs = [run(engine, step) for step in (ends, goes_on)]
+    for step, output in zip((ends, goes_on), outputs, strict=True):
+        check(step, output)
+    first, second = (output[-1][-128:] for output in outputs)
+    assert not torch.equal(first, second)
 
 
 def test_a_step_without_sparse_rows_is_the_stock_step_bit_for_bit(engine: Engine, generator: torch.Generator) -> None:

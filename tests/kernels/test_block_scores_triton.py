@@ -111,7 +111,9 @@ def assert_selection_equals_the_reference(pages: int, sink_pages: int, budget_pa
     # A row in the middle, one with all of it forced, one with all of it but its end free.
     last = torch.tensor([int(torch.randint(0, pages, (), generator=generator)), pages - 1, pages - 1]).int()
     band = torch.tensor([int(last[0]) * 2 // 3, 0, max(pages - 3, 0)]).int()
-    rows = scores.to(DEVICE), sink_pages, band.to(DEVICE), last.to(DEVICE), budget_pages
+    # Each row has a budget of its own.
+    budgets = torch.tensor([budget_pages, budget_pages // 2, budget_pages + 1]).int()
+    rows = scores.to(DEVICE), sink_pages, band.to(DEVICE), last.to(DEVICE), budgets.to(DEVICE)
     assert torch.equal(scores_triton.select_pages(*rows), reference.select_pages(*rows)), f"seed {seed}"
 
 
@@ -159,8 +161,8 @@ def test_selection_compiles_for_hopper(pages: int, tmp_path: Path) -> None:
         {
             "score_pointer": "*fp32",
             "kept_pointer": "*u8",
-            **dict.fromkeys(("band_page_pointer", "last_page_pointer"), "*i32"),
-            **dict.fromkeys(("query_block_count", "pages", "sink_pages", "budget_pages"), "i32"),
+            **dict.fromkeys(("band_page_pointer", "last_page_pointer", "budget_pages_pointer"), "*i32"),
+            **dict.fromkeys(("query_block_count", "pages", "sink_pages"), "i32"),
         },
         {"ROW_TILE": entries, "TILE": scores_triton.SELECT_TILE},
         num_warps=num_warps,

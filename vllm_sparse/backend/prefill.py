@@ -65,7 +65,7 @@ def serve_row(
     keys = platform.row_keys(call, span)
     page_size = platform.prefill_page_size(method.page_tokens, call.block_size_tokens)
     with record.timer.serving("prefill", [method.name]):
-        layer = Layer(call.index, platform.first_query_head)
+        layer = Layer(call.index, platform.first_query_head, row.prompt_tokens)
         lists = method.select(chunk.query, keys, platform.scale, page_size, layer)
         attend_prompt_chunk(record.timer.executor(platform.executor(call.layer)), method, lists, chunk)
     list_heads = method.list_heads(platform.num_heads, platform.num_kv_heads)

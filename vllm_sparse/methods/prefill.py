@@ -18,15 +18,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layer:
-    """Where in the model a prefill selection happens.
+    """Where in the model, and in which prompt, a prefill selection happens.
 
     Attributes:
         index: of the attention layer.
         first_query_head: the model's number of this process's first query head; not 0 under tensor parallelism.
+        prompt_tokens: of the whole prompt, of which the prompt chunk may be a part, or which it may reach beyond where
+            outputs are computed again after a preemption; None if the chunk's end is the prompt's, or that is unknown.
     """
 
     index: int
     first_query_head: int
+    prompt_tokens: int | None = None
 
 
 class PrefillMethod(Method):

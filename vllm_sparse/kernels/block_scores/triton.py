@@ -142,28 +142,29 @@ def page_scores(
     return scores
 
 
-@triton.jit(do_not_specialize=["query_block_count", "pages", "sink_pages", "budget_pages"])
+@triton.jit(do_not_specialize=["query_block_count", "pages", "sink_pages"])
 def select_pages_kernel(
     score_pointer,
     band_page_pointer,
     last_page_pointer,
+    budget_pages_pointer,
     kept_pointer,
     query_block_count,
     pages,
     sink_pages,
-    budget_pages,
     ROW_TILE: tl.constexpr,
     TILE: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
     last = tl.load(last_page_pointer + i_row % query_block_count)
     band = tl.load(band_page_pointer + i_row % query_block_count)
+    budget = tl.load(budget_pages_pointer + i_row % query_block_count)
     p_score = score_pointer + i_row * pages
     p_kept = kept_pointer + i_row * pages
     # Pages from `first` to `stop` compete for what the forced ones leave of the budget.
     first = tl.minimum(sink_pages, last + 1)
     stop = tl.maximum(tl.minimum(band, last + 1), first)
-    free = tl.maximum(budget_pages - (first + last + 1 - stop), 0)
+    free = tl.maximum(budget - (first + last + 1 - stop), 0)
 
     least, above = row_threshold(p_score, first, stop, free, False, ROW_TILE, TILE)
     # Of the pages whose score equals the threshold, the lower ones win.
@@ -179,7 +180,7 @@ def select_pages_kernel(
 
 
 def select_pages(
-    scores: torch.Tensor, sink_pages: int, band_page: torch.Tensor, last_page: torch.Tensor, budget_pages: int
+    scores: torch.Tensor, sink_pages: int, band_page: torch.Tensor, last_page: torch.Tensor, budget_pages: torch.Tensor
 ) -> torch.Tensor:
     """Equal to `reference.select_pages` for the same scores; arguments as there, all contiguous."""
     heads, query_block_count, pages = scores.shape
@@ -189,11 +190,11 @@ def select_pages(
         scores,
         band_page,
         last_page,
+        budget_pages,
         kept.view(torch.uint8),
         query_block_count,
         pages,
         sink_pages,
-        budget_pages,
         ROW_TILE=entries,
         TILE=SELECT_TILE,
         num_warps=num_warps,
