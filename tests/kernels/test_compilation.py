@@ -18,6 +18,7 @@ from vllm_sparse.backend.decode_graphs import DENSE_ROW
 from vllm_sparse.backend.warm_up import warm_up_chunks
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.methods.decode import BatchDecodeMethod
+from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.prefill import Layer, PrefillMethod
 from vllm_sparse.methods.registry import DECODE_METHODS, PREFILL_METHODS
 from vllm_sparse.step.launch import Executor, Launch, LayerLaunches
@@ -70,9 +71,10 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (7, 1), (8, 2)])
-@pytest.mark.parametrize("name", PREFILL_METHODS)
+@pytest.mark.parametrize("name", [*PREFILL_METHODS, "dhsa in two stages"])
 def test_no_chunk_waits_for_the_compiler(name: str, heads: int, kv_heads: int, launched: set[tuple[str, str]]) -> None:
-    method: Any = PREFILL_METHODS[name]()
+    two_stages = Dhsa(bound_weight=0.5, candidate_factor=2.0)
+    method: Any = PREFILL_METHODS[name]() if name in PREFILL_METHODS else two_stages
     assert isinstance(method, PrefillMethod)
     cache = torch.zeros(LONGEST // BLOCK, kv_heads, BLOCK, 2 * HEAD_SIZE, dtype=torch.bfloat16)
     table = torch.arange(cache.shape[0], dtype=torch.int32)

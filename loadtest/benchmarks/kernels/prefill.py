@@ -47,8 +47,14 @@ FAMILIES: dict[str, Family] = {
     "flexprefill": lambda setting, context: FlexPrefill(gamma=max(setting, 1e-3), min_budget_tokens=128),
     "sale": lambda setting, context: Sale(tau=10 ** (2 - 8 * setting)),
     "dhsa": lambda setting, context: Dhsa(density=max(setting, 1e-3)),
+    "dhsa-two-stages-2x": lambda setting, context: _two_stages(setting, 2.0),
+    "dhsa-two-stages-4x": lambda setting, context: _two_stages(setting, 4.0),
     "hip": lambda setting, context: Hip(stage_budget_tokens=_stage_tokens(setting, context)),
 }
+
+
+def _two_stages(setting: float, candidate_factor: float) -> Dhsa:
+    return Dhsa(density=max(setting, 1e-3), bound_weight=0.5, candidate_factor=candidate_factor)
 
 
 def _stage_tokens(setting: float, context: int) -> tuple[int, ...]:
@@ -122,8 +128,8 @@ def measure(
     dense_output = cache.dense()
     executor = cache.executor
     for density in densities:
-        methods: list[PrefillMethod] = [at_density(family, density, cache) for family in families.values()]
-        for method in [*methods, TrueMass(mass, density)]:
+        methods = {label: at_density(family, density, cache) for label, family in families.items()}
+        for label, method in {**methods, TrueMass.name: TrueMass(mass, density)}.items():
             lists = select(method, cache)
             output = torch.empty_like(heads.query)
             chunk = PromptChunk(heads.query, output, cache.kv_cache, cache.block_table, heads.scale)
@@ -134,7 +140,7 @@ def measure(
                 name,
                 heads.context,
                 heads.chunk,
-                method.name,
+                label,
                 density_of(method, lists, heads),
                 median_seconds(functools.partial(select, method, cache), repeats),
                 median_seconds(attend, repeats),
