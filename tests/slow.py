@@ -27,6 +27,12 @@ SLOW = {
     "tests/inspect/test_command.py": {
         "test_a_page_is_written_and_progress_is_shown",
     },
+    "tests/kernels/test_candidate_tokens_triton.py": {
+        "test_kernels_compile_for_hopper",
+    },
+    "tests/kernels/test_code_scores_triton.py": {
+        "test_kernels_compile_for_hopper",
+    },
     "tests/kernels/test_compilation.py": {
         "test_no_decode_step_waits_for_the_compiler",
     },
@@ -58,6 +64,9 @@ SLOW = {
         "test_an_interrupted_run_reports_what_ran",
         "test_the_rate_is_what_the_server_sustains",
         "test_times_tokens_and_answers_are_the_servers",
+    },
+    "tests/loadtest/test_decode_losses.py": {
+        "test_the_table_of_a_prompt",
     },
     "tests/loadtest/test_load_command.py": {
         "test_runs_of_other_prompts_are_compared_without_pairs",

@@ -145,7 +145,7 @@ def test_a_server_has_one_threshold_or_a_file_of_them(file: Path) -> None:
 
 def test_the_command_calibrates_the_bundled_model(tmp_path: Path) -> None:
     output = tmp_path / "found.json"
-    ended = run_installed("calibrate", "sale", str(MODEL), "--output", str(output), "--tokens", "600", "--count", "2")
+    ended = run_installed("calibrate", "sale", str(MODEL), "--output", str(output), "--tokens", "2000", "--count", "2")
     assert ended.returncode == 0, ended.stderr
     assert "prompt 2 of 2" in ended.stdout
     assert "layer 8 of 8" in ended.stdout

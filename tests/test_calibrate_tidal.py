@@ -20,8 +20,15 @@ from vllm_sparse.config.salt import cache_salt
 from vllm_sparse.config.server import parse_server_config
 from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.methods.tidal import Tidal
-from vllm_sparse.methods.tidal.calibration import ReuseRecall, choose_roles, recall_of, worst_recall
-from vllm_sparse.methods.tidal.policy import Measured, Policy, load
+from vllm_sparse.methods.tidal.calibration import (
+    PolicyLists,
+    ReuseRecall,
+    choose_roles,
+    lists_of_steps,
+    modelled_cost,
+    recall_of,
+)
+from vllm_sparse.methods.tidal.policy import Measured, Policy, load, shipped
 from vllm_sparse.step.roles import Role
 
 MODEL = Path(__file__).parents[1] / "loadtest" / "model" / "weights"
@@ -44,33 +51,58 @@ def configured(file: str, **tidal: Any) -> ServerConfig:
     return parse_server_config({"sparse": {"tidal": {"policy": file, **tidal}}}, LAYERS, HEADS)
 
 
-# Recall
+# Lists and recall
+
+
+def scores_of(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Of the queries of the last tokens: ``[kv_heads, group, steps, tokens]``, as `Lists.listed` gets them."""
+    kv_heads, tokens, head_size = key.shape
+    steps = query.shape[1]
+    scores = torch.einsum("kgsd,ktd->kgst", query.view(kv_heads, -1, steps, head_size), key) * SCALE
+    return scores.masked_fill(torch.arange(tokens) > torch.arange(tokens - steps, tokens).unsqueeze(1), -torch.inf)
+
+
+def layer_of(tokens: int, steps: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query of the last tokens, key of all."""
+    query = torch.randn(HEADS, steps, HEAD_SIZE, generator=generator) * 2
+    return query, torch.randn(KV_HEADS, tokens, HEAD_SIZE, generator=generator)
+
+
+@pytest.mark.parametrize("lists", ["kv_head", "query_head"])
+@pytest.mark.parametrize(("sink", "recent"), [(4, 8), (0, 0)])
+def test_lists_of_steps_are_those_that_the_method_selects(
+    lists: str, sink: int, recent: int, generator: torch.Generator
+) -> None:
+    method = Tidal(budget_tokens=40, sink_tokens=sink, recent_tokens=recent, list_per=lists)  # type: ignore[arg-type]
+    query, key = layer_of(300, 5, generator)
+    found = lists_of_steps(method, scores_of(query, key))
+    for step in range(5):
+        context = 300 - 5 + 1 + step
+        expected = chosen(method, query[:, step], key[:, :context], generator)
+        assert torch.equal(found[:, :, step].flatten(0, 1)[:, :context], expected)
+        assert not found[:, :, step, context:].any(), "tokens of later steps"
 
 
 def test_recall_is_the_mass_that_an_earlier_layers_list_keeps(generator: torch.Generator) -> None:
     """Against float64 softmax and the lists that the method chooses for the very positions."""
-    layers, positions = 3, 4
+    layers, steps = 3, 4
     method = Tidal(budget_tokens=40, sink_tokens=4, recent_tokens=8)
-    reuse = ReuseRecall(layers, HEADS, method, positions)
+    reuse = ReuseRecall(layers, HEADS, method)
     expected = torch.zeros(layers, layers, HEADS, dtype=torch.float64)
     for tokens in (300, 131):
         lists: list[list[torch.Tensor]] = []
         for layer in range(layers):
-            query = torch.randn(HEADS, tokens, HEAD_SIZE, generator=generator) * 2
-            key = torch.randn(KV_HEADS, tokens, HEAD_SIZE, generator=generator)
-            kept_here = reuse.observe(layer, query, key, SCALE)
+            query, key = layer_of(tokens, steps, generator)
+            reuse.listed(layer, query, key, scores_of(query, key), SCALE)
             lists.append([])
-            here = torch.zeros(layers, HEADS, dtype=torch.float64)
-            for place in range(positions):
-                context = tokens - positions + 1 + place
-                newest, keys = query[:, context - 1], key[:, :context]
+            for place in range(steps):
+                context = tokens - steps + 1 + place
+                newest, keys = query[:, place], key[:, :context]
                 weight = oracle.probabilities(newest.unsqueeze(0), keys, SCALE, torch.ones(context, dtype=torch.bool))
                 lists[-1].append(chosen(method, newest, keys, generator))
                 for earlier in range(layer + 1):
                     mask = lists[earlier][place].repeat_interleave(HEADS // KV_HEADS, dim=0)
-                    here[earlier] += (weight[:, 0] * mask).sum(1) / positions
-            assert torch.allclose(kept_here, here[: layer + 1], atol=1e-5)
-            expected[:, layer] += here / 2
+                    expected[earlier, layer] += (weight[:, 0] * mask).sum(1) / steps / 2
     assert torch.allclose(reuse.mass, expected, atol=1e-5)
     own = torch.stack([expected[layer, layer] for layer in range(layers)])
     for choosing, reading in itertools.combinations(range(layers), 2):
@@ -80,25 +112,45 @@ def test_recall_is_the_mass_that_an_earlier_layers_list_keeps(generator: torch.G
 
 
 def chosen(method: Tidal, query: torch.Tensor, keys: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The method's list for one request in a cache of its own: bool ``[kv_heads, context]``."""
+    """The method's list for one request in a cache of its own: bool ``[lists, context]``."""
     from vllm_sparse.methods.decode import LayerMemory
 
     data = oracle.paged(oracle.PLAIN, [keys], [keys], 16, generator)
     lists = method.select(query, data.reader(0), SCALE, 1, LayerMemory())
     context = keys.shape[1]
-    return torch.stack([oracle.kept_positions(lists, row, context) for row in range(KV_HEADS)])
+    return torch.stack([oracle.kept_positions(lists, row, context) for row in range(lists.pages.shape[0])])
 
 
 def test_a_layer_that_attends_alike_is_served_and_another_is_not(generator: torch.Generator) -> None:
-    tokens = 500
-    query = torch.randn(HEADS, tokens, HEAD_SIZE, generator=generator) * 4
-    key = torch.randn(KV_HEADS, tokens, HEAD_SIZE, generator=generator)
-    other = torch.randn(KV_HEADS, tokens, HEAD_SIZE, generator=generator)
-    reuse = ReuseRecall(3, HEADS, Tidal(budget_tokens=64, sink_tokens=0, recent_tokens=0), 8)
+    query, key = layer_of(500, 8, generator)
+    _, other = layer_of(500, 8, generator)
+    reuse = ReuseRecall(3, HEADS, Tidal(budget_tokens=64, sink_tokens=0, recent_tokens=0))
     for layer, keys in enumerate((key, key, other)):
-        reuse.observe(layer, query, keys, SCALE)
+        reuse.listed(layer, query, keys, scores_of(2 * query, keys), SCALE)
     assert reuse.recall[0][1] == pytest.approx(1)
     assert reuse.recall[1][2] < 0.6
+
+
+def test_a_layer_reads_the_list_of_its_role(generator: torch.Generator) -> None:
+    roles = [Role.DENSE, Role.DENSE_AND_WRITE, Role.READ, Role.WRITE_AND_READ]
+    method = Tidal(budget_tokens=40, sink_tokens=4, recent_tokens=8)
+    policy = PolicyLists(method, roles)
+    layers = [layer_of(200, 3, generator) for _ in roles]
+    scores = [scores_of(*layer) for layer in layers]
+    found = [policy.listed(n, *layer, scores[n], SCALE) for n, layer in enumerate(layers)]
+    assert found[0] is None
+    assert found[1] is None
+    for reading, choosing in ((2, 1), (3, 3)):
+        listed = found[reading]
+        assert listed is not None
+        assert torch.equal(listed, lists_of_steps(method, scores[choosing]))
+
+
+def test_cost_is_what_attention_reads() -> None:
+    """Dense layers read everything, choosing ones the keys once again, others their list."""
+    roles = [Role.DENSE, Role.DENSE_AND_WRITE, Role.READ, Role.WRITE_AND_READ]
+    assert modelled_cost(roles, 256, 1024) == pytest.approx((1 + 1.5 + 0.25 + 0.75) / 4)
+    assert modelled_cost([Role.DENSE, Role.READ], 4096, 1024) == 1
 
 
 # The dynamic programme
@@ -153,32 +205,52 @@ def test_the_policy_has_the_best_worst_and_then_the_best_mean_recall(
     assert Policy(roles).roles == roles
 
 
-@given(recalls(), st.floats(0.05, 1))
-def test_a_floor_is_reached_with_the_fewest_layers(drawn: tuple[list[list[float]], int, int], floor: float) -> None:
-    recall, full_layers, _ = drawn
-    layers = len(recall)
-    reached = [
-        number
-        for number in range(1, layers - full_layers)
-        if any(value(policy, recall)[0] >= floor for policy in every_policy(layers, full_layers, number))
-    ]
-    if not reached:
-        with pytest.raises(ValueError, match="the best has"):
-            choose_roles(recall, full_layers, 1, floor)
-        return
-    roles = choose_roles(recall, full_layers, 1, floor)
-    assert worst_recall(roles, recall) >= floor
-    assert roles.count(Role.READ) == layers - full_layers - reached[0]
-
-
 # The file
 
 
 def test_the_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
     measured = Measured("m", 2048, 16, 64, "kv_head", [100, 90], 32, [None, None, 0.5, 0.25])
-    policy = Policy(ROLES, measured)
+    policy = Policy(ROLES, measured, 1024, "list", "by hand")
     policy.save(tmp_path / "tidal.json")
     assert load(str(tmp_path / "tidal.json")).contents == policy
+
+
+def test_a_policy_tells_the_budget_where_nobody_else_does(tmp_path: Path) -> None:
+    path = tmp_path / "tidal.json"
+    Policy(ROLES, budget_tokens=512).save(path)
+    file = str(path)
+    for settings, extras, expected in (
+        ({}, {}, 512),
+        ({"budget_tokens": 300}, {}, 300),
+        ({}, {"tidal_budget_tokens": 400}, 400),
+        ({}, {"tidal_reselect_layers": [3]}, 2048),
+    ):
+        params = resolve({"sparse_decode": "tidal", **extras}, configured(file, **settings), LAYERS)
+        assert params.decode is not None
+        assert params.decode.budget_tokens == expected
+
+
+def test_a_policy_tells_what_choosing_layers_read(tmp_path: Path) -> None:
+    path = tmp_path / "tidal.json"
+    Policy(ROLES, selection_reads="list").save(path)
+    for extras, expected in (({}, Role.WRITE_AND_READ), ({"tidal_selection_reads": "everything"}, ROLES[1])):
+        params = resolve({"sparse_decode": "tidal", **extras}, configured(str(path)), LAYERS)
+        assert params.decode is not None
+        assert params.decode.layer_roles(LAYERS)[1] is expected
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_shipped_policy_is_known_by_its_name(name: str) -> None:
+    policy = load(name).contents
+    layers = len(policy.roles)
+    config = parse_server_config({"sparse": {"tidal": {"policy": name}}}, layers, HEADS)
+    params = resolve({"sparse_decode": "tidal"}, config, layers)
+    assert params.decode is not None
+    assert isinstance(params.decode, Tidal)
+    assert params.decode.layer_roles(layers) == params.decode.with_selection_reads(policy.roles)
+    assert params.decode.selection_reads == policy.selection_reads
+    assert params.decode.budget_tokens == policy.budget_tokens
+    assert policy.note, "says where it comes from"
 
 
 def test_a_policy_tells_the_roles(file: str) -> None:
@@ -281,19 +353,23 @@ def test_a_file_of_another_model_is_refused_at_start(file: str) -> None:
 
 def test_the_command_calibrates_the_bundled_model(tmp_path: Path) -> None:
     output = tmp_path / "found.json"
-    sizes = ["--tokens", "600", "--count", "2", "--budget", "128", "--selections", "2", "--full-layers", "1"]
-    ended = run_installed("calibrate", "tidal", str(MODEL), "--output", str(output), *sizes)
+    sizes = ["--tokens", "2000", "--count", "2", "--budgets", "128", "256", "--dense-layers", "1"]
+    bounds = ["--selections", "2", "--divergence", "9", "--same", "0"]
+    ended = run_installed("calibrate", "tidal", str(MODEL), "--output", str(output), *sizes, *bounds)
     assert ended.returncode == 0, ended.stderr
     assert "prompt 2 of 2" in ended.stdout
-    assert "layer 8 of 8" in ended.stdout
     policy = load(str(output)).contents
-    assert (len(policy.roles), policy.roles[0], policy.roles.count(Role.READ)) == (8, Role.DENSE, 5)
+    assert (len(policy.roles), policy.roles[0], policy.budget_tokens) == (8, Role.DENSE, 128)
     assert policy.measured is not None
     assert (policy.measured.budget, len(policy.measured.prompts)) == (128, 2)
+    assert policy.measured.divergence is not None
     for role, recall in zip(policy.roles, policy.measured.recall, strict=True):
         assert (role == Role.READ) == (recall is not None)
-    rows = [line.split("|") for line in ended.stdout.splitlines() if line.startswith("| ")][1:]
-    assert [row[2].strip() for row in rows] == policy.roles
+    rows = [line.strip("|").split("|") for line in ended.stdout.splitlines() if line.startswith("| ")][1:]
+    costs = [float(row[0]) for row in rows]
+    assert costs == sorted(costs)
+    choosing = [n for n, role in enumerate(policy.roles) if role is Role.DENSE_AND_WRITE]
+    assert rows[0][2].split() == [str(layer) for layer in choosing], "the cheapest is within wide bounds"
     parse_server_config({"sparse": {"tidal": {"policy": str(output)}}}, 8, 4)
 
 
@@ -301,11 +377,13 @@ def test_the_command_calibrates_the_bundled_model(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--full-layers", "7"], "--full-layers 7: the model has 8 layers, so 0 to 6 are allowed"),
+        (["--dense-layers", "7"], "--dense-layers 7: the model has 8 layers, so 0 to 6 are allowed"),
         (["--selections", "6"], "--selections 6: .*2 of them dense, so 1 to 5 are allowed"),
-        (["--recall-floor", "0"], "--recall-floor 0.0: above 0 to 1"),
-        (["--budget", "64"], "--budget 64: .*do not hold sink_tokens 16 and recent_tokens 64"),
-        (["--tokens", "500", "--budget", "500"], "shortest prompt has .*more than 532 are needed"),
+        (["--recall-floor", "1.5"], "--recall-floor 1.5: 0 to 1 is"),
+        (["--same", "-1"], "--same -1.0: 0 to 1 is"),
+        (["--budgets", "64"], "--budgets 64: .*do not hold sink_tokens 16 and recent_tokens 64"),
+        (["--tokens", "2000", "--count", "1", "--budgets", "2000"], "shortest prompt has .*must not hold all of them"),
+        (["--tokens", "16"], "--tokens 16: .*too few"),
     ],
 )
 def test_the_command_names_what_is_wrong(

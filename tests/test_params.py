@@ -45,6 +45,11 @@ def configured(**settings: Any) -> ServerConfig:
         ({}, {**BOTH, "sparse_min_recall": 1}, SparseParams(FlexPrefill(), Tidal(), MIN_TOKENS, 1.0)),
         ({"min_recall": 0.9}, BOTH, SparseParams(FlexPrefill(), Tidal(), MIN_TOKENS, 0.9)),
         ({"min_recall": 0.9}, {**BOTH, "sparse_min_recall": 0}, SparseParams(FlexPrefill(), Tidal(), MIN_TOKENS)),
+        ({}, {**BOTH, "sparse_unprofitable": "sparse"},
+         SparseParams(FlexPrefill(), Tidal(), MIN_TOKENS, unprofitable="sparse")),
+        ({"unprofitable": "sparse"}, BOTH, SparseParams(FlexPrefill(), Tidal(), MIN_TOKENS, unprofitable="sparse")),
+        ({"unprofitable": "sparse"}, {**BOTH, "sparse_unprofitable": "dense"},
+         SparseParams(FlexPrefill(), Tidal(), MIN_TOKENS)),
         # What is dense anyway has nothing to guard.
         ({}, {"sparse_min_recall": 0.9}, ALL_DENSE),
         ({"prefill": "flexprefill"}, {}, SparseParams(FlexPrefill(), None, MIN_TOKENS)),
@@ -138,6 +143,10 @@ NAN = float("nan")
         ({}, "sparse_min_recall", None, "number from 0 to 1"),
         ({}, "sparse_min_recall", [0.9], "number from 0 to 1"),
         ({}, "sparse_min_recall", NAN, "number from 0 to 1"),
+        ({}, "sparse_unprofitable", "Dense", "'dense' or 'sparse' is allowed"),
+        ({}, "sparse_unprofitable", True, "'dense' or 'sparse' is allowed"),
+        ({}, "sparse_unprofitable", ["dense"], "'dense' or 'sparse' is allowed"),
+        ({}, "sparse_unprofitable", None, "'dense' or 'sparse' is allowed"),
         ({}, "flexprefill_gamma", 0.5, '"sparse_prefill": "flexprefill"'),
         (FLEX, "tidal_budget_tokens", 512, '"sparse_decode": "tidal"'),
         ({"sparse_decode": "dense"}, "tidal_budget_tokens", 512, '"sparse_decode": "tidal"'),
@@ -320,6 +329,7 @@ def test_what_is_kept_of_a_page_is_the_servers_choice(knob: str, value: Any) -> 
         ({"min_tokens": -1}, r"sparse\.min_tokens is -1"),
         ({"min_recall": 1.5}, r"sparse\.min_recall is 1\.5"),
         ({"min_recall": True}, r"sparse\.min_recall is True"),
+        ({"unprofitable": "fast"}, r"sparse\.unprofitable is 'fast'.*'dense' or 'sparse'"),
         ({"min_recall": "0.9"}, r"sparse\.min_recall is '0\.9'"),
         ({"min_tokens": "4096"}, r"sparse\.min_tokens is '4096'"),
         ({"tidal": {"budget_tokens": 3}}, r"object sparse\.tidal: tidal_budget_tokens is 3; an integer of at least 16"),
@@ -328,7 +338,10 @@ def test_what_is_kept_of_a_page_is_the_servers_choice(knob: str, value: Any) -> 
         ({"flexprefill": {"gamma": "high"}}, r"object sparse\.flexprefill: flexprefill_gamma is 'high'"),
         ({"decode": "tidal", "tidal": {"dense_layers": 32}}, "32 layers"),
         ({"blocktopk": {"page_tokens": 24}}, "blocktopk_page_tokens is 24; one of 16, 32, 64 is allowed"),
-        ({"blocktopk": {"scores": "max"}}, "blocktopk_scores is 'max'; one of 'mean', 'bounds' is allowed"),
+        (
+            {"blocktopk": {"scores": "max"}},
+            "blocktopk_scores is 'max'; one of 'mean', 'bounds', 'float8_bounds' is allowed",
+        ),
         ({"decode": "blocktopk"}, "sparse_decode is 'blocktopk'.*not enable it"),
         (
             {"hip": {"widow": 3}},
@@ -386,7 +399,12 @@ hip = st.builds(
 )
 prefill_hip = st.builds(Hip, sink_tokens=st.integers(0, 1024), recent_tokens=st.integers(0, 1024))
 settings = st.builds(
-    SparseParams, st.none() | flex | prefill_hip, st.none() | tidal | hip, st.integers(0, 1 << 40), st.floats(0, 1)
+    SparseParams,
+    st.none() | flex | prefill_hip,
+    st.none() | tidal | hip,
+    st.integers(0, 1 << 40),
+    st.floats(0, 1),
+    st.sampled_from(["dense", "sparse"]),
 )
 salts = st.none() | st.text(string.ascii_letters + string.digits + "-_.", min_size=1, max_size=100)
 
@@ -424,6 +442,7 @@ def test_each_knob_changes_the_salt() -> None:
     variants = [
         SparseParams(FlexPrefill(), Tidal(), 4096),
         SparseParams(FlexPrefill(), Tidal(), 4097),
+        SparseParams(FlexPrefill(), Tidal(), 4096, unprofitable="sparse"),
         SparseParams(FlexPrefill(), None, 4096),
         SparseParams(None, Tidal(), 4096),
         *(

@@ -204,7 +204,8 @@ def main() -> None:
     variants = {}
     for variant in arguments.variant:
         name, _, extras = variant.partition("=")
-        variants[name] = json.loads(extras)
+        # Also where it does not pay.
+        variants[name] = {"sparse_unprofitable": "sparse", **json.loads(extras)}
     settings = {
         "max_num_batched_tokens": arguments.chunk,
         "max_model_len": max(len(talk.prompt) + len(talk.script) for talk in conversations),

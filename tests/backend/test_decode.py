@@ -25,7 +25,7 @@ from vllm_sparse.methods.decode import BatchDecodeMethod, LayerMemory
 from vllm_sparse.methods.hip import HipDecode
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.step.guard import guarded_roles
-from vllm_sparse.step.launch import Executor, Launch
+from vllm_sparse.step.launch import Executor, Launch, LayerLaunches
 from vllm_sparse.step.requests import RowSetting
 from vllm_sparse.step.roles import Role
 from vllm_sparse.step.rows import ServerSize
@@ -34,6 +34,8 @@ pytest.importorskip("triton")
 
 LAYERS, HEADS, KV_HEADS, HEAD_SIZE, BLOCK, SCALE = 6, 4, 2, 64, 16, 0.12
 MOST_ROWS, LIST_TOKENS = 18, 300
+# Relative size of changes that stand for rounding, and how many are tried.
+NOISE, ROUNDINGS = 1e-6, 12
 PLATFORM = Platform("plain", DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float32, None)
 TIDAL = Tidal(budget_tokens=64, dense_layers=1, reselect_layers=(4,), sink_tokens=3, recent_tokens=9)
 BLOCKS = BlockTopk(budget_tokens=96, sink_tokens=5, recent_tokens=20, dense_layers=2, scores="bounds")
@@ -55,7 +57,7 @@ WIDE = Tidal(budget_tokens=300, dense_layers=0, reselect_layers=(2, 3), sink_tok
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=13)
+    run_under_the_interpreter(__file__, passing=14)
 
 
 class Gather(Executor):
@@ -146,14 +148,14 @@ def run_step(
     padding: int = 0,
     capacity: int = 1 << 20,
     all_sparse: bool = False,
-    launched_for: list[Row] | None = None,
+    launches: list[LayerLaunches] | None = None,
 ) -> list[torch.Tensor]:
     """Each layer's output, by the launches that these rows need, or other ones."""
     settings = settings_of(rows)
     buffers.tell(settings)
     contexts = torch.tensor([row.context for row in rows] + [0] * padding, dtype=torch.int32, device=DEVICE)
     table = torch.nn.functional.pad(data[0].block_table, (0, 0, 0, padding))
-    launches = buffers.launches(settings_of(launched_for or rows), all_sparse)
+    launches = launches or buffers.launches(settings, all_sparse)
     step = DecodeStep(buffers, len(rows) + padding, launches, contexts, table, capacity)
     outputs = []
     for layer in range(LAYERS):
@@ -267,10 +269,49 @@ def draw(rows: list[Row]) -> tuple[list[Paged], list[torch.Tensor], int]:
     return data, [oracle.random_tensor(PLATFORM, generator, *shape, spread=2) for _ in range(LAYERS)], seed
 
 
-def check(rows: list[Row], outputs: list[torch.Tensor], references: list[torch.Tensor], seed: int) -> None:
+def hangs_on_rounding(row: Row, data: list[Paged], queries: list[torch.Tensor], index: int) -> bool:
+    """Whether some list of a row changes where its query changes by a few units of float32's last place.
+
+    A step makes hundreds of lists, each with choices among hundreds of keys, so one in some fifty meets a near tie, at
+    which kernel and reference may choose differently and both be right.
+    """
+    setting = row.setting
+    if setting.method is None:
+        return False
+    for layer in range(LAYERS):
+        if setting.roles[layer].writes_list:
+            query, keys, found = queries[layer][index], data[layer].reader(index), set()
+            for _ in range(ROUNDINGS):
+                nearly = query * (1 + torch.randn_like(query) * NOISE)
+                chosen = setting.method.select(nearly, keys, SCALE, 1, LayerMemory())
+                found.add(tuple(map(tuple, chosen.pages.tolist())))
+            if len(found) > 1:
+                return True
+    return False
+
+
+def check(
+    rows: list[Row],
+    outputs: list[torch.Tensor],
+    references: list[torch.Tensor],
+    inputs: tuple[list[Paged], list[torch.Tensor], int],
+) -> None:
+    """Outputs are those of the reference, but in rows whose lists hang on rounding.
+
+    Args:
+        rows: of the step.
+        outputs: of each layer.
+        references: likewise.
+        inputs: as `draw` gives them.
+    """
+    data, queries, seed = inputs
     for layer, (output, reference) in enumerate(zip(outputs, references, strict=True)):
-        for index in range(len(rows)):
-            oracle.assert_close(output[index], reference[index], f"layer {layer}, row {index}, seed {seed}")
+        for index, row in enumerate(rows):
+            try:
+                oracle.assert_close(output[index], reference[index], f"layer {layer}, row {index}, seed {seed}, {rows}")
+            except AssertionError:
+                if not hangs_on_rounding(row, data, queries, index):
+                    raise
 
 
 @needs_triton
@@ -281,7 +322,12 @@ def test_t2_and_t4_a_mixed_step_equals_the_oracle(padding: int) -> None:
     for order in (list(range(len(ROWS))), random.sample(range(len(ROWS)), len(ROWS))):
         rows = [ROWS[index] for index in order]
         data, queries, seed = draw(rows)
-        check(rows, run_step(buffers, rows, data, queries, padding), expected(rows, data, queries, set()), seed)
+        check(
+            rows,
+            run_step(buffers, rows, data, queries, padding),
+            expected(rows, data, queries, set()),
+            (data, queries, seed),
+        )
 
 
 @needs_triton
@@ -289,7 +335,7 @@ def test_rows_without_room_for_their_scores_are_dense() -> None:
     """Room for the first two sparse rows only."""
     data, queries, seed = draw(ROWS)
     outputs = run_step(new_buffers(), ROWS, data, queries, capacity=700 + 501)
-    check(ROWS, outputs, expected(ROWS, data, queries, {5, 6, 8, 10, 11, 12, 14}), seed)
+    check(ROWS, outputs, expected(ROWS, data, queries, {5, 6, 8, 10, 11, 12, 14}), (data, queries, seed))
 
 
 @needs_triton
@@ -315,14 +361,16 @@ def test_a_step_of_sparse_rows_launches_no_more_than_it_needs(rows: list[Row]) -
     )
     data, queries, seed = draw(rows)
     outputs = run_step(buffers, rows, data, queries, padding=2, all_sparse=True)
-    check(rows, outputs, expected(rows, data, queries, set()), seed)
+    check(rows, outputs, expected(rows, data, queries, set()), (data, queries, seed))
 
 
 @needs_triton
 def test_a_step_of_dense_rows_reads_no_list() -> None:
     rows = [Row(100), Row(64, TIDAL), Row(17)]
     data, queries, seed = draw(rows)
-    check(rows, run_step(new_buffers(), rows, data, queries), expected(rows, data, queries, set()), seed)
+    check(
+        rows, run_step(new_buffers(), rows, data, queries), expected(rows, data, queries, set()), (data, queries, seed)
+    )
 
 
 @needs_triton
@@ -344,16 +392,45 @@ def test_layers_that_the_guard_sent_dense_read_everything(in_graph: bool) -> Non
     assert rows[3].setting.roles[3] is Role.READ
     assert rows[7].setting.roles[4] is Role.DENSE
     data, queries, seed = draw(rows)
-    of_graph = [replace(row, guarded=frozenset()) for row in rows] if in_graph else None
-    outputs = run_step(new_buffers(), rows, data, queries, padding=1, launched_for=of_graph)
-    check(rows, outputs, expected(rows, data, queries, set()), seed)
+    buffers = new_buffers()
+    of_graph = [replace(row, guarded=frozenset()) for row in rows] if in_graph else rows
+    launches = buffers.launches(settings_of(of_graph), all_sparse=False)
+    outputs = run_step(buffers, rows, data, queries, padding=1, launches=launches)
+    check(rows, outputs, expected(rows, data, queries, set()), (data, queries, seed))
+
+
+@needs_triton
+def test_a_step_of_any_roles_equals_the_oracle() -> None:
+    """By the launches that hold every role of every method in every layer, whatever those of the server."""
+    rows = [
+        Row(700, TIDAL),
+        Row(640, replace(TIDAL, dense_layers=3, reselect_layers=(4,))),
+        Row(610, replace(TIDAL, dense_layers=0, reselect_layers=(2, 3), selection_reads="list", budget_tokens=80)),
+        Row(500, replace(TIDAL, dense_layers=4, reselect_layers=(5,)), guarded=frozenset({5})),
+        Row(333),
+        Row(777, replace(BLOCKS, dense_layers=0)),
+        Row(560, replace(BLOCKS, dense_layers=5, budget_tokens=48, recent_tokens=7)),
+        Row(90, replace(BLOCKS, dense_layers=1)),
+        Row(650, replace(HIP, dense_layers=3)),
+        Row(431, FLAT, guarded=frozenset({1})),
+    ]
+    assert len({row.setting.roles for row in rows}) == len(rows)
+    buffers = new_buffers()
+    data, queries, seed = draw(rows)
+    outputs = run_step(buffers, rows, data, queries, padding=2, launches=buffers.launches_of_any_roles())
+    check(rows, outputs, expected(rows, data, queries, set()), (data, queries, seed))
 
 
 @needs_triton
 def test_a_row_alone_equals_the_oracle() -> None:
     for row in (ROWS[0], ROWS[2], ROWS[7], ROWS[8], ROWS[12]):
         data, queries, seed = draw([row])
-        check([row], run_step(new_buffers(), [row], data, queries), expected([row], data, queries, set()), seed)
+        check(
+            [row],
+            run_step(new_buffers(), [row], data, queries),
+            expected([row], data, queries, set()),
+            (data, queries, seed),
+        )
 
 
 @oracle.needs_cuda

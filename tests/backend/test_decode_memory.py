@@ -22,7 +22,7 @@ from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_t
 from tests.oracle import Paged, Platform
 from vllm_sparse.backend.decode_batch import BatchLayer, DecodeStep
 from vllm_sparse.backend.decode_buffers import DecodeBuffers
-from vllm_sparse.backend.decode_graphs import MIXED, DecodeGraphs
+from vllm_sparse.backend.decode_graphs import ANY, DecodeGraphs
 from vllm_sparse.backend.execution import StepExecution
 from vllm_sparse.backend.executors.flash_attention import FlashAttentionExecutor
 from vllm_sparse.backend.guard import LAYERS_PER_STEP, RecallGuard, StepGuard
@@ -65,7 +65,7 @@ RECALL_TOLERANCE = 1e-4
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=11)
+    run_under_the_interpreter(__file__, passing=12)
 
 
 def eighths(generator: torch.Generator, *shape: int) -> torch.Tensor:
@@ -170,7 +170,7 @@ class Server:
     def capture(self) -> Callable[[], None]:
         """A step of all rows, at full contexts while it is captured, which must leave no trace."""
         self.contexts.fill_(LONGEST)
-        self.graphs.capturing = MIXED
+        self.graphs.capturing = ANY
         execution = self.graphs.capture_step(self.contexts, self.blocks, EVERYTHING)
         self.graphs.capturing = None
         step = execution.batch(self.contexts, self.blocks).step
@@ -264,10 +264,10 @@ class Server:
             self.blocks[: len(rows)] = blocks
             self.queries[:, : len(rows)] = queries
             self.graphs.step = execution
-            assert self.graphs.prepare() is not None
+            assert self.graphs.prepare(ROWS) is not None
             self.replay()
             assert not metrics.counted, "counting before the graph is queued would lengthen the step"
-            self.graphs.replayed(MIXED, ROWS)
+            self.graphs.replayed(ANY, ROWS)
             assert metrics.counted == list(plan.batch)
             metrics.counted.clear()
             layer = RECALL_LAYER
@@ -341,6 +341,24 @@ def test_requests_take_their_own_turns(generator: torch.Generator) -> None:
         server.enter(request)
     for step, full_graph in enumerate(alternating(7)):
         assert server.step(running, full_graph) == ({0, 1, 3} if step < 3 else {0, 1, 2, 3})
+
+
+@needs_triton
+def test_layer_roles_are_the_rows_own(generator: torch.Generator) -> None:
+    """In one graph with those of the server's knobs, and with lists that layers read of others, and outside."""
+    server = Server(generator, 4)
+    later = replace(HIP, dense_layers=1)
+    first_only = replace(TIDAL, dense_layers=1, reselect_layers=(), selection_reads="list")
+    running = {
+        0: hip(401, 3),
+        1: Request(333, SparseParams(None, later), 1, dense_layers=frozenset({0})),
+        2: Request(290, SparseParams(None, first_only), 5, dense_layers=frozenset({0})),
+        3: Request(390, SparseParams(None, TIDAL), 4),
+    }
+    for request in running.values():
+        server.enter(request)
+    for full_graph in (True, False, True, True):
+        assert server.step(running, full_graph) == {0, 1, 2, 3}
 
 
 @needs_triton

@@ -14,7 +14,7 @@ import torch
 
 from vllm_sparse.backend.decode_batch import BatchLayer, DecodeStep
 from vllm_sparse.backend.decode_buffers import DecodeBuffers
-from vllm_sparse.backend.decode_graphs import DENSE_ROW
+from vllm_sparse.backend.decode_graphs import DENSE_ROW, DecodeGraphs, captured_sizes
 from vllm_sparse.backend.warm_up import warm_up_chunks
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.methods.decode import BatchDecodeMethod
@@ -112,18 +112,31 @@ def test_rows_are_padded_as_in_graphs() -> None:
     assert [padded_rows(rows) for rows in GRAPH_ROWS] == list(GRAPH_ROWS)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 1), (14, 2), (32, 8)])
-def test_no_decode_step_waits_for_the_compiler(heads: int, kv_heads: int, launched: set[tuple[str, str]]) -> None:
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "knobs"),
+    [
+        (1, 1, {}),
+        (4, 1, {}),
+        (14, 2, {}),
+        (32, 8, {}),
+        (20, 5, {"blocktopk": {"candidate_factor": 4, "coverage": 0.9, "scores": "float8_bounds"}}),
+    ],
+)
+def test_no_decode_step_waits_for_the_compiler(
+    heads: int, kv_heads: int, knobs: dict[str, dict[str, Any]], launched: set[tuple[str, str]]
+) -> None:
     """Steps outside of graphs, beside a chunk of another request, after the graphs were captured."""
     most_rows, longest = GRAPH_ROWS[-1], 16000
-    methods = [method() for method in DECODE_METHODS.values()]
+    methods = [method(**knobs.get(name, {})) for name, method in DECODE_METHODS.items() if not knobs or name in knobs]
     served = [method for method in methods if isinstance(method, BatchDecodeMethod)]
     size = ServerSize(most_rows, longest, LAYERS, kv_heads)
     buffers = DecodeBuffers(most_rows, size, served, LIST_TOKENS, torch.device("cpu"))
     cache = torch.zeros(BLOCKS, kv_heads, BLOCK, 2 * HEAD_SIZE, dtype=torch.bfloat16)
     kinds = {method.summaries for method in served if method.summaries is not None}
     summaries = {
-        kind: torch.zeros(BLOCKS, kv_heads, BLOCK // kind.page_tokens, kind.width(HEAD_SIZE), dtype=cache.dtype)
+        kind: torch.zeros(
+            BLOCKS, kv_heads, BLOCK // kind.page_tokens, kind.width(HEAD_SIZE), dtype=kind.dtype(cache.dtype)
+        )
         for kind in kinds
     }
     # Of an odd number of blocks, so that rows begin anywhere.
@@ -144,12 +157,12 @@ def test_no_decode_step_waits_for_the_compiler(heads: int, kv_heads: int, launch
             step.attend(BatchLayer(layer, query, cache, 0.1, output, Nothing(), lambda *_: None, summaries))
 
     mixtures = [[method] for method in served] + [served]
-    for mixture in mixtures:
-        for all_sparse in (True, False):
-            launches = buffers.launches([setting(method, 0) for method in mixture], all_sparse)
-            for count in GRAPH_ROWS:
-                buffers.tell([DENSE_ROW] * count)
-                serve(launches, slice(0, count), most_rows * longest)
+    graphs = DecodeGraphs(buffers, served, LAYERS, speculative=False)
+    graphs.sizes = captured_sizes(GRAPH_ROWS)
+    for name, launches in graphs.launches.items():
+        for count in graphs.sizes_of(name):
+            buffers.tell([DENSE_ROW] * count)
+            serve(launches, slice(0, count), most_rows * longest)
     captured = set(launched)
     assert captured
     for _ in range(STEPS):

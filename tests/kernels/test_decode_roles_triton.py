@@ -14,12 +14,12 @@ from vllm_sparse.step.roles import Role
 
 pytest.importorskip("triton")
 
-MOST_ROWS = 40
+MOST_ROWS = 2050
 
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=9)
+    run_under_the_interpreter(__file__, passing=10)
 
 
 def random_settings(rows: int, layers: int, methods: int, generator: torch.Generator) -> RowSettings:
@@ -47,7 +47,8 @@ def poisoned_contexts(rows: int, layers: int, methods: int, kv_heads: int) -> La
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("rows", "layers", "methods", "kv_heads"), [(1, 1, 1, 1), (7, 32, 3, 8), (40, 5, 2, 1), (16, 33, 1, 3)]
+    ("rows", "layers", "methods", "kv_heads"),
+    [(1, 1, 1, 1), (7, 32, 3, 8), (40, 5, 2, 1), (16, 33, 1, 3), (2050, 2, 2, 1)],
 )
 def test_contexts_equal_the_reference(rows: int, layers: int, methods: int, kv_heads: int) -> None:
     from vllm_sparse.kernels.decode_roles import triton as decode_roles

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import bisect
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ from tests import oracle
 from tests.kernels.hopper import compile_for_hopper, spilled_bytes
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from tests.oracle import Paged, Platform
-from vllm_sparse.kernels.hip_decode import ROW_KNOBS, STAGE_KNOBS, RowMemory, StageMemory, StageScratch, token_lists
+from vllm_sparse.kernels.hip_decode import (
+    ROW_KNOBS,
+    STAGE_KNOBS,
+    RowMemory,
+    StageMemory,
+    StageScratch,
+    decode_leaves,
+    token_lists,
+)
+from vllm_sparse.kernels.page_list import ListGrid, block_lists
 from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.methods.hip import HipDecode
 from vllm_sparse.step.rows import DecodeRows, TokenLists
@@ -27,9 +37,10 @@ UNTOUCHED = -7
 Stages = tuple[tuple[int, int, int], ...]
 
 
-def hip(stages: Stages, sink: int, window: int) -> HipDecode:
+def hip(stages: Stages, sink: int, window: int, last_stage: Any = "representatives") -> HipDecode:
     lengths, tokens, refresh = zip(*stages, strict=True)
     return HipDecode(
+        last_stage=last_stage,
         stage_block_tokens=lengths,
         stage_budget_tokens=tokens,
         refresh_steps=refresh,
@@ -41,6 +52,9 @@ def hip(stages: Stages, sink: int, window: int) -> HipDecode:
 ONE = hip(((16, 80, 3),), 0, 0)
 TWO = hip(((64, 192, 4), (16, 64, 2)), 20, 30)
 THREE = hip(((128, 256, 90), (32, 96, 6), (16, 48, 4)), 16, 3)
+ALL_OF_ONE = replace(ONE, last_stage="all_keys")
+ALL_OF_TWO = replace(TWO, stage_block_tokens=(64, 32), last_stage="all_keys")
+ALL_OF_THREE = replace(THREE, last_stage="all_keys")
 
 
 @dataclass
@@ -149,7 +163,13 @@ class Decoding:
     def check(self, request: Request, number: int, row: int, query: torch.Tensor, former: torch.Tensor) -> None:
         """Compare a row's lists with the method's and what follows them with former ones, and go on a step."""
         reader = PLATFORM.keys_of(self.data.kv_cache, self.data.block_table[number], request.context)
+        before = request.memory.stages
         expected = request.method.select(query, reader, SCALE, 1, request.memory)
+        if request.method.last_stage == "all_keys":
+            searched = not before or request.memory.stages[-1] is not before[-1]
+            self.take_over_last_stage(request, number, query.cpu() if searched else None)
+            _, leaves = decode_leaves(query, reader, request.memory.stages, request.method.search(SCALE))
+            expected = block_lists(leaves.unsqueeze(1), ListGrid(1, request.context, 1, 16, 1, self.kv_heads))
         block_size = self.data.block_size
         for head in range(self.kv_heads):
             positions = torch.tensor(oracle.live_pages(expected, head))
@@ -164,10 +184,51 @@ class Decoding:
         request.context += 1
         request.fresh = False
 
+    def take_over_last_stage(self, request: Request, number: int, query: torch.Tensor | None) -> None:
+        """Put into a request's memory what the kernels keep of the last stage: as before, or if searched the best.
+
+        In what they keep, key blocks that are equal but for rounding may stand for one another.
+
+        Args:
+            request: with what the other stages keep.
+            number: of its keys.
+            query: of the step, if the stage is searched in it.
+        """
+        length, parent_length = request.method.stage_block_tokens[-1], ([0, *request.method.stage_block_tokens])[-2]
+        first_refresh = request.method.refresh_steps[0]
+        begin = -(-request.method.sink_tokens // 16) * 16
+        end = max(request.context // first_refresh * first_refresh - 1 - request.method.recent_tokens, 0)
+        stages = request.memory.stages
+        for head in range(self.kv_heads):
+            stored = self.memory.key_blocks[-1, request.slot, head].cpu()
+            kept = stored[1 : 1 + int(stored[0])].tolist()
+            chosen = [start for start in stages[-1][head].tolist() if start < end]
+            assert len(kept) == len(chosen)
+            if query is None:
+                assert kept == chosen
+                continue
+            if parent_length:
+                parents = [(start, start + parent_length) for start in stages[-2][head].tolist()]
+            else:
+                parents = [(begin, end)]
+            starts = [start for first, stop in parents for start in range(first, min(stop, end), length)]
+            tokens = [token for start in starts for token in range(start, min(start + length, end))]
+            if not tokens:
+                continue
+            own = query.view(self.kv_heads, -1, self.head_size)[head].double()
+            mass = (own @ self.keys[number][head, tokens].cpu().double().T * SCALE).softmax(1).sum(0)
+            masses = dict.fromkeys(starts, 0.0)
+            for token, share in zip(tokens, mass.tolist(), strict=True):
+                masses[starts[bisect.bisect_right(starts, token) - 1]] += share
+            least = min(masses[start] for start in kept)
+            assert sorted(set(kept)) == kept
+            assert all(masses[start] <= least * (1 + 1e-4) for start in starts if start not in kept)
+            stages[-1][head, : len(kept)] = stored[1 : 1 + len(kept)]
+
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=7)
+    run_under_the_interpreter(__file__, passing=11)
 
 
 @needs_triton
@@ -181,6 +242,25 @@ def test_lists_equal_the_methods(heads: int, kv_heads: int, head_size: int, gene
         number: Request(method, context, slot)
         for number, (method, context, slot) in enumerate(
             [(THREE, 509, 3), (TWO, 411, 0), (ONE, 306, 5), (TWO, 1, 1), (THREE, 177, 4)]
+        )
+    }
+    for _ in range(4):
+        decoding.step(running)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_size"), [(2, 2, 16), (7, 1, 80), (16, 2, 32)], ids=lambda value: str(value)
+)
+def test_last_stages_score_all_keys_where_a_row_wants_it(
+    heads: int, kv_heads: int, head_size: int, generator: torch.Generator
+) -> None:
+    """Beside rows whose last stage descends; key blocks of one leaf and of two, the last one cut by the window."""
+    decoding = Decoding(generator, heads, kv_heads, head_size, 520, 5, 3)
+    running = {
+        number: Request(method, context, slot)
+        for number, (method, context, slot) in enumerate(
+            [(ALL_OF_THREE, 509, 3), (ALL_OF_TWO, 411, 0), (ALL_OF_ONE, 306, 5), (THREE, 177, 1), (ALL_OF_TWO, 1, 4)]
         )
     }
     for _ in range(4):
@@ -211,7 +291,10 @@ def test_a_slot_that_a_step_has_passed_by_is_searched_anew(generator: torch.Gene
 
 
 @needs_triton
-def test_several_programs_and_tiles(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("last_stage", ["representatives", "all_keys"])
+def test_several_programs_and_tiles(
+    last_stage: Any, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
     """Chunks of one search in programs with several tiles, in programs with none; ties across the edges of tiles."""
     from vllm_sparse.kernels.hip_decode import triton as hip_triton
 
@@ -221,7 +304,9 @@ def test_several_programs_and_tiles(monkeypatch: pytest.MonkeyPatch, generator: 
     monkeypatch.setattr(hip_triton, "LIST_TILE", 32)
     monkeypatch.setattr(hip_triton, "PROGRAMS", 12)
     decoding = Decoding(generator, 2, 1, 16, 900, 2, 2)
-    running = {0: Request(hip(((16, 256, 4),), 5, 0), 881, 1), 1: Request(TWO, 300, 0)}
+    monkeypatch.setattr(hip_triton, "MASS_NUMBERS", 32)
+    many = hip(((16, 256, 4),), 5, 0, last_stage)
+    running = {0: Request(many, 881, 1), 1: Request(replace(TWO, last_stage=last_stage), 300, 0)}
     for _ in range(4):
         decoding.step(running)
 
@@ -230,7 +315,7 @@ def test_several_programs_and_tiles(monkeypatch: pytest.MonkeyPatch, generator: 
 def test_whole_contexts(generator: torch.Generator) -> None:
     """Stages that keep everything; a sink and a window that cover everything."""
     decoding = Decoding(generator, 2, 1, 16, 420, 3, 2)
-    everything = hip(((32, 512, 4), (16, 512, 4)), 5, 3)
+    everything = hip(((32, 512, 4), (16, 512, 4)), 5, 3, "all_keys")
     running = {
         0: Request(everything, 397, 0),
         1: Request(hip(((16, 16, 4),), 500, 0), 397, 1),
@@ -242,13 +327,14 @@ def test_whole_contexts(generator: torch.Generator) -> None:
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 @pytest.mark.parametrize("rows", [1, 8])
-def test_h9_a_replayed_graph_equals_eager_steps(rows: int, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("last_stage", ["representatives", "all_keys"])
+def test_h9_a_replayed_graph_equals_eager_steps(last_stage: Any, rows: int, generator: torch.Generator) -> None:
     """One capture for all steps: due or not, fresh or not, with rows of padding."""
     kv_heads, steps, longest = 2, 40, 3000
     keys = [oracle.random_tensor(PLATFORM, generator, kv_heads, longest, 128).bfloat16() for _ in range(rows)]
     platform = Platform("plain-bfloat16", DEVICE, torch.bfloat16, None, executes=False)
     data = oracle.paged(platform, keys, keys, 64, generator)
-    method = hip(((256, 1024, 16), (64, 512, 8), (16, 256, 4)), 64, 100)
+    method = hip(((256, 1024, 16), (64, 512, 8), (16, 256, 4)), 64, 100, last_stage)
     knobs = torch.tensor([method.row_knobs()] * rows, dtype=torch.int32, device=DEVICE)
     slot = torch.randperm(rows, generator=generator).int().to(DEVICE)
     queries = torch.randn(steps, rows, 8, 128, generator=generator).bfloat16().to(DEVICE)
@@ -303,7 +389,8 @@ def test_kernels_compile_for_hopper(members: int, head_size: int, tmp_path: Path
                 **types,
                 **dict.fromkeys(("score_width", *strides), "i32"),
                 **dict.fromkeys(("query_pointer", "cache_pointer"), "*bf16"),
-                "score_pointer": "*fp32",
+                **dict.fromkeys(("score_pointer", "mass_pointer"), "*fp32"),
+                "scale": "fp32",
                 "arrived_pointer": "*i32",
                 "fresh_pointer": "*i32",
             },
@@ -314,7 +401,10 @@ def test_kernels_compile_for_hopper(members: int, head_size: int, tmp_path: Path
                 "HEAD_SIZE": head_size,
                 "HEAD_TILE": head_size,
                 "QUERY_TILE": 16,
+                "MEMBER_TILE": members,
                 "TILE": hip_triton.KEY_BLOCK_TILE,
+                "LEAF_TILE": hip_triton.leaves_at_once(head_size),
+                "MASS_TILE": hip_triton.MASS_NUMBERS // members,
                 "ROW_TILE": hip_triton.LARGEST_ROW_TILE,
                 "SELECT_TILE": hip_triton.SELECT_TILE,
             },

@@ -13,7 +13,7 @@ from tests.kernels.hopper import compile_for_hopper, spilled_bytes
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from tests.oracle import Platform
 from vllm_sparse.kernels.page_scores import reference
-from vllm_sparse.kernels.page_summaries import SummaryKind, page_summaries, store_summaries
+from vllm_sparse.kernels.page_summaries import SummaryKind, read_summaries, store_summaries
 from vllm_sparse.step.rows import DecodeRows
 
 pytest.importorskip("triton")
@@ -23,7 +23,7 @@ POISON = 7.0e7
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=11)
+    run_under_the_interpreter(__file__, passing=16)
 
 
 @needs_triton
@@ -37,7 +37,9 @@ def test_under_the_interpreter() -> None:
         pytest.param(20, 1, 32, 64, 32, id="group-of-20"),
     ],
 )
-@pytest.mark.parametrize("bounds", [False, True], ids=["mean", "bounds"])
+@pytest.mark.parametrize(
+    ("bounds", "float8"), [(False, False), (True, False), (True, True)], ids=["mean", "bounds", "float8"]
+)
 def test_equals_reference(
     heads: int,
     kv_heads: int,
@@ -45,6 +47,7 @@ def test_equals_reference(
     block_size: int,
     page_tokens: int,
     bounds: bool,
+    float8: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A ragged batch with a row that stands by; several tiles for a program, programs without a tile."""
@@ -59,9 +62,9 @@ def test_equals_reference(
     platform = Platform("plain", DEVICE, torch.float32, None)
     data = oracle.random_paged(platform, generator, contexts, kv_heads, head_size, block_size)
     query = oracle.random_tensor(platform, generator, len(contexts), heads, head_size, spread=2)
-    kind = SummaryKind(page_tokens, bounds)
+    kind = SummaryKind(page_tokens, bounds, float8)
     shape = data.kv_cache.shape[0], kv_heads, block_size // page_tokens, kind.width(head_size)
-    summaries = torch.full(shape, oracle.NAN, device=DEVICE)
+    summaries = torch.full(shape, oracle.NAN, dtype=kind.dtype(torch.float32), device=DEVICE)
     for request in range(len(contexts)):
         keys = data.reader(request)
         keys.summaries = summaries
@@ -79,7 +82,7 @@ def test_equals_reference(
     for row, context in enumerate(lengths.tolist()):
         pages = -(-context // page_tokens)
         if context:
-            expected = reference.page_scores(query[row], page_summaries(data.reader(row), kind), 0.15)
+            expected = reference.page_scores(query[row], read_summaries(data.reader(row), kind), 0.15)
             first = int(scores.starts[row])
             firsts = [first + head * scores.head_stride for head in range(kv_heads)]
             found = torch.stack([scores.values.flatten()[place : place + pages] for place in firsts])
@@ -116,8 +119,10 @@ def test_a_sharp_head_still_ranks_its_small_scores(generator: torch.Generator) -
 
 @pytest.mark.skipif(CAN_RUN and DEVICE == "cpu", reason="Triton only interprets in this process")
 @pytest.mark.parametrize(("head_size", "group"), [(64, 7), (80, 4), (128, 4), (128, 8), (256, 16)])
-@pytest.mark.parametrize("bounds", [False, True], ids=["mean", "bounds"])
-def test_kernels_compile_for_hopper(head_size: int, group: int, bounds: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("bounds", "summary"), [(False, "*bf16"), (True, "*bf16"), (True, "*fp8e4nv")], ids=["mean", "bounds", "float8"]
+)
+def test_kernels_compile_for_hopper(head_size: int, group: int, bounds: bool, summary: str, tmp_path: Path) -> None:
     from vllm_sparse.kernels.page_scores import triton as scores_triton
 
     group_tile = 1 << (group - 1).bit_length()
@@ -127,7 +132,7 @@ def test_kernels_compile_for_hopper(head_size: int, group: int, bounds: bool, tm
         scores_triton.page_logits_kernel,
         {
             "query_pointer": "*bf16",
-            "summary_pointer": "*bf16",
+            "summary_pointer": summary,
             "block_table_pointer": "*i32",
             "context_pointer": "*i32",
             "start_pointer": "*i64",

@@ -49,7 +49,7 @@ def stored(data: Paged, kind: SummaryKind) -> torch.Tensor:
     """Poisoned memory for a cache's summaries."""
     blocks, kv_heads, block_size, double_head_size = data.kv_cache.shape
     shape = blocks, kv_heads, block_size // kind.page_tokens, kind.width(double_head_size // 2)
-    return torch.full(shape, oracle.NAN, dtype=data.kv_cache.dtype, device=data.kv_cache.device)
+    return torch.full(shape, oracle.NAN, dtype=kind.dtype(data.kv_cache.dtype), device=data.kv_cache.device)
 
 
 def reader(data: Paged, request: int, context: int, summaries: torch.Tensor) -> PagedKeys:
@@ -102,3 +102,27 @@ def test_a_copied_block_is_summarised_from_its_first_token(bounds: bool, generat
     store_summaries(keys, kind, cached)
     expected = page_summaries(data.reader(0), kind)
     assert oracle.relative_error(read_summaries(keys, kind), expected) < 1e-6
+
+
+@pytest.mark.parametrize("platform", PACKED)
+@pytest.mark.parametrize("bounds", [False, True], ids=["mean", "bounds"])
+def test_numbers_of_8_bits_are_the_nearest(platform: Platform, bounds: bool, generator: torch.Generator) -> None:
+    """And the largest that there is for those beyond it, which would become no number."""
+    keys = oracle.random_tensor(platform, generator, 2, 300, 32)
+    keys[:, 160:176, 5] = 1000.0
+    keys[:, 160:176, 6] = -1000.0
+    data = oracle.paged(platform, [keys], [keys], 96, generator)
+    exact = page_summaries(data.reader(0), SummaryKind(16, bounds))
+    kind = SummaryKind(16, bounds, float8=True)
+    summaries = stored(data, kind)
+    request = reader(data, 0, 300, summaries)
+    store_summaries(request, kind, 0)
+    found = read_summaries(request, kind)
+    assert found.dtype == torch.float8_e4m3fn
+    assert torch.equal(found.float(), read_summaries(data.reader(0), kind).float())
+    found = found.float()
+    assert bool((found[:, 10, [5, 6]] == torch.tensor([448.0, -448.0], device=found.device)).all())
+    inside = exact.abs() <= 448
+    # Half of the last of three bits, or of the least number.
+    bound = torch.maximum(exact.abs() / 16, torch.full_like(exact, 2**-10))
+    assert bool(((found - exact).abs() <= bound)[inside].all())

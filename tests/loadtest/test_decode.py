@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
 import time
@@ -122,7 +123,7 @@ def test_a_layer_is_judged_by_the_list_that_it_reads(generator: torch.Generator)
 def test_measuring_gives_a_line_per_budget(name: str, generator: torch.Generator) -> None:
     batch = write_batch(heads_of(generator, 2, 1500), 2, BLOCK, EVERYTHING, seed=5)
     device = decode.Device("here", 1e10, 0.0, repeats=1, graph=False)
-    few, many = decode.measure("heads", [batch], [name], [128, 512], 32, device)
+    few, many = decode.measure("heads", [batch], [decode.method_knobs(name)], [128, 512], 32, device)
     assert (few.method, few.budget, many.budget) == (name, 128, 512)
     assert few.roles == DECODE_METHODS[name]().layer_roles(32)
     assert min(few.recall, many.recall, few.error, many.error) > 0
@@ -198,3 +199,17 @@ def test_a_budget_of_everything_is_refused(budget: str, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         decode.main(["--lengths", "1001", "--batches", "1", "4", "--budgets", "64", budget])
     assert "at most 966 are allowed" in capsys.readouterr().err
+
+
+def test_methods_of_the_command_line_may_have_knobs() -> None:
+    made = decode.method_knobs('blocktopk={"candidate_factor": 4}')
+    assert (made.name, made.knobs) == ("blocktopk", {"candidate_factor": 4})
+    assert decode.method_knobs("tidal").knobs == {}
+    for wrong, message in (
+        ("nothing", "'nothing' is no method; there are tidal"),
+        ('tidal={"candidate_factor": 4}', "knobs of tidal"),
+        ("tidal={", "knobs of tidal"),
+        ('blocktopk={"candidate_factor": 17}', "less than or equal to 16"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            decode.method_knobs(wrong)

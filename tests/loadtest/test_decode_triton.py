@@ -29,7 +29,7 @@ def batch_of(generator: torch.Generator, contexts: list[int]) -> DecodeBatch:
     heads = synthetic_heads(on_device, len(contexts), max(contexts), 4, 2, 32, 6.0, PLATFORM.dtype)
     keys = [heads.keys[:, :context] for context in contexts]
     values = [heads.values[:, :context] for context in contexts]
-    paged = oracle.paged(PLATFORM, keys, values, 16, generator)
+    paged = oracle.paged(PLATFORM, keys, values, 32, generator)
     return DecodeBatch(heads, paged.kv_cache, paged.block_table, contexts, None, len(contexts))
 
 

@@ -17,6 +17,7 @@ from vllm_sparse.methods.random_pages import RandomDecode, RandomPages
 from vllm_sparse.methods.sale import Sale
 from vllm_sparse.methods.streaming import Streaming, StreamingDecode
 from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.methods.token_topk import TokenTopk
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,34 @@ DECODE = [
     DecodeCase(
         "blocktopk-all-forced", BlockTopk(budget_tokens=160, sink_tokens=80, recent_tokens=80), 80, 80, unit_tokens=16
     ),
+    DecodeCase("blocktopk-candidates", BlockTopk(budget_tokens=160, candidate_factor=4), 16, 64),
+    DecodeCase(
+        "blocktopk-candidates-mean",
+        BlockTopk(
+            budget_tokens=72,
+            page_tokens=64,
+            scores="mean",
+            candidate_factor=3,
+            coverage=0.9,
+            sink_tokens=5,
+            recent_tokens=0,
+        ),
+        5,
+        1,
+        slack_tokens=66,
+    ),
+    DecodeCase(
+        "blocktopk-coverage",
+        BlockTopk(budget_tokens=200, coverage=0.5, sink_tokens=0, recent_tokens=3),
+        0,
+        3,
+        unit_tokens=16,
+        slack_tokens=196,
+    ),
+    DecodeCase("tokentopk-default", TokenTopk(), 16, 64),
+    DecodeCase("tokentopk-small", TokenTopk(budget_tokens=128, page_tokens=16), 16, 64),
+    DecodeCase("tokentopk-nothing-forced", TokenTopk(budget_tokens=64, sink_tokens=0, recent_tokens=0), 0, 1),
+    DecodeCase("tokentopk-all-forced", TokenTopk(budget_tokens=160, sink_tokens=80, recent_tokens=80), 80, 80),
     DecodeCase("hip-default", HipDecode(), 256, 1025, choice_tokens=16, slack_tokens=300),
     DecodeCase(
         "hip-small",
@@ -242,9 +271,11 @@ DECODE_DENSE = [
     DecodeCase("tidal-budget", Tidal(budget_tokens=1 << 24), 16, 64),
     DecodeCase("tidal-budget-query-head", Tidal(budget_tokens=1 << 24, list_per="query_head"), 16, 64, 0),
     DecodeCase("blocktopk-budget", BlockTopk(budget_tokens=1 << 24), 16, 64, unit_tokens=16),
+    DecodeCase("blocktopk-budget-candidates", BlockTopk(budget_tokens=1000, candidate_factor=2), 16, 64),
     DecodeCase(
         "blocktopk-budget-mean", BlockTopk(budget_tokens=1000, page_tokens=64, scores="mean"), 16, 64, unit_tokens=64
     ),
+    DecodeCase("tokentopk-budget", TokenTopk(budget_tokens=1 << 24), 16, 64),
     DecodeCase(
         "hip-tokens",
         HipDecode(stage_block_tokens=(64, 16), stage_budget_tokens=(1024, 1024), sink_tokens=0, recent_tokens=0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from vllm_sparse.kernels.page_summaries import read_summaries, store_summaries
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.methods.knobs import KnobError
+from vllm_sparse.methods.oracle import OracleDecode
+from vllm_sparse.pages import page_mask
 from vllm_sparse.step.roles import Role
 
 SCALE = 0.15
@@ -206,7 +209,7 @@ def test_a_coarser_page_is_worth_its_best_scored_page(
     assert_best(pages, worth, 2)
 
 
-@both_scores
+@pytest.mark.parametrize("scores", ["mean", "bounds", "float8_bounds"])
 def test_only_summaries_are_read_where_they_are_kept(scores: Any, generator: torch.Generator) -> None:
     data = oracle.random_paged(PLAIN, generator, [1000], 2, 32, 64)
     query = oracle.random_tensor(PLAIN, generator, 8, 32)
@@ -214,7 +217,7 @@ def test_only_summaries_are_read_where_they_are_kept(scores: Any, generator: tor
     expected = live(method, query, data)
     keys = data.reader(0)
     shape = data.kv_cache.shape[0], 2, 64 // method.page_tokens, method.summaries.width(32)
-    keys.summaries = torch.full(shape, oracle.NAN)
+    keys.summaries = torch.full(shape, oracle.NAN, dtype=method.summaries.dtype(torch.float32))
     store_summaries(keys, method.summaries, 0)
     data.kv_cache.fill_(oracle.NAN)
     lists = method.select(query, keys, SCALE, 16, LayerMemory())
@@ -232,3 +235,106 @@ def test_roles_follow_the_knob() -> None:
 def test_a_budget_that_does_not_hold_the_forced_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="64 tokens do not hold sink_tokens 16 and recent_tokens 64"):
         BlockTopk(budget_tokens=64)
+
+
+shapes = st.sampled_from([(2, 2), (8, 2), (7, 1)])
+
+
+def kept_and_attention(
+    method: BlockTopk | OracleDecode, query: torch.Tensor, data: Paged
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of the lists, bool ``[kv_heads, context]``, and float64 attention over the whole context, summed over the
+    heads of a group."""
+    context = data.keys[0].shape[1]
+    kept = page_mask(method.select(query, data.reader(0), SCALE, 1, LayerMemory()), context)
+    weight = oracle.probabilities(query.unsqueeze(0), data.keys[0], SCALE, torch.ones(context, dtype=torch.bool))[:, 0]
+    return kept, weight.view(data.num_kv_heads, -1, context).sum(1)
+
+
+@given(shape=shapes, context=st.integers(200, 700), scores=st.sampled_from(["mean", "bounds"]), seed=st.integers(0))
+def test_with_every_token_a_candidate_it_chooses_as_the_oracle(
+    shape: tuple[int, int], context: int, scores: Any, seed: int
+) -> None:
+    heads, kv_heads = shape
+    generator = torch.Generator().manual_seed(seed % (1 << 30))
+    data = oracle.random_paged(PLAIN, generator, [context], kv_heads, 32, 64)
+    query = oracle.random_tensor(PLAIN, generator, heads, 32, spread=3)
+    method = BlockTopk(budget_tokens=100, candidate_factor=16, scores=scores)
+    kept, attention = kept_and_attention(method, query, data)
+    expected, _ = kept_and_attention(OracleDecode(budget_tokens=100), query, data)
+    assert bool((kept.sum(1) == 100).all())
+    for row in range(kv_heads):
+        apart = attention[row, kept[row] ^ expected[row]]
+        assert apart.numel() == 0 or float(apart.max() / apart.min()) < 1 + 1e-4
+
+
+@given(
+    shape=shapes,
+    factor=st.sampled_from([1, 2, 16]),
+    coverages=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)),
+    seed=st.integers(0),
+)
+def test_more_coverage_keeps_more_and_never_more_than_the_budget(
+    shape: tuple[int, int], factor: int, coverages: tuple[float, float], seed: int
+) -> None:
+    heads, kv_heads = shape
+    generator = torch.Generator().manual_seed(seed % (1 << 30))
+    data = oracle.random_paged(PLAIN, generator, [500], kv_heads, 32, 64)
+    query = oracle.random_tensor(PLAIN, generator, heads, 32, spread=3)
+    kept = [
+        kept_and_attention(BlockTopk(budget_tokens=160, candidate_factor=factor, coverage=coverage), query, data)[0]
+        for coverage in (*sorted(coverages), 1)
+    ]
+    for fewer, more in itertools.pairwise(kept):
+        assert bool((more | ~fewer).all())
+    # Of whole pages the last one is short, and sink and recent tokens lie in pages of their own.
+    assert bool((kept[-1].sum(1) == (148 if factor == 1 else 160)).all())
+
+
+@given(shape=shapes, coverage=st.floats(0.05, 0.99), seed=st.integers(0))
+def test_a_list_ends_where_it_covers_its_share(shape: tuple[int, int], coverage: float, seed: int) -> None:
+    """With every token a candidate: the share is reached, and would not be without the least of the chosen tokens."""
+    heads, kv_heads = shape
+    generator = torch.Generator().manual_seed(seed % (1 << 30))
+    data = oracle.random_paged(PLAIN, generator, [900], kv_heads, 32, 64)
+    query = oracle.random_tensor(PLAIN, generator, heads, 32, spread=3)
+    method = plain(899, candidate_factor=2, coverage=coverage)
+    kept, attention = kept_and_attention(method, query, data)
+    group = heads // kv_heads
+    for row in range(kv_heads):
+        share = float(attention[row, kept[row]].sum()) / group
+        assert share > coverage - 1e-5
+        chosen = attention[row, :-1][kept[row, :-1]]
+        assert chosen.numel() == 0 or share - float(chosen.min()) / group < coverage + 1e-5
+
+
+def test_candidates_find_a_key_that_bounds_rank_low(generator: torch.Generator) -> None:
+    """Pages whose bounds promise more than their keys hold push the page of the best key out of a short list."""
+    query = torch.ones(1, 32)
+    keys = torch.zeros(1, 1000, 32)
+    for page in range(20):
+        # One dimension of each key: together a bound of 16, each key worth 1.
+        keys[0, page * 16 : page * 16 + 16, :16] = torch.eye(16)
+    keys[0, 500] = 0.4
+    data = oracle.paged(PLAIN, [keys], [keys], 64, generator)
+    for factor, found in ((1, False), (4, False), (16, True)):
+        kept, attention = kept_and_attention(plain(32, candidate_factor=factor), query, data)
+        assert int(attention[0].argmax()) == 500
+        assert bool(kept[0, 500]) == found, f"factor {factor}"
+
+
+def test_a_server_serves_rows_of_which_it_has_the_launches() -> None:
+    pages, candidates, covering = BlockTopk(), BlockTopk(candidate_factor=4), BlockTopk(coverage=0.9)
+    both = BlockTopk(candidate_factor=8, coverage=0.5)
+    served = {
+        (server, row)
+        for server in (pages, candidates, covering, both)
+        for row in (pages, candidates, covering, both)
+        if server.serves(row, 1 << 20)
+    }
+    assert served == {
+        *((pages, row) for row in (pages,)),
+        *((candidates, row) for row in (pages, candidates)),
+        *((covering, row) for row in (pages, covering)),
+        *((both, row) for row in (pages, candidates, covering, both)),
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,10 +39,10 @@ STAGES: list[Stages] = [
 ]
 
 
-def hip(*stages: tuple[int, int, int], **knobs: int) -> HipDecode:
-    """Stages of chunk length, kept tokens and refresh; nothing forced, but for other knobs given."""
+def hip(*stages: tuple[int, int, int], **knobs: Any) -> HipDecode:
+    """Stages of chunk length, kept tokens and refresh; nothing forced, all descend, but for other knobs given."""
     lengths, tokens, refresh = zip(*stages, strict=True)
-    forced = {"sink_tokens": 0, "recent_tokens": 0, **knobs}
+    forced = {"sink_tokens": 0, "recent_tokens": 0, "last_stage": "representatives", **knobs}
     return HipDecode(stage_block_tokens=lengths, stage_budget_tokens=tokens, refresh_steps=refresh, **forced)
 
 
@@ -112,6 +113,7 @@ def expected_tokens(
         hip((256, 1024, 70), (32, 1024, 7), sink_tokens=5, recent_tokens=3),
         hip((64, 64, 16), recent_tokens=1000),
         hip((64, 64, 16), sink_tokens=1000),
+        hip((256, 1024, 8), (16, 1024, 3), last_stage="all_keys"),
     ],
     ids=lambda method: f"{method.stage_budget_tokens}-{method.refresh_steps}",
 )
@@ -134,11 +136,11 @@ def test_h1_a_chunk_less_than_everything_is_not_dense(generator: torch.Generator
 
 @pytest.mark.parametrize("platform", SELECTING)
 @pytest.mark.parametrize(("sink", "window"), [(0, 0), (256, 200), (5, 1), (100, 333)])
-@pytest.mark.parametrize("page", [1, 16, 48])
+@pytest.mark.parametrize(("page", "last_stage"), [(1, "representatives"), (16, "all_keys"), (48, "representatives")])
 def test_h2_sink_window_and_newest_are_listed_once(
-    platform: Platform, sink: int, window: int, page: int, generator: torch.Generator
+    platform: Platform, sink: int, window: int, page: int, last_stage: str, generator: torch.Generator
 ) -> None:
-    method = hip((64, 256, 20), (16, 64, 6), sink_tokens=sink, recent_tokens=window)
+    method = hip((64, 256, 20), (16, 64, 6), sink_tokens=sink, recent_tokens=window, last_stage=last_stage)
     contexts = range(960, 1000)
     query, data = smooth(platform, generator, len(contexts), 1000, 4, 2)
     memory = LayerMemory()
@@ -154,10 +156,17 @@ def test_h2_sink_window_and_newest_are_listed_once(
             assert bool(kept[window_start(method, context) :].all())
 
 
-@given(stages=st.sampled_from(STAGES), start=st.integers(500, 1200), seed=st.integers(0, 1 << 30))
-def test_h3_a_stage_keeps_whole_chunks_of_what_the_stage_before_it_kept(stages: Stages, start: int, seed: int) -> None:
+@given(
+    stages=st.sampled_from(STAGES),
+    last_stage=st.sampled_from(["all_keys", "representatives"]),
+    start=st.integers(500, 1200),
+    seed=st.integers(0, 1 << 30),
+)
+def test_h3_a_stage_keeps_whole_chunks_of_what_the_stage_before_it_kept(
+    stages: Stages, last_stage: str, start: int, seed: int
+) -> None:
     """At every step, whenever each of them was searched."""
-    method = hip(*stages, sink_tokens=20, recent_tokens=30)
+    method = hip(*stages, sink_tokens=20, recent_tokens=30, last_stage=last_stage)
     contexts = range(start, start + 24)
     query, data = smooth(PLAIN, torch.Generator().manual_seed(seed), len(contexts), contexts.stop, 4, 2)
     memory = LayerMemory()
@@ -216,6 +225,78 @@ def test_h7_without_reuse_it_is_the_uncached_algorithm(
         leaves = hierarchical_descent(newest, reader, DescentArguments(uncached, 1, group[1], sink, window, 0))
         expected = leaves[:, 0].repeat_interleave(LEAF, dim=1)[:, :step]
         assert tokens_of(lists) == [row.nonzero().flatten().tolist() for row in expected]
+
+
+def masses(query: torch.Tensor, keys: torch.Tensor, starts: list[int], length: int, end: int) -> list[float]:
+    """Attention of queries ``[heads, head_size]`` to key blocks among one another, summed over heads, in float64."""
+    blocks = [keys[start : min(start + length, end)] for start in starts]
+    share = (query.double() @ torch.cat(blocks).double().T * SCALE).softmax(1).sum(0)
+    return [float(part.sum()) for part in torch.split(share, [len(block) for block in blocks])]
+
+
+@given(
+    stages=st.sampled_from(STAGES),
+    context=st.integers(1, 900),
+    group=st.sampled_from([(2, 2), (4, 1), (7, 1), (8, 2)]),
+    forced=st.sampled_from([(0, 0), (37, 50), (64, 3), (0, 129)]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_a_last_stage_of_all_keys_keeps_the_most_attention(
+    stages: Stages, context: int, group: tuple[int, int], forced: tuple[int, int], seed: int
+) -> None:
+    """Of what the other stages keep, which is what they keep before a last stage that descends."""
+    method = hip(*stages, sink_tokens=forced[0], recent_tokens=forced[1], last_stage="all_keys")
+    query, data = smooth(PLAIN, torch.Generator().manual_seed(seed), 1, context, *group)
+    memory, descended = LayerMemory(), LayerMemory()
+    lists = method.select(query[0], data.reader(0), SCALE, 1, memory)
+    replace(method, last_stage="representatives").select(query[0], data.reader(0), SCALE, 1, descended)
+    begin = -(-method.sink_tokens // LEAF) * LEAF
+    end = max(context // method.refresh_steps[0] * method.refresh_steps[0] - 1 - method.recent_tokens, 0)
+    length, most = stages[-1][0], stages[-1][1] // stages[-1][0]
+    for head in range(group[1]):
+        outer = [(begin, end)]
+        if len(stages) > 1:
+            assert torch.equal(memory.stages[-2], descended.stages[-2])
+            outer = [(start, start + stages[-2][0]) for start in memory.stages[-2][head].tolist()]
+        starts = [start for first, stop in outer for start in range(first, min(stop, end), length)]
+        kept = [start for start in memory.stages[-1][head].tolist() if start < end]
+        assert len(kept) == min(most, len(starts))
+        own_query = query[0].view(group[1], -1, query.shape[2])[head]
+        if starts:
+            found = dict(zip(starts, masses(own_query, data.keys[0][head], starts, length, end), strict=True))
+            least = min(found[start] for start in kept)
+            assert all(found[start] <= least * (1 + 1e-4) for start in starts if start not in kept)
+        leaves = {token // LEAF for start in kept for token in range(start, min(start + length, end))}
+        leaves |= {token // LEAF for token in [*range(min(begin, context)), *range(end, context)]}
+        assert tokens_of(lists)[head] == [token for token in range(context) if token // LEAF in leaves]
+
+
+@pytest.mark.parametrize(("last_stage", "finds"), [("all_keys", True), ("representatives", False)])
+def test_all_keys_find_a_key_that_no_descent_passes(last_stage: str, finds: bool) -> None:
+    """A leaf's descent begins with its fifth and thirteenth key, and goes from the latter away from the first one."""
+    keys = torch.zeros(1, 1000, 16)
+    keys[0, 320:960, 0] = 1.0
+    keys[0, 160, 0] = 50.0
+    keys[0, 172, 0] = 0.5
+    data = oracle.paged(PLAIN, [keys], [keys], 64, torch.Generator())
+    query = torch.nn.functional.one_hot(torch.tensor([0]), 16).float()
+    lists = hip((16, 64, 1), last_stage=last_stage).select(query, data.reader(0), SCALE, 1, LayerMemory())
+    assert (160 in tokens_of(lists)[0]) == finds
+
+
+def test_heads_of_large_queries_do_not_decide_alone() -> None:
+    """Masses are merged as probabilities: a head that looks at one place is heard beside one with larger products."""
+    keys = torch.zeros(1, 1000, 16)
+    keys[0, 320:640, 0] = 1.0
+    keys[0, 800, 1] = 1.0
+    data = oracle.paged(PLAIN, [keys], [keys], 64, torch.Generator())
+    query = torch.zeros(2, 16)
+    query[0, 0], query[1, 1] = 1000.0, 90.0
+    stages = ((16, 64, 1),)
+    loud = hip(*stages).select(query, data.reader(0), SCALE, 1, LayerMemory())
+    assert 800 not in tokens_of(loud)[0]
+    heard = hip(*stages, last_stage="all_keys").select(query, data.reader(0), SCALE, 1, LayerMemory())
+    assert 800 in tokens_of(heard)[0]
 
 
 @pytest.mark.parametrize("platform", SELECTING)
@@ -308,7 +389,7 @@ def test_h10_one_head_has_the_choice_of_every_head_mode_of_a_prompt(
     query, data = smooth(platform, generator, 1, 900, 1, 1)
     knobs = {"stage_block_tokens": (128, 32), "stage_budget_tokens": (512, 96), "sink_tokens": 20, "recent_tokens": 30}
     prompt = Hip(query_stride=(1, 1), dense_tail_tokens=0, scores_per=heads, **knobs)  # type: ignore[arg-type]
-    step = HipDecode(refresh_steps=(1, 1), **knobs)  # type: ignore[arg-type]
+    step = HipDecode(refresh_steps=(1, 1), last_stage="representatives", **knobs)  # type: ignore[arg-type]
     lists = step.select(query[0], data.reader(0), SCALE, 1, LayerMemory())
     assert same_lists(lists, prompt.select(query, data.reader(0), SCALE, 1, FIRST_LAYER))
 
@@ -389,9 +470,10 @@ def test_no_stage_keeps_more_than_the_device_holds(stages: Stages, context: int,
 
 def test_knobs_of_a_row_begin_with_the_last_stage() -> None:
     """So that rows of fewer stages have those that they lack at the end."""
-    assert hip((64, 192, 4), (16, 64, 2), sink_tokens=20, recent_tokens=30).row_knobs() == (
+    assert hip((64, 192, 4), (16, 64, 2), sink_tokens=20, recent_tokens=30, last_stage="all_keys").row_knobs() == (
         20,
         30,
+        1,
         16,
         64,
         2,

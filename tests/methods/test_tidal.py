@@ -182,9 +182,17 @@ def test_t7_a_page_is_worth_its_best_token(platform: Platform, page: int, genera
 
 @pytest.mark.parametrize(
     ("layers", "select"),
-    [(32, {2, 13}), (16, {2, 6}), (8, {2, 3}), (64, {2, 26}), (80, {2, 32}), (4, {2}), (3, {2})],
+    [
+        (32, {2, 5, 8, 11, 14, 17, 20, 23, 26, 29}),
+        (24, {2, 5, 8, 11, 14, 17, 20}),
+        (16, {2, 5, 8, 11, 14}),
+        (8, {2, 5}),
+        (4, {2}),
+        (3, {2}),
+    ],
 )
-def test_default_roles_scale_the_papers_layers(layers: int, select: set[int]) -> None:
+def test_by_default_every_third_layer_selects_again(layers: int, select: set[int]) -> None:
+    """A list of the last layer would serve none: in 24 layers, layer 23 reads that of layer 20."""
     roles = Tidal().layer_roles(layers)
     first = min(select)
     expected = [Role.DENSE] * first + [Role.DENSE_AND_WRITE if n in select else Role.READ for n in range(first, layers)]
@@ -201,6 +209,16 @@ def test_a_list_is_chosen_before_it_is_read(layers: int) -> None:
     if Role.READ in roles:
         assert roles.index(Role.DENSE_AND_WRITE) < roles.index(Role.READ)
     assert Role.DENSE not in roles[roles.index(Role.DENSE_AND_WRITE) :]
+
+
+def test_the_papers_layers_are_a_knob() -> None:
+    roles = Tidal(reselect_layers=(13,)).layer_roles(32)
+    assert [layer for layer, role in enumerate(roles) if role is Role.DENSE_AND_WRITE] == [2, 13]
+
+
+def test_every_third_layer_counts_from_the_first_that_selects() -> None:
+    roles = Tidal(dense_layers=1).layer_roles(12)
+    assert [layer for layer, role in enumerate(roles) if role is Role.DENSE_AND_WRITE] == [1, 4, 7, 10]
 
 
 def test_roles_follow_the_knobs() -> None:

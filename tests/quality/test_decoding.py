@@ -7,7 +7,7 @@ import pytest
 
 from vllm_sparse.quality.measures.decoding import divergence
 from vllm_sparse.quality.measures.generation import common_prefix
-from vllm_sparse.quality.measures.language import means_of_parts
+from vllm_sparse.quality.measures.parts import means_of_parts
 
 
 def top(log_probabilities: np.ndarray, count: int) -> dict[int, float]:

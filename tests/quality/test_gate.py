@@ -131,6 +131,15 @@ def test_too_few_prompts_are_not_decided_however_good(records: Sequence[Record],
     assert gate.exit_status == 3
 
 
+def test_a_loss_beyond_doubt_fails_on_too_few_kinds() -> None:
+    lost = gate_of([*tasks("d", range(10), kinds=3), *decoding("d", 0.0, 1.0)], DECODE)
+    assert outcomes(lost)["tasks"] == Outcome.FAILED
+    assert lost.exit_status == 1
+    # One prompt of one document: the interval reaches up to nothing lost.
+    doubtful = gate_of([*tasks("d", [0], kinds=3), *decoding("d", 0.0, 1.0)], DECODE)
+    assert outcomes(doubtful)["tasks"] == Outcome.TOO_FEW
+
+
 def test_a_smaller_gate_decides_with_fewer_and_says_so() -> None:
     records = tasks("d", kinds=3, prompts=2)
     limits = Limits(least_kinds=3, least_prompts_per_kind=20, criteria=("tasks",))

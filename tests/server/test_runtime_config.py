@@ -119,15 +119,11 @@ def test_tags_tell_versions_and_restarts_apart(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tidal": {"dense_layers": 4}}, "object sparse.tidal: with these knobs other layers choose"),
-        ({"tidal": {"selection_reads": "list"}}, "other layers choose"),
         ({"tidal": {"list_per": "query_head"}}, "object sparse.tidal: .*do not serve these knobs"),
-        ({"blocktopk": {"dense_layers": 0}}, "object sparse.blocktopk: .*other layers choose"),
         (
             {"hip": {"stage_budget_tokens": [65536, 8192, 2048]}},
             "object sparse.hip: .*graphs and their memory do not serve",
         ),
-        ({"min_recall": 0.9}, "min_recall is 0.9: this server's CUDA graphs hold no guard"),
         ({"tidal": {"budget_tokens": 8192}}, "lists of 8192 tokens are longer than decode_list_tokens, 4352"),
     ],
 )
@@ -176,13 +172,18 @@ def test_a_preset_that_no_graph_holds_is_refused(directory: Path, stepped: None)
 
 def test_defaults_that_graphs_hold_are_taken(directory: Path) -> None:
     server = served(decode_graphs=True, methods=["tidal", "blocktopk", "hip", "sale"])
-    settings = {"tidal": {"budget_tokens": 4096, "sink_tokens": 0}, "hip": {"sink_tokens": 64}, "sale": {"tau": 0.1}}
+    settings = {
+        "unprofitable": "sparse",
+        "tidal": {"budget_tokens": 4096, "sink_tokens": 0, "dense_layers": 4, "selection_reads": "list"},
+        "hip": {"sink_tokens": 64},
+        "sale": {"tau": 0.1},
+        "blocktopk": {"dense_layers": 0},
+        "min_recall": 0.9,
+    }
     assert change_config(server, settings, None)[1].version == 2
-    guards = served(decode_graphs=True, min_recall=0.9)
-    assert change_config(guards, {"min_recall": 0.8}, None)[1].config.min_recall == 0.8
     # Lists of this server were too long from the start.
     long = served(decode_graphs=True, tidal={"budget_tokens": 9000})
-    assert change_config(long, {"tidal": {"budget_tokens": 8000}}, None)[1].version == 4
+    assert change_config(long, {"tidal": {"budget_tokens": 8000}}, None)[1].version == 3
 
 
 def test_stating_a_default_that_cannot_change_is_no_change(directory: Path) -> None:

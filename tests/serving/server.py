@@ -47,7 +47,21 @@ def serve_command(model_folder: Path, port: int, arguments: Sequence[str]) -> li
     """`vllm serve` with the sparse backend, by this interpreter."""
     serve = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model_folder)]
     common = ["--attention-backend", "sparse", "--host", "127.0.0.1", "--port", str(port)]
-    return [*serve, *common, *dtype_flags(), "--served-model-name", MODEL_NAME, *arguments]
+    return [*serve, *common, *dtype_flags(), "--served-model-name", MODEL_NAME, *sparse_on_a_gpu(arguments)]
+
+
+def sparse_on_a_gpu(arguments: Sequence[str]) -> list[str]:
+    """Arguments of a server, which on a GPU make the bundled model sparse though that does not pay."""
+    taken, option = list(arguments), "--additional-config"
+    if not torch.cuda.is_available():
+        return taken
+    if option not in taken:
+        return [*taken, option, '{"sparse": {"unprofitable": "sparse"}}']
+    place = taken.index(option) + 1
+    configuration = json.loads(taken[place])
+    configuration["sparse"] = {"unprofitable": "sparse", **configuration.get("sparse", {})}
+    taken[place] = json.dumps(configuration)
+    return taken
 
 
 def dtype_flags() -> list[str]:

@@ -44,6 +44,9 @@ LOAD: tuple[tuple[int, dict[str, Any]], ...] = (
     (3000, {"sparse_prefill": "dhsa", "sparse_decode": "blocktopk"}),
     # Too short: falls back in both phases.
     (300, BOTH),
+    # A floor that no list reaches: the guard sends layers dense.
+    (3000, {**BOTH, "sparse_min_recall": 1}),
+    (300, {"sparse_preset": "fast"}),
 )
 WAVES = 2
 

@@ -27,7 +27,8 @@ CHECKPOINT = Path(sys.prefix) / "checkpoints" / "smollm2-135m"
 # Needles in a document, and how many of them are asked for: all that the bundled model was trained to answer.
 BUNDLED_KINDS = {"one_key": (1, 1), "one_of_16_keys": (16, 1), "three_of_16_keys": (16, 3)}
 BUNDLED_PROMPTS = 6
-REAL_KINDS = ("one_needle", "copy_passage", "one_of_many_keys", "function_lookup", "json_lookup", "conversation")
+# Those of which the small model answers enough to lose something.
+REAL_KINDS = ("one_needle", "copy_passage", "one_of_many_keys", "json_lookup")
 REAL_PROMPTS = 6
 SPOILT = "spoilt"
 
@@ -69,8 +70,13 @@ def test_the_gate_on_the_bundled_model(server: Server, tmp_path: Path) -> None:
     variants: dict[str, dict[str, Any]] = {
         "sale": {"sparse_prefill": "sale"},
         "tidal": {"sparse_decode": "tidal"},
-        # What chance calls a strong key is none.
-        SPOILT: {"sparse_prefill": "sale", "sale_tau": 1000.0},
+        # One token beside sink and window, in every layer.
+        SPOILT: {
+            "sparse_decode": "tidal",
+            "tidal_budget_tokens": 81,
+            "tidal_dense_layers": 0,
+            "tidal_selection_reads": "list",
+        },
     }
     arguments = ["--url", server.url, "--api-key-file", key, "--output", output, *as_arguments(variants), "--baselines"]
     asked = ["--measures", "answers", "--prompts", 0, "--questions", questions, "--tokens", 8192, "--concurrency", 2]
@@ -117,11 +123,12 @@ def test_the_gate_on_a_real_checkpoint_and_every_measure(checkpoint: Path, tmp_p
     ]
     ended = quality(checkpoint, "--output", output, *as_arguments(variants), *small, "--gate", *server)
     log = output / "server.log"
+    # So few prompts pass nothing by the whole gate, but what is spoilt fails beyond doubt.
     assert ended.returncode == 1, f"{ended.stderr[-3000:]}\n{log.read_text()[-3000:] if log.exists() else ''}"
     limits = Limits(
-        least_mean_difference=-0.05,
-        least_interval_end=-0.2,
-        least_kinds=4,
+        least_mean_difference=-0.1,
+        least_interval_end=-0.3,
+        least_kinds=len(REAL_KINDS),
         least_prompts_per_kind=REAL_PROMPTS,
         most_loss_difference_nats=0.03,
         least_texts=4,
@@ -151,7 +158,7 @@ def test_the_gate_on_a_real_checkpoint_and_every_measure(checkpoint: Path, tmp_p
     before = (output / NAME).read_text()
     again = quality("report", output, "--gate")
     assert again.returncode == 1
-    assert "failed" in again.stdout
+    assert "too few prompts" in again.stdout
     assert (output / NAME).read_text() == before
 
 

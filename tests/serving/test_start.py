@@ -38,7 +38,9 @@ def failed_start(model_folder: Path) -> Callable[..., list[str]]:
 
 def test_unknown_setting(failed_start: Callable[..., list[str]]) -> None:
     errors = failed_start("--additional-config", '{"sparse": {"prefil": "flexprefill"}}')
-    assert any("--additional-config: sparse.prefil" in line and "there are prefill" in line for line in errors), errors
+    assert any(
+        "--additional-config: sparse.prefil" in line and "there are preset, prefill" in line for line in errors
+    ), errors
 
 
 def test_unsupported_kv_cache(failed_start: Callable[..., list[str]]) -> None:

@@ -7,13 +7,16 @@ import random
 import pytest
 import torch
 
+from tests.step.measured import LLAMA_8B
 from vllm_sparse.kernels.decode_roles import LayerContexts, RowSettings
 from vllm_sparse.kernels.decode_roles.reference import layer_contexts
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.decode import BatchDecodeMethod
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.hip import HipDecode
+from vllm_sparse.methods.prefill import PrefillMethod
 from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.step.costs import StepCosts
 from vllm_sparse.step.eligibility import (
     DenseReason,
     ScoringRoom,
@@ -21,6 +24,7 @@ from vllm_sparse.step.eligibility import (
     why_decode_is_dense,
     why_prefill_is_dense,
 )
+from vllm_sparse.step.gpu_table import H200
 from vllm_sparse.step.plan import layer_roles
 
 LAYERS = 7
@@ -70,9 +74,31 @@ def test_rows_whose_layers_all_went_dense() -> None:
     assert why_prefill_is_dense(FlexPrefill(), 0, 255, 900, has_sparse_layers=False) is DenseReason.SHORT_PROMPT_CHUNK
 
 
+class Never(StepCosts):
+    """Costs by which nothing pays."""
+
+    def __init__(self) -> None:
+        super().__init__(H200, LLAMA_8B, [])
+
+    def chunk_pays(self, method: PrefillMethod, query_tokens: int, seq_len: int) -> bool:
+        return False
+
+
+def test_what_does_not_pay_is_said_last_and_takes_no_room() -> None:
+    room = ScoringRoom(1000)
+    tidal, flexprefill = Tidal(budget_tokens=128), FlexPrefill()
+    assert why_decode_is_dense(tidal, 0, 900, False, room, pays=False) is DenseReason.UNPROFITABLE
+    assert room.left_tokens == 1000
+    assert why_decode_is_dense(tidal, 0, 128, pays=False) is DenseReason.SHORT_CONTEXT
+    assert why_decode_is_dense(tidal, 0, 900, has_sparse_layers=False, pays=False) is DenseReason.LOW_RECALL
+    assert why_prefill_is_dense(flexprefill, 0, 256, 900, costs=Never()) is DenseReason.UNPROFITABLE
+    assert why_prefill_is_dense(flexprefill, 0, 255, 900, costs=Never()) is DenseReason.SHORT_PROMPT_CHUNK
+    assert why_prefill_is_dense(flexprefill, 901, 256, 900, costs=Never()) is DenseReason.SHORT_CONTEXT
+
+
 def test_reasons_have_their_labels() -> None:
     assert [str(reason) for reason in DenseReason] == [
-        "short_context", "short_chunk", "no_room", "speculative", "low_recall",
+        "short_context", "short_chunk", "no_room", "speculative", "low_recall", "unprofitable",
     ]  # fmt: skip
     assert all(reason.sentence for reason in DenseReason)
 

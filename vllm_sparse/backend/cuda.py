@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,10 +19,12 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from vllm_sparse.backend.attention_shape import attention_shape
 from vllm_sparse.backend.decode_buffers import DecodeBuffers
 from vllm_sparse.backend.decode_graphs import DecodeGraphs, set_graphs
 from vllm_sparse.backend.execution import StepExecution
 from vllm_sparse.backend.executors.flash_attention import FlashAttentionExecutor
+from vllm_sparse.backend.host_copy import indices_on, to_device
 from vllm_sparse.backend.impl import SparseAttentionImpl
 from vllm_sparse.backend.metadata import SparseMetadataBuilder
 from vllm_sparse.backend.support import SparseDeclarations
@@ -28,14 +33,18 @@ from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.server import server_config
 from vllm_sparse.keys import PagedKeys, PlainKeys
 from vllm_sparse.methods.decode import BatchDecodeMethod
+from vllm_sparse.methods.method import Method
 from vllm_sparse.methods.registry import DECODE_METHODS
+from vllm_sparse.step.costs import StepCosts
+from vllm_sparse.step.gpu_table import costs_of
 from vllm_sparse.step.launch import Executor
 from vllm_sparse.step.plan import RowSpan
+from vllm_sparse.step.requests import SparseRequest
 from vllm_sparse.step.rows import ServerSize
 
+logger = logging.getLogger("vllm.sparse")
+
 PREFERRED_BLOCK_TOKENS = 128
-# Decode rows that buffers are kept for; a step with more makes its own.
-MOST_ROWS = 256
 
 
 class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionMetadataBuilder):
@@ -59,12 +68,21 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
             for method in configured
             if isinstance(method, BatchDecodeMethod) and method.serves(method, size.max_seq_len)
         ]
+        if config.decode_in_batches:
+            _warn_of_rows_without_graphs(configured, methods, config.decode_list_tokens)
         if vllm_config.kernel_config.enable_jit_warmup:
             PrefillWarmUp(vllm_config, layer_names[0]).register_warmup()
+        self.step_costs = StepCosts(
+            costs_of(torch.cuda.get_device_name(device)),
+            attention_shape(vllm_config, kv_cache_spec, size.num_layers),
+            methods if config.decode_in_batches else [],
+        )
         self._graphs: DecodeGraphs | None = None
+        # vLLM makes a builder to measure memory with, too; its buffers are not needed beside these.
+        set_graphs(None)
         if methods and config.decode_in_batches:
             self.decode_buffers = DecodeBuffers(
-                min(size.requests, MOST_ROWS),
+                size.requests,
                 size,
                 methods,
                 config.decode_list_tokens,
@@ -84,6 +102,10 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
     def step_starts(self, step: StepExecution) -> None:
         if self._graphs is not None:
             self._graphs.step = step
+
+    def graphs_hold(self, requests: Sequence[SparseRequest], rows: int) -> bool:
+        graphs = self._graphs
+        return graphs is None or not graphs.sizes or graphs.holds(requests, rows)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         """vLLM's own graphs hold dense attention only, those of `DecodeGraphs` what is being captured."""
@@ -105,6 +127,24 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
         """Runner V1 has no hook that keeps a sparse step out of a FULL graph, so it gets none."""
         return cls._cudagraph_support if vllm_config.use_v2_model_runner else AttentionCGSupport.NEVER
+
+
+def _warn_of_rows_without_graphs(
+    configured: Sequence[Method], served: Sequence[BatchDecodeMethod], list_tokens: int
+) -> None:
+    """Say at start-up which methods the configuration gives knobs with which no CUDA graph holds their rows."""
+    for method in configured:
+        longest = next((one.longest_list_tokens for one in served if one is method), None)
+        if longest is not None and longest <= list_tokens:
+            continue
+        why = "its rows are served one by one" if longest is None else f"its lists have up to {longest} tokens"
+        logger.warning(
+            "Sparse attention: CUDA graphs do not hold %s as the object sparse configures it (%s; decode_list_tokens "
+            "is %d), so every decode step with such a row, and with it all rows beside it, runs without FULL graphs",
+            method.name,
+            why,
+            list_tokens,
+        )
 
 
 class SparseFlashAttentionImpl(SparseAttentionImpl, FlashAttentionImpl):
@@ -131,12 +171,12 @@ class SparseFlashAttentionImpl(SparseAttentionImpl, FlashAttentionImpl):
     ) -> FlashAttentionMetadata:
         subset = copy.copy(metadata)
         device = metadata.seq_lens.device
-        rows = torch.tensor([span.row for span in spans], device=device)
-        lengths = torch.tensor([0, *(span.query_tokens for span in spans)])
-        subset.num_actual_tokens = int(lengths.sum())
+        rows = indices_on(device, [span.row for span in spans])
+        starts = [0, *accumulate(span.query_tokens for span in spans)]
+        subset.num_actual_tokens = starts[-1]
         subset.max_query_len = max(span.query_tokens for span in spans)
         subset.max_seq_len = max(span.seq_len for span in spans)
-        subset.query_start_loc = lengths.cumsum(0).to(device=device, dtype=torch.int32)
+        subset.query_start_loc = to_device(torch.tensor(starts, dtype=torch.int32), device)
         subset.seq_lens = metadata.seq_lens[rows]
         subset.block_table = metadata.block_table[rows]
         # The kernel schedules itself; the stored schedule is for the whole batch.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeGuard
 import numpy as np
 import torch
 
+from vllm_sparse.backend.host_copy import copy_to
 from vllm_sparse.kernels.decode_roles import LayerContexts
 from vllm_sparse.step.launch import LayerLaunches
 from vllm_sparse.step.roles import Role
@@ -28,7 +29,7 @@ class DecodeBuffers:
     """What a server's decode steps keep on the device, at fixed addresses.
 
     Args:
-        most_rows: rows of the largest step, at most 1024.
+        most_rows: rows of the largest step.
         size: of the server.
         methods: by which rows may choose, as the server's configuration sets them.
         list_tokens: tokens of the longest list.
@@ -103,10 +104,7 @@ class DecodeBuffers:
             settings[index, KNOBS : KNOBS + len(knobs)] = knobs
             roles[index] = [role.number for role in row.roles]
         for target, values in ((self.settings, settings), (self.roles, roles)):
-            # A copy without waiting needs memory that is not written again before it is read.
-            staged = torch.from_numpy(values)
-            staged = staged.pin_memory() if target.is_cuda else staged
-            target[: len(rows)].copy_(staged, non_blocking=True)
+            copy_to(target[: len(rows)], torch.from_numpy(values))
 
     def serves(self, method: DecodeMethod | None) -> TypeGuard[BatchDecodeMethod]:
         """Whether rows of a request with this method are served at once."""
@@ -146,6 +144,12 @@ class DecodeBuffers:
             dense = not all_sparse or any(role.reads_everything for _, role, _ in roles)
             layers.append(LayerLaunches(dense, tuple(sorted(ahead)), tuple(sorted(here)), reading))
         return layers
+
+    def launches_of_any_roles(self) -> list[LayerLaunches]:
+        """What a step of any of the methods needs in each layer, whatever role each row has there."""
+        numbers = range(len(self.methods))
+        ahead = tuple(number for number in numbers if self.methods[number].shares_lists)
+        return [LayerLaunches(True, ahead, tuple(numbers), True)] * self.roles.shape[1]
 
 
 @lru_cache(maxsize=4096)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_sparse.backend.execution import DecodeLaunch, gather_index
+from vllm_sparse.backend.host_copy import indices_on
 from vllm_sparse.kernels.page_list import to_physical
 from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.metrics.recall import RecallSample
@@ -72,7 +73,7 @@ def _launches(platform: LayerPlatform, call: LayerCall, step: StepExecution, wor
     launches = []
     for lists_per_request, members in by_lists.items():
         page_list = concatenate([step.list_of(row) for row in members])
-        batch_rows = torch.tensor([row.span.row for row in members], device=device)
+        batch_rows = indices_on(device, [row.span.row for row in members])
         heads = torch.arange(lists_per_request, device=device) // (lists_per_request // kv_heads)
         pages = to_physical(
             page_list,

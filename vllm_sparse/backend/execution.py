@@ -10,6 +10,7 @@ import torch
 
 from vllm_sparse.backend.decode_batch import BatchStep, DecodeStep
 from vllm_sparse.backend.guard import NO_GUARD
+from vllm_sparse.backend.host_copy import indices_on
 
 if TYPE_CHECKING:
     from vllm_sparse.backend.decode_buffers import DecodeBuffers
@@ -164,4 +165,4 @@ def gather_index(indices: Sequence[int], device: torch.device) -> slice | torch.
     first = indices[0]
     if list(indices) == list(range(first, first + len(indices))):
         return slice(first, indices[-1] + 1)
-    return torch.tensor(indices, device=device)
+    return indices_on(device, indices)

@@ -10,6 +10,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 
 from vllm_sparse.backend import decode_batch, decode_single, prefill
 from vllm_sparse.backend.execution import LayerWork, StepExecution
+from vllm_sparse.backend.host_copy import to_device
 from vllm_sparse.backend.layer import LayerCall, LayerPlatform
 from vllm_sparse.backend.summaries import StoredSummaries
 from vllm_sparse.backend.support import check_layer
@@ -71,7 +72,7 @@ class SparseAttentionImpl(LayerPlatform):
         """The dense rows of a mixed step, gathered, through the stock kernel."""
         if work.dense_metadata is None:
             ranges = [torch.arange(span.query_start, span.query_start + span.query_tokens) for span in work.dense]
-            tokens = torch.cat(ranges).to(call.query.device, non_blocking=True)
+            tokens = to_device(torch.cat(ranges), call.query.device)
             work.dense_metadata = tokens, self.dense_subset(call.layer, call.query, call.metadata, work.dense)
         tokens, metadata = work.dense_metadata
         queries = call.query[tokens]

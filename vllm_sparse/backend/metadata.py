@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.backend.execution import StepExecution
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     from vllm_sparse.backend.decode_buffers import DecodeBuffers
+    from vllm_sparse.methods.decode import DecodeMethod
+    from vllm_sparse.step.costs import StepCosts
+    from vllm_sparse.step.requests import SparseRequest
 
 
 class SparseMetadataBuilder:
@@ -70,9 +74,23 @@ class SparseMetadataBuilder:
     def _plan_limits(self) -> PlanLimits:
         # Asked in each step: how much the cache holds is known only after this builder is made.
         buffers = self.decode_buffers
-        if buffers is None:
-            return PlanLimits(self._sparse_num_layers, self._sparse_speculative)
-        return PlanLimits(self._sparse_num_layers, self._sparse_speculative, self.batch_capacity_tokens, buffers.serves)
+        return PlanLimits(
+            self._sparse_num_layers,
+            self._sparse_speculative,
+            self.batch_capacity_tokens,
+            _served_alone if buffers is None else buffers.serves,
+            self.step_costs,
+            TABLE.full_graph,
+            self.graphs_hold,
+            self.kv_cache_spec.block_size,  # type: ignore[attr-defined]
+        )
+
+    step_costs: StepCosts | None = None
+    """What the server's GPU costs; None: nothing is known, and rows are sparse as requests ask."""
+
+    def graphs_hold(self, requests: Sequence[SparseRequest], rows: int) -> bool:
+        """Whether CUDA graphs hold decode rows of requests in a step of so many rows; True where there are none."""
+        return True
 
     decode_buffers: DecodeBuffers | None = None
     """What the server keeps for decode rows that are served at once; None: all are served one by one."""
@@ -85,3 +103,8 @@ class SparseMetadataBuilder:
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         """vLLM's own graphs hold dense attention only, whatever slots held requests before."""
         return super().build(0, common_attn_metadata)  # type: ignore[misc]
+
+
+def _served_alone(method: DecodeMethod) -> bool:
+    """No rows are served at once."""
+    return False

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_sparse.backend.guard import NO_GUARD
+from vllm_sparse.backend.host_copy import to_device
 from vllm_sparse.kernels.page_list import to_physical
 from vllm_sparse.methods.prefill import Layer
 from vllm_sparse.metrics.recall import RecallSample
@@ -168,4 +169,5 @@ def prompt_chunk_rows(
     lengths = (tokens - lists % blocks * query_block).clamp(max=query_block)
     starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     kv_head = lists // blocks // (list_heads // kv_heads)
-    return PromptChunkRows(lists.to(device), kv_head.to(device), starts.to(device), list_heads, cut * query_block)
+    lists, kv_head = to_device(torch.stack([lists, kv_head]), device)
+    return PromptChunkRows(lists, kv_head, to_device(starts, device), list_heads, cut * query_block)

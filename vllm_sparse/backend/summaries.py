@@ -41,7 +41,7 @@ class StoredSummaries:
         # vLLM profiles with a smaller cache than it serves with.
         if stored is None or stored.shape != shape:
             former_bytes = 0 if stored is None else stored.nbytes
-            stored = torch.empty(shape, dtype=kv_cache.dtype, device=kv_cache.device)
+            stored = torch.empty(shape, dtype=kind.dtype(kv_cache.dtype), device=kv_cache.device)
             self.by_kind[kind] = stored
             memory = WorkerMetrics.get().memory
             if memory is not None:
@@ -67,7 +67,7 @@ def _log_memory(kind: SummaryKind, summary_bytes: int, cache_bytes: int) -> None
     logger.info(
         "Page summaries (%s of %d tokens) take %.1f MiB in each layer that chooses by them, beside its KV cache of "
         "%.1f MiB; vLLM's memory settings do not count them.",
-        "bounds" if kind.bounds else "means",
+        "2-bit keys" if kind.codes else "bounds" if kind.bounds else "means",
         kind.page_tokens,
         summary_bytes / 2**20,
         cache_bytes / 2**20,

@@ -131,8 +131,8 @@ SUMMARY_REFUSALS: tuple[Refusal[Summarised], ...] = (
         lambda cache: cache.block_size_tokens % cache.kind.page_tokens != 0,
         lambda cache: (
             f"{cache.method} scores pages of {cache.kind.page_tokens} tokens, which do not divide a KV-cache block of "
-            f"{cache.block_size_tokens}; set --block-size to a multiple, or block in --additional-config, object "
-            f"sparse.{cache.method}"
+            f"{cache.block_size_tokens}; set --block-size to a multiple, or page_tokens in --additional-config, "
+            f"object sparse.{cache.method}"
         ),
     ),
 )

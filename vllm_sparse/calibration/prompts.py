@@ -1,18 +1,31 @@
-"""Prompts to calibrate on: from a file, or random keys and values; and the options that choose them."""
+"""Prompts to calibrate on: questions about real texts, or from a file; and the options that choose them."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-# Pairs whose length tells how many fit, and room for pairs that are longer.
-SAMPLE_PAIRS = 32
-SPARE_TOKENS = 64
+from vllm_sparse.quality.corpus import Corpus
+from vllm_sparse.quality.served_model import LocalTokenizer
+from vllm_sparse.quality.tasks.documents import KINDS, build_document
+from vllm_sparse.quality.tasks.task import Task
+
+# Kinds whose answers stand in few places of the text: what lists lose. In turn, so that few prompts meet many kinds.
+TASK_KINDS = (
+    "one_needle",
+    "function_lookup",
+    "several_keys",
+    "variable_chain",
+    "one_of_many_keys",
+    "json_lookup",
+    "several_values",
+    "two_places",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,16 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         type=Path,
         help="a .jsonl file of strings or of objects with a prompt or text, else one text; best are prompts like "
-        "those to be served; default: random keys and values, one of which is asked for",
+        "those to be served; default: questions about real texts, as vllm-sparse quality asks them",
     )
-    parser.add_argument("--count", type=int, default=5, help="prompts, at most (default %(default)s)")
+    parser.add_argument("--count", type=int, default=8, help="prompts, at most (default %(default)s)")
     parser.add_argument(
-        "--tokens", type=int, default=16384, help="tokens of a prompt, the rest is cut off (default %(default)s)"
+        "--tokens",
+        type=int,
+        default=16384,
+        help="of a prompt; the rest of a file's is cut off (default %(default)s)",
     )
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random prompts (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the questions (default %(default)s)")
 
 
 def prompts_of(parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[list[int]]:
@@ -43,12 +59,53 @@ def prompts_of(parser: argparse.ArgumentParser, given: argparse.Namespace) -> li
         texts = read_prompts(given.prompts, given.count) if given.prompts else None
     except (OSError, ValueError) as error:
         parser.error(f"--prompts {given.prompts}: {error}")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
     if texts is None:
-        texts = [pairs_text(random.Random(given.seed + n), given.tokens, tokenizer) for n in range(given.count)]
-    return [tokenizer(text)["input_ids"][: given.tokens] for text in texts]
+        try:
+            asked = task_prompts(given.model, TASK_KINDS, given.tokens, given.count, given.seed)
+        except ValueError as error:
+            parser.error(f"--tokens {given.tokens}: {error}")
+        return [prompt.tokens for prompt in asked]
+    tokenizer = LocalTokenizer(given.model, {})
+    return [tokenizer.text(text)[: given.tokens] for text in texts]
+
+
+@dataclass(frozen=True)
+class TaskPrompt:
+    """A question about a real text.
+
+    Attributes:
+        task: the question.
+        tokens: ids up to and with the beginning of the answer.
+    """
+
+    task: Task
+    tokens: list[int]
+
+
+def task_prompts(model: str, kinds: Sequence[str], tokens: int, count: int, seed: int) -> list[TaskPrompt]:
+    """Questions as `vllm-sparse quality` asks them, each about a text of its own.
+
+    Args:
+        model: whose tokenizer and chat template count, a folder or a name.
+        kinds: of questions, in turn.
+        tokens: of prompt and answer together; up to 3 % fewer.
+        count: of prompts.
+        seed: of the texts and of what is planted in them.
+
+    Raises:
+        ValueError: there is too little real text for so many tokens, or too few tokens for the questions.
+    """
+    tokenizer = LocalTokenizer(model, {})
+    corpus = Corpus.installed()
+    found = []
+    for number in range(count):
+        kind = kinds[number % len(kinds)]
+        document = build_document(
+            KINDS[kind], seed, number, tokens, corpus, lambda messages: len(tokenizer.chat(messages, "")), [kind]
+        )
+        task = document.tasks[0]
+        found.append(TaskPrompt(task, tokenizer.chat(task.messages, task.answer_prefix)))
+    return found
 
 
 def read_prompts(path: Path, count: int) -> list[str]:
@@ -73,22 +130,3 @@ def read_prompts(path: Path, count: int) -> list[str]:
     if not prompts:
         raise ValueError("the file holds no prompt")
     return prompts[:count]
-
-
-def pairs_text(rng: random.Random, tokens: int, tokenizer: Any) -> str:
-    """A JSON object of random keys and values, a question about one and its answer, of about `tokens` tokens.
-
-    The kind of text that SALE's paper calibrates with (InfiniteBench's key-value retrieval).
-    """
-
-    def pairs(count: int) -> list[tuple[str, str]]:
-        return [(f'"{rng.getrandbits(64):016x}"', f'"{rng.getrandbits(64):016x}"') for _ in range(count)]
-
-    def text_of(some: list[tuple[str, str]]) -> str:
-        key, value = rng.choice(some)
-        held = ", ".join(f"{key}: {value}" for key, value in some)
-        return f"Extract the value of a key from this JSON object.\n\n{{{held}}}\n\nKey: {key}\nThe value is {value}"
-
-    few, more = (len(tokenizer(text_of(pairs(count)))["input_ids"]) for count in (1, 1 + SAMPLE_PAIRS))
-    room = tokens - few - SPARE_TOKENS
-    return text_of(pairs(1 + max(room * SAMPLE_PAIRS // (more - few), 0)))

@@ -1,127 +1,261 @@
-"""``vllm-sparse calibrate tidal MODEL``: find the layers in which TidalDecode should choose its lists.
+"""``vllm-sparse calibrate tidal MODEL``: find the layers in which TidalDecode should choose, and its budget.
 
-The model runs over a few prompts with dense attention. At the last tokens of each, every layer's list is chosen as in
-decoding, and every later layer's attention says how much of it that list keeps: of what the layer's own list would
-keep, for the head that loses most. The policy that maximises the worst layer's recall (then the mean) is written. The
-server loads the file: --additional-config '{"sparse": {"tidal": {"policy": "FILE"}}}'.
+The model answers questions about real texts densely. Every layer's attention says how much of it each earlier layer's
+list keeps, with each budget. For every number of choosing layers, those whose lists serve the later layers best are
+found; then the model decodes its answers again with these lists, told what to say, and its next tokens are compared
+with dense ones. The policy with the smallest modelled cost that stays within the bounds is written. The server loads
+the file, budget included: --additional-config '{"sparse": {"tidal": {"policy": "FILE"}}}'.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-
-import torch
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from vllm_sparse.calibration import prompts as calibration_prompts
-from vllm_sparse.calibration.model import observe, text_config
+from vllm_sparse.calibration.decoding import Decoder, Prefix
+from vllm_sparse.calibration.model import text_config
 from vllm_sparse.methods.knobs import KnobError
 from vllm_sparse.methods.tidal import Tidal
-from vllm_sparse.methods.tidal.calibration import ReuseRecall, choose_roles, recall_of, worst_recall
-from vllm_sparse.methods.tidal.method import PAPER_FULL_LAYERS
+from vllm_sparse.methods.tidal.calibration import (
+    PolicyLists,
+    ReuseRecall,
+    choose_roles,
+    modelled_cost,
+    recall_of,
+)
+from vllm_sparse.methods.tidal.method import DENSE_LAYERS
 from vllm_sparse.methods.tidal.policy import Measured, Policy
 from vllm_sparse.step.roles import Role
 
-# Last tokens of a prompt: with the random prompts, the value that is copied out of thousands of pairs.
-POSITIONS = 32
+# Tokens of an answer, at most: enough to be led astray, few enough that the search takes minutes.
+ANSWER_TOKENS = 32
+# Bounds of the quality gate (vllm_sparse.quality.gate), and what answers to a few prompts can tell.
+MOST_DIVERGENCE, LEAST_SAME = 0.02, 0.98
+BUDGETS = (1024, 2048, 4096)
+# Numbers of choosing layers that are tried grow by a third, as costs do.
+GROWTH = 4 / 3
+HEADER = """
+| cost | budget | choosing layers | worst recall | mean recall | kept | KL | same |
+|---|---|---|---|---|---|---|---|"""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One policy of the frontier.
+
+    Attributes:
+        method: its budget.
+        roles: of each layer.
+        recall: of each layer, as of `Measured`.
+        kept: attention mass that the lists keep, mean over heads and layers that read one.
+        cost: modelled, share of dense decoding's.
+        divergence, same: as of `Measured`.
+    """
+
+    method: Tidal
+    roles: list[Role]
+    recall: list[float | None]
+    kept: float
+    cost: float
+    divergence: float = 0.0
+    same: float = 1.0
+
+    @property
+    def found(self) -> list[float]:
+        """Recall of the layers that read a list."""
+        return [recall for recall in self.recall if recall is not None]
+
+    @property
+    def choosing(self) -> list[int]:
+        """Layers that choose."""
+        return [layer for layer, role in enumerate(self.roles) if role.writes_list]
+
+    @property
+    def row(self) -> str:
+        """Of the Markdown table under `HEADER`."""
+        numbers = f"{min(self.found):.3f} | {statistics.fmean(self.found):.3f} | {self.kept:.3f}"
+        changed = f"{self.divergence:.4f} | {self.same:.3f}"
+        layers = " ".join(map(str, self.choosing))
+        return f"| {self.cost:.3f} | {self.method.budget_tokens} | {layers} | {numbers} | {changed} |"
 
 
 def main(arguments: list[str]) -> None:
     """Command line."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    config = text_config(given.model)
+    layers = config.num_hidden_layers
+    if not 0 <= given.dense_layers <= layers - 2:
+        parser.error(
+            f"--dense-layers {given.dense_layers}: the model has {layers} layers, so 0 to {layers - 2} are allowed"
+        )
+    most = layers - given.dense_layers - 1
+    if given.selections is not None and not 1 <= given.selections <= most:
+        parser.error(
+            f"--selections {given.selections}: the model has {layers} layers, {given.dense_layers} of them dense, so 1 "
+            f"to {most} are allowed"
+        )
+    for option in ("divergence", "same", "recall_floor"):
+        value = getattr(given, option)
+        if not value >= 0 or (option != "divergence" and value > 1):
+            allowed = "0 or more is" if option == "divergence" else "0 to 1 is"
+            parser.error(f"--{option.replace('_', '-')} {value}: {allowed} allowed")
+    methods = []
+    for budget_tokens in sorted(set(given.budgets)):
+        try:
+            methods.append(Tidal(budget_tokens=budget_tokens, selection_reads=given.selection_reads))
+        except (ValueError, KnobError) as error:
+            parser.error(f"--budgets {budget_tokens}: {error}")
+    prompts = calibration_prompts.prompts_of(parser, given)
+    shortest = min(map(len, prompts))
+    if shortest <= methods[-1].budget_tokens:
+        parser.error(
+            f"--budgets {methods[-1].budget_tokens}: the shortest prompt has {shortest} tokens, and a list must not "
+            "hold all of them; give longer prompts or smaller budgets"
+        )
+
+    decoder = Decoder(given.model, given.device)
+    reuse = [ReuseRecall(layers, config.num_attention_heads, method) for method in methods]
+    prefixes = list(_measured(decoder, prompts, reuse))
+    numbers = [given.selections] if given.selections else _spread(most)
+    context_tokens = given.context or max(map(len, prompts))
+    points = []
+    for one in reuse:
+        recall, mass = one.recall, one.mass.mean(2).tolist()
+        for number in numbers:
+            roles = choose_roles(recall, given.dense_layers, number)
+            points.append(_point(one.method, roles, recall, mass, context_tokens))
+        points.append(_point(one.method, Tidal().layer_roles(layers), recall, mass, context_tokens))
+    points.sort(key=lambda point: point.cost)
+    print(HEADER)
+    told = []
+    for point in points:
+        told.append(_told(point, decoder, prefixes))
+        print(told[-1].row, flush=True)
+    chosen = next((point for point in told if _is_within(point, given)), None)
+    if chosen is None:
+        best = min(told, key=lambda point: point.divergence)
+        parser.error(
+            f"no policy that leaves a layer sparse stays within the bounds (--divergence {given.divergence}, --same "
+            f"{given.same}, --recall-floor {given.recall_floor}); the nearest has {best.divergence:.4f} and "
+            f"{best.same:.3f}; give larger --budgets or other bounds"
+        )
+    measured = Measured(
+        given.model,
+        chosen.method.budget_tokens,
+        chosen.method.sink_tokens,
+        chosen.method.recent_tokens,
+        chosen.method.list_per,
+        [prefix.tokens for prefix in prefixes],
+        sum(len(prefix.logits) for prefix in prefixes),
+        [None if recall is None else round(recall, 4) for recall in chosen.recall],
+        round(chosen.divergence, 5),
+        round(chosen.same, 4),
+    )
+    Policy(chosen.roles, measured, chosen.method.budget_tokens, given.selection_reads).save(given.output)
+    print(
+        f"\n{given.output}: budget {chosen.method.budget_tokens}, layers "
+        f"{', '.join(map(str, chosen.choosing))} choose; modelled cost {chosen.cost:.3f} "
+        f"of dense decoding's at {context_tokens} tokens"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vllm-sparse calibrate tidal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     calibration_prompts.add_arguments(parser)
     parser.add_argument(
-        "--budget", type=int, default=Tidal.budget_tokens, help="tokens of a list (default %(default)s)"
+        "--budgets", type=int, nargs="+", default=list(BUDGETS), help="tokens of a list (default %(default)s)"
     )
     parser.add_argument(
+        "--dense-layers",
         "--full-layers",
         type=int,
-        default=PAPER_FULL_LAYERS,
-        help="first layers, dense; the next one selects (default %(default)s)",
+        default=DENSE_LAYERS,
+        help="first layers, dense; the next one chooses (default %(default)s)",
     )
-    number = parser.add_mutually_exclusive_group()
-    number.add_argument(
-        "--selections", type=int, default=2, help="layers after them that read everything (default %(default)s)"
+    parser.add_argument(
+        "--selection-reads",
+        choices=("everything", "list"),
+        default="list",
+        help="what a layer that chooses reads itself; its own list costs a third of everything (default %(default)s)",
     )
-    number.add_argument(
-        "--recall-floor", type=float, help="instead: as few as bring the worst recall to this, above 0 to 1"
+    parser.add_argument("--selections", type=int, help="layers that choose (default: as few as stay within the bounds)")
+    parser.add_argument(
+        "--divergence",
+        type=float,
+        default=MOST_DIVERGENCE,
+        help="from dense decoding, nats a token, mean, at most (default %(default)s)",
     )
-    given = parser.parse_args(arguments)
-    config = text_config(given.model)
-    layers = config.num_hidden_layers
-    first, most = given.full_layers, layers - given.full_layers - 1
-    if not 0 <= first <= layers - 2:
-        parser.error(f"--full-layers {first}: the model has {layers} layers, so 0 to {layers - 2} are allowed")
-    if not 1 <= given.selections <= most:
-        parser.error(
-            f"--selections {given.selections}: the model has {layers} layers, {first} of them dense, so 1 to {most} "
-            "are allowed"
+    parser.add_argument(
+        "--same",
+        type=float,
+        default=LEAST_SAME,
+        help="share of tokens whose likeliest stays dense decoding's, at least (default %(default)s)",
+    )
+    parser.add_argument(
+        "--recall-floor",
+        type=float,
+        default=0.0,
+        help="of the attention that a layer's own list keeps, the share that the list it reads keeps, for the head "
+        "that loses most, at least (default %(default)s)",
+    )
+    parser.add_argument(
+        "--context", type=int, help="tokens of context at which the cost is modelled (default: the longest prompt)"
+    )
+    return parser
+
+
+def _spread(most: int) -> list[int]:
+    """Numbers of choosing layers to try, up to and with the most."""
+    numbers = [1]
+    while numbers[-1] < most:
+        numbers.append(min(max(numbers[-1] + 1, round(numbers[-1] * GROWTH)), most))
+    return numbers
+
+
+def _measured(decoder: Decoder, prompts: Sequence[list[int]], reuse: Sequence[ReuseRecall]) -> Iterator[Prefix]:
+    """Prefill each prompt, and see what lists would keep of its answer's attention."""
+    for number, prompt in enumerate(prompts, 1):
+        begin = time.monotonic()
+        prefix = decoder.prefill(prompt, ANSWER_TOKENS)
+        for one in reuse:
+            decoder.tell(prefix, one)
+        print(
+            f"prompt {number} of {len(prompts)}, {len(prompt)} tokens: answered with {len(prefix.said)} tokens "
+            f"({time.monotonic() - begin:.1f} s)",
+            flush=True,
         )
-    if given.recall_floor is not None and not 0 < given.recall_floor <= 1:
-        parser.error(f"--recall-floor {given.recall_floor}: above 0 to 1 is allowed")
-    try:
-        method = Tidal(budget_tokens=given.budget)
-    except (ValueError, KnobError) as error:
-        parser.error(f"--budget {given.budget}: {error}")
-    prompts = calibration_prompts.prompts_of(parser, given)
-    shortest = min(map(len, prompts))
-    if shortest <= given.budget + POSITIONS:
-        parser.error(
-            f"--budget {given.budget}: the shortest prompt has {shortest} tokens, and a list must not hold all of "
-            f"them: more than {given.budget + POSITIONS} are needed; give longer prompts or a smaller budget"
-        )
+        yield prefix
 
-    reuse = ReuseRecall(layers, config.num_attention_heads, method, POSITIONS)
 
-    def measure(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> str:
-        kept = reuse.observe(layer, query, key, scale).mean(1).tolist()
-        before = f", {kept[-2]:.3f} with the layer before's" if layer else ""
-        return f"{kept[-1]:.3f} of the attention kept with its own list{before}"
+def _point(
+    method: Tidal, roles: list[Role], recall: list[list[float]], mass: list[list[float]], context_tokens: int
+) -> Point:
+    kept = [share for share in recall_of(roles, mass) if share is not None]
+    cost = modelled_cost(method.with_selection_reads(roles), method.budget_tokens, context_tokens)
+    return Point(method, roles, recall_of(roles, recall), statistics.fmean(kept), cost)
 
-    observe(given.model, prompts, given.device, measure)
-    recall = reuse.recall
-    try:
-        roles = choose_roles(recall, first, given.selections, given.recall_floor)
-    except ValueError as error:
-        parser.error(f"--recall-floor {given.recall_floor}: {error}; lower the floor or raise --budget")
-    measured = Measured(
-        given.model,
-        method.budget_tokens,
-        method.sink_tokens,
-        method.recent_tokens,
-        method.list_per,
-        [len(prompt) for prompt in prompts],
-        POSITIONS,
-        recall_of(roles, recall),
-    )
-    Policy(roles, measured).save(given.output)
-    default = method.layer_roles(layers)
-    print(table(roles, default, recall, reuse.mass.mean(2).tolist()))
-    print(
-        f"{given.output}: worst recall {worst_recall(roles, recall):.3f}, "
-        f"of the default policy {worst_recall(default, recall):.3f}"
+
+def _told(point: Point, decoder: Decoder, prefixes: Sequence[Prefix]) -> Point:
+    """The point with what decoding by it changes; prompts count by the tokens of their answers."""
+    roles = point.method.with_selection_reads(point.roles)
+    told = [decoder.tell(prefix, PolicyLists(point.method, roles)) for prefix in prefixes]
+    tokens = [len(prefix.logits) for prefix in prefixes]
+    return dataclasses.replace(
+        point,
+        divergence=statistics.fmean((one.divergence for one in told), tokens),
+        same=statistics.fmean((one.same for one in told), tokens),
     )
 
 
-def table(roles: Sequence[Role], default: Sequence[Role], recall: list[list[float]], mass: list[list[float]]) -> str:
-    """Markdown: each layer's role, recall and mean attention kept, of a policy and of the default one.
-
-    Args:
-        roles: of the policy.
-        default: of the default policy.
-        recall: ``[choosing][reading]``, of the worst head.
-        mass: likewise, share of the attention that is kept, mean over heads.
-    """
-    lines = ["| layer | role | recall | kept | default | recall | kept |", "|---|---|---|---|---|---|---|"]
-    columns = [(policy, recall_of(policy, recall), recall_of(policy, mass)) for policy in (roles, default)]
-    for layer in range(len(roles)):
-        cells = [str(layer)]
-        for policy, recalls, kept in columns:
-            cells += [
-                policy[layer],
-                *("" if found is None else f"{found:.3f}" for found in (recalls[layer], kept[layer])),
-            ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def _is_within(point: Point, given: argparse.Namespace) -> bool:
+    return bool(
+        point.divergence <= given.divergence and point.same >= given.same and min(point.found) >= given.recall_floor
+    )

@@ -21,7 +21,12 @@ PHASES: dict[str, Mapping[str, type[PrefillMethod] | type[DecodeMethod]]] = {
 # Names of all methods, each once; one name may be a method of both phases.
 METHODS = tuple(dict.fromkeys(name for methods in PHASES.values() for name in methods))
 
-REQUEST_KEYS = ("sparse_preset", "sparse_prefill", "sparse_decode", "sparse_min_tokens", "sparse_min_recall")
+REQUEST_KEYS = (
+    *("sparse_preset", "sparse_prefill", "sparse_decode"),
+    *("sparse_min_tokens", "sparse_min_recall", "sparse_unprofitable"),
+)
+# What runs where a sparse method would take longer than dense attention.
+UNPROFITABLE = ("dense", "sparse")
 
 _OWN_KEY = re.compile(rf"(?i:sparse|(?:{'|'.join(METHODS)})(?-i:(?![a-z])))")
 

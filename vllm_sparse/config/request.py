@@ -1,9 +1,9 @@
 """Settings of a request: what its sampling extras and the server's defaults together ask for.
 
 Extras are flat (`vllm_xargs` takes scalars and lists): ``sparse_preset``, ``sparse_prefill``, ``sparse_decode``,
-``sparse_min_tokens``, ``sparse_min_recall`` and ``<method>_<knob>``. Knobs, their ranges and their defaults stand in
-the method's own file. Where one name is a method of both phases, a knob sets that of each phase which has it. With a
-preset (`config.presets`) what a request runs depends on the length of its prompt.
+``sparse_min_tokens``, ``sparse_min_recall``, ``sparse_unprofitable`` and ``<method>_<knob>``. Knobs, their ranges and
+their defaults stand in the method's own file. Where one name is a method of both phases, a knob sets that of each phase
+which has it. With a preset (`config.presets`) what a request runs depends on the length of its prompt.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from vllm_sparse.config.names import (
     METHODS,
     PHASES,
     REQUEST_KEYS,
+    UNPROFITABLE,
     is_request_knob,
     is_sparse_key,
     knob_schema,
@@ -50,12 +51,14 @@ class SparseParams:
         decode: method of its generation, or None for dense.
         min_tokens: contexts shorter than this run dense.
         min_recall: layers whose lists keep a smaller share of the attention mass go dense; 0: nothing is checked.
+        unprofitable: ``dense``: what would take longer sparse than dense runs dense; ``sparse``: it runs as asked.
     """
 
     prefill: PrefillMethod | None = None
     decode: DecodeMethod | None = None
     min_tokens: int = 0
     min_recall: float = 0.0
+    unprofitable: str = "dense"
 
     @property
     def is_dense(self) -> bool:
@@ -64,7 +67,11 @@ class SparseParams:
 
     def serialize(self) -> str:
         """Canonical JSON: equal parameters give equal text."""
-        fields: dict[str, Any] = {"min_tokens": self.min_tokens, "min_recall": self.min_recall}
+        fields: dict[str, Any] = {
+            "min_tokens": self.min_tokens,
+            "min_recall": self.min_recall,
+            "unprofitable": self.unprofitable,
+        }
         for phase, method in (("prefill", self.prefill), ("decode", self.decode)):
             if method is not None:
                 fields[phase] = [method.name, dataclasses.asdict(method)]  # type: ignore[call-overload]
@@ -83,7 +90,8 @@ def deserialize(text: str) -> SparseParams:
         if phase in fields:
             name, knobs = fields[phase]
             methods[phase] = known[name](**knobs)
-    return SparseParams(min_tokens=fields["min_tokens"], min_recall=fields["min_recall"], **methods)
+    settings = {key: value for key, value in fields.items() if key not in PHASES}
+    return SparseParams(**methods, **settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +191,14 @@ def _resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) -
             f"sparse_min_recall is {min_recall!r}; a number from 0 to 1 is allowed (share of the attention mass that "
             "lists have to keep; 0 checks nothing)",
         )
+    unprofitable = extras.get("sparse_unprofitable", config.unprofitable)
+    if unprofitable not in UNPROFITABLE:
+        raise SparseParamsError(
+            "sparse_unprofitable",
+            unprofitable,
+            f"sparse_unprofitable is {unprofitable!r}; {' or '.join(map(repr, UNPROFITABLE))} is allowed (what runs "
+            "where sparse attention would take longer than dense)",
+        )
     params = []
     for tier, choice in zip(tiers, choices, strict=True):
         try:
@@ -192,7 +208,8 @@ def _resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) -
                 if one.method != DENSE
             }
             resolved = _without_dense(
-                SparseParams(min_tokens=min_tokens, min_recall=float(min_recall), **methods), num_layers
+                SparseParams(min_tokens=min_tokens, min_recall=float(min_recall), unprofitable=unprofitable, **methods),
+                num_layers,
             )
         except SparseParamsError as error:
             if preset == DENSE or error.key in extras:
@@ -334,6 +351,7 @@ def _build(phase: str, name: str, config: ServerConfig, requested: Mapping[str, 
     schema = knob_schema(phase, name)
     configured = {knob: value for knob, value in config.knobs(name).items() if knob in schema}
     knobs = {**configured, **requested}
+    knobs = {**PHASES[phase][name].knobs_of_files(knobs), **knobs}
     for knob, value in knobs.items():
         # vLLM turns JSON's true into 1 before a plugin sees it.
         if schema[knob].get("type") == "boolean" and type(value) is int and value in (0, 1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 
@@ -22,10 +22,12 @@ class ServerSettings(BaseModel):
         min_tokens: contexts shorter than this run dense, unless the request says otherwise.
         min_recall: share of the attention mass that lists have to keep, unless the request says otherwise; where a
             sampled row keeps less, the request's layer goes dense; 0: nothing is checked.
+        unprofitable: what runs where the costs of the GPU say that sparse would take longer than dense, unless the
+            request says otherwise: ``dense``, or ``sparse`` as asked. On a CPU nothing is known of costs.
         decode_in_batches: on a GPU, serve the sparse decode rows of a step at once, inside CUDA graphs; false saves
             their memory and start-up time, and serves one request after the other between PIECEWISE graphs.
         decode_list_tokens: tokens of the longest decode list that a GPU server keeps room for and CUDA graphs hold;
-            requests that read more decode without them.
+            requests that ask for longer ones are refused.
         timing_interval_steps: in one of so many steps with sparse rows, selection and attention are timed; 0: never.
         recall_interval_steps: in one of so many with sparse rows of a phase, the recall of one row in one layer is
             measured; 0: never.
@@ -39,6 +41,7 @@ class ServerSettings(BaseModel):
     methods: tuple[str, ...] = Field(default=DEFAULT_METHODS, strict=False)
     min_tokens: int = Field(default=8192, ge=0)
     min_recall: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
+    unprofitable: Literal["dense", "sparse"] = "dense"
     decode_in_batches: bool = True
     decode_list_tokens: int = Field(default=4352, ge=16, le=1 << 24)
     timing_interval_steps: int = Field(default=100, ge=0)

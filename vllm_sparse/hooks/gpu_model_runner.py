@@ -32,16 +32,24 @@ def install() -> None:
         TABLE.dummy_step = dummy_run
         graphs = current_graphs()
         if graphs is not None:
-            graphs.step = None
+            graphs.step, graphs.may_replay = None, False
         if batch is not None and uniform_tokens is not None and not graphs_hold(batch.idx_mapping_np):
             uniform_tokens = None
+        has_graphs = graphs is not None and bool(graphs.sizes)
+        TABLE.full_graph = has_graphs and batch is not None and uniform_tokens is not None
         return batch, uniform_tokens
 
     GPUModelRunner.gather_batch_req_state = gather_batch_req_state
 
 
 def graphs_hold(slots: np.ndarray) -> bool:
-    """Whether a step of the requests in these slots may replay a FULL graph."""
-    requests = TABLE.sparse_decodes(slots)
+    """Whether a step of the requests in these slots may replay a FULL graph, which then is chosen for sparse rows."""
+    # Those of which no graph holds a row, and which is dense, do not matter.
+    requests = [request for request in TABLE.sparse_decodes(slots) if request.leaves_graphs]
     graphs = current_graphs()
-    return not requests or (graphs is not None and graphs.holds(requests, len(slots)))
+    if not requests:
+        return True
+    if graphs is None or not graphs.holds(requests, len(slots)):
+        return False
+    graphs.may_replay = True
+    return True

@@ -1,7 +1,7 @@
 """vLLM's `ModelCudaGraphManager` (runner V2): it also captures and replays the graphs of sparse decode steps.
 
-vLLM captures one FULL graph for each batch size. Not needed any more once a backend can have several of each size and
-name the one to replay.
+vLLM captures one FULL graph for each batch size, and pads a step to the next of its sizes. Not needed any more once a
+backend can have several graphs of some sizes and name the one to replay.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from vllm_sparse.backend.decode_graphs import current_graphs
+from vllm_sparse.backend.decode_graphs import captured_sizes, current_graphs
 
 
 def install() -> None:
-    """Wrap the capture and the replay of FULL graphs."""
+    """Wrap the capture, the choice and the replay of FULL graphs."""
     from vllm.config.compilation import CUDAGraphMode
     from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 
-    capture, run = ModelCudaGraphManager.capture, ModelCudaGraphManager.run_fullgraph
+    capture, dispatch = ModelCudaGraphManager.capture, ModelCudaGraphManager.dispatch
+    run = ModelCudaGraphManager.run_fullgraph
     if hasattr(run, "__wrapped__"):
         return
 
@@ -36,22 +37,35 @@ def install() -> None:
         ]
         if not shapes:
             return
+        sizes = [shape.num_reqs for shape in shapes]
+        # Ranks of data parallelism pad alike, those whose steps are dense too: there each size is needed.
+        one_rank = self.vllm_config.parallel_config.data_parallel_size == 1
+        graphs.sizes = captured_sizes(sizes) if one_rank else sorted(set(sizes))
         try:
-            self._capture_descs = {CUDAGraphMode.FULL: shapes}
             for name in graphs.launches:
                 self.graphs = graphs.captured[name] = {}
+                kept = set(graphs.sizes_of(name))
+                self._capture_descs = {CUDAGraphMode.FULL: [shape for shape in shapes if shape.num_reqs in kept]}
                 graphs.capturing = name
                 kwargs["progress_bar_desc"] = f"Capturing CUDA graphs of sparse decode steps, {name}"
                 capture(self, *args, **kwargs)
-            graphs.most_rows = max(shape.num_reqs for shape in shapes)
         finally:
             graphs.capturing = None
             self.graphs, self._capture_descs = own_graphs, own_shapes
 
+    @functools.wraps(dispatch)
+    def dispatch_padded(self: Any, num_reqs: int, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        desc = dispatch(self, num_reqs, num_tokens, *args, **kwargs)
+        graphs = current_graphs()
+        if graphs is None or desc.cg_mode != CUDAGraphMode.FULL:
+            return desc
+        size = graphs.padded(desc.num_reqs)
+        return desc if size == desc.num_reqs else dispatch(self, size, size, *args, **kwargs)
+
     @functools.wraps(run)
     def run_fullgraph(self: Any, desc: Any) -> Any:
         graphs = current_graphs()
-        name = None if graphs is None else graphs.prepare()
+        name = None if graphs is None else graphs.prepare(desc.num_reqs)
         if graphs is None or name is None:
             return run(self, desc)
         own = self.graphs
@@ -63,5 +77,5 @@ def install() -> None:
         graphs.replayed(name, desc.num_reqs)
         return output
 
-    ModelCudaGraphManager.capture = capture_all
+    ModelCudaGraphManager.capture, ModelCudaGraphManager.dispatch = capture_all, dispatch_padded
     ModelCudaGraphManager.run_fullgraph = run_fullgraph

@@ -25,7 +25,7 @@ from vllm_sparse.methods.knobs import (
     RecentTokens,
     SinkTokens,
 )
-from vllm_sparse.methods.prefill import Layer, PrefillMethod
+from vllm_sparse.methods.prefill import Layer, PrefillMethod, mean_reach
 from vllm_sparse.step.roles import Role
 
 PAGE_TOKENS = 32
@@ -57,6 +57,10 @@ class PrefillBaseline(PrefillMethod):
     @property
     def exactly_dense(self) -> bool:
         return self.density >= 1
+
+    def read_tokens(self, query_tokens: int, seq_len: int) -> float:
+        reach = mean_reach(query_tokens, seq_len)
+        return min(max(self.density * reach, self.sink_tokens + self.recent_tokens + self.query_block_tokens), reach)
 
     @abstractmethod
     def page_scores(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
@@ -90,6 +94,7 @@ class DecodeBaseline(TopTokensMethod):
 
     # A baseline to compare with. Each decode method takes CUDA graphs of its own, and so time at start-up.
     enabled_by_default: ClassVar[bool] = False
+    shares_lists: ClassVar[bool] = False
 
     budget_tokens: BudgetTokens = 2048
     sink_tokens: SinkTokens = 16

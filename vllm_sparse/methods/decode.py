@@ -10,6 +10,7 @@ import numpy as np
 
 from vllm_sparse.methods.knobs import KnobError
 from vllm_sparse.methods.method import Method
+from vllm_sparse.step.roles import Role
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.page_summaries import SummaryKind
     from vllm_sparse.keys import PagedKeys
     from vllm_sparse.pages import PageList
-    from vllm_sparse.step.roles import Role
     from vllm_sparse.step.rows import DecodeMemory, DecodeRows, RowsPlace, ServerSize, TokenLists
 
 
@@ -59,6 +59,11 @@ class DecodeMethod(Method):
         """
         return None
 
+    @property
+    def candidate_tokens(self) -> int:
+        """Tokens whose keys a choice reads beside the scores of the whole context, to choose among them; 0: none."""
+        return 0
+
     @abstractmethod
     def layer_roles(self, num_layers: int) -> list[Role]:
         """Role of each layer: what a row reads there, and whether it writes a list.
@@ -90,6 +95,8 @@ class BatchDecodeMethod(DecodeMethod):
 
     scores_tokens: ClassVar[bool] = False
     """`choose_rows` scores whole contexts and needs room for that."""
+    shares_lists: ClassVar[bool] = True
+    """With some knobs a layer reads a list that another one wrote; where not, graphs of any roles launch less."""
 
     def serves(self, method: DecodeMethod, max_seq_len: int) -> bool:
         """Whether `choose_rows` serves a request; otherwise it is served one by one, on a GPU too.
@@ -180,3 +187,16 @@ class TopTokensMethod(BatchDecodeMethod):
 
     def row_knobs(self) -> tuple[int, ...]:
         return self.budget_tokens, self.sink_tokens, self.recent_tokens
+
+
+def choosing_in_each_layer(dense_layers: int, num_layers: int) -> list[Role]:
+    """Roles where each layer after the first `dense_layers` reads a list of its own.
+
+    Raises:
+        KnobError: no layer is left that reads one.
+    """
+    if dense_layers >= num_layers:
+        raise KnobError(
+            "dense_layers", dense_layers, f"this model has {num_layers} layers, so 0 to {num_layers - 1} are allowed"
+        )
+    return [Role.DENSE] * dense_layers + [Role.WRITE_AND_READ] * (num_layers - dense_layers)

@@ -25,7 +25,7 @@ from vllm_sparse.methods.knobs import (
     SinkTokens,
     heads_with_scores,
 )
-from vllm_sparse.methods.prefill import Layer, PrefillMethod
+from vllm_sparse.methods.prefill import Layer, PrefillMethod, tokens_with_dense_tail
 
 # The key block of the paper's second version. Finer pages double the score map and the lists, while the executor gains
 # nothing: key blocks of 16 give each page the better of two.
@@ -122,6 +122,12 @@ class Dhsa(PrefillMethod):
     @property
     def exactly_dense(self) -> bool:
         return self.budget_tokens == UNBOUNDED_TOKENS or (self.budget_tokens == 0 and self.density >= 1)
+
+    def read_tokens(self, query_tokens: int, seq_len: int) -> float:
+        block = self.query_block_tokens
+        kept = max(self.budget_tokens or self.density * seq_len, self.sink_tokens + self.recent_tokens + block)
+        tail = -(-self.dense_tail_tokens // block) * block
+        return tokens_with_dense_tail(kept, tail, query_tokens, seq_len)
 
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         context, query_heads = keys.seq_len, query.shape[1]

@@ -18,9 +18,13 @@ from vllm_sparse.kernels.flex_pattern import pooled_distance
 from vllm_sparse.kernels.page_list import query_blocks
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.knobs import KNOBS, DenseLayers, KnobError, ListPer, QueryBlockTokens
-from vllm_sparse.methods.prefill import Layer, PrefillMethod
+from vllm_sparse.methods.prefill import Layer, PrefillMethod, density_at, mean_reach
 
 BLOCK_TOKENS = 128
+# Density at 8K, where 4096 keys are in reach on average, was 0.42 at gamma 0.9, 0.50 at 0.95 and 0.61 at 0.98; at 32K
+# it was 0.27, 0.35 and 0.46, means over chunks (Qwen2.5-Coder-0.5B, docs/methods.md): about 1 - (1 - gamma) ** 0.24,
+# falling by this power of the keys in reach.
+DENSITY_EXPONENT, DENSITY_BY_REACH = 0.24, 0.33
 
 
 @dataclass(frozen=True, config=KNOBS)
@@ -72,6 +76,15 @@ class FlexPrefill(PrefillMethod):
     @property
     def exactly_dense(self) -> bool:
         return self.gamma >= 1 and self.max_budget_tokens == 1 << 24
+
+    def read_tokens(self, query_tokens: int, seq_len: int) -> float:
+        reach = mean_reach(query_tokens, seq_len)
+        # Columns and diagonals.
+        least, most = 2 * self.min_budget_tokens, 2 * self.max_budget_tokens
+        density: float = 1 - (1 - self.gamma) ** DENSITY_EXPONENT
+        if self.gamma < 1:
+            density = density_at(reach, density, DENSITY_BY_REACH)
+        return min(max(density * reach, least), most, reach)
 
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         chunk, heads, head_size = query.shape

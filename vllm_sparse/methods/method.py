@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class Method(ABC):
@@ -24,6 +24,15 @@ class Method(ABC):
     def fingerprint(self) -> str:
         """What the choice depends on beside the knobs, such as a file's content; cached blocks are kept apart by it."""
         return ""
+
+    @classmethod
+    def knobs_of_files(cls, knobs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Knobs that files named by other knobs hold; they count where a knob is not given.
+
+        Args:
+            knobs: as given, not checked.
+        """
+        return {}
 
     def check_defaults(self, num_layers: int, num_query_heads: int) -> None:  # noqa: B027
         """Check knobs as the server's configuration sets them: against the model and against one another.

@@ -32,6 +32,35 @@ class Layer:
     prompt_tokens: int | None = None
 
 
+# Of the real texts of 8K tokens whose densities methods expect.
+MEASURED_REACH_TOKENS = 4096
+
+
+def mean_reach(query_tokens: int, seq_len: int) -> float:
+    """Keys in reach of a query of a prompt chunk, mean over the chunk; arguments as of `PrefillMethod.read_tokens`."""
+    return seq_len - (query_tokens - 1) / 2
+
+
+def density_at(reach_tokens: float, measured_density: float, exponent: float) -> float:
+    """Density with so many keys in reach: that at `MEASURED_REACH_TOKENS`, falling by a power of the reach."""
+    density: float = measured_density * (MEASURED_REACH_TOKENS / reach_tokens) ** exponent
+    return density
+
+
+def tokens_with_dense_tail(kept_tokens: float, tail_tokens: int, query_tokens: int, seq_len: int) -> float:
+    """Mean of keys read where the last queries of a prompt chunk read everything in reach.
+
+    Args:
+        kept_tokens: that the other queries read, at most.
+        tail_tokens: last queries, rounded up to query blocks.
+        query_tokens: of the prompt chunk.
+        seq_len: tokens in the request's cache, those of the chunk included.
+    """
+    reach = mean_reach(query_tokens, seq_len)
+    tail = min(tail_tokens / query_tokens, 1.0)
+    return (1 - tail) * min(kept_tokens, reach) + tail * reach
+
+
 class PrefillMethod(Method):
     """Chooses the pages that each query block of a prompt chunk may read."""
 
@@ -53,6 +82,17 @@ class PrefillMethod(Method):
     def min_query_tokens(self) -> int:
         """Shorter prompt chunks run dense: choosing would cost as much as the chunk."""
         return 2 * self.query_block_tokens
+
+    @abstractmethod
+    def read_tokens(self, query_tokens: int, seq_len: int) -> float:
+        """Keys that a query of a prompt chunk reads, mean over the chunk, by which a server decides whether it pays.
+
+        Where it depends on the text, what was found on real texts.
+
+        Args:
+            query_tokens: of the prompt chunk.
+            seq_len: tokens in the request's cache, those of the chunk included.
+        """
 
     def list_heads(self, query_heads: int, kv_heads: int) -> int:
         """Number of heads that have lists of their own."""

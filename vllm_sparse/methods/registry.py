@@ -17,10 +17,11 @@ from vllm_sparse.methods.random_pages import RandomDecode, RandomPages
 from vllm_sparse.methods.sale import Sale
 from vllm_sparse.methods.streaming import Streaming, StreamingDecode
 from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.methods.token_topk import TokenTopk
 
 _CLASSES: tuple[type[PrefillMethod | DecodeMethod], ...] = (
     *(FlexPrefill, Sale, Dhsa, Hip),
-    *(Tidal, HipDecode, BlockTopk),
+    *(Tidal, HipDecode, BlockTopk, TokenTopk),
     *(Streaming, StreamingDecode),
     *(RandomPages, RandomDecode, Oracle, OracleDecode),
 )

@@ -13,7 +13,7 @@ from vllm_sparse.kernels.top_tokens import TokenBudget, top_pages, top_tokens
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.decode import LayerMemory, TopTokensMethod
 from vllm_sparse.methods.knobs import KNOBS, UNBOUNDED_TOKENS, DenseLayers, ListPer, QueryBlockTokens, SinkTokens
-from vllm_sparse.methods.prefill import Layer, PrefillMethod
+from vllm_sparse.methods.prefill import Layer, PrefillMethod, mean_reach
 from vllm_sparse.pages import PageList
 from vllm_sparse.step.roles import Role
 from vllm_sparse.step.rows import DecodeRows, RowScores, RowsPlace, TokenLists
@@ -50,6 +50,10 @@ class Streaming(PrefillMethod):
     @property
     def exactly_dense(self) -> bool:
         return self.recent_tokens == UNBOUNDED_TOKENS
+
+    def read_tokens(self, query_tokens: int, seq_len: int) -> float:
+        kept = self.sink_tokens + self.recent_tokens + self.query_block_tokens
+        return min(kept, mean_reach(query_tokens, seq_len))
 
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         """Kept pages of 32 tokens, perhaps some of the future: bool ``[1, query_blocks, pages]``."""

@@ -17,7 +17,8 @@ class GraphObserver:
     """Measures replays.
 
     Args:
-        launches: of each layer, by the name of the graphs.
+        launches: of each layer with the knobs that the server's configuration sets, by the name of the graphs. Layers
+            that then launch the same are timed as one.
         reading_layers: layers in which all methods of a graph read lists, by the name of the graphs.
         lists: of the graphs' rows.
         kv_heads: lists of a row.

@@ -26,7 +26,7 @@ from pathlib import Path
 from vllm_sparse.methods.registry import DECODE_METHODS, PREFILL_METHODS
 from vllm_sparse.quality.corpus import Corpus
 from vllm_sparse.quality.journal import NAME, Journal, JournalError, Run
-from vllm_sparse.quality.launch import Launch, StartError, serving
+from vllm_sparse.quality.launch import Launch, serving
 from vllm_sparse.quality.measures.answers import answer_jobs, question_jobs
 from vllm_sparse.quality.measures.context import Context
 from vllm_sparse.quality.measures.decoding import decoding_jobs
@@ -56,6 +56,7 @@ from vllm_sparse.quality.variants import (
     least_preset_tokens,
     parse_variant,
 )
+from vllm_sparse.server_process import StartError
 
 MEASURES = ("speed", "answers", "language", "decoding", "generation", "recall")
 """In the order in which they run: what is timed runs alone."""

@@ -45,8 +45,9 @@ class Limits:
     Attributes:
         least_mean_difference: of the mean score, variant minus dense, all kinds of task together.
         least_interval_end: lower end of that difference's 95 % interval.
-        least_kinds, least_prompts_per_kind: so many kinds of task with so many pairs each decide; a kind in which
-            dense scores too low to show a loss does not count.
+        least_kinds, least_prompts_per_kind: so many kinds of task with so many pairs each decide that tasks pass; a
+            kind in which dense scores too low to show a loss does not count. A loss whose whole interval lies beyond
+            `least_mean_difference` fails on fewer.
         most_loss_difference_nats: of the mean -log p of the last half of texts, variant minus dense.
         least_texts: so many texts decide, of code and of prose together, with some of either.
         most_divergence_nats: mean KL to dense, told the dense history.
@@ -146,15 +147,20 @@ def _tasks(cells: Sequence[Cell], limits: Limits) -> tuple[Outcome, str]:
     kinds = [one for one in cells if one.kind != ALL_KINDS]
     able = [one for one in kinds if not one.dense_too_low]
     enough = [one for one in able if one.difference.pairs >= limits.least_prompts_per_kind]
-    difference = whole.difference
+    mean, difference, interval = whole.difference.mean, whole.difference, whole.difference.interval
     if len(enough) < limits.least_kinds:
+        # Too few kinds to show that nothing is lost, not too few to show that something is.
+        if interval is not None and interval[1] < limits.least_mean_difference:
+            return Outcome.FAILED, (
+                f"score {mean:+.3f} (at least {limits.least_mean_difference:+g}), all of its interval "
+                f"[{interval[0]:+.3f}, {interval[1]:+.3f}] below that, {difference.pairs} prompts"
+            )
         idle = len(kinds) - len(able)
         left_out = f"; {idle} more cannot show a loss" if idle else ""
         return Outcome.TOO_FEW, (
             f"{len(enough)} kinds have {limits.least_prompts_per_kind} prompts, {limits.least_kinds} are needed "
             f"({', '.join(f'{one.kind} {one.difference.pairs}' for one in able) or 'none'}{left_out})"
         )
-    mean, interval = whole.difference.mean, difference.interval
     if interval is None:
         return Outcome.TOO_FEW, (
             f"{difference.documents} documents, an interval needs {LEAST_DOCUMENTS} (mean {mean:+.3f})"

@@ -5,26 +5,18 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from vllm_sparse.config.settings import ServerConfig
+from vllm_sparse.server_process import running
 
 LOG_NAME = "server.log"
 START_LIMIT_S = 1800
-LAST_LOG_LINES = 25
-
-
-class StartError(RuntimeError):
-    """The server did not start; the message has the end of its log."""
 
 
 @dataclass(frozen=True)
@@ -71,23 +63,11 @@ def serving(launch: Launch, folder: Path) -> Iterator[str]:
         StartError: it ended, or was not ready in time.
     """
     port = _free_port()
-    log = folder / LOG_NAME
+    url = f"http://127.0.0.1:{port}"
     # Its own routes are loaded only where the plugin is named.
     environment = {**os.environ, "VLLM_PLUGINS": "sparse"}
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            launch.command(port), stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-    try:
-        _wait_until_ready(process, f"http://127.0.0.1:{port}", log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    with running(launch.command(port), url, folder / LOG_NAME, START_LIMIT_S, environment):
+        yield url
 
 
 def _free_port() -> int:
@@ -95,21 +75,3 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    end = time.monotonic() + START_LIMIT_S
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            raise StartError(f"vllm serve ended with status {process.returncode}. The end of {log}:\n{_end_of(log)}")
-        try:
-            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.5)
-    raise StartError(f"vllm serve was not ready after {START_LIMIT_S} s. The end of {log}:\n{_end_of(log)}")
-
-
-def _end_of(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LOG_LINES:])

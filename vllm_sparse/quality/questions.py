@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from vllm_sparse.quality.tasks.task import Task
+from vllm_sparse.quality.tasks.task import Scoring, Task
 
 FIELDS = ("messages", "prompt", "answers", "kind", "answer_prefix", "answer_tokens", "scoring")
-SCORINGS = ("share_found", "number", "words_in_order")
+SCORINGS = get_args(Scoring)
 ANSWER_TOKENS = 128
 
 

@@ -16,6 +16,7 @@ from vllm_sparse.config.names import DENSE, is_sparse_key
 from vllm_sparse.config.request import ALL_DENSE, RESOLVED_KEY, ParamsByLength, SparseParams, resolve_by_length
 from vllm_sparse.config.salt import SALT_MARK, cache_salt
 from vllm_sparse.config.server import server_config, uses_sparse_backend
+from vllm_sparse.server.decode_room import check_request
 from vllm_sparse.server.runtime_config import running_config
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def resolve_for(vllm_config: VllmConfig, extras: Mapping[str, Any]) -> ParamsByL
     """Resolve a request's extras for a server, for prompts of every length.
 
     Raises:
-        SparseParamsError: the settings are wrong, or the server runs another attention backend.
+        SparseParamsError: the settings are wrong, the server runs another attention backend, or its CUDA graphs have no
+            room for the request.
     """
     if not uses_sparse_backend(vllm_config):
         keys = _sparse_keys(extras)
@@ -67,7 +69,9 @@ def resolve_for(vllm_config: VllmConfig, extras: Mapping[str, Any]) -> ParamsByL
             )
         return ParamsByLength(DENSE, ((0, ALL_DENSE),))
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-    return resolve_by_length(extras, running_config(server_config(vllm_config)).config, num_layers)
+    settings = resolve_by_length(extras, running_config(server_config(vllm_config)).config, num_layers)
+    check_request(vllm_config, extras, settings)
+    return settings
 
 
 def _as_vllm_error(error: SparseParamsError) -> Exception:

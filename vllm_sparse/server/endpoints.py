@@ -6,9 +6,9 @@ from argparse import Namespace
 from typing import Any
 
 from fastapi import FastAPI
-from vllm.platforms import current_platform
 
 from vllm_sparse.config.server import server_config, uses_sparse_backend
+from vllm_sparse.server.decode_room import has_decode_graphs
 from vllm_sparse.server.routes import config, methods, stats
 from vllm_sparse.server.runtime_config import ROUTES_NAME, Served
 
@@ -35,5 +35,5 @@ class SparseEndpoints:
                 model.get_total_num_hidden_layers(),
                 model.model_arch_config.total_num_attention_heads,
                 model.max_model_len,
-                start.decode_in_batches and current_platform.is_cuda() and not model.enforce_eager,
+                has_decode_graphs(vllm_config),
             )

@@ -24,8 +24,9 @@ from vllm_sparse.config.names import METHODS, PHASES
 from vllm_sparse.config.request import configured_method, resolve_by_length
 from vllm_sparse.config.server import check_settings
 from vllm_sparse.config.settings import ServerConfig
-from vllm_sparse.methods.decode import BatchDecodeMethod, DecodeMethod
+from vllm_sparse.methods.decode import DecodeMethod
 from vllm_sparse.methods.registry import DECODE_METHODS
+from vllm_sparse.server.decode_room import why_not_held
 from vllm_sparse.shared_directory import announce
 
 # Handed to child processes through the environment, not meant to be set by users.
@@ -35,7 +36,7 @@ ROUTES_NAME = "sparse"
 FILE, LOCK = "config.json", "lock"
 
 # The others size memory and CUDA graphs, or are read by the workers at their start.
-CHANGEABLE_SETTINGS = ("preset", "prefill", "decode", "min_tokens", "min_recall", *METHODS)
+CHANGEABLE_SETTINGS = ("preset", "prefill", "decode", "min_tokens", "min_recall", "unprofitable", *METHODS)
 
 
 class FixedSettingError(ValueError):
@@ -207,13 +208,6 @@ def _check_graphs(served: Served, config: ServerConfig) -> None:
     """
     if not served.decode_graphs:
         return
-    if config.min_recall and not served.start.min_recall:
-        raise FixedSettingError(
-            f"min_recall is {config.min_recall!r}: this server's CUDA graphs hold no guard, so requests would decode "
-            "without them, slower than before; start the server again with it in --additional-config, or set "
-            "sparse_min_recall per request"
-        )
-    room = config.decode_list_tokens
     changed: list[tuple[str, DecodeMethod]] = [
         (f"object sparse.{name}", _decode_method(config, name)) for name in DECODE_METHODS if name in config.methods
     ]
@@ -222,26 +216,12 @@ def _check_graphs(served: Served, config: ServerConfig) -> None:
         (f"sparse.preset {config.preset}", params.decode) for _, params in by_default.tiers if params.decode is not None
     ]
     for setting, after in changed:
-        before = _decode_method(served.start, after.name)
-        if not isinstance(before, BatchDecodeMethod):
-            continue
-        assert isinstance(after, BatchDecodeMethod)
-        if not before.serves(before, served.max_seq_len):
-            continue
-        if not before.serves(after, served.max_seq_len):
-            found = "this server's CUDA graphs and their memory do not serve these knobs"
-        elif before.layer_roles(served.num_layers) != after.layer_roles(served.num_layers):
-            found = "with these knobs other layers choose or read lists than in this server's CUDA graphs"
-        elif before.longest_list_tokens <= room < after.longest_list_tokens:
-            found = (
-                f"lists of {after.longest_list_tokens} tokens are longer than decode_list_tokens, {room}, of this "
-                "server's CUDA graphs"
-            )
-        else:
+        found = why_not_held(served.start, after, served.max_seq_len)
+        if found is None:
             continue
         raise FixedSettingError(
             f"{setting}: {found}, so requests would decode without them, slower than before; start the "
-            "server again with it in --additional-config, or set the knobs per request"
+            "server again with it in --additional-config"
         )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from vllm_sparse.methods.decode import BatchDecodeMethod, DecodeMethod
     from vllm_sparse.methods.prefill import PrefillMethod
+    from vllm_sparse.step.costs import StepCosts
 
 
 class DenseReason(StrEnum):
@@ -35,6 +36,7 @@ class DenseReason(StrEnum):
         "low_recall",
         "at least one of its layers, because lists kept less of the attention mass there than its sparse_min_recall",
     )
+    UNPROFITABLE = "unprofitable", "it would take longer sparse, by what the GPU's costs predict"
 
     def __new__(cls, value: str, sentence: str) -> DenseReason:
         """A member."""
@@ -61,7 +63,12 @@ class ScoringRoom:
 
 
 def why_prefill_is_dense(
-    method: PrefillMethod, min_tokens: int, query_tokens: int, seq_len: int, has_sparse_layers: bool = True
+    method: PrefillMethod,
+    min_tokens: int,
+    query_tokens: int,
+    seq_len: int,
+    has_sparse_layers: bool = True,
+    costs: StepCosts | None = None,
 ) -> DenseReason | None:
     """Why a prompt chunk runs dense; None if it is sparse.
 
@@ -71,12 +78,15 @@ def why_prefill_is_dense(
         query_tokens: tokens of the prompt chunk.
         seq_len: tokens in the request's cache, this step's included.
         has_sparse_layers: the guard has not sent all of the method's sparse layers dense.
+        costs: of the server's GPU; None: the request is sparse whether or not it pays.
     """
     if seq_len < min_tokens:
         return DenseReason.SHORT_CONTEXT
     if query_tokens < method.min_query_tokens:
         return DenseReason.SHORT_PROMPT_CHUNK
-    return None if has_sparse_layers else DenseReason.LOW_RECALL
+    if not has_sparse_layers:
+        return DenseReason.LOW_RECALL
+    return None if costs is None or costs.chunk_pays(method, query_tokens, seq_len) else DenseReason.UNPROFITABLE
 
 
 def longest_dense_seq_len(method: DecodeMethod, min_tokens: int) -> int:
@@ -96,6 +106,7 @@ def why_decode_is_dense(
     speculative: bool = False,
     room: ScoringRoom | None = None,
     has_sparse_layers: bool = True,
+    pays: bool = True,
 ) -> DenseReason | None:
     """Why a decode row runs dense; None if it is sparse.
 
@@ -106,6 +117,7 @@ def why_decode_is_dense(
         speculative: the row verifies drafted tokens.
         room: of rows that are served at once, asked in their order; None for a row that is served alone.
         has_sparse_layers: the guard has not sent all layers dense that read lists.
+        pays: the row by itself is not slower than dense.
     """
     if speculative:
         return DenseReason.SPECULATIVE
@@ -113,6 +125,8 @@ def why_decode_is_dense(
         return DenseReason.SHORT_CONTEXT
     if not has_sparse_layers:
         return DenseReason.LOW_RECALL
+    if not pays:
+        return DenseReason.UNPROFITABLE
     # Rows that are served at once have methods of this kind.
     if room is not None and not room.take(seq_len if cast("BatchDecodeMethod", method).scores_tokens else 0):
         return DenseReason.NO_ROOM

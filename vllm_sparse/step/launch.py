@@ -64,3 +64,12 @@ class LayerLaunches:
     writing_ahead: tuple[int, ...]
     writing_here: tuple[int, ...]
     reading: bool
+
+    def holds(self, needed: LayerLaunches) -> bool:
+        """Whether all that rows need in the layer is launched; launches that a row does not need leave it alone."""
+        return (
+            self.dense >= needed.dense
+            and self.reading >= needed.reading
+            and {*needed.writing_ahead} <= {*self.writing_ahead}
+            and {*needed.writing_here} <= {*self.writing_here}
+        )

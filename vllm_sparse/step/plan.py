@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_sparse.step.eligibility import DenseReason, ScoringRoom, why_decode_is_dense, why_prefill_is_dense
 from vllm_sparse.step.roles import reading_layers
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.page_summaries import SummaryKind
     from vllm_sparse.methods.decode import DecodeMethod, LayerMemory
     from vllm_sparse.methods.prefill import PrefillMethod
+    from vllm_sparse.step.costs import RowGain, StepCosts
     from vllm_sparse.step.guard import RequestGuard
     from vllm_sparse.step.requests import RowSetting, SparseRequest
     from vllm_sparse.step.roles import Role
@@ -25,9 +27,8 @@ if TYPE_CHECKING:
 Fallback = tuple[str, str, DenseReason]
 
 
-@dataclass(frozen=True)
-class RowSpan:
-    """A request's place in the step's tensors.
+class RowSpan(NamedTuple):
+    """A request's place in the step's tensors; a tuple, because large batches make many.
 
     Attributes:
         row: index in the batch.
@@ -104,7 +105,11 @@ class BatchRow:
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """A request whose new keys are summarised, sparse or dense, in the layers in which its decode method chooses."""
+    """A request whose new keys are summarised in the layers in which its decode method chooses.
+
+    A sparse decode row's are in each step. A dense one's are when they fill a block, all of them: until then nobody
+    reads its summaries, and a row that becomes sparse summarises the block that it is in.
+    """
 
     span: RowSpan
     method: DecodeMethod
@@ -149,12 +154,20 @@ class PlanLimits:
         speculative: the server drafts tokens; verification rows run dense.
         scored_tokens: tokens that there is room to score of decode rows that are served at once.
         serves_at_once: whether decode rows with a method are served at once.
+        costs: of the server's GPU; None: rows are sparse whether or not it pays.
+        full_graph: the step replays a FULL CUDA graph.
+        graphs_hold: whether CUDA graphs hold decode rows of requests in a step of so many rows.
+        block_tokens: of a KV-cache block. A dense decode row's keys are summarised as it fills a block.
     """
 
     num_layers: int
     speculative: bool = False
     scored_tokens: int = 0
     serves_at_once: Callable[[DecodeMethod], bool] = lambda method: False
+    costs: StepCosts | None = None
+    full_graph: bool = False
+    graphs_hold: Callable[[Sequence[SparseRequest], int], bool] = lambda requests, rows: True
+    block_tokens: int = 1
 
 
 def plan_step(
@@ -173,15 +186,14 @@ def plan_step(
     assert common.seq_lens_cpu_upper_bound is not None
     seq_lens = common.seq_lens_cpu_upper_bound.tolist()
     prefilling = [] if common.is_prefilling is None else common.is_prefilling.tolist()
-    spans = tuple(
-        RowSpan(row, starts[row], starts[row + 1] - starts[row], seq_lens[row])
-        for row in range(common.num_reqs)
-        if starts[row + 1] > starts[row]
-    )
+    lengths = [end - start for start, end in itertools.pairwise(starts)]
+    spans = tuple(map(RowSpan._make, zip(range(common.num_reqs), starts, lengths, seq_lens, strict=False)))
+    if 0 in lengths:
+        spans = tuple(span for span in spans if span.query_tokens > 0)
     summarising: list[SummaryRow] = []
     prefill: list[PrefillRow] = []
-    decode: list[DecodeRow] = []
-    batch: list[BatchRow] = []
+    candidates: list[_Candidate] = []
+    gains = _Gains()
     fallbacks: Counter[Fallback] = Counter()
     room = ScoringRoom(limits.scored_tokens)
     for span in spans:
@@ -189,18 +201,17 @@ def plan_step(
         if request is None:
             continue
         params, guard = request.params, request.guard
-        if params.decode is not None and params.decode.summaries is not None and not limits.speculative:
-            roles = layer_roles(params.decode, limits.num_layers)
-            summarising.append(SummaryRow(span, params.decode, params.decode.summaries, roles))
+        costs = limits.costs if params.unprofitable == "dense" else None
         in_prompt = span.row < len(prefilling) and prefilling[span.row]
         if in_prompt or (span.query_tokens > 1 and not limits.speculative):
+            _summarise(summarising, span, request, limits)
             if params.prefill is None:
                 continue
             sparse = range(params.prefill.dense_layers, limits.num_layers)
             still_sparse = sparse if guard is None else guard.sparse_layers(sparse)
             has_sparse_layers = guard is None or bool(still_sparse)
             reason = why_prefill_is_dense(
-                params.prefill, params.min_tokens, span.query_tokens, span.seq_len, has_sparse_layers
+                params.prefill, params.min_tokens, span.query_tokens, span.seq_len, has_sparse_layers, costs
             )
             if reason is None:
                 prefill.append(PrefillRow(span, params.prefill, guard, request.prompt_tokens))
@@ -213,6 +224,13 @@ def plan_step(
             if of_method is None:
                 of_method = request.roles = layer_roles(params.decode, limits.num_layers)
             roles = of_method if guard is None else guard.roles(of_method)
+            pays, gain = True, None
+            if costs is not None:
+                known = request.gain
+                if known is None or known.roles is not roles:
+                    known = _learn_gain(request, roles, at_once, costs, limits)
+                gain = known.at(span.seq_len)
+                pays = gain > 0 if at_once else _pays_alone(request, gain, costs, limits.full_graph)
             reason = why_decode_is_dense(
                 params.decode,
                 params.min_tokens,
@@ -220,19 +238,139 @@ def plan_step(
                 limits.speculative,
                 room if at_once else None,
                 roles is of_method or bool(reading_layers(roles)),
+                pays,
             )
             if reason is None:
+                candidates.append((span, request, roles, at_once, gain))
                 if at_once:
-                    batch.append(BatchRow(span, request.row_setting(roles), guard))
-                else:
-                    decode.append(DecodeRow(span, params.decode, roles, request.memory, guard))
-                low = roles is not of_method and len(reading_layers(roles)) < len(reading_layers(of_method))
-                reason = DenseReason.LOW_RECALL if low else None
-            if reason is not None:
-                fallbacks["decode", params.decode.name, reason] += 1
+                    gains.add(request, params.decode.name, gain)
+                continue
+            fallbacks["decode", params.decode.name, reason] += 1
+            if span.seq_len % limits.block_tokens == 0:
+                _summarise(summarising, span, request, limits)
+    decode: list[DecodeRow] = []
+    batch: list[BatchRow] = []
+    all_sparse = len(candidates) == len(spans)
+    paying = None if limits.costs is None else gains.paying(all_sparse, limits.costs, limits.full_graph)
+    for span, request, roles, at_once, gain in candidates:
+        method = request.params.decode
+        assert method is not None
+        if paying is not None and at_once and gain is not None and (method.name, request.in_graph) not in paying:
+            fallbacks["decode", method.name, DenseReason.UNPROFITABLE] += 1
+            if span.seq_len % limits.block_tokens == 0:
+                _summarise(summarising, span, request, limits)
+            continue
+        _summarise(summarising, span, request, limits)
+        if at_once:
+            batch.append(BatchRow(span, request.row_setting(roles), request.guard))
+        else:
+            decode.append(DecodeRow(span, method, roles, request.memory, request.guard))
+        of_method = request.roles
+        if roles is not of_method and len(reading_layers(roles)) < len(reading_layers(of_method or ())):
+            fallbacks["decode", method.name, DenseReason.LOW_RECALL] += 1
     return StepPlan(
         limits.num_layers, spans, tuple(summarising), tuple(prefill), tuple(decode), tuple(batch), fallbacks
     )
+
+
+# A decode row that is sparse if nothing else of the step speaks against it: its place, request, roles, whether it is
+# served at once, and the seconds that it saves the step; None if it is sparse whatever the step gains.
+_Candidate = tuple[RowSpan, "SparseRequest", "tuple[Role, ...]", bool, float | None]
+
+
+class _Gains:
+    """What the rows of a step that are served at once save it together, by their methods.
+
+    Attributes:
+        held: rows that CUDA graphs hold.
+        outside: others.
+        leaving: requests of these.
+        forced: methods of rows that are sparse whatever the step gains; in `held` too.
+        has_guards: a row's layers may go dense.
+    """
+
+    def __init__(self) -> None:
+        self.held: dict[str, float] = {}
+        self.outside: dict[str, float] = {}
+        self.leaving: list[SparseRequest] = []
+        self.forced: set[str] = set()
+        self.has_guards = False
+
+    def add(self, request: SparseRequest, method: str, gain: float | None) -> None:
+        """Add a row.
+
+        Args:
+            request: of the row.
+            method: its name.
+            gain: seconds that the row saves, launches aside; None if it is sparse whatever the step gains.
+        """
+        if request.guard is not None:
+            self.has_guards = True
+        if gain is None:
+            self.forced.add(method)
+            self.held.setdefault(method, 0.0)
+        elif request.in_graph:
+            self.held[method] = self.held.get(method, 0.0) + gain
+        else:
+            self.outside[method] = self.outside.get(method, 0.0) + gain
+            self.leaving.append(request)
+
+    def paying(self, all_sparse: bool, costs: StepCosts, full_graph: bool) -> Collection[tuple[str, bool | None]]:
+        """Which rows are sparse in this step: methods, and whether graphs hold the rows.
+
+        Args:
+            all_sparse: the step has no other rows.
+            costs: of the GPU.
+            full_graph: the step replays a FULL CUDA graph.
+        """
+        if self.outside:
+            # For all of them together it may pay to leave the graphs; a step that replays one decides for the next.
+            _, least = costs.sparse_methods(self.held, self.forced, False, True)
+            names = dict.fromkeys([*self.held, *self.outside])
+            together = {name: self.held.get(name, 0.0) + self.outside.get(name, 0.0) for name in names}
+            _, gained = costs.sparse_methods(together, together, False, False)
+            leaves = gained > max(least, 0.0) + costs.margin_seconds
+            for request in self.leaving:
+                _leave_graphs(request, leaves)
+            if leaves and not full_graph:
+                return [(name, held) for name in together for held in (True, False)]
+        methods, _ = costs.sparse_methods(self.held, self.forced, all_sparse and not self.has_guards, full_graph)
+        return [(name, True) for name in methods]
+
+
+def _summarise(rows: list[SummaryRow], span: RowSpan, request: SparseRequest, limits: PlanLimits) -> None:
+    """Add a row to those whose new keys are summarised, if its decode method asks for that."""
+    if request.summaries is not None and not limits.speculative:
+        assert request.params.decode is not None
+        if request.roles is None:
+            request.roles = layer_roles(request.params.decode, limits.num_layers)
+        rows.append(SummaryRow(span, request.params.decode, request.summaries, request.roles))
+
+
+def _learn_gain(
+    request: SparseRequest, roles: tuple[Role, ...], at_once: bool, costs: StepCosts, limits: PlanLimits
+) -> RowGain:
+    """Work out once what a request's decode rows save a step, and whether graphs hold them."""
+    assert request.params.decode is not None
+    request.gain = costs.row_gain(request.params.decode, roles)
+    request.in_graph = at_once and limits.graphs_hold([request], 1)
+    return request.gain
+
+
+def _pays_alone(request: SparseRequest, gain: float, costs: StepCosts, full_graph: bool) -> bool:
+    """Whether a row that is served alone is sparse: it shares no launches, and makes a step leave the graphs."""
+    pays = gain > costs.outside_seconds
+    _leave_graphs(request, pays)
+    return pays and not full_graph
+
+
+def _leave_graphs(request: SparseRequest, leaves: bool) -> None:
+    """Say whether steps with a request's decode rows, which no CUDA graph holds, are to leave the graphs from now on.
+
+    Dense rows need not, unless their keys are to be summarised, which graphs may not do for a request that they do not
+    hold.
+    """
+    request.leaves_graphs = leaves or request.summaries is not None
 
 
 @lru_cache(maxsize=1024)

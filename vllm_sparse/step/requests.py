@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     import numpy as np
     from vllm.sampling_params import SamplingParams
 
+    from vllm_sparse.kernels.page_summaries import SummaryKind
     from vllm_sparse.methods.decode import LayerMemory
+    from vllm_sparse.step.costs import RowGain
     from vllm_sparse.step.roles import Role
 
 
@@ -56,7 +58,12 @@ class SparseRequest:
         memory: what its decode method keeps from step to step, by layer, where it is served alone.
         roles: of its decode method in the model's layers, once a step has asked: hashing a method takes longer than
             a large batch has time for.
+        gain: of its decode rows, once a step has asked.
+        in_graph: CUDA graphs hold its decode rows, once a step has asked.
+        leaves_graphs: no CUDA graph is replayed for steps with its decode rows unless it holds them; False while none
+            does and the rows are dense.
         guard: what the guard knows of it; None unless it asks for one.
+        summaries: what its decode method asks to be kept of each page's keys.
     """
 
     params: SparseParams
@@ -65,9 +72,14 @@ class SparseRequest:
     setting: RowSetting | None = None
     memory: dict[int, LayerMemory] = field(default_factory=dict)
     roles: tuple[Role, ...] | None = None
+    gain: RowGain | None = None
+    in_graph: bool | None = None
+    leaves_graphs: bool = True
     guard: RequestGuard | None = field(init=False)
+    summaries: SummaryKind | None = field(init=False)
 
     def __post_init__(self) -> None:
+        self.summaries = None if self.params.decode is None else self.params.decode.summaries
         self.guard = RequestGuard(self.params.min_recall) if self.params.min_recall else None
 
     def row_setting(self, roles: tuple[Role, ...]) -> RowSetting:
@@ -97,6 +109,8 @@ class RequestTable:
         """A model runner feeds this table."""
         self.slots_in_metadata = False
         """Rows name their slots (runner V2); else row i is slot i (runner V1)."""
+        self.full_graph = False
+        """The current step replays a FULL CUDA graph (runner V2)."""
         self.dummy_step = False
         """The current step holds no requests (runner V2's idle data-parallel steps)."""
 

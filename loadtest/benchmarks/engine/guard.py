@@ -20,7 +20,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from loadtest.benchmarks.engine.latency import Case, make_prompt, run_together
+from loadtest.benchmarks.engine.latency import AS_ASKED, Case, make_prompt, run_together
 from loadtest.offline import engine, read_totals
 
 CHECKS, LAYERS = "vllm_sparse_guard_checks_total", "vllm_sparse_guard_layers_total"
@@ -98,7 +98,7 @@ def main() -> None:
     variants: dict[str, dict[str, Any]] = {}
     for variant in arguments.variant:
         name, _, extras = variant.partition("=")
-        variants[name] = json.loads(extras)
+        variants[name] = AS_ASKED | json.loads(extras)
     chosen = {
         method
         for extras in variants.values()

@@ -70,7 +70,7 @@ class DecodeBatch:
         """Summaries of all rows' keys, by physical block, as a server has stored them by the time that it decodes."""
         blocks, kv_heads, block_size, double_head_size = self.kv_cache.shape
         shape = blocks, kv_heads, block_size // kind.page_tokens, kind.width(double_head_size // 2)
-        stored = torch.empty(shape, dtype=self.kv_cache.dtype, device=self.kv_cache.device)
+        stored = torch.empty(shape, dtype=kind.dtype(self.kv_cache.dtype), device=self.kv_cache.device)
         for row, context in enumerate(self.seq_lens):
             keys = self.keys(row, context)
             keys.summaries = stored

@@ -2,6 +2,7 @@
 
     python -m loadtest.benchmarks.kernels.decode --batches 1 8 --lengths 32768 131072 --budgets 2048 4096
     python -m loadtest.benchmarks.kernels.decode --heads recorded --batches 4 --lengths 32768 --budgets 1024
+    python -m loadtest.benchmarks.kernels.decode --methods blocktopk 'blocktopk={"candidate_factor": 4}'
 
 * selection: the choice of all rows' lists; attention: the executor over them, with its floor, the bytes of the lists
   over the memory's speed (and a launch on a GPU), and how many floors it took.
@@ -28,8 +29,9 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,6 +88,38 @@ class Device:
 
 
 @dataclass(frozen=True)
+class MethodKnobs:
+    """A method with knobs beside its budget.
+
+    Attributes:
+        name: in the registry.
+        knobs: by their names.
+        label: as it was given.
+    """
+
+    name: str
+    knobs: Mapping[str, Any]
+    label: str
+
+
+def method_knobs(given: str) -> MethodKnobs:
+    """A method of the command line: ``NAME`` or ``NAME={"knob": value}``.
+
+    Raises:
+        argparse.ArgumentTypeError: there is no such method, or its knobs are no JSON object of knobs that it has.
+    """
+    name, _, text = given.partition("=")
+    try:
+        knobs = json.loads(text or "{}")
+        DECODE_METHODS[name](**knobs)
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{name!r} is no method; there are {', '.join(DECODE_METHODS)}") from None
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"knobs of {name}, {text!r}: {error}") from None
+    return MethodKnobs(name, knobs, given)
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One line of the table; densities and shares of 1, times in seconds."""
 
@@ -113,18 +147,30 @@ class Measurement:
     @property
     def step_seconds(self) -> float:
         """Of all layers by their roles."""
-        by_role = {
-            Role.DENSE: self.dense_seconds,
-            Role.DENSE_AND_WRITE: self.choosing_seconds,
-            Role.WRITE_AND_READ: self.choosing_seconds,
-            Role.READ: self.attention_seconds,
-        }
-        return sum(by_role[role] for role in self.roles)
+        return step_seconds(self.roles, self.selection_seconds, self.attention_seconds, self.dense_seconds)
 
     @property
     def dense_step_seconds(self) -> float:
         """Of as many dense layers."""
         return self.dense_seconds * len(self.roles)
+
+
+def step_seconds(roles: Sequence[Role], selection: float, attention: float, dense: float) -> float:
+    """Time of all layers of a step.
+
+    Args:
+        roles: of the layers.
+        selection: seconds of a choice.
+        attention: seconds of attention over lists.
+        dense: seconds of attention over everything.
+    """
+    by_role = {
+        Role.DENSE: dense,
+        Role.DENSE_AND_WRITE: selection + dense,
+        Role.WRITE_AND_READ: selection + attention,
+        Role.READ: attention,
+    }
+    return sum(by_role[role] for role in roles)
 
 
 def selection_of(method: DecodeMethod, batch: DecodeBatch, steps: int = 1) -> Selection:
@@ -223,7 +269,7 @@ def quality(method: DecodeMethod, layers: list[DecodeBatch], roles: list[Role]) 
 def measure(
     name: str,
     layers: list[DecodeBatch],
-    methods: list[str],
+    methods: list[MethodKnobs],
     budgets: list[int],
     num_layers: int,
     device: Device,
@@ -233,7 +279,7 @@ def measure(
     Args:
         name: of the heads.
         layers: all layers of a model, or one.
-        methods: names in the registry.
+        methods: to measure.
         budgets: tokens.
         num_layers: of the step that is summed up.
         device: where this runs.
@@ -241,8 +287,9 @@ def measure(
     timed = layers[-1]
     element_bytes = timed.kv_cache.element_size()
     for budget in budgets:
-        for method_name in methods:
-            method = DECODE_METHODS[method_name].with_budget(budget)
+        for entry in methods:
+            base: Any = DECODE_METHODS[entry.name].with_budget(budget)
+            method: DecodeMethod = replace(base, **entry.knobs)
             roles = method.layer_roles(num_layers)
             density, recall, error = quality(method, layers, roles if len(layers) > 1 else [Role.WRITE_AND_READ])
             launch = selection_of(method, timed)()
@@ -252,7 +299,7 @@ def measure(
                 timed.heads.context,
                 timed.rows,
                 timed.copies,
-                method_name,
+                entry.label,
                 budget,
                 density,
                 device.step_seconds(selection_of(method, timed, GRAPH_CALLS)),
@@ -338,7 +385,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64], help="requests of a step")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072, 524288], help="tokens of context")
     parser.add_argument("--budgets", type=int, nargs="+", default=[2048, 4096], help="tokens that a layer reads")
-    parser.add_argument("--methods", nargs="+", choices=list(DECODE_METHODS), default=list(DECODE_METHODS))
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        type=method_knobs,
+        default=[method_knobs(name) for name in DECODE_METHODS],
+        metavar="METHOD",
+        help=f"of {', '.join(DECODE_METHODS)}; knobs follow as JSON: 'blocktopk={{\"candidate_factor\": 4}}'",
+    )
     parser.add_argument("--concentrations", type=float, nargs="+", default=[8.0], help="of synthetic heads")
     parser.add_argument("--query-heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)

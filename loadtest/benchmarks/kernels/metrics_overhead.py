@@ -239,7 +239,7 @@ def measure_step(llm: Any, rows: int, seq_len: int, tokens: int, pairs: int) -> 
     """Time of a decode step: from the first token of the request that starts last to its last one, by its tokens."""
     from vllm import SamplingParams
 
-    extras = {"sparse_decode": "tidal", "sparse_min_tokens": 0}
+    extras = {"sparse_decode": "tidal", "sparse_min_tokens": 0, "sparse_unprofitable": "sparse"}
     params = SamplingParams(max_tokens=tokens + 1, ignore_eos=True, temperature=0, extra_args=extras)
     prompts = [{"prompt_token_ids": [10 + row] + [20] * (seq_len - 1)} for row in range(rows)]
 

@@ -11,7 +11,7 @@ from loadtest.benchmarks.kernels.batch import DecodeBatch
 from loadtest.benchmarks.kernels.heads import Heads
 from vllm_sparse.kernels.page_list import query_blocks
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.prefill import Layer, PrefillMethod
+from vllm_sparse.methods.prefill import Layer, PrefillMethod, mean_reach
 from vllm_sparse.pages import PageList, page_mask
 from vllm_sparse.step.launch import Launch
 
@@ -139,6 +139,9 @@ class TrueMass(PrefillMethod):
     @property
     def exactly_dense(self) -> bool:
         return self.density >= 1
+
+    def read_tokens(self, query_tokens: int, seq_len: int) -> float:
+        return self.density * mean_reach(query_tokens, seq_len)
 
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         halves = torch.nn.functional.pad(self.mass, (0, self.mass.shape[2] % 2))

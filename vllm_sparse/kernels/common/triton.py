@@ -115,18 +115,38 @@ def threshold_tile(width: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _counted(b_key, least, MASS: tl.constexpr):
-    """1 for each key that is `least` or more, or if `MASS` the key's score; 0 for the others."""
-    b_weight = b_key.to(tl.float32, bitcast=True) if MASS else tl.full(b_key.shape, 1, tl.int32)
+def score_of(b_key):
+    """The score of a key of `ordered_scores`."""
+    return (b_key ^ ((b_key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _counted(b_key, least, MASS: tl.constexpr, LOGARITHMS: tl.constexpr):
+    """1 for each key that is `least` or more, or if `MASS` the key's mass; 0 for the others."""
+    if LOGARITHMS:
+        b_weight = tl.exp(score_of(b_key))
+    elif MASS:
+        b_weight = b_key.to(tl.float32, bitcast=True)
+    else:
+        b_weight = tl.full(b_key.shape, 1, tl.int32)
     return tl.where(b_key >= least, b_weight, 0)
 
 
 @triton.jit
-def row_threshold(p_score, first, stop, target, MASS: tl.constexpr, ROW_TILE: tl.constexpr, TILE: tl.constexpr):
+def row_threshold(
+    p_score,
+    first,
+    stop,
+    target,
+    MASS: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    TILE: tl.constexpr,
+    LOGARITHMS: tl.constexpr = False,
+):
     """Largest threshold that at least `target` of the entries `first` to `stop - 1` of a row reach.
 
     If `MASS`, the sum of the scores that reach the threshold is at least `target` instead of their number; no score may
-    be negative.
+    be negative. If `LOGARITHMS` too, the scores are logarithms of what is summed, and may.
 
     The threshold is found from its highest bits to its lowest, two at a time. The row's first `ROW_TILE` entries stay
     in registers; the other entries of a longer row are read again for each two bits, from the GPU's caches.
@@ -146,18 +166,18 @@ def row_threshold(p_score, first, stop, target, MASS: tl.constexpr, ROW_TILE: tl
             (threshold + 2 * bit).to(tl.int32),
             (threshold + 3 * bit).to(tl.int32),
         )
-        reach_one = tl.sum(_counted(b_row, one, MASS))
-        reach_two = tl.sum(_counted(b_row, two, MASS))
-        reach_three = tl.sum(_counted(b_row, three, MASS))
+        reach_one = tl.sum(_counted(b_row, one, MASS, LOGARITHMS))
+        reach_two = tl.sum(_counted(b_row, two, MASS, LOGARITHMS))
+        reach_three = tl.sum(_counted(b_row, three, MASS, LOGARITHMS))
         if stop > ROW_TILE:
             b_one = tl.full([TILE], 0, tl.float32 if MASS else tl.int32)
             b_two, b_three = b_one, b_one
             for start in range(ROW_TILE, stop, TILE):
                 o_entry = start + tl.arange(0, TILE)
                 b_key = ordered_scores(p_score, o_entry, (o_entry >= first) & (o_entry < stop))
-                b_one += _counted(b_key, one, MASS)
-                b_two += _counted(b_key, two, MASS)
-                b_three += _counted(b_key, three, MASS)
+                b_one += _counted(b_key, one, MASS, LOGARITHMS)
+                b_two += _counted(b_key, two, MASS, LOGARITHMS)
+                b_three += _counted(b_key, three, MASS, LOGARITHMS)
             reach_one += tl.sum(b_one)
             reach_two += tl.sum(b_two)
             reach_three += tl.sum(b_three)

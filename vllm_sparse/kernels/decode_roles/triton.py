@@ -71,7 +71,7 @@ def layer_contexts_kernel(
 def layer_contexts(
     settings: RowSettings, seq_lens: torch.Tensor, capacity_tokens: int, contexts: LayerContexts
 ) -> None:
-    """Equal to `reference.layer_contexts`; arguments as there, 1 to 1024 rows."""
+    """Equal to `reference.layer_contexts`; arguments as there, 1 row or more."""
     rows, layers = settings.roles.shape
     assert contexts.members.stride(0) == contexts.dense.stride(0) == contexts.choosing.stride(1)
     assert settings.method.stride() == settings.least_context.stride() == settings.scored.stride()

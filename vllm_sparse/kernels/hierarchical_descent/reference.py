@@ -197,8 +197,38 @@ class Searches:
             low, high = torch.where(goes_left, low, middle), torch.where(goes_left, middle, high)
         return best
 
+    def key_block_masses(
+        self, queries: torch.Tensor, start: torch.Tensor, stop: torch.Tensor, key_block_tokens: int, scale: float
+    ) -> torch.Tensor:
+        """Logarithm of the attention that a search's queries pay to each key block: float32 ``[searches, n]``.
+
+        A query's attention is a softmax over the keys of these key blocks alone; that of a search's queries is summed.
+        No paper's: HiP scores by single keys at every stage.
+
+        Args:
+            queries: a stage's queries, as `search_queries` returns them, of lists that read one KV head.
+            start: int64 ``[searches, n]`` first token of each key block.
+            stop: int64 ``[searches, n]`` token after it; at most `start` where a key block stands for no keys. One of
+                each search stands for some.
+            key_block_tokens: tokens of a whole key block.
+            scale: softmax scale of the model.
+        """
+        (queries,) = queries
+        position = start.unsqueeze(2) + torch.arange(key_block_tokens, device=start.device)
+        live = position < stop.unsqueeze(2)
+        (keys,) = self.single_keys(torch.where(live, position, 0).flatten(1))
+        logits = torch.bmm(queries, keys.float().transpose(1, 2)).mul_(scale)
+        logits.masked_fill_(~live.flatten(1).unsqueeze(1), float("-inf"))
+        probabilities = logits.log_softmax(2).view(*logits.shape[:2], *live.shape[1:])
+        return probabilities.logsumexp(3).logsumexp(1)
+
     def prune(
-        self, stage: Stage, queries: torch.Tensor, parents: torch.Tensor | None, parent_tokens: int
+        self,
+        stage: Stage,
+        queries: torch.Tensor,
+        parents: torch.Tensor | None,
+        parent_tokens: int,
+        mass_scale: float | None = None,
     ) -> torch.Tensor:
         """Key blocks that a stage keeps.
 
@@ -207,6 +237,7 @@ class Searches:
             queries: its queries, as `search_queries` returns them.
             parents: key blocks that the stage before kept, as this function returns them; None for the first stage.
             parent_tokens: tokens of a parent; ignored for the first stage.
+            mass_scale: softmax scale, to score by `key_block_masses`; None: by descents.
 
         Returns:
             int64 ``[searches, n]`` first tokens of the key blocks, ascending. Those at or after the end of a search
@@ -221,10 +252,12 @@ class Searches:
             return start
         stop = torch.minimum(start + length, self.end)
         exists = start < stop
+        if mass_scale is not None:
+            score = self.key_block_masses(queries, start, stop, length, mass_scale)
+            return _best(start, score, stage.kept_key_blocks)
         score = self.key_block_scores(queries, torch.where(exists, start, 0), torch.where(exists, stop, 1), length)
         score = score.masked_fill(~exists, float("-inf"))
-        best = score.sort(dim=1, descending=True, stable=True).indices[:, : stage.kept_key_blocks]
-        return start.gather(1, best.sort(dim=1).values)
+        return _best(start, score, stage.kept_key_blocks)
 
     def leaf_mask(self, kept: torch.Tensor, key_block_tokens: int, leaves: int) -> torch.Tensor:
         """Leaves of kept key blocks as far as they lie in the search ranges: bool ``[searches, leaves]``."""
@@ -233,6 +266,12 @@ class Searches:
         column = torch.where(start < self.end, start // LEAF_TOKENS, leaves)
         mask = torch.zeros(kept.shape[0], leaves + 1, dtype=torch.bool, device=kept.device)
         return mask.scatter_(1, column, True)[:, :leaves]
+
+
+def _best(start: torch.Tensor, score: torch.Tensor, count: int) -> torch.Tensor:
+    """First tokens of the `count` key blocks of the highest scores, of equal ones the lower, ascending."""
+    best = score.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return start.gather(1, best.sort(dim=1).values)
 
 
 def _split(start: torch.Tensor, length: int, part_length: int) -> torch.Tensor:

@@ -43,6 +43,9 @@ def decode_leaves(
     window starts, and grows with every step until the next multiple. So each token is either in the window or in the
     search range.
 
+    With a `search.mass_scale` the last stage scores a key block by the attention that the query heads of the KV head
+    pay to all of its keys, by a softmax over the keys of its candidates, summed over the heads.
+
     Args:
         query: ``[query_heads, head_size]`` of the newest token.
         keys: the request's keys, the newest token's included.

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-# A row's knobs are its sink and window, then three for each stage, from the last stage to the first: tokens of a key
-# block, tokens kept, steps between two searches. A row with fewer stages than the memory uses the memory's last stages,
-# and holds zeros for the others.
-ROW_KNOBS, STAGE_KNOBS = 2, 3
+# A row's knobs are its sink, its window and 1 if its last stage scores all keys, else 0. Then three for each stage,
+# from the last stage to the first: tokens of a key block, tokens kept, steps between two searches. A row with fewer
+# stages than the memory uses the memory's last stages, and holds zeros for the others.
+ROW_KNOBS, STAGE_KNOBS = 3, 3
 
 
 @dataclass(frozen=True)

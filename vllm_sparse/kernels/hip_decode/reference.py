@@ -27,12 +27,15 @@ class DecodeSearch:
         sink_tokens: first tokens of the context, always kept, rounded up to whole leaves.
         window_tokens: tokens before the newest one that are always kept.
         first_refresh_steps: decode steps between two searches of the first stage.
+        mass_scale: softmax scale of the model, for a last stage that scores key blocks by the attention to all of their
+            keys; None: it descends to single keys as the other stages do.
     """
 
     stages: Sequence[Stage]
     sink_tokens: int
     window_tokens: int
     first_refresh_steps: int
+    mass_scale: float | None = None
 
 
 def search_end(context: int, window_tokens: int, first_refresh_steps: int) -> int:
@@ -57,5 +60,6 @@ def decode_leaves(
     results = list(kept)
     for number in range(len(kept), len(stages)):
         parents, parent_tokens = (results[-1], stages[number - 1].key_block_tokens) if results else (None, 0)
-        results.append(searches.prune(stages[number], queries, parents, parent_tokens))
+        mass_scale = search.mass_scale if number == len(stages) - 1 else None
+        results.append(searches.prune(stages[number], queries, parents, parent_tokens, mass_scale))
     return results, mask | searches.leaf_mask(results[-1], stages[-1].key_block_tokens, -(-context // LEAF_TOKENS))

@@ -2,9 +2,10 @@
 
 The launches are the same at every step, so that a CUDA graph can hold them. Where a row's stage is not due, its
 programs end after a few loads. At 128K tokens and with the default knobs, the three stages of a (row, KV head) read
-about 8 200, 6 100 and 4 100 single keys: 4.7 MB at 128 channels in bfloat16. A descent is a chain of loads that wait
-for one another, so the time of small batches depends on how many key blocks descend at once. Of the programs of a (row,
-KV head), the last one to finish keeps the best key blocks, which saves a launch per stage.
+about 8 200, 6 100 and 8 200 keys: 5.8 MB at 128 channels in bfloat16; 4 100 in the last stage if it descends. A descent
+is a chain of loads that wait for one another, so the time of small batches depends on how many key blocks descend at
+once; a stage that reads all keys waits once. Of the programs of a (row, KV head), the last one to finish keeps the best
+key blocks, which saves a launch per stage.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.common.triton import product_tile
+from vllm_sparse.kernels.common.triton import load_keys, product_tile
 from vllm_sparse.kernels.hierarchical_descent.reference import LEAF_TOKENS
 from vllm_sparse.kernels.hierarchical_descent.triton import (
     descent_bounds,
@@ -23,10 +24,15 @@ from vllm_sparse.kernels.hierarchical_descent.triton import (
     midpoint_keys,
     store_best_key_blocks,
 )
-from vllm_sparse.kernels.hip_decode.memory import STAGE_KNOBS, RowMemory
+from vllm_sparse.kernels.hip_decode.memory import ROW_KNOBS, STAGE_KNOBS, RowMemory
 from vllm_sparse.step.rows import DecodeRows, TokenLists
 
+FIRST_STAGE_KNOB = tl.constexpr(ROW_KNOBS)
 KEY_BLOCK_TILE, SELECT_TILE, LIST_TILE = 32, 1024, 1024
+# Most leaves that a program reads at once, and most numbers of their keys, for which it has registers.
+LEAF_TILE, KEY_NUMBERS = 8, 128 * 128
+# Masses that the last program to finish holds in registers.
+MASS_NUMBERS = 4096
 # Scores that the last program to finish holds in registers, beside what its own descents need.
 LARGEST_ROW_TILE = 4096
 # Programs of a launch. With few rows, many programs share each; with many rows, few do, so that few are without work.
@@ -36,7 +42,7 @@ PROGRAMS = 4096
 @triton.jit
 def _stage_knobs(p_knob, stage, STAGES: tl.constexpr, STAGE_KNOBS: tl.constexpr):
     """Pointer to the first knob of a stage (`memory.STAGE_KNOBS`)."""
-    return p_knob + 2 + (STAGES - 1 - stage) * STAGE_KNOBS
+    return p_knob + FIRST_STAGE_KNOB + (STAGES - 1 - stage) * STAGE_KNOBS
 
 
 @triton.jit
@@ -50,6 +56,97 @@ def _search_range(p_knob, context, STAGES: tl.constexpr, STAGE_KNOBS: tl.constex
     begin = tl.cdiv(tl.load(p_knob), LEAF) * LEAF
     last_search = context - context % tl.maximum(first_refresh, 1)
     return begin, tl.maximum(last_search - 1 - tl.load(p_knob + 1), 0)
+
+
+@triton.jit
+def _store_masses(
+    cache_pointer,
+    p_table,
+    p_mass,
+    b_query,
+    i_head,
+    start,
+    end,
+    o_key_block,
+    exists,
+    o_dim,
+    in_head,
+    key_block_tokens,
+    scale,
+    cache_block_stride,
+    cache_head_stride,
+    cache_token_stride,
+    MEMBERS: tl.constexpr,
+    CACHE_BLOCK: tl.constexpr,
+    LEAF: tl.constexpr,
+    QUERY_TILE: tl.constexpr,
+    LEAF_TILE: tl.constexpr,
+):
+    """Logarithm of the summed exponentials of each query head's products with all keys of some key blocks.
+
+    They are stored at ``p_mass + key_block * MEMBERS + member``.
+    """
+    stop = tl.minimum(start + key_block_tokens, end)
+    b_most = tl.full([LEAF_TILE, QUERY_TILE], float("-inf"), tl.float32)
+    b_sum = tl.zeros([LEAF_TILE, QUERY_TILE], tl.float32)
+    for offset in range(0, key_block_tokens, LEAF):
+        position = start[:, None] + offset + tl.arange(0, LEAF)[None, :]
+        live = exists[:, None] & (position < stop[:, None])
+        b_key = load_keys(
+            cache_pointer,
+            p_table,
+            tl.reshape(position, [LEAF_TILE * LEAF]),
+            tl.reshape(live, [LEAF_TILE * LEAF]),
+            i_head,
+            o_dim,
+            in_head,
+            cache_block_stride,
+            cache_head_stride,
+            cache_token_stride,
+            CACHE_BLOCK,
+        )
+        # "ieee", because Triton would round float32 inputs to TF32.
+        b_product = tl.dot(b_key, b_query, input_precision="ieee") * scale
+        b_product = tl.reshape(b_product, [LEAF_TILE, LEAF, QUERY_TILE])
+        b_product = tl.where(live[:, :, None], b_product, float("-inf"))
+        # The first leaf of a key block that exists has a live key.
+        b_more = tl.maximum(b_most, tl.max(b_product, axis=1))
+        b_sum = b_sum * tl.exp(b_most - b_more) + tl.sum(tl.exp(b_product - b_more[:, None, :]), axis=1)
+        b_most = b_more
+    o_member = tl.arange(0, QUERY_TILE)
+    p_mass = p_mass + o_key_block[:, None] * MEMBERS + o_member[None, :]
+    tl.store(p_mass, b_most + tl.log(b_sum), mask=exists[:, None] & (o_member < MEMBERS)[None, :])
+
+
+@triton.jit
+def _merge_masses(p_mass, p_score, live, MEMBERS: tl.constexpr, MEMBER_TILE: tl.constexpr, TILE: tl.constexpr):
+    """Score each key block by the probability that the query heads give it, summed: its logarithm.
+
+    Each head's probabilities sum to 1 over the `live` key blocks, whose logarithms are at `p_mass`.
+    """
+    o_member = tl.arange(0, MEMBER_TILE)
+    in_group = o_member < MEMBERS
+    b_most = tl.full([MEMBER_TILE], float("-inf"), tl.float32)
+    b_sum = tl.zeros([MEMBER_TILE], tl.float32)
+    for first in range(0, live, TILE):
+        o_key_block = first + tl.arange(0, TILE)
+        exists = (o_key_block < live)[:, None] & in_group[None, :]
+        b_mass = tl.load(p_mass + o_key_block[:, None] * MEMBERS + o_member[None, :], mask=exists, other=float("-inf"))
+        # Columns past the group hold 0 instead of minus infinity, whose difference is no number.
+        b_more = tl.maximum(b_most, tl.where(in_group, tl.max(b_mass, axis=0), 0.0))
+        b_sum = b_sum * tl.exp(b_most - b_more) + tl.sum(tl.exp(b_mass - b_more[None, :]), axis=0)
+        b_most = b_more
+    b_total = tl.where(in_group, b_most + tl.log(b_sum), 0.0)
+    for first in range(0, live, TILE):
+        o_key_block = first + tl.arange(0, TILE)
+        exists = (o_key_block < live)[:, None] & in_group[None, :]
+        b_mass = tl.load(p_mass + o_key_block[:, None] * MEMBERS + o_member[None, :], mask=exists, other=float("-inf"))
+        b_share = b_mass - b_total[None, :]
+        b_largest = tl.max(b_share, axis=1)
+        b_score = b_largest + tl.log(tl.sum(tl.exp(b_share - b_largest[:, None]), axis=1))
+        tl.store(p_score + o_key_block, b_score, mask=o_key_block < live)
+    # What follows reads scores that other threads have written.
+    tl.debug_barrier()
 
 
 @triton.jit(
@@ -67,10 +164,12 @@ def stage_kernel(
     seen_pointer,
     key_blocks_pointer,
     score_pointer,
+    mass_pointer,
     arrived_pointer,
     slots,
     list_width,
     score_width,
+    scale,
     knobs_row_stride,
     slot_stride,
     table_row_stride,
@@ -87,7 +186,10 @@ def stage_kernel(
     HEAD_SIZE: tl.constexpr,
     HEAD_TILE: tl.constexpr,
     QUERY_TILE: tl.constexpr,
+    MEMBER_TILE: tl.constexpr,
     TILE: tl.constexpr,
+    LEAF_TILE: tl.constexpr,
+    MASS_TILE: tl.constexpr,
     ROW_TILE: tl.constexpr,
     SELECT_TILE: tl.constexpr,
 ):
@@ -127,11 +229,43 @@ def stage_kernel(
         b_query = tl.trans(tl.load(p_query[:, None] + o_dim[None, :], mask=in_head[None, :], other=0.0))
         p_table = block_table_pointer + i_row.to(tl.int64) * table_row_stride
         p_head = cache_pointer + i_head.to(tl.int64) * cache_head_stride
-        p_score = score_pointer + (i_row.to(tl.int64) * kv_heads + i_head) * score_width
+        i_list = i_row.to(tl.int64) * kv_heads + i_head
+        p_score = score_pointer + i_list * score_width
+        p_mass = mass_pointer + i_list * score_width * MEMBERS
+        # Of the two loops over key blocks one has nothing to do.
+        descending = scored
+        if STAGE == STAGES - 1:
+            descending = tl.where(tl.load(p_knob + 2) != 0, 0, scored)
         is_left = tl.arange(0, 2)[:, None] == 0
         # The binary logarithm of a power of two, from the exponent of its float32.
         steps = (key_block_tokens.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-        for first in range(tl.program_id(0) * TILE, scored, tl.num_programs(0) * TILE):
+        if STAGE == STAGES - 1:
+            for first in range(tl.program_id(0) * LEAF_TILE, scored - descending, tl.num_programs(0) * LEAF_TILE):
+                o_key_block = first + tl.arange(0, LEAF_TILE)
+                _store_masses(
+                    cache_pointer,
+                    p_table,
+                    p_mass,
+                    b_query,
+                    i_head,
+                    key_block_start(p_parent, o_key_block, live, begin, parent_tokens, key_block_tokens, first_stage),
+                    end,
+                    o_key_block,
+                    o_key_block < live,
+                    o_dim,
+                    in_head,
+                    key_block_tokens,
+                    scale,
+                    cache_block_stride,
+                    cache_head_stride,
+                    cache_token_stride,
+                    MEMBERS,
+                    CACHE_BLOCK,
+                    LEAF,
+                    QUERY_TILE,
+                    LEAF_TILE,
+                )
+        for first in range(tl.program_id(0) * TILE, descending, tl.num_programs(0) * TILE):
             o_key_block = first + tl.arange(0, TILE)
             exists = o_key_block < live
             start = key_block_start(p_parent, o_key_block, live, begin, parent_tokens, key_block_tokens, first_stage)
@@ -152,6 +286,9 @@ def stage_kernel(
         p_arrived = arrived_pointer + i_row * kv_heads + i_head
         if tl.atomic_add(p_arrived, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
             tl.store(p_arrived, 0)
+            if STAGE == STAGES - 1:
+                # Nothing where a row descends.
+                _merge_masses(p_mass, p_score, scored - descending, MEMBERS, MEMBER_TILE, MASS_TILE)
             store_best_key_blocks(
                 p_score,
                 p_parent,
@@ -234,6 +371,11 @@ def lists_kernel(
                 tl.store(seen_pointer + slot, context)
 
 
+def leaves_at_once(head_tile: int) -> int:
+    """Leaves that a program reads at once."""
+    return min(LEAF_TILE, KEY_NUMBERS // (LEAF_TOKENS * head_tile))
+
+
 def token_lists(rows: DecodeRows, knobs: torch.Tensor, memory: RowMemory, lists: TokenLists) -> None:
     """Select tokens for all rows; arguments as in the public function."""
     slots, stage_memory, scratch = memory.slots, memory.stages, memory.scratch
@@ -248,10 +390,13 @@ def token_lists(rows: DecodeRows, knobs: torch.Tensor, memory: RowMemory, lists:
     assert slots.stride() == memory.fresh.stride()
     score_width, width = scratch.scores.shape[2], lists.slots.shape[1]
     members = query_heads // kv_heads
-    tiles = triton.cdiv(score_width, KEY_BLOCK_TILE)
-    programs = min(tiles, triton.cdiv(PROGRAMS, count * kv_heads))
+    head_tile, member_tile = product_tile(head_size), triton.next_power_of_2(members)
+    leaf_tile = leaves_at_once(head_tile)
+    # Of the last stage, which may read all keys.
+    masses = torch.empty(count, kv_heads, score_width, members, dtype=torch.float32, device=query.device)
     for stage in range(stages):
-        stage_kernel[(programs, kv_heads, count)](
+        tiles = triton.cdiv(score_width, leaf_tile if stage == stages - 1 else KEY_BLOCK_TILE)
+        stage_kernel[(min(tiles, triton.cdiv(PROGRAMS, count * kv_heads)), kv_heads, count)](
             query,
             cache,
             table,
@@ -262,10 +407,12 @@ def token_lists(rows: DecodeRows, knobs: torch.Tensor, memory: RowMemory, lists:
             stage_memory.seq_lens,
             stage_memory.key_blocks,
             scratch.scores,
+            masses,
             scratch.arrived,
             slot_count,
             list_width,
             score_width,
+            rows.scale,
             knobs.stride(0),
             slots.stride(0),
             table.stride(0),
@@ -280,9 +427,12 @@ def token_lists(rows: DecodeRows, knobs: torch.Tensor, memory: RowMemory, lists:
             MEMBERS=members,
             CACHE_BLOCK=block_size,
             HEAD_SIZE=head_size,
-            HEAD_TILE=product_tile(head_size),
+            HEAD_TILE=head_tile,
             QUERY_TILE=product_tile(members),
+            MEMBER_TILE=member_tile,
             TILE=KEY_BLOCK_TILE,
+            LEAF_TILE=leaf_tile,
+            MASS_TILE=max(MASS_NUMBERS // member_tile, 16),
             ROW_TILE=min(triton.next_power_of_2(score_width), LARGEST_ROW_TILE),
             SELECT_TILE=SELECT_TILE,
             num_warps=4,

@@ -81,9 +81,9 @@ def page_logits_kernel(
             + b_summary_index.to(tl.int64)[:, None] * ((2 if BOUNDS else 1) * HEAD_SIZE)
             + o_dim[None, :]
         )
-        b_summary = tl.load(p_summary, mask=live[:, None] & in_head[None, :], other=0.0)
+        b_summary = tl.load(p_summary, mask=live[:, None] & in_head[None, :], other=0.0).to(b_query.dtype)
         if BOUNDS:
-            b_most = tl.load(p_summary + HEAD_SIZE, mask=live[:, None] & in_head[None, :], other=0.0)
+            b_most = tl.load(p_summary + HEAD_SIZE, mask=live[:, None] & in_head[None, :], other=0.0).to(b_query.dtype)
             # A negative number of the query has its largest product with the lower bound.
             b_logit = tl.dot(b_summary, tl.minimum(b_query, 0.0).to(b_query.dtype), input_precision="ieee")
             b_logit = tl.dot(b_most, tl.maximum(b_query, 0.0).to(b_query.dtype), b_logit, input_precision="ieee")

@@ -7,10 +7,10 @@ from types import ModuleType
 import torch
 
 from vllm_sparse.kernels.page_summaries import reference
-from vllm_sparse.kernels.page_summaries.reference import SummaryKind
+from vllm_sparse.kernels.page_summaries.reference import SummaryKind, coded_keys
 from vllm_sparse.keys import PagedKeys, PlainKeys
 
-__all__ = ["SummaryKind", "page_summaries", "read_summaries", "store_summaries"]
+__all__ = ["SummaryKind", "coded_keys", "page_summaries", "read_summaries", "store_summaries"]
 
 
 def _implementation(keys: PagedKeys) -> ModuleType:
@@ -35,7 +35,8 @@ def page_summaries(keys: PagedKeys, kind: SummaryKind) -> torch.Tensor:
         kind: page size and what a summary holds.
 
     Returns:
-        float32 ``[kv_heads, ceil(context / page_tokens), kind.width(head_size)]``; the last page may be short.
+        ``[kv_heads, ceil(context / page_tokens), kind.width(head_size)]``, codes in bytes, all others in float32; the
+        last page may be short.
     """
     summaries: torch.Tensor = _implementation(keys).page_summaries(keys, kind)
     return summaries
@@ -58,12 +59,12 @@ def store_summaries(keys: PagedKeys, kind: SummaryKind, first_new_token: int) ->
 
 
 def read_summaries(keys: PagedKeys, kind: SummaryKind) -> torch.Tensor:
-    """Summaries of all pages of a request: ``[kv_heads, ceil(context / page_tokens), width]``, in the cache's dtype.
+    """Summaries of all pages of a request: ``[kv_heads, ceil(context / page_tokens), width]``, in `kind.dtype`.
 
     These are the stored summaries, or if `keys.summaries` is None those that `store_summaries` would have stored.
     """
     if keys.summaries is None:
-        return page_summaries(keys, kind).to(keys.kv_cache.dtype)
+        return kind.stored(page_summaries(keys, kind), keys.kv_cache.dtype)
     blocks = keys.block_table[: -(-keys.seq_len // keys.block_size_tokens)].long()
     pages = -(-keys.seq_len // kind.page_tokens)
     return keys.summaries[blocks].transpose(0, 1).flatten(1, 2)[:, :pages]

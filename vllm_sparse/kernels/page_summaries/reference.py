@@ -10,6 +10,11 @@ from vllm_sparse.keys import PagedKeys
 
 # A multiple of every page size. Keys are read in tiles, so that memory never holds a copy of a whole long cache.
 TILE_TOKENS = 8192
+# The largest number of 4 bits of exponent and 3 of mantissa.
+LARGEST_FLOAT8 = 448.0
+# Of a number of a key in 2 bits.
+LARGEST_CODE = 3
+LARGEST_FLOAT16 = 65504.0
 
 
 @dataclass(frozen=True)
@@ -19,14 +24,39 @@ class SummaryKind:
     Attributes:
         page_tokens: tokens of a page; a power of two.
         bounds: True for the least numbers of each channel, then the largest ones; False for the mean key.
+        float8: stored in 8-bit floats, rounded to the nearest and to `LARGEST_FLOAT8` at most, instead of the cache's
+            numbers.
+        codes: every key in 2 bits a number, in steps of its channel from the page's least number to its largest. In
+            bytes: the least numbers and the steps in float16, then `head_size` / 4 bytes a token, of which byte j holds
+            channels j, j + head_size / 4, ... from its lowest bits on. Nothing else is kept, whatever `bounds` says.
     """
 
     page_tokens: int
     bounds: bool
+    float8: bool = False
+    codes: bool = False
 
     def width(self, head_size: int) -> int:
         """Number of values in a summary."""
+        if self.codes:
+            return 4 * head_size + self.page_tokens * (head_size // 4)
         return head_size * (2 if self.bounds else 1)
+
+    def dtype(self, cache_dtype: torch.dtype) -> torch.dtype:
+        """Of stored summaries beside a cache of this dtype."""
+        if self.codes:
+            return torch.uint8
+        return torch.float8_e4m3fn if self.float8 else cache_dtype
+
+    def bytes_per_token(self, head_size: int, number_bytes: int) -> float:
+        """Of a KV head, beside a cache whose numbers have so many bytes."""
+        return self.width(head_size) * (1 if self.codes or self.float8 else number_bytes) / self.page_tokens
+
+    def stored(self, summaries: torch.Tensor, cache_dtype: torch.dtype) -> torch.Tensor:
+        """Summaries as they are stored beside a cache of this dtype."""
+        if self.float8:
+            summaries = summaries.clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8)
+        return summaries.to(self.dtype(cache_dtype))
 
 
 def page_summaries(keys: PagedKeys, kind: SummaryKind, first_token: int = 0) -> torch.Tensor:
@@ -44,7 +74,42 @@ def page_summaries(keys: PagedKeys, kind: SummaryKind, first_token: int = 0) -> 
 
 def _summary(pages: torch.Tensor, kind: SummaryKind) -> torch.Tensor:
     """Summaries ``[kv_heads, pages, width]`` of float32 keys ``[kv_heads, pages, tokens, head_size]``."""
+    if kind.codes:
+        return _codes(pages, kind)
     return torch.cat((pages.amin(2), pages.amax(2)), dim=2) if kind.bounds else pages.mean(2)
+
+
+def _codes(pages: torch.Tensor, kind: SummaryKind) -> torch.Tensor:
+    """Codes of pages as `SummaryKind.codes` lays them out; arguments as of `_summary`."""
+    heads, count, tokens, head_size = pages.shape
+    least = pages.amin(2).clamp(-LARGEST_FLOAT16, LARGEST_FLOAT16).half()
+    step = ((pages.amax(2) - least.float()) / LARGEST_CODE).clamp(max=LARGEST_FLOAT16).half()
+    # A channel whose numbers are all equal has steps of 0, and codes of 0.
+    inverse = torch.where(step > 0, 1 / step.float(), 0.0).unsqueeze(2)
+    code = ((pages - least.float().unsqueeze(2)) * inverse + 0.5).floor().clamp(0, LARGEST_CODE)
+    quarters = code.to(torch.uint8).view(heads, count, tokens, 4, head_size // 4)
+    packed = quarters[..., 0, :] | quarters[..., 1, :] << 2 | quarters[..., 2, :] << 4 | quarters[..., 3, :] << 6
+    summary = packed.new_zeros(heads, count, kind.width(head_size))
+    summary[..., : 4 * head_size] = torch.cat((least, step), dim=2).view(torch.uint8)
+    summary[..., 4 * head_size : 4 * head_size + tokens * (head_size // 4)] = packed.flatten(2)
+    return summary
+
+
+def coded_keys(summaries: torch.Tensor, head_size: int) -> torch.Tensor:
+    """What codes say of the keys of pages.
+
+    Args:
+        summaries: uint8 ``[kv_heads, pages, width]`` as `SummaryKind.codes` lays them out.
+        head_size: of the keys.
+
+    Returns:
+        float32 ``[kv_heads, pages * page_tokens, head_size]``, of a short last page's missing tokens anything.
+    """
+    numbers = summaries[..., : 4 * head_size].contiguous().view(torch.float16).float().unsqueeze(2)
+    packed = summaries[..., 4 * head_size :].unflatten(2, (-1, head_size // 4))  # type: ignore[no-untyped-call]
+    code = torch.cat([packed >> 2 * quarter & LARGEST_CODE for quarter in range(4)], dim=3)
+    keys: torch.Tensor = (numbers[..., :head_size] + numbers[..., head_size:] * code.float()).flatten(1, 2)
+    return keys
 
 
 def store_summaries(keys: PagedKeys, kind: SummaryKind, first_new_token: int) -> None:
@@ -55,4 +120,4 @@ def store_summaries(keys: PagedKeys, kind: SummaryKind, first_new_token: int) ->
     pages_per_block = keys.block_size_tokens // kind.page_tokens
     page = torch.arange(summaries.shape[1], device=summaries.device) + start // kind.page_tokens
     block = keys.block_table[page // pages_per_block].long()
-    keys.summaries[block, :, page % pages_per_block] = summaries.transpose(0, 1).to(keys.summaries.dtype)
+    keys.summaries[block, :, page % pages_per_block] = kind.stored(summaries.transpose(0, 1), keys.kv_cache.dtype)

@@ -12,12 +12,77 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.common.triton import load_key_block, product_tile
+from vllm_sparse.kernels.page_summaries import reference
 from vllm_sparse.kernels.page_summaries.reference import SummaryKind
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.step.rows import DecodeRows
 
 # Numbers that a warp reads at once: 16 loads of 16 bytes per thread in bfloat16.
 WARP_NUMBERS = 4096
+LARGEST_FLOAT8 = tl.constexpr(reference.LARGEST_FLOAT8)
+LARGEST_FLOAT16 = tl.constexpr(reference.LARGEST_FLOAT16)
+LARGEST_CODE = tl.constexpr(reference.LARGEST_CODE)
+
+
+@triton.jit
+def _stored(b_number, p_summary):
+    """Numbers that `p_summary` has room for: those of 8 bits end at `LARGEST_FLOAT8`."""
+    if p_summary.dtype.element_ty == tl.float8e4nv:
+        b_number = tl.clamp(b_number, -LARGEST_FLOAT8, LARGEST_FLOAT8)
+    return b_number
+
+
+@triton.jit
+def _encode(
+    cache_pointer,
+    block_table_pointer,
+    p_summary,
+    context,
+    i_page,
+    i_kv_head,
+    cache_block_stride,
+    cache_head_stride,
+    cache_token_stride,
+    CACHE_BLOCK: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    QUARTER_TILE: tl.constexpr,
+    PAGE: tl.constexpr,
+):
+    """Codes of one page of one head into bytes at `p_summary`, as `SummaryKind.codes` lays them out."""
+    quarter_size: tl.constexpr = HEAD_SIZE // 4
+    p_number = p_summary.to(tl.pointer_type(tl.float16))
+    o_token = tl.arange(0, PAGE)
+    live = (o_token < context - i_page * PAGE)[:, None]
+    o_quarter = tl.arange(0, QUARTER_TILE)
+    in_quarter = o_quarter < quarter_size
+    b_packed = tl.zeros([PAGE, QUARTER_TILE], tl.int32)
+    for quarter in tl.static_range(4):
+        o_dim = quarter * quarter_size + o_quarter
+        b_key = load_key_block(
+            cache_pointer,
+            block_table_pointer,
+            i_page * PAGE,
+            context,
+            i_kv_head,
+            o_dim,
+            in_quarter,
+            cache_block_stride,
+            cache_head_stride,
+            cache_token_stride,
+            CACHE_BLOCK,
+            PAGE,
+        ).to(tl.float32)
+        b_least = tl.min(tl.where(live, b_key, float("inf")), axis=0)
+        b_least = tl.clamp(b_least, -LARGEST_FLOAT16, LARGEST_FLOAT16).to(tl.float16)
+        b_largest = tl.max(tl.where(live, b_key, float("-inf")), axis=0)
+        b_step = tl.minimum((b_largest - b_least.to(tl.float32)) / LARGEST_CODE, LARGEST_FLOAT16).to(tl.float16)
+        tl.store(p_number + o_dim, b_least, mask=in_quarter)
+        tl.store(p_number + HEAD_SIZE + o_dim, b_step, mask=in_quarter)
+        b_inverse = tl.where(b_step > 0, 1 / tl.where(b_step > 0, b_step.to(tl.float32), 1.0), 0.0)
+        b_code = tl.floor((b_key - b_least.to(tl.float32)[None, :]) * b_inverse[None, :] + 0.5)
+        b_packed |= tl.clamp(b_code, 0.0, LARGEST_CODE * 1.0).to(tl.int32) << (2 * quarter)
+    p_code = p_summary + 4 * HEAD_SIZE + o_token[:, None] * quarter_size + o_quarter[None, :]
+    tl.store(p_code, b_packed.to(tl.uint8), mask=live & in_quarter[None, :])
 
 
 @triton.jit
@@ -36,33 +101,51 @@ def _summarise(
     HEAD_TILE: tl.constexpr,
     PAGE: tl.constexpr,
     BOUNDS: tl.constexpr,
+    CODES: tl.constexpr,
 ):
     """Summarise one page of one head into `p_summary`."""
-    o_dim = tl.arange(0, HEAD_TILE)
-    in_head = o_dim < HEAD_SIZE
-    b_key = load_key_block(
-        cache_pointer,
-        block_table_pointer,
-        i_page * PAGE,
-        context,
-        i_kv_head,
-        o_dim,
-        in_head,
-        cache_block_stride,
-        cache_head_stride,
-        cache_token_stride,
-        CACHE_BLOCK,
-        PAGE,
-    ).to(tl.float32)
-    live_tokens = tl.minimum(context - i_page * PAGE, PAGE)
-    if BOUNDS:
-        live = (tl.arange(0, PAGE) < live_tokens)[:, None]
-        b_least = tl.min(tl.where(live, b_key, float("inf")), axis=0)
-        b_largest = tl.max(tl.where(live, b_key, float("-inf")), axis=0)
-        tl.store(p_summary + o_dim, b_least, mask=in_head)
-        tl.store(p_summary + HEAD_SIZE + o_dim, b_largest, mask=in_head)
+    if CODES:
+        _encode(
+            cache_pointer,
+            block_table_pointer,
+            p_summary,
+            context,
+            i_page,
+            i_kv_head,
+            cache_block_stride,
+            cache_head_stride,
+            cache_token_stride,
+            CACHE_BLOCK,
+            HEAD_SIZE,
+            HEAD_TILE // 4,
+            PAGE,
+        )
     else:
-        tl.store(p_summary + o_dim, tl.sum(b_key, axis=0) / live_tokens, mask=in_head)
+        o_dim = tl.arange(0, HEAD_TILE)
+        in_head = o_dim < HEAD_SIZE
+        b_key = load_key_block(
+            cache_pointer,
+            block_table_pointer,
+            i_page * PAGE,
+            context,
+            i_kv_head,
+            o_dim,
+            in_head,
+            cache_block_stride,
+            cache_head_stride,
+            cache_token_stride,
+            CACHE_BLOCK,
+            PAGE,
+        ).to(tl.float32)
+        live_tokens = tl.minimum(context - i_page * PAGE, PAGE)
+        if BOUNDS:
+            live = (tl.arange(0, PAGE) < live_tokens)[:, None]
+            b_least = tl.min(tl.where(live, b_key, float("inf")), axis=0)
+            b_largest = tl.max(tl.where(live, b_key, float("-inf")), axis=0)
+            tl.store(p_summary + o_dim, _stored(b_least, p_summary), mask=in_head)
+            tl.store(p_summary + HEAD_SIZE + o_dim, _stored(b_largest, p_summary), mask=in_head)
+        else:
+            tl.store(p_summary + o_dim, _stored(tl.sum(b_key, axis=0) / live_tokens, p_summary), mask=in_head)
 
 
 # Lengths change with every prompt chunk; specialising on them would compile in the middle of serving.
@@ -82,6 +165,8 @@ def page_summaries_kernel(
     HEAD_TILE: tl.constexpr,
     PAGE: tl.constexpr,
     BOUNDS: tl.constexpr,
+    CODES: tl.constexpr,
+    WIDTH: tl.constexpr,
     STORED: tl.constexpr,
 ):
     """Summarise pages into a tensor by logical page, or if `STORED` by physical block."""
@@ -96,7 +181,7 @@ def page_summaries_kernel(
     _summarise(
         cache_pointer,
         block_table_pointer,
-        summary_pointer + i_summary * ((2 if BOUNDS else 1) * HEAD_SIZE),
+        summary_pointer + i_summary * WIDTH,
         context,
         i_page,
         i_kv_head,
@@ -108,6 +193,7 @@ def page_summaries_kernel(
         HEAD_TILE,
         PAGE,
         BOUNDS,
+        CODES,
     )
 
 
@@ -127,6 +213,8 @@ def newest_summaries_kernel(
     HEAD_TILE: tl.constexpr,
     PAGE: tl.constexpr,
     BOUNDS: tl.constexpr,
+    CODES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Summarise the block that holds each row's newest token, one program per page."""
     i_in_block = tl.program_id(0)
@@ -143,7 +231,7 @@ def newest_summaries_kernel(
         _summarise(
             cache_pointer,
             p_table,
-            summary_pointer + i_summary * ((2 if BOUNDS else 1) * HEAD_SIZE),
+            summary_pointer + i_summary * WIDTH,
             context,
             i_page,
             i_kv_head,
@@ -155,6 +243,7 @@ def newest_summaries_kernel(
             HEAD_TILE,
             PAGE,
             BOUNDS,
+            CODES,
         )
 
 
@@ -173,7 +262,10 @@ def _constants(kv_cache: torch.Tensor, kind: SummaryKind) -> dict[str, Any]:
         "HEAD_TILE": head_tile,
         "PAGE": kind.page_tokens,
         "BOUNDS": kind.bounds,
-        "num_warps": warps(kind.page_tokens, head_tile),
+        "CODES": kind.codes,
+        "WIDTH": kind.width(head_size),
+        # Codes hold a page's packed numbers beside a quarter of its keys.
+        "num_warps": 4 if kind.codes else warps(kind.page_tokens, head_tile),
     }
 
 
@@ -199,7 +291,8 @@ def page_summaries(keys: PlainKeys, kind: SummaryKind) -> torch.Tensor:
     """Equal to `reference.page_summaries` up to float32 rounding; arguments as there."""
     pages = triton.cdiv(keys.seq_len, kind.page_tokens)
     shape = keys.num_kv_heads, pages, kind.width(keys.head_size)
-    summaries = torch.empty(shape, dtype=torch.float32, device=keys.kv_cache.device)
+    dtype = kind.dtype(torch.float32) if kind.codes else torch.float32
+    summaries = torch.empty(shape, dtype=dtype, device=keys.kv_cache.device)
     _run(keys, kind, summaries, 0, stored=False)
     return summaries
 

@@ -137,7 +137,11 @@ def merge_kernel(
 
 
 def token_scores_of_rows(
-    rows: DecodeRows, starts: torch.Tensor, capacity_tokens: int, sum_heads: bool = False
+    rows: DecodeRows,
+    starts: torch.Tensor,
+    capacity_tokens: int,
+    sum_heads: bool = False,
+    padded_lists: int | None = None,
 ) -> RowScores:
     """Scores of each row's cached tokens, equal to those of `reference.token_scores` with merged heads.
 
@@ -146,6 +150,7 @@ def token_scores_of_rows(
         starts: int64 ``[rows]`` index of each row's first score; the scores of rows with a context do not overlap.
         capacity_tokens: tokens for which there is room.
         sum_heads: merge the query heads of a KV head by the sum of their probabilities instead of the maximum.
+        padded_lists: rows times KV heads of the smallest graph that holds the step; None: as these rows are padded.
 
     Returns:
         Scores of single tokens, in memory of ``query_heads * capacity_tokens`` float32 numbers.
@@ -155,7 +160,8 @@ def token_scores_of_rows(
     device = rows.query.device
     group = query_heads // kv_heads
     # A power of two, so that most batch sizes share a compiled kernel.
-    splits = triton.next_power_of_2(max(PROGRAMS // (padded_rows(row_count) * kv_heads), 1))
+    padded_lists = padded_lists or padded_rows(row_count) * kv_heads
+    splits = triton.next_power_of_2(max(PROGRAMS // padded_lists, 1))
     products = torch.empty(query_heads, capacity_tokens, dtype=torch.float32, device=device)
     partials = torch.empty(row_count, query_heads, splits, 2, dtype=torch.float32, device=device)
     assert rows.query.stride(2) == 1

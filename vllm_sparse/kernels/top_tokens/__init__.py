@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_sparse.kernels.cuda_library import cuda_library
-from vllm_sparse.kernels.top_tokens.reference import TokenBudget, top_pages
+from vllm_sparse.kernels.top_tokens.reference import TokenBudget, best_of_pages, top_pages
 
 if TYPE_CHECKING:
     import torch
 
     from vllm_sparse.step.rows import DecodeRows, RowScores, TokenLists
 
-__all__ = ["TokenBudget", "top_pages", "top_tokens"]
+__all__ = ["TokenBudget", "best_of_pages", "top_pages", "top_tokens"]
 
 
 def top_tokens(scores: RowScores, rows: DecodeRows, knobs: torch.Tensor, lists: TokenLists) -> None:

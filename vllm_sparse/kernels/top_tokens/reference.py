@@ -27,12 +27,32 @@ class TokenBudget:
     recent_tokens: int
 
 
+def best_of_pages(scores: torch.Tensor, page_size_tokens: int) -> torch.Tensor:
+    """What pages are worth by their best token.
+
+    Args:
+        scores: ``[lists, tokens]``.
+        page_size_tokens: the last page may be short.
+
+    Returns:
+        ``[lists, ceil(tokens / page_size_tokens)]``.
+    """
+    padded = torch.nn.functional.pad(scores, (0, -scores.shape[1] % page_size_tokens), value=float("-inf"))
+    return padded.view(scores.shape[0], -1, page_size_tokens).amax(2)
+
+
 def top_pages(
-    scores: torch.Tensor, seq_len: int, unit_tokens: int, page_size_tokens: int, budget: TokenBudget
+    scores: torch.Tensor,
+    seq_len: int,
+    unit_tokens: int,
+    page_size_tokens: int,
+    budget: TokenBudget,
+    coverage: float = 1.0,
 ) -> PageList:
     """Keep the units that hold the first and the last tokens, then those of the highest scores while the budget lasts.
 
-    Of equal scores the lower unit wins.
+    Of equal scores the lower unit wins. With a `coverage` below 1, the scores being logarithms of masses, no more units
+    are kept than it takes until their mass, the forced ones' included, reaches that share of the row's.
 
     Args:
         scores: float32 ``[rows, ceil(context / unit_tokens)]``, neither NaN nor plus infinity.
@@ -40,14 +60,15 @@ def top_pages(
         unit_tokens: adjacent tokens that share one score.
         page_size_tokens: page size of the executor; divides `unit_tokens`.
         budget: tokens to keep.
+        coverage: share of a row's mass, above 0; 1 keeps the whole budget.
 
     Returns:
-        A list for each row. All lists have one length, which is the width.
+        A list for each row. With a `coverage` of 1 all lists have one length, which is the width.
     """
     rows, units = scores.shape
     sink_units = min(-(-budget.sink_tokens // unit_tokens), units)
     first_recent_unit = max(max(seq_len - max(budget.recent_tokens, 1), 0) // unit_tokens, sink_units)
-    scores = scores.clone()
+    logarithms, scores = scores, scores.clone()
     scores[:, :sink_units] = float("inf")
     scores[:, first_recent_unit:] = float("inf")
     forced_units = sink_units + units - first_recent_unit
@@ -56,12 +77,24 @@ def top_pages(
     threshold = scores.topk(count, dim=1, sorted=True).values[:, -1:]
     above, equal = scores > threshold, scores == threshold
     kept = above | (equal & (equal.cumsum(1) <= count - above.sum(1, keepdim=True)))
+    if coverage < 1:
+        kept &= (scores == float("inf")) | _covering(scores, logarithms.exp(), coverage)
     pages_per_unit = unit_tokens // page_size_tokens
     if pages_per_unit > 1:
         kept = kept.repeat_interleave(pages_per_unit, dim=1)[:, : -(-seq_len // page_size_tokens)]
     last_position = torch.full((rows,), seq_len - 1, device=scores.device)
     lists = compact_pages(kept, last_position, page_size_tokens)
     return PageList(lists.pages[:, : count * pages_per_unit].contiguous(), lists.kept_tokens, page_size_tokens)
+
+
+def _covering(scores: torch.Tensor, masses: torch.Tensor, coverage: float) -> torch.Tensor:
+    """The fewest units, in falling order of scores, that hold a share of their row's mass: bool, the scores' shape."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    ordered = masses.double().gather(1, order)
+    before = ordered.cumsum(1) - ordered
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(
+        1, order, before < coverage * ordered.sum(1, keepdim=True)
+    )
 
 
 def top_tokens(scores: RowScores, rows: DecodeRows, knobs: torch.Tensor, lists: TokenLists) -> None:

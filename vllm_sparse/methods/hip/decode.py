@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -52,10 +52,15 @@ class HipDecode(BatchDecodeMethod):
     depends on its neighbours. In between, kept leaves stay and new tokens join the window, whose start waits for the
     first stage: no token is out of the window before a search may choose it.
 
-    A list is per KV head, whose query heads share scores by their maximum; so tensor parallelism changes nothing.
+    The last stage scores a key block by the attention to all of its keys, which no paper does; the papers' descents
+    (`last_stage` ``representatives``) miss keys whose neighbours score less.
+
+    A list is per KV head, whose query heads share scores: in descents by their maximum, else by the sum of their
+    probabilities; so tensor parallelism changes nothing.
     """
 
     name: ClassVar[str] = "hip"
+    shares_lists: ClassVar[bool] = False
     former_names: ClassVar[dict[str, str]] = {
         "stage_chunks": "stage_block_tokens",
         "stage_tokens": "stage_budget_tokens",
@@ -77,6 +82,13 @@ class HipDecode(BatchDecodeMethod):
     sink_tokens: SinkTokens = 256
     recent_tokens: Annotated[int, Field(ge=0, le=1 << 16, description="tokens before the newest, always read")] = 1024
     dense_layers: DenseLayers = 0
+    last_stage: Annotated[
+        Literal["all_keys", "representatives"],
+        Field(
+            description="what the last stage scores a key block by: the attention to all of its keys, or single keys "
+            "that a descent finds, as in the paper"
+        ),
+    ] = "all_keys"
 
     def __post_init__(self) -> None:
         check_stages(self.stage_block_tokens, self.stage_budget_tokens)
@@ -132,7 +144,8 @@ class HipDecode(BatchDecodeMethod):
 
     def row_knobs(self) -> tuple[int, ...]:
         stages = reversed(list(zip(self.stage_block_tokens, self.stage_budget_tokens, self.refresh_steps, strict=True)))
-        return self.sink_tokens, self.recent_tokens, *(knob for stage in stages for knob in stage)
+        all_keys = int(self.last_stage == "all_keys")
+        return self.sink_tokens, self.recent_tokens, all_keys, *(knob for stage in stages for knob in stage)
 
     def serves(self, method: DecodeMethod, max_seq_len: int) -> bool:
         if not isinstance(method, HipDecode) or len(method.stage_block_tokens) > len(self.stage_block_tokens):
@@ -168,21 +181,23 @@ class HipDecode(BatchDecodeMethod):
             left = min(left, tokens)
         return most_kept, most_candidates
 
+    def search(self, scale: float) -> DecodeSearch:
+        """What a step searches and what it always keeps, for a model with this softmax scale."""
+        stages = zip(self.stage_block_tokens, self.stage_budget_tokens, strict=True)
+        return DecodeSearch(
+            [Stage(length, tokens) for length, tokens in stages],
+            self.sink_tokens,
+            self.recent_tokens,
+            self.refresh_steps[0],
+            scale if self.last_stage == "all_keys" else None,
+        )
+
     def select(
         self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory
     ) -> PageList:
         context = keys.seq_len
         standing = self.first_due(context) if memory.seq_len == context - 1 else 0
-        search = DecodeSearch(
-            [
-                Stage(length, tokens)
-                for length, tokens in zip(self.stage_block_tokens, self.stage_budget_tokens, strict=True)
-            ],
-            self.sink_tokens,
-            self.recent_tokens,
-            self.refresh_steps[0],
-        )
-        memory.stages, leaves = decode_leaves(query, keys, memory.stages[:standing], search)
+        memory.stages, leaves = decode_leaves(query, keys, memory.stages[:standing], self.search(scale))
         memory.seq_len = context
         grid = ListGrid(1, context, 1, LEAF_TOKENS, page_size_tokens, keys.num_kv_heads)
         return block_lists(leaves.unsqueeze(1), grid)

@@ -31,7 +31,7 @@ from vllm_sparse.methods.knobs import (
     SinkTokens,
     heads_with_scores,
 )
-from vllm_sparse.methods.prefill import Layer, PrefillMethod
+from vllm_sparse.methods.prefill import Layer, PrefillMethod, tokens_with_dense_tail
 
 LONGEST_STRIDE = 64
 
@@ -91,6 +91,12 @@ class Hip(PrefillMethod):
     @property
     def exactly_dense(self) -> bool:
         return self.stage_budget_tokens[-1] == UNBOUNDED_TOKENS
+
+    def read_tokens(self, query_tokens: int, seq_len: int) -> float:
+        block = self.query_block_tokens
+        kept = self.stage_budget_tokens[-1] + self.sink_tokens + self.recent_tokens + block
+        tail = -(-self.dense_tail_tokens // block) * block
+        return tokens_with_dense_tail(kept, tail, query_tokens, seq_len)
 
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         stages = zip(self.stage_block_tokens, self.stage_budget_tokens, self.query_stride, strict=True)

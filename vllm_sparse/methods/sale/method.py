@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -12,10 +13,14 @@ from pydantic.dataclasses import dataclass
 from vllm_sparse.kernels.low_bit_scores import PAGE_TOKENS, LowBitScoring, kept_map
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.knobs import KNOBS, DenseLayers, KnobError, ListPer, QueryBlockTokens
-from vllm_sparse.methods.prefill import Layer, PrefillMethod
+from vllm_sparse.methods.prefill import Layer, PrefillMethod, density_at, mean_reach
 from vllm_sparse.methods.sale.thresholds import load, log_thresholds
 
 DEFAULT_TAU = 0.004
+# Density at 8K, where 4096 keys are in reach on average, was 0.49 at the default, 0.31 at 0.02 and 0.23 at 0.05; at 32K
+# it was 0.32, 0.19 and 0.14, means over chunks (Qwen2.5-Coder-0.5B, docs/methods.md): a fall by the logarithm of tau
+# and by this power of the keys in reach.
+DENSITY_AT_DEFAULT_TAU, DENSITY_BY_TAU, DENSITY_BY_REACH = 0.49, 0.11, 0.45
 
 
 @dataclass(frozen=True, config=KNOBS)
@@ -103,6 +108,16 @@ class Sale(PrefillMethod):
                 f"the file holds {found.layers} layers of {found.heads} query heads, of {found.model}; the model has "
                 f"{num_layers} layers of {num_query_heads}",
             )
+
+    def read_tokens(self, query_tokens: int, seq_len: int) -> float:
+        # Calibrated thresholds are to keep what the default does.
+        tau = DEFAULT_TAU if self.tau is None else self.tau
+        density = DENSITY_AT_DEFAULT_TAU - DENSITY_BY_TAU * math.log(tau / DEFAULT_TAU) if tau > 0 else 1.0
+        reach = mean_reach(query_tokens, seq_len)
+        if tau > 0:
+            density = density_at(reach, density, DENSITY_BY_REACH)
+        kept = max(density, 0.0) * reach
+        return min(max(kept, self.sink_tokens + self.recent_tokens + self.query_block_tokens), reach)
 
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         """Kept pages of 32 tokens, perhaps some of the future: bool ``[query_heads, query_blocks, pages]``."""

@@ -11,69 +11,87 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from vllm_sparse.keys import PlainKeys, plain_keys
-from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.step.roles import Role
 
 
-class ReuseRecall:
-    """Attention that each layer would keep with the list of each layer before it, over the last positions of prompts.
+def lists_of_steps(method: Tidal, scores: torch.Tensor) -> torch.Tensor:
+    """The lists that the method chooses for steps which follow one another, as `Tidal.select` does for each.
 
-    Lists are chosen as the method chooses them, token by token. Only those of the current prompt are held, and one
-    position's attention at a time: ``[query_heads, context]``.
+    Args:
+        method: whose knobs count.
+        scores: float32 ``[kv_heads, group, steps, tokens]``, scaled, minus infinity beyond a step's own token, which is
+            one of the last `steps`.
+
+    Returns:
+        bool ``[kv_heads, lists of a KV head, steps, tokens]``, tokens of each list.
+    """
+    steps, tokens = scores.shape[2:]
+    positions = torch.arange(tokens, device=scores.device)
+    newest = positions[-steps:].unsqueeze(1)
+    forced = (positions < method.sink_tokens) | (positions > newest - max(method.recent_tokens, 1))
+    ranking = scores.log_softmax(3)
+    if method.list_per == "kv_head":
+        ranking = ranking.amax(1, keepdim=True)
+    # Beyond a step's own token stand the tokens of later steps, which fill no place of the list.
+    ranking = ranking.masked_fill(forced, torch.inf).masked_fill(positions > newest, -torch.inf)
+    best = ranking.topk(min(method.budget_tokens, tokens), 3).indices
+    return torch.zeros_like(ranking, dtype=torch.bool).scatter_(3, best, True) & (positions <= newest)
+
+
+class PolicyLists:
+    """Lists of a method whose layers have roles; as of `vllm_sparse.calibration.decoding.Lists`.
+
+    Args:
+        method: which chooses; its own roles do not matter.
+        roles: of each layer.
+    """
+
+    def __init__(self, method: Tidal, roles: Sequence[Role]) -> None:
+        self.method = method
+        self.roles = roles
+        self._lists = torch.empty(0)
+
+    def listed(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, scores: torch.Tensor, scale: float
+    ) -> torch.Tensor | None:
+        """What a layer reads; None: everything."""
+        if self.roles[layer].writes_list:
+            self._lists = lists_of_steps(self.method, scores)
+        return self._lists if self.roles[layer].reads_list else None
+
+
+class ReuseRecall:
+    """Attention that each layer would keep with the list of each layer before it, while a model decodes densely.
+
+    As of `vllm_sparse.calibration.decoding.Lists`. Lists are chosen as the method chooses them, token by token; those
+    of the current prompt are held.
 
     Args:
         layers: attention layers.
         query_heads: of a layer.
-        method: whose `select` chooses; its layers' roles do not matter.
-        positions: last tokens of each prompt to measure at, as if they had just been decoded.
+        method: which chooses; its layers' roles do not matter.
     """
 
-    def __init__(self, layers: int, query_heads: int, method: Tidal, positions: int) -> None:
+    def __init__(self, layers: int, query_heads: int, method: Tidal) -> None:
         self.method = method
-        self.positions = positions
         self._mass = torch.zeros(layers, layers, query_heads, dtype=torch.float64)
         self._measured = 0
-        # Of each position of the current prompt, the lists of the layers so far.
-        self._lists: list[list[torch.Tensor]] = []
+        self._lists: list[torch.Tensor] = []
 
-    def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-        """Measure a layer; layers come in order, prompt after prompt.
-
-        Args:
-            layer: its index.
-            query: ``[query_heads, tokens, head_size]``, rotary positions applied.
-            key: ``[kv_heads, tokens, head_size]``, likewise.
-            scale: softmax scale.
-
-        Returns:
-            Share of this prompt's attention kept: float64 ``[layer + 1, query_heads]``, with the list of each layer up
-            to this one.
-        """
+    def listed(self, layer: int, query: torch.Tensor, key: torch.Tensor, scores: torch.Tensor, scale: float) -> None:
+        """Measure a layer, which reads everything; layers come in order, prompt after prompt."""
         if layer == 0:
-            self._lists = [[] for _ in range(self.positions)]
+            self._lists = []
             self._measured += 1
-        kv_heads, tokens, head_size = key.shape
-        held = plain_keys(key)
-        transposed = key.float().transpose(1, 2)
-        kept = torch.zeros(layer + 1, len(query), dtype=torch.float64)
-        for position, lists in enumerate(self._lists):
-            context = tokens - self.positions + 1 + position
-            newest = query[:, context - 1]
-            keys = PlainKeys(held.kv_cache, held.block_table, context)
-            lists.append(self.method.select(newest, keys, scale, 1, LayerMemory()).pages)
-            grouped = newest.view(kv_heads, -1, head_size).float()
-            weight = (grouped @ transposed[..., :context] * scale).softmax(2).flatten(0, 1)
-            chosen = torch.stack(lists).long().repeat_interleave(len(weight) // len(lists[0]), dim=1)
-            kept += weight.expand(layer + 1, -1, -1).gather(2, chosen).sum(2).double().cpu()
-        kept /= self.positions
-        self._mass[: layer + 1, layer] += kept
-        return kept
+        self._lists.append(lists_of_steps(self.method, scores))
+        weights = scores.softmax(3)
+        kept = [(weights * lists).sum(3).mean(2).flatten() for lists in self._lists]
+        self._mass[: layer + 1, layer] += torch.stack(kept).double().cpu()
 
     @property
     def mass(self) -> torch.Tensor:
-        """Share of the attention kept, mean over positions and prompts: float64 ``[choosing, reading, query_heads]``.
+        """Share of the attention kept, mean over steps and prompts: float64 ``[choosing, reading, query_heads]``.
 
         0 where the choosing layer comes after the reading one; on the diagonal a layer reads its own list.
         """
@@ -163,38 +181,28 @@ def roles_of(selecting: tuple[int, ...], layers: int) -> list[Role]:
     return roles
 
 
-def choose_roles(
-    recall: list[list[float]], full_layers: int, selections: int, recall_floor: float | None = None
-) -> list[Role]:
+def choose_roles(recall: list[list[float]], dense_layers: int, selections: int) -> list[Role]:
     """The policy whose worst recall, then mean recall, is highest.
 
     Args:
         recall: ``[choosing][reading]``.
-        full_layers: first layers, dense; the next one chooses.
+        dense_layers: first layers, dense; the next one chooses.
         selections: layers after them that read everything; 1 to the layers after them less one.
-        recall_floor: instead, as few as bring the worst recall to this.
-
-    Raises:
-        ValueError: the floor is out of reach while a layer still reads a list.
     """
-    layers = len(recall)
-    if recall_floor is None:
-        return roles_of(best_selecting_layers(recall, full_layers, selections), layers)
-    best = 0.0
-    for number in range(1, layers - full_layers):
-        roles = roles_of(best_selecting_layers(recall, full_layers, number), layers)
-        worst = worst_recall(roles, recall)
-        if worst >= recall_floor:
-            return roles
-        best = max(best, worst)
-    raise ValueError(
-        f"no policy that leaves a layer sparse has a worst recall of {recall_floor}; the best has {best:.3f}"
-    )
+    return roles_of(best_selecting_layers(recall, dense_layers, selections), len(recall))
 
 
-def worst_recall(roles: Sequence[Role], recall: list[list[float]]) -> float:
-    """Of the layers that read a list; arguments as in `recall_of`."""
-    return min(found for found in recall_of(roles, recall) if found is not None)
+def modelled_cost(roles: Sequence[Role], budget_tokens: int, context_tokens: int) -> float:
+    """Keys and values that a decode step's attention reads, of those that dense decoding reads; at most 1 a layer,
+    and half of one more where it chooses: scoring reads the keys once again.
+
+    Args:
+        roles: of each layer.
+        budget_tokens: of a list.
+        context_tokens: of the request.
+    """
+    listed = min(budget_tokens / context_tokens, 1)
+    return sum((listed if role.reads_list else 1) + role.writes_list / 2 for role in roles) / len(roles)
 
 
 def recall_of(roles: Sequence[Role], recall: list[list[float]]) -> list[float | None]:

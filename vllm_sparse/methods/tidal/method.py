@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vllm_sparse.kernels.token_scores import token_scores
-from vllm_sparse.kernels.top_tokens import TokenBudget, top_pages, top_tokens
+from vllm_sparse.kernels.top_tokens import TokenBudget, best_of_pages, top_pages, top_tokens
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.decode import DecodeMethod, LayerMemory, TopTokensMethod
 from vllm_sparse.methods.knobs import KNOBS, BudgetTokens, KnobError, RecentTokens, SinkTokens
-from vllm_sparse.methods.tidal.policy import load
+from vllm_sparse.methods.tidal.policy import load, shipped
 from vllm_sparse.pages import PageList
 from vllm_sparse.step.roles import Role
 from vllm_sparse.step.rows import DecodeRows, RowsPlace, TokenLists
 
-# The paper's re-selection layer of a 32-layer Llama, scaled to a model's depth. Its two full layers are not scaled:
-# choosing one layer earlier loses needles on the 8-layer bundled model.
-PAPER_LAYERS, PAPER_RESELECT_LAYER, PAPER_FULL_LAYERS = 32, 13, 2
+# The paper's. Choosing one layer earlier loses needles on the 8-layer bundled model.
+DENSE_LAYERS = 2
+# The paper chooses in layer 2 and once more (13 of 32). On real checkpoints a list that old loses every second needle,
+# at every depth of the model: docs/methods.md, "What decoding loses on real checkpoints, and why".
+LAYERS_OF_A_LIST = 3
 
 
 @dataclass(frozen=True, config=KNOBS)
 class Tidal(TopTokensMethod):
-    """Position-persistent selection: a list is chosen in a full layer and lives for the rest of the decode step.
+    """Position-persistent selection: a list is chosen in a full layer, and the layers after it read it.
 
     Lists are per KV head by default, with the query heads of a group merged by the maximum of their attention
     probabilities; the paper's accuracy code has one per query head. Sink and recent tokens are forced into every
@@ -54,10 +57,14 @@ class Tidal(TopTokensMethod):
     ] = None
     reselect_layers: Annotated[
         tuple[Annotated[int, Field(strict=True)], ...],
-        Field(description="layers that select again; empty scales the paper's 13", strict=False),
+        Field(description="layers that select again; empty: every third; the paper's: 13 of 32 layers", strict=False),
     ] = ()
     policy: Annotated[
-        str, Field(description="file of each layer's role, from vllm-sparse calibrate tidal or written by hand")
+        str,
+        Field(
+            description="file of each layer's role and a budget, by vllm-sparse calibrate tidal or by hand, or "
+            f"the name of one of the package: {', '.join(shipped())}"
+        ),
     ] = ""
     sink_tokens: SinkTokens = 16
     recent_tokens: RecentTokens = 64
@@ -66,6 +73,19 @@ class Tidal(TopTokensMethod):
         Literal["everything", "list"],
         Field(description="what a layer that selects reads itself: everything, as in the paper, or the list it chose"),
     ] = "everything"
+
+    @classmethod
+    def knobs_of_files(cls, knobs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The policy's budget and `selection_reads`, where the policy is followed."""
+        if knobs.get("dense_layers") is not None or knobs.get("reselect_layers"):
+            return {}
+        try:
+            policy = load(knobs["policy"]).contents
+        except (KeyError, TypeError, ValueError):
+            # None given, or a wrong one, of which the check of the knob tells.
+            return {}
+        held = {"budget_tokens": policy.budget_tokens, "selection_reads": policy.selection_reads}
+        return {knob: value for knob, value in held.items() if value is not None}
 
     def __post_init__(self) -> None:
         # Equal sets of layers are equal settings, which share cached blocks.
@@ -97,10 +117,14 @@ class Tidal(TopTokensMethod):
         self.layer_roles(num_layers)
 
     def layer_roles(self, num_layers: int) -> list[Role]:
-        writing = Role.DENSE_AND_WRITE if self.selection_reads == "everything" else Role.WRITE_AND_READ
-        return [writing if role.writes_list else role for role in self._paper_roles(num_layers)]
+        return self.with_selection_reads(self._roles(num_layers))
 
-    def _paper_roles(self, num_layers: int) -> list[Role]:
+    def with_selection_reads(self, roles: Sequence[Role]) -> list[Role]:
+        """Roles in which layers that select read what the knob says."""
+        writing = Role.DENSE_AND_WRITE if self.selection_reads == "everything" else Role.WRITE_AND_READ
+        return [writing if role.writes_list else role for role in roles]
+
+    def _roles(self, num_layers: int) -> list[Role]:
         """Roles where layers that select read everything."""
         if self.follows_policy:
             roles = load(self.policy).contents.roles
@@ -109,7 +133,7 @@ class Tidal(TopTokensMethod):
                     "policy", self.policy, f"the file holds roles of {len(roles)} layers; the model has {num_layers}"
                 )
             return list(roles)
-        first = PAPER_FULL_LAYERS if self.dense_layers is None else self.dense_layers
+        first = DENSE_LAYERS if self.dense_layers is None else self.dense_layers
         if first >= num_layers:
             raise KnobError(
                 "dense_layers", first, f"this model has {num_layers} layers, so 0 to {num_layers - 1} are allowed"
@@ -122,7 +146,8 @@ class Tidal(TopTokensMethod):
                     f"this model has {num_layers} layers and selects first in layer {first}, so layers {first + 1} to "
                     f"{num_layers - 1} are allowed",
                 )
-        again = self.reselect_layers or (round(PAPER_RESELECT_LAYER * num_layers / PAPER_LAYERS),)
+        # The last layer would choose for no other.
+        again = self.reselect_layers or range(first + LAYERS_OF_A_LIST, num_layers - 1, LAYERS_OF_A_LIST)
         return [
             Role.DENSE if layer < first else Role.DENSE_AND_WRITE if layer == first or layer in again else Role.READ
             for layer in range(num_layers)
@@ -133,14 +158,9 @@ class Tidal(TopTokensMethod):
     ) -> PageList:
         context = keys.seq_len
         scores = token_scores(query, keys, scale, merge_heads=self.list_per == "kv_head")
-        if page_size_tokens > 1:
-            # Coarser pages: a page is worth its best token.
-            padding = -context % page_size_tokens
-            scores = torch.nn.functional.pad(scores, (0, padding), value=float("-inf"))
-            scores = scores.view(scores.shape[0], -1, page_size_tokens).amax(2)
         page = page_size_tokens
         budget = TokenBudget(self.budget_tokens, self.sink_tokens, self.recent_tokens)
-        return top_pages(scores, context, page, page, budget)
+        return top_pages(best_of_pages(scores, page), context, page, page, budget)
 
     def serves(self, method: DecodeMethod, max_seq_len: int) -> bool:
         return isinstance(method, Tidal) and method.list_per == "kv_head"

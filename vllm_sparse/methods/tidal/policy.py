@@ -12,16 +12,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, PlainValidator
+from pydantic import ConfigDict, Field, PlainValidator
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from vllm_sparse.methods.file import MethodFile, read
+from vllm_sparse.methods.knobs import UNBOUNDED_TOKENS
 from vllm_sparse.step.roles import Role
 
 logger = logging.getLogger("vllm.sparse")
 
+SHIPPED = Path(__file__).parent / "policies"
 CHECKED = ConfigDict(extra="forbid", strict=True)
-# Layers that write the list which they read themselves are the knob `selection_reads`, not a policy's.
+# Whether layers that write a list read it themselves says `selection_reads`, not their role.
 ROLES = {role.value: role for role in (Role.DENSE, Role.DENSE_AND_WRITE, Role.READ)}
 # Names in files of earlier releases.
 FORMER_NAMES = {"select": Role.DENSE_AND_WRITE, "reuse": Role.READ}
@@ -60,8 +62,11 @@ class Measured:
         recent_tokens: last tokens, likewise.
         lists: heads that share a list.
         prompts: tokens of each prompt.
-        positions: last tokens of each prompt, whose attention was measured.
-        recall: of each layer, the share of its attention that the list it reads keeps; null where it reads everything.
+        positions: decoded tokens whose attention was measured, of all prompts.
+        recall: of each layer, the share of the attention that its own list keeps which the list it reads keeps, of the
+            head that loses most; null where it reads everything.
+        divergence: Kullback-Leibler divergence from dense decoding, nats a token.
+        same: share of tokens at which dense decoding's most likely one stays so.
     """
 
     model: str
@@ -72,6 +77,8 @@ class Measured:
     prompts: list[int]
     positions: int
     recall: list[float | None]
+    divergence: float | None = None
+    same: float | None = None
 
 
 @checked_dataclass(frozen=True, config=CHECKED)
@@ -82,11 +89,17 @@ class Policy:
         roles: of each layer: ``dense`` reads everything, ``dense_and_write`` too and writes a list, ``read`` reads the
             list that was written last.
         measured: what the policy was found with; absent if a person wrote it.
+        budget_tokens: of a list, where neither the server nor a request says otherwise; absent: the method's default.
+        selection_reads: what a layer that chooses reads itself, likewise.
+        note: for people: where the policy comes from.
         version: of the format.
     """
 
     roles: list[PolicyRole]
     measured: Measured | None = None
+    budget_tokens: Annotated[int, Field(ge=16, le=UNBOUNDED_TOKENS)] | None = None
+    selection_reads: Literal["everything", "list"] | None = None
+    note: str = ""
     version: Literal[1] = 1
 
     def __post_init__(self) -> None:
@@ -101,11 +114,19 @@ class Policy:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
+def shipped() -> list[str]:
+    """Names of the policies that come with this package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.json"))
+
+
 @functools.lru_cache
 def load(path: str) -> MethodFile[Policy]:
-    """Read a policy file, once per process: a file that changes under a running server changes nothing.
+    """Read a policy, once per process: a file that changes under a running server changes nothing.
+
+    Args:
+        path: of the file, or the name of a policy that comes with this package.
 
     Raises:
         ValueError: it cannot be read or is no policy file.
     """
-    return read(path, Policy, "layer policy")
+    return read(str(SHIPPED / f"{path}.json") if path in shipped() else path, Policy, "layer policy")

@@ -33,10 +33,14 @@ class Context:
     run: str
 
     def extras(self, variant: Variant, length_tokens: int) -> dict[str, Any]:
-        """Sampling extras of a variant's requests; none for a server without the plugin."""
+        """Sampling extras of a variant's requests, sparse even where it does not pay; none without the plugin."""
         if variant.name == DENSE:
             return dict(DENSE_EXTRAS) if self.model.is_sparse else {}
-        return {"sparse_min_tokens": self.min_tokens, **variant.extras_at(length_tokens)}
+        return {
+            "sparse_min_tokens": self.min_tokens,
+            "sparse_unprofitable": "sparse",
+            **variant.extras_at(length_tokens),
+        }
 
     def salt(self, variant: Variant, *place: object) -> str:
         """Cached blocks of a variant's requests about a place are shared, and with no others."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from vllm_sparse.quality.measures.context import Context, dense_and
-from vllm_sparse.quality.measures.language import means_of_parts
+from vllm_sparse.quality.measures.parts import means_of_parts
 from vllm_sparse.quality.measures.texts import Text, texts
 from vllm_sparse.quality.records import DENSE, DecodingRecord
 from vllm_sparse.quality.schedule import Job, Once

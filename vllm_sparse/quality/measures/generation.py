@@ -6,11 +6,11 @@ context, so that a list that lost its place shows, and a generation that slipped
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Iterator, Sequence
 
 from vllm_sparse.quality.measures.context import Context, dense_and
+from vllm_sparse.quality.measures.parts import parts_of
 from vllm_sparse.quality.records import DENSE, GenerationRecord
 from vllm_sparse.quality.schedule import Job, Once
 from vllm_sparse.quality.served_model import Answer
@@ -113,11 +113,11 @@ def scores_by_part(expected: Sequence[str], said: Sequence[str]) -> tuple[float,
         expected: words of the text.
         said: words of the generation; a part is looked for among those at its place and a part to both sides.
     """
-    edges = [len(expected) * part // PARTS for part in range(PARTS + 1)]
     size = max(1, len(expected) // PARTS)
     return tuple(
-        common_subsequence(expected[start:stop], said[max(0, start - size) : stop + size]) / max(1, stop - start)
-        for start, stop in itertools.pairwise(edges)
+        common_subsequence(expected[part], said[max(0, part.start - size) : part.stop + size])
+        / max(1, part.stop - part.start)
+        for part in parts_of(len(expected), PARTS)
     )
 
 

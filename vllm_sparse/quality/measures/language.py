@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 
 from vllm_sparse.quality.measures.context import Context, dense_and
+from vllm_sparse.quality.measures.parts import means_of_parts
 from vllm_sparse.quality.measures.texts import Text, texts
 from vllm_sparse.quality.records import LanguageRecord
 from vllm_sparse.quality.schedule import Job, Once
@@ -49,9 +49,3 @@ def language_jobs(context: Context, variants: Sequence[Variant], lengths: Sequen
                     ]
 
                 yield Job(f"{group}/{variant.name}", group, read)
-
-
-def means_of_parts(values: Sequence[float], parts: int) -> tuple[float, ...]:
-    """Mean of each of as many parts, equal but for one value, of at least as many values."""
-    edges = [len(values) * part // parts for part in range(parts + 1)]
-    return tuple(sum(values[start:stop]) / (stop - start) for start, stop in itertools.pairwise(edges))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 from vllm_sparse.quality.corpus import Kind
@@ -21,11 +22,13 @@ def texts(context: Context, purpose: str, length_tokens: int, count: int) -> lis
         length_tokens: of each.
         count: of texts.
     """
+    # The corpus counts each text that is drawn, by a request to the server.
+    encode = functools.cache(context.tokenizer.text)
     found: dict[Kind, list[list[int]]] = {}
     for place, kind in enumerate(TEXT_KINDS):
         share = (count + len(TEXT_KINDS) - 1 - place) // len(TEXT_KINDS)
         rng = random.Random(f"{context.seed}-{purpose}-{length_tokens}-{kind}")
-        drawn = context.corpus.texts(kind, length_tokens, share, rng, lambda text: len(context.tokenizer.text(text)))
-        found[kind] = [context.tokenizer.text(text)[:length_tokens] for text in drawn]
+        drawn = context.corpus.texts(kind, length_tokens, share, rng, lambda text: len(encode(text)))
+        found[kind] = [encode(text)[:length_tokens] for text in drawn]
     kinds = [TEXT_KINDS[number % len(TEXT_KINDS)] for number in range(count)]
     return [(kind, found[kind][number // len(TEXT_KINDS)]) for number, kind in enumerate(kinds)]

@@ -121,7 +121,7 @@ def to_length(name: str, origin: str, draft: Draft, tokens: int, count: CountTok
         ValueError: there is too little real text, or too little room for what is planted.
     """
     room = _room(draft.questions, count)
-    low, high = math.ceil(_LEAST_FILLED * tokens) + _slack(tokens), tokens
+    low, high = math.ceil(_LEAST_FILLED * tokens) + _slack(tokens, room), tokens
     planted_chars = sum(len(each.text) for each in draft.planted)
     available = sum(map(len, draft.filler))
     chars = int(3.5 * (tokens - room)) - planted_chars
@@ -154,9 +154,9 @@ def to_length(name: str, origin: str, draft: Draft, tokens: int, count: CountTok
     )
 
 
-def _slack(tokens: int) -> int:
-    """Tokens by which `_room` may overestimate; no document is shorter than 0.97 of what is asked for by it."""
-    return tokens // 200
+def _slack(tokens: int, room: int) -> int:
+    """Tokens by which a `_room` may overestimate; no document is shorter than 0.97 of what is asked for by it."""
+    return max(tokens // 200, room // 8 + 5)
 
 
 def _room(questions: Sequence[Question], count: CountTokens) -> int:

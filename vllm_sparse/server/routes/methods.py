@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from vllm_sparse.config.names import DENSE, METHODS, PHASES, former_keys, knob_schema
+from vllm_sparse.config.names import DENSE, METHODS, PHASES, UNPROFITABLE, former_keys, knob_schema
 from vllm_sparse.config.presets import PRESETS, Preset, Tier
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.settings import ServerConfig
@@ -137,6 +137,11 @@ def extras_schema(config: ServerConfig) -> dict[str, Any]:
         "minimum": 0,
         "maximum": 1,
         "default": config.min_recall,
+    }
+    properties["sparse_unprofitable"] = {
+        "description": "what runs where the costs of the server's GPU say that sparse attention would take longer",
+        "enum": list(UNPROFITABLE),
+        "default": config.unprofitable,
     }
     uses: dict[str, Any] = {}
     replaced: dict[str, Any] = {}

@@ -1,0 +1,256 @@
+"""Plans where costs are known: what a step runs, for what reason, and what it leaves for later steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.backend.test_forward import Row, common_metadata
+from tests.step.measured import LLAMA_8B, tidal
+from vllm_sparse.config.request import ALL_DENSE, SparseParams
+from vllm_sparse.methods.block_topk import BlockTopk
+from vllm_sparse.methods.decode import DecodeMethod
+from vllm_sparse.methods.dhsa import Dhsa
+from vllm_sparse.methods.flexprefill import FlexPrefill
+from vllm_sparse.methods.hip import HipDecode
+from vllm_sparse.step.costs import StepCosts
+from vllm_sparse.step.eligibility import DenseReason
+from vllm_sparse.step.gpu_table import H200
+from vllm_sparse.step.plan import PlanLimits, StepPlan, plan_step
+from vllm_sparse.step.requests import SparseRequest
+
+LAYERS, BLOCK = 32, 128
+SERVED = [tidal(2048), HipDecode(), BlockTopk()]
+COSTS = StepCosts(H200, LLAMA_8B, SERVED)
+TIDAL = SparseParams(None, tidal(2048))
+BLOCKTOPK = SparseParams(None, BlockTopk())
+OUTSIDE = SparseParams(None, tidal(8192))
+
+
+def is_served(method: DecodeMethod) -> bool:
+    return type(method) in {type(one) for one in SERVED}
+
+
+def graphs_hold(requests: object, rows: int) -> bool:
+    assert isinstance(requests, list)
+    assert all(isinstance(request, SparseRequest) for request in requests)
+    return all(request.params.decode is None or request.params.decode.budget_tokens <= 4352 for request in requests)
+
+
+LIMITS = PlanLimits(LAYERS, False, 1 << 30, is_served, COSTS, True, graphs_hold, BLOCK)
+MIXED = replace(LIMITS, full_graph=False)
+UNKNOWN = replace(LIMITS, costs=None)
+
+
+def held(*params: SparseParams) -> dict[int, SparseRequest]:
+    """Requests in slots, as steps find them."""
+    return {row: SparseRequest(of, row) for row, of in enumerate(params) if not of.is_dense}
+
+
+def plan(rows: list[Row], limits: PlanLimits = LIMITS, requests: dict[int, SparseRequest] | None = None) -> StepPlan:
+    common = common_metadata(rows, torch.zeros(len(rows), 1, dtype=torch.int32))
+    return plan_step(common, held(*(row.params for row in rows)) if requests is None else requests, limits)
+
+
+def sparse_rows(plan: StepPlan) -> list[int]:
+    spans = [
+        *(row.span for row in plan.prefill),
+        *(row.span for row in plan.batch),
+        *(row.span for row in plan.decode),
+    ]
+    return sorted(span.row for span in spans)
+
+
+def unprofitable(phase: str, method: str, rows: int = 1) -> dict[tuple[str, str, DenseReason], int]:
+    return {(phase, method, DenseReason.UNPROFITABLE): rows}
+
+
+def as_asked(params: SparseParams) -> SparseParams:
+    return replace(params, unprofitable="sparse")
+
+
+def test_a_lone_row_is_dense_where_many_are_sparse() -> None:
+    lone = plan([Row(1, 32768, TIDAL)])
+    assert lone.is_dense
+    assert lone.fallbacks == unprofitable("decode", "tidal")
+    many = plan([Row(1, 32768, TIDAL)] * 24)
+    assert sparse_rows(many) == list(range(24))
+    assert not many.fallbacks
+    assert sparse_rows(plan([Row(1, 131072, TIDAL)])) == [0]
+
+
+def test_without_costs_and_as_asked_everything_is_sparse() -> None:
+    assert sparse_rows(plan([Row(1, 9000, TIDAL)], UNKNOWN)) == [0]
+    forced = plan([Row(1, 9000, as_asked(TIDAL)), Row(300, 9000, as_asked(SparseParams(Dhsa())), prefilling=True)])
+    assert sparse_rows(forced) == [0, 1]
+    assert not forced.fallbacks
+
+
+def test_rows_beside_one_that_runs_as_asked_share_its_launches() -> None:
+    """Alone they would not pay for them."""
+    rows = [Row(1, 16384, TIDAL)] * 2
+    assert sparse_rows(plan(rows)) == []
+    assert sparse_rows(plan([*rows, Row(1, 9000, as_asked(TIDAL))])) == [0, 1, 2]
+    beside_another = plan([*rows, Row(1, 9000, as_asked(BLOCKTOPK))])
+    assert sparse_rows(beside_another) == [2]
+    assert beside_another.fallbacks == unprofitable("decode", "tidal", 2)
+
+
+def test_a_row_that_does_not_pay_is_dense_beside_others_that_do() -> None:
+    mixed = plan([Row(1, 131072, TIDAL), Row(1, 2200, TIDAL), Row(1, 131072, TIDAL), Row(1, 2048, TIDAL)])
+    assert sparse_rows(mixed) == [0, 2]
+    assert mixed.fallbacks == {
+        **unprofitable("decode", "tidal"),
+        ("decode", "tidal", DenseReason.SHORT_CONTEXT): 1,
+    }
+
+
+def test_a_method_that_does_not_pay_leaves_the_mixture() -> None:
+    """Graphs of mixtures launch all methods of the server."""
+    rows = [*[Row(1, 131072, TIDAL)] * 4, Row(1, 33000, BLOCKTOPK), Row(1, 131072, ALL_DENSE)]
+    found = plan(rows)
+    assert sparse_rows(found) == [0, 1, 2, 3]
+    assert found.fallbacks == unprofitable("decode", "blocktopk")
+    assert sparse_rows(plan([*rows, *[Row(1, 131072, BLOCKTOPK)] * 4])) == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+
+
+def test_a_dense_row_takes_no_slot_and_no_room() -> None:
+    request = SparseRequest(TIDAL)
+    for _ in range(3):
+        assert plan([Row(1, 32768, TIDAL)], LIMITS, {0: request}).is_dense
+    assert request.setting is None
+    (row,) = plan([Row(1, 131072, TIDAL)], LIMITS, {0: request}).batch
+    assert row.setting.fresh, "what another request kept in the slot must not be taken for its own"
+    tight = replace(LIMITS, scored_tokens=131072)
+    assert sparse_rows(plan([Row(1, 2200, TIDAL), Row(1, 131072, TIDAL)], tight)) == [1]
+
+
+def test_keys_of_dense_rows_are_summarised_when_they_fill_a_block() -> None:
+    request = SparseRequest(BLOCKTOPK)
+    summarised = [
+        seq_len
+        for seq_len in range(8200, 8200 + 2 * BLOCK)
+        if plan([Row(1, seq_len, BLOCKTOPK)], LIMITS, {0: request}).summarising
+    ]
+    assert summarised == [8320, 8448]
+    short = replace(BLOCKTOPK, min_tokens=1 << 20)
+    assert [bool(plan([Row(1, seq_len, short)]).summarising) for seq_len in (255, 256, 257)] == [False, True, False]
+    sparse = plan([Row(1, 131073, BLOCKTOPK)])
+    assert sparse_rows(sparse) == [row.span.row for row in sparse.summarising] == [0], "each step of a sparse row"
+    prompt = plan([Row(100, 8300, BLOCKTOPK, prefilling=True)])
+    assert len(prompt.summarising) == 1, "each prompt chunk"
+
+
+def test_steps_outside_of_graphs_have_to_gain_more() -> None:
+    rows = [Row(1, 131072, TIDAL)]
+    assert sparse_rows(plan(rows)) == [0]
+    assert sparse_rows(plan(rows, MIXED)) == []
+    assert sparse_rows(plan(rows * 8, MIXED)) == list(range(8))
+    prompt = Row(8192, 65536, SparseParams(Dhsa(), tidal(2048)), prefilling=True)
+    beside = plan([*rows, prompt], MIXED)
+    assert sparse_rows(beside) == [1]
+    assert beside.fallbacks == unprofitable("decode", "tidal")
+
+
+def test_rows_that_no_graph_holds_leave_the_graphs_where_that_pays() -> None:
+    """And only then: a step that replays a graph decides for the next one, in which all rows share the launches."""
+    many = [Row(1, 131072, OUTSIDE)] * 24
+    requests = held(*(row.params for row in many))
+    for limits, sparse in ((LIMITS, 0), (MIXED, 24)):
+        assert len(sparse_rows(plan(many, limits, requests))) == sparse
+        assert all(request.leaves_graphs for request in requests.values())
+    lone = {0: requests[0]}
+    for limits in (MIXED, LIMITS):
+        found = plan(many[:1], limits, lone)
+        assert found.is_dense
+        assert found.fallbacks == unprofitable("decode", "tidal")
+        assert not requests[0].leaves_graphs
+    assert sparse_rows(plan(many, LIMITS, requests)) == []
+    assert requests[0].leaves_graphs
+
+
+def test_rows_that_graphs_hold_stay_in_them_beside_one_that_they_do_not() -> None:
+    rows = [*[Row(1, 131072, TIDAL)] * 2, Row(1, 33000, OUTSIDE)]
+    requests = held(*(row.params for row in rows))
+    assert sparse_rows(plan(rows, LIMITS, requests)) == [0, 1]
+    assert [requests[row].leaves_graphs for row in range(3)] == [True, True, False]
+
+
+def test_a_row_that_graphs_do_not_summarise_stays_outside() -> None:
+    params = SparseParams(None, BlockTopk(budget_tokens=8192))
+    request = SparseRequest(params)
+    assert plan([Row(1, 33001, params)], MIXED, {0: request}).is_dense
+    assert request.leaves_graphs
+
+
+def test_a_row_that_is_served_alone_pays_for_its_step() -> None:
+    params = SparseParams(None, tidal(2048))
+    alone = replace(MIXED, serves_at_once=lambda method: False)
+    request = SparseRequest(params)
+    assert plan([Row(1, 131072, params)], alone, {0: request}).is_dense
+    assert not request.leaves_graphs
+    assert not plan([Row(1, 1 << 20, params)], replace(alone, full_graph=True), {0: request}).decode
+    assert request.leaves_graphs
+    assert len(plan([Row(1, 1 << 20, params)], alone, {0: request}).decode) == 1
+
+
+def test_prompt_chunks_by_their_own_numbers() -> None:
+    params = SparseParams(Dhsa(), None)
+    long, short = Row(8192, 32768, params, prefilling=True), Row(300, 32768, params, prefilling=True)
+    assert sparse_rows(plan([long], MIXED)) == [0]
+    found = plan([short], MIXED)
+    assert found.is_dense
+    assert found.fallbacks == unprofitable("prefill", "dhsa")
+    too_short = plan([Row(255, 32768, params, prefilling=True)], MIXED)
+    assert too_short.fallbacks == {("prefill", "dhsa", DenseReason.SHORT_PROMPT_CHUNK): 1}
+
+
+CHUNKS = st.builds(
+    lambda tokens, context, method: Row(tokens, tokens + context, SparseParams(method, tidal(2048)), prefilling=True),
+    st.integers(1, 8192),
+    st.integers(0, 1 << 18),
+    st.sampled_from([Dhsa(), FlexPrefill()]),
+)
+DECODES = st.builds(
+    lambda seq_len, params: Row(1, seq_len, params),
+    st.integers(1, 1 << 19),
+    st.sampled_from([TIDAL, BLOCKTOPK, OUTSIDE, as_asked(TIDAL), SparseParams(None, HipDecode()), ALL_DENSE]),
+)
+
+
+@given(CHUNKS, st.lists(CHUNKS | DECODES, max_size=12), st.booleans())
+def test_neighbours_change_nothing_for_a_prompt_chunk(chunk: Row, others: list[Row], full_graph: bool) -> None:
+    limits = replace(LIMITS, full_graph=full_graph)
+    assert bool(plan([chunk], limits).prefill) == (0 in sparse_rows(plan([chunk, *others], limits)))
+
+
+@given(st.lists(DECODES, min_size=1, max_size=40), st.booleans())
+def test_each_row_is_sparse_or_counted(rows: list[Row], full_graph: bool) -> None:
+    found = plan(rows, replace(LIMITS, full_graph=full_graph))
+    asking = sum(not row.params.is_dense for row in rows)
+    assert len(sparse_rows(found)) + sum(found.fallbacks.values()) == asking
+    assert {row.span.row for row in found.batch} >= {
+        index
+        for index, row in enumerate(rows)
+        if row.params.unprofitable == "sparse" and row.params.decode and row.context > row.params.decode.budget_tokens
+    }
+
+
+@given(st.lists(DECODES, min_size=1, max_size=40))
+def test_no_step_is_sparse_that_is_predicted_to_be_slower(rows: list[Row]) -> None:
+    """Counted anew, without doubt or margin."""
+    rows = [row for row in rows if row.params.unprofitable == "dense"]
+    found = plan(rows) if rows else StepPlan(LAYERS)
+    costs = StepCosts(H200.as_predicted, LLAMA_8B, SERVED)
+    gained, methods = 0.0, set()
+    for row in found.batch:
+        method = row.setting.method
+        assert method is not None
+        methods.add(method.name)
+        gained += costs.row_gain(method, row.roles).at(row.span.seq_len)
+    if methods:
+        all_sparse = len(found.batch) == len(rows)
+        assert gained > costs.launch_seconds(methods, all_sparse and len(methods) == 1, full_graph=True)

@@ -1,0 +1,79 @@
+"""Token top-k decode: in each layer the single tokens with the most attention, by 2-bit codes of their keys."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from vllm_sparse.kernels.code_scores import code_scores
+from vllm_sparse.kernels.page_summaries import SummaryKind, read_summaries
+from vllm_sparse.kernels.top_tokens import TokenBudget, best_of_pages, top_pages, top_tokens
+from vllm_sparse.keys import PagedKeys
+from vllm_sparse.methods.decode import LayerMemory, TopTokensMethod, choosing_in_each_layer
+from vllm_sparse.methods.knobs import KNOBS, BudgetTokens, DenseLayers, RecentTokens, SinkTokens
+from vllm_sparse.pages import PageList
+from vllm_sparse.step.roles import Role
+from vllm_sparse.step.rows import DecodeRows, RowsPlace, TokenLists
+
+
+@dataclass(frozen=True, config=KNOBS)
+class TokenTopk(TopTokensMethod):
+    """In each layer, read the `budget_tokens` tokens with the most attention, found by 2-bit codes of their keys.
+
+    Beside the KV cache every key is kept in 2 bits a number: in steps of its channel, from the least to the largest
+    number of its page of `page_tokens` (as KIVI, arXiv 2402.02750, quantises keys; this project's use of it). A step
+    scores all codes of the context, an eighth of the bytes of the keys, and reads the keys and values of the best
+    tokens exactly. Codes rank single tokens, which bounds and means of pages cannot (docs/methods.md).
+
+    Lists are per KV head, with the query heads of a group merged by the maximum of their attention probabilities. Sink
+    and recent tokens are forced into every list; the newest token is always read. Where the executor's pages are
+    coarser than a token, a page is worth its best token.
+
+    Codes take 1/16 of the KV cache, and their pages' steps ``2 / (page_tokens)`` of it with 16-bit numbers, so
+    `page_tokens` is the server's choice.
+    """
+
+    name: ClassVar[str] = "tokentopk"
+    # Its codes take memory beside the KV cache.
+    enabled_by_default: ClassVar[bool] = False
+    server_knobs: ClassVar[tuple[str, ...]] = ("page_tokens",)
+    scores_tokens: ClassVar[bool] = True
+    shares_lists: ClassVar[bool] = False
+
+    budget_tokens: BudgetTokens = 2048
+    sink_tokens: SinkTokens = 16
+    recent_tokens: RecentTokens = 64
+    dense_layers: DenseLayers = 2
+    page_tokens: Annotated[Literal[16, 32, 64, 128], Field(description="tokens that share a channel's steps")] = 32
+
+    def __post_init__(self) -> None:
+        self.check_budget()
+
+    @property
+    def summaries(self) -> SummaryKind:
+        return SummaryKind(self.page_tokens, bounds=True, codes=True)
+
+    def layer_roles(self, num_layers: int) -> list[Role]:
+        return choosing_in_each_layer(self.dense_layers, num_layers)
+
+    def select(
+        self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory
+    ) -> PageList:
+        context, page = keys.seq_len, page_size_tokens
+        scores = code_scores(query, read_summaries(keys, self.summaries), context, scale)
+        budget = TokenBudget(self.budget_tokens, self.sink_tokens, self.recent_tokens)
+        return top_pages(best_of_pages(scores, page), context, page, page, budget)
+
+    def choose_rows(self, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
+        # Imported here: there is Triton only where there is a GPU.
+        from vllm_sparse.kernels.code_scores.triton import code_scores_of_rows
+        from vllm_sparse.kernels.page_summaries.triton import store_newest_summaries
+
+        assert place.summaries is not None
+        store_newest_summaries(replace(rows, seq_lens=place.members), self.summaries, place.summaries)
+        scores = code_scores_of_rows(rows, self.summaries, place.summaries, place.starts, place.capacity_tokens)
+        top_tokens(scores, rows, knobs, lists)
