@@ -17,8 +17,8 @@ from tests import oracle
 from vllm_sparse.backend.decode_buffers import DecodeBuffers
 from vllm_sparse.backend.decode_graphs import ANY, MOST_ROWS_ALONE, beside_dense, captured_sizes
 from vllm_sparse.backend.execution import gather_index
-from vllm_sparse.backend.host_copy import indices_on
 from vllm_sparse.backend.prefill import prompt_chunk_rows
+from vllm_sparse.host_copy import indices_on
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.step.plan import RowSpan
 from vllm_sparse.step.requests import RowSetting

@@ -10,11 +10,12 @@ import torch
 
 from vllm_sparse.backend.decode_batch import BatchStep, DecodeStep
 from vllm_sparse.backend.guard import NO_GUARD
-from vllm_sparse.backend.host_copy import indices_on
+from vllm_sparse.host_copy import indices_on
 
 if TYPE_CHECKING:
     from vllm_sparse.backend.decode_buffers import DecodeBuffers
     from vllm_sparse.backend.guard import StepGuard
+    from vllm_sparse.backend.prefill import ChunkLaunch
     from vllm_sparse.metrics import StepRecord
     from vllm_sparse.pages import PageList
     from vllm_sparse.step.launch import Launch
@@ -47,6 +48,7 @@ class LayerWork:
         dense_metadata: int64 places of the dense rows' tokens in the step's queries, and the stock kernel's metadata
             for them; made on first use.
         launches: what the reading rows need, made on first use after a list was written.
+        chunk_launches: what the sparse prompt chunks need that no layer changes, made on first use.
     """
 
     summarising: list[SummaryRow]
@@ -56,6 +58,7 @@ class LayerWork:
     dense: list[RowSpan]
     dense_metadata: tuple[torch.Tensor, Any] | None = None
     launches: list[DecodeLaunch] | None = None
+    chunk_launches: list[ChunkLaunch] | None = None
 
 
 class StepExecution:

@@ -10,10 +10,10 @@ from vllm.distributed import get_tensor_model_parallel_rank
 
 from vllm_sparse.backend import decode_batch, decode_single, prefill
 from vllm_sparse.backend.execution import LayerWork, StepExecution
-from vllm_sparse.backend.host_copy import to_device
 from vllm_sparse.backend.layer import LayerCall, LayerPlatform
 from vllm_sparse.backend.summaries import StoredSummaries
 from vllm_sparse.backend.support import check_layer
+from vllm_sparse.host_copy import to_device
 
 
 class SparseAttentionImpl(LayerPlatform):
@@ -56,8 +56,10 @@ class SparseAttentionImpl(LayerPlatform):
         if step.serves_at_once:
             batch = step.batch(attn_metadata.seq_lens, attn_metadata.block_table)
             decode_batch.serve_rows(self, call, batch, step.record, step.guard)
-        for row in work.prefill:
-            prefill.serve_row(self, call, row, step.record, step.guard)
+        if work.prefill:
+            if work.chunk_launches is None:
+                work.chunk_launches = prefill.plan_launches(self, call, work.prefill)
+            prefill.serve_chunks(self, call, work.chunk_launches, step.record, step.guard)
         decode_single.serve_rows(self, call, step, work)
         if index == step.plan.num_layers - 1:
             step.record.finish()

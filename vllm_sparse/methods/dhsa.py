@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass as plain_dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vllm_sparse.kernels.adaptive_blocks import adaptive_blocks
-from vllm_sparse.kernels.block_scores import KeyBlocks, PageSelection, best_pages, page_scores
-from vllm_sparse.kernels.candidate_mass import candidate_mass
-from vllm_sparse.kernels.page_list import ListGrid, block_lists, query_blocks
-from vllm_sparse.kernels.page_summaries import SummaryKind, page_summaries
+from vllm_sparse.kernels.block_scores import (
+    KeyBlocks,
+    PageSelection,
+    best_pages,
+    chunk_page_scores,
+    page_scores,
+    select_pages,
+)
+from vllm_sparse.kernels.candidate_mass import candidate_mass, chunk_mass
+from vllm_sparse.kernels.page_list import ListGrid, block_lists, query_blocks, write_lists
+from vllm_sparse.kernels.page_summaries import SummaryKind, chunk_summaries, page_summaries
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.knobs import (
     KNOBS,
@@ -25,11 +35,36 @@ from vllm_sparse.methods.knobs import (
     SinkTokens,
     heads_with_scores,
 )
-from vllm_sparse.methods.prefill import Layer, PrefillMethod, tokens_with_dense_tail
+from vllm_sparse.methods.prefill import Layer, PrefillMethod, shared, tokens_with_dense_tail
+from vllm_sparse.pages import PageList, empty_lists
+from vllm_sparse.step.chunks import PromptBlocks, PromptChunks, int_tables
 
 # The key block of the paper's second version. Finer pages double the score map and the lists, while the executor gains
 # nothing: key blocks of 16 give each page the better of two.
 PAGE_TOKENS = 32
+
+
+@plain_dataclass(frozen=True)
+class PreparedChunks:
+    """What the choice for prompt chunks needs in every layer; key blocks are of fixed length.
+
+    Attributes:
+        band_page: int32 ``[blocks]`` page from which on a query block reads everything.
+        last_page: int32 ``[blocks]`` page of its last query.
+        budget_pages: int32 ``[blocks]`` pages that it may keep, forced ones included.
+        candidate_pages: int32 ``[blocks]`` pages whose mass is computed.
+        first_key_block: int32 ``[chunks, pages]`` as `chunk_page_scores` takes it.
+        last_key_block: likewise.
+        root_length: float32 ``[chunks, key_blocks, 1]`` square root of each key block's tokens, 1 past the context.
+    """
+
+    band_page: torch.Tensor
+    last_page: torch.Tensor
+    budget_pages: torch.Tensor
+    candidate_pages: torch.Tensor
+    first_key_block: torch.Tensor
+    last_key_block: torch.Tensor
+    root_length: torch.Tensor
 
 
 @dataclass(frozen=True, config=KNOBS)
@@ -155,6 +190,88 @@ class Dhsa(PrefillMethod):
         if score_heads < query_heads:
             mass = mass.view(score_heads, -1, *mass.shape[1:]).sum(1)
         return best_pages(mass, band_start, last_query, budget_pages, selection)
+
+    def prepare(self, blocks: PromptBlocks, prompt_tokens: Sequence[int | None]) -> PreparedChunks | None:
+        """As `block_mask` works it out for one chunk, on the host, since key blocks of fixed length are known there."""
+        if self.key_blocks == "adaptive":
+            return None
+        length = self.key_block_tokens
+        first_query, last_query = blocks.positions.astype(np.int64)
+        if self.budget_tokens:
+            budget_pages = np.full_like(last_query, -(-self.budget_tokens // PAGE_TOKENS))
+        else:
+            # In float64 `density` of what is in reach is not rounded up to a token more than that.
+            budget_pages = np.ceil((last_query + 1) * self.density / PAGE_TOKENS)
+        candidate_pages = np.ceil(budget_pages * self.candidate_factor)
+        # A key block that the query block's last token does not end is forced.
+        band = np.minimum(np.maximum(first_query - self.recent_tokens, 0), (last_query + 1) // length * length)
+        ends = [tokens or span.seq_len for tokens, span in zip(prompt_tokens, blocks.spans, strict=True)]
+        prompt_end = np.repeat(ends, np.diff(blocks.starts))
+        # Query blocks after the prompt's end, of outputs that are computed again, count as its end.
+        band[np.minimum(last_query, prompt_end - 1) >= prompt_end - self.dense_tail_tokens] = 0
+        seq_len = np.array([span.seq_len for span in blocks.spans])[:, None]
+        page_start = np.arange(0, blocks.longest_seq_len, PAGE_TOKENS)
+        page_end = np.minimum(page_start + PAGE_TOKENS, seq_len) - 1
+        in_context = page_start < seq_len
+        first_key_block = np.where(in_context, page_start // length, 1)
+        last_key_block = np.where(in_context, page_end // length, 0)
+        key_block_start = np.arange(0, blocks.longest_seq_len, length)
+        lengths = np.clip(seq_len - key_block_start, 1, length)
+        *of_blocks, first, last, tokens = int_tables(
+            (
+                band // PAGE_TOKENS,
+                last_query // PAGE_TOKENS,
+                np.minimum(budget_pages, UNBOUNDED_TOKENS),
+                np.minimum(candidate_pages, UNBOUNDED_TOKENS),
+                first_key_block.ravel(),
+                last_key_block.ravel(),
+                lengths.ravel(),
+            ),
+            blocks.chunk.device,
+        )
+        root_length = tokens.view(*lengths.shape, 1).sqrt()
+        return PreparedChunks(
+            *of_blocks,
+            first_key_block=first.view(in_context.shape),
+            last_key_block=last.view(in_context.shape),
+            root_length=root_length,
+        )
+
+    def select_chunks(self, chunks: PromptChunks, layers: Sequence[Layer], prepared: Any, lists: PageList) -> None:
+        if prepared is None:
+            super().select_chunks(chunks, layers, prepared, lists)
+            return
+        blocks, query_heads, kv_heads = chunks.blocks, chunks.query.shape[1], chunks.keys[0].num_kv_heads
+        score_heads = heads_with_scores(self.scores_per, query_heads, kv_heads)
+        rescored = self.candidate_factor > 1
+        scores = chunk_page_scores(
+            chunks.query,
+            self._representation(chunks, prepared),
+            prepared.first_key_block,
+            prepared.last_key_block,
+            blocks,
+            min(score_heads, kv_heads) if rescored else score_heads,
+        )
+        sink_pages = -(-self.sink_tokens // PAGE_TOKENS)
+        first_pages = prepared.candidate_pages if rescored else prepared.budget_pages
+        mask = select_pages(scores, sink_pages, prepared.band_page, prepared.last_page, first_pages)
+        if rescored:
+            candidates = empty_lists(mask.shape[0] * blocks.blocks, mask.shape[2], PAGE_TOKENS, mask.device)
+            write_lists(mask, blocks, PAGE_TOKENS, mask.shape[0], candidates)
+            mass = chunk_mass(chunks, candidates)
+            if score_heads < query_heads:
+                mass = mass.view(score_heads, -1, *mass.shape[1:]).sum(1)
+            mask = select_pages(mass, sink_pages, prepared.band_page, prepared.last_page, prepared.budget_pages)
+        list_heads = lists.kept_tokens.shape[0] // blocks.blocks
+        write_lists(shared(mask, list_heads), blocks, PAGE_TOKENS, list_heads, lists)
+
+    def _representation(self, chunks: PromptChunks, prepared: PreparedChunks) -> torch.Tensor:
+        """What stands for the key blocks of each chunk, ``[kv_heads, chunks, key_blocks, ...]`` as in `KeyBlocks`."""
+        mean = chunk_summaries(chunks, SummaryKind(self.key_block_tokens, bounds=False))
+        if self.bound_weight:
+            bounds = chunk_summaries(chunks, SummaryKind(self.key_block_tokens, bounds=True))
+            return torch.cat((mean, mean), dim=3).lerp(bounds, self.bound_weight)
+        return mean * prepared.root_length
 
     def budget_pages(self, last_query: torch.Tensor) -> torch.Tensor:
         """Pages that each query block may keep, forced ones included: int64, of the shape of `last_query`."""

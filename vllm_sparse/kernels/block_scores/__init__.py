@@ -8,8 +8,17 @@ import torch
 
 from vllm_sparse.kernels.block_scores import reference
 from vllm_sparse.kernels.block_scores.reference import KeyBlocks, PageSelection
+from vllm_sparse.step.chunks import PromptBlocks
 
-__all__ = ["KeyBlocks", "PageSelection", "best_pages", "page_scores", "pooled_queries"]
+__all__ = [
+    "KeyBlocks",
+    "PageSelection",
+    "best_pages",
+    "chunk_page_scores",
+    "page_scores",
+    "pooled_queries",
+    "select_pages",
+]
 
 
 def _implementation(query: torch.Tensor) -> ModuleType:
@@ -57,13 +66,48 @@ def page_scores(query: torch.Tensor, key_blocks: KeyBlocks, seq_len: int, select
     page_end = (page_start + (selection.page_tokens - 1)).clamp(max=seq_len - 1)
     edges = torch.searchsorted(key_blocks.start, torch.stack((page_start, page_end)), right=True, out_int32=True) - 1
     first_key_block, last_key_block = edges.unbind(0)
-    queries = reference.merge_heads(pooled_queries(query, selection.query_block_tokens), selection.score_heads)
-    key_heads = min(key_blocks.representation.shape[0], selection.score_heads)
-    representation = reference.merge_heads(key_blocks.representation, key_heads)
-    if representation.shape[2] != queries.shape[2]:
-        queries = reference.for_bounds(queries)
+    pooled = pooled_queries(query, selection.query_block_tokens)
+    queries, representation = _merged(pooled, key_blocks.representation, selection.score_heads)
     scores: torch.Tensor = _implementation(query).page_scores(queries, representation, first_key_block, last_key_block)
     return scores
+
+
+def chunk_page_scores(
+    query: torch.Tensor,
+    representation: torch.Tensor,
+    first_key_block: torch.Tensor,
+    last_key_block: torch.Tensor,
+    blocks: PromptBlocks,
+    score_heads: int,
+) -> torch.Tensor:
+    """`page_scores` of prompt chunks, of all in one launch on CUDA.
+
+    Args:
+        query: ``[step tokens, query_heads, head_size]``.
+        representation: of each chunk's key blocks as in `KeyBlocks`, ``[kv_heads, chunks, key_blocks, ...]``, anything
+            past a chunk's context.
+        first_key_block: int32 ``[chunks, pages]`` key block that holds each page's first token; 1 past the context.
+        last_key_block: int32 ``[chunks, pages]`` key block that holds each page's last token; 0 past the context.
+        blocks: query blocks of the chunks.
+        score_heads: as in `PageSelection`.
+
+    Returns:
+        float32 ``[score_heads, blocks, pages]``, minus infinity past a chunk's context.
+    """
+    implementation = _implementation(query)
+    pooled = implementation.chunk_queries(query, blocks)
+    queries, representation = _merged(pooled, representation, score_heads)
+    scores: torch.Tensor = implementation.chunk_scores(queries, representation, first_key_block, last_key_block, blocks)
+    return scores
+
+
+def _merged(queries: torch.Tensor, representation: torch.Tensor, score_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pooled queries and key blocks of the heads with scores, in as many numbers as one another."""
+    queries = reference.merge_heads(queries, score_heads)
+    representation = reference.merge_heads(representation, min(representation.shape[0], score_heads))
+    if representation.shape[-1] != queries.shape[-1]:
+        queries = reference.for_bounds(queries)
+    return queries, representation
 
 
 def best_pages(
@@ -92,11 +136,27 @@ def best_pages(
         bool, the shape of `scores`.
     """
     page_tokens = selection.page_tokens
-    kept: torch.Tensor = _implementation(scores).select_pages(
+    return select_pages(
         scores,
-        min(-(-selection.sink_tokens // page_tokens), scores.shape[2]),
+        -(-selection.sink_tokens // page_tokens),
         (band_start // page_tokens).int(),
         (last_query // page_tokens).int(),
         budget_pages.int(),
     )
+
+
+def select_pages(
+    scores: torch.Tensor, sink_pages: int, band_page: torch.Tensor, last_page: torch.Tensor, budget_pages: torch.Tensor
+) -> torch.Tensor:
+    """As `best_pages`, by pages.
+
+    Args:
+        scores: as there.
+        sink_pages: first pages, forced.
+        band_page: int32 ``[query_blocks]`` page from which on all pages up to `last_page` are forced.
+        last_page: int32 ``[query_blocks]`` last page that the query block may read; at least `band_page`.
+        budget_pages: int32 ``[query_blocks]`` pages to keep.
+    """
+    sink_pages = min(sink_pages, scores.shape[2])
+    kept: torch.Tensor = _implementation(scores).select_pages(scores, sink_pages, band_page, last_page, budget_pages)
     return kept

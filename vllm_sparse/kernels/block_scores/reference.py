@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_sparse.step.chunks import PromptBlocks
+
 
 @dataclass(frozen=True)
 class KeyBlocks:
@@ -57,6 +59,12 @@ def pooled_queries(query: torch.Tensor, query_block_tokens: int) -> torch.Tensor
     return torch.stack([block.sum(0, dtype=torch.float32) / block.shape[0] ** 0.5 for block in blocks], dim=1)
 
 
+def chunk_queries(query: torch.Tensor, blocks: PromptBlocks) -> torch.Tensor:
+    """`pooled_queries` of prompt chunks; arguments as in the public function."""
+    chunks = (query[span.query_start : span.query_start + span.query_tokens] for span in blocks.spans)
+    return torch.cat([pooled_queries(chunk, blocks.query_block_tokens) for chunk in chunks], dim=1)
+
+
 def for_bounds(queries: torch.Tensor) -> torch.Tensor:
     """Queries' negative numbers, then their positive ones, so that a product with bounds of keys bounds all products.
 
@@ -85,6 +93,32 @@ def page_scores(
     for step in range(1, int((last_key_block - first_key_block).max()) + 1):
         page = torch.maximum(page, scores[..., torch.minimum(first_key_block + step, last_key_block)])
     return page
+
+
+def chunk_scores(
+    queries: torch.Tensor,
+    representation: torch.Tensor,
+    first_key_block: torch.Tensor,
+    last_key_block: torch.Tensor,
+    blocks: PromptBlocks,
+) -> torch.Tensor:
+    """`page_scores` of prompt chunks, minus infinity for pages past a chunk's context.
+
+    Args:
+        queries: float32 ``[heads, blocks, head_size]``.
+        representation: float32 ``[key_heads, chunks, key_blocks, head_size]``, anything past a chunk's context.
+        first_key_block: int32 ``[chunks, pages]`` key block that holds each page's first token; 1 past the context.
+        last_key_block: int32 ``[chunks, pages]`` key block that holds each page's last token; 0 past the context.
+        blocks: query blocks of the chunks.
+    """
+    scores = queries.new_full((*queries.shape[:2], first_key_block.shape[1]), float("-inf"))
+    for chunk in range(len(blocks.spans)):
+        rows = slice(blocks.starts[chunk], blocks.starts[chunk + 1])
+        pages = int((first_key_block[chunk] <= last_key_block[chunk]).sum())
+        edges = first_key_block[chunk, :pages], last_key_block[chunk, :pages]
+        keys = representation[:, chunk, : int(edges[1].max()) + 1]
+        scores[:, rows, :pages] = page_scores(queries[:, rows].contiguous(), keys, *edges)
+    return scores
 
 
 def select_pages(

@@ -8,8 +8,9 @@ from vllm_sparse.kernels.candidate_mass import reference
 from vllm_sparse.kernels.candidate_mass.reference import NOT_LISTED, SAMPLED_QUERIES
 from vllm_sparse.keys import PagedKeys, PlainKeys
 from vllm_sparse.pages import PageList
+from vllm_sparse.step.chunks import PromptChunks
 
-__all__ = ["NOT_LISTED", "SAMPLED_QUERIES", "candidate_mass"]
+__all__ = ["NOT_LISTED", "SAMPLED_QUERIES", "candidate_mass", "chunk_mass"]
 
 
 def candidate_mass(
@@ -41,3 +42,20 @@ def candidate_mass(
 
         return triton.candidate_mass(query, keys, scale, query_block_tokens, candidates)
     return reference.candidate_mass(query, keys, scale, query_block_tokens, candidates)
+
+
+def chunk_mass(chunks: PromptChunks, candidates: PageList) -> torch.Tensor:
+    """`candidate_mass` of prompt chunks, of all in one launch on CUDA.
+
+    Args:
+        chunks: the prompt chunks; query blocks of at least 16 tokens.
+        candidates: as in `candidate_mass`, rows in the order of `PromptBlocks`.
+
+    Returns:
+        float32 ``[query_heads, blocks, pages of the longest context]``; `NOT_LISTED` for pages that are not candidates.
+    """
+    if chunks.query.is_cuda and isinstance(chunks.keys[0], PlainKeys):
+        from vllm_sparse.kernels.candidate_mass import triton
+
+        return triton.chunk_mass(chunks, candidates)
+    return reference.chunk_mass(chunks, candidates)

@@ -6,6 +6,7 @@ import torch
 
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.pages import PageList, page_mask
+from vllm_sparse.step.chunks import PromptChunks
 
 # Queries of a query block that vote. On two pretrained models pages chosen by 16 keep .98 to .99 of the far attention
 # that those chosen by all 128 keep; matrix products take no fewer rows than 16.
@@ -51,3 +52,17 @@ def candidate_mass(
         out_of_list = ~in_list.repeat_interleave(heads // kv_heads, dim=0)
         mass[:, i_block, :reach] = found.masked_fill_(out_of_list, NOT_LISTED)
     return mass
+
+
+def chunk_mass(chunks: PromptChunks, candidates: PageList) -> torch.Tensor:
+    """Mass of the listed pages of prompt chunks; arguments as in the public function."""
+    blocks, page_tokens = chunks.blocks, candidates.page_size_tokens
+    list_heads = candidates.pages.shape[0] // blocks.blocks
+    longest = -(-blocks.longest_seq_len // page_tokens)
+    each = []
+    for chunk, keys in enumerate(chunks.keys):
+        rows, pages = blocks.lists_of(chunk, list_heads), -(-keys.seq_len // page_tokens)
+        lists = PageList(candidates.pages[rows, :pages], candidates.kept_tokens[rows], page_tokens)
+        mass = candidate_mass(chunks.query_of(chunk), keys, chunks.scale, blocks.query_block_tokens, lists)
+        each.append(torch.nn.functional.pad(mass, (0, longest - pages), value=NOT_LISTED))
+    return torch.cat(each, dim=1)
