@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.kernels.chunks import STEP_TOKENS, some_chunks
 from tests.kernels.hopper import compile_for_hopper, spilled_bytes
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from vllm_sparse.kernels.block_scores import reference
@@ -17,7 +18,7 @@ pytest.importorskip("triton")
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=17)
+    run_under_the_interpreter(__file__, passing=21)
 
 
 def fresh() -> tuple[int, torch.Generator]:
@@ -70,6 +71,49 @@ def test_page_scores_equal_the_reference(
     expected = reference.page_scores(queries, representation, *edges)
     assert scores.shape == expected.shape
     assert float((scores - expected).norm() / expected.norm()) < 1e-5, f"seed {seed}"
+
+
+@needs_triton
+@pytest.mark.parametrize("query_block_tokens", [64, 128])
+def test_pooled_queries_of_several_chunks_equal_the_reference(query_block_tokens: int) -> None:
+    from vllm_sparse.kernels.block_scores import triton as scores_triton
+
+    seed, generator = fresh()
+    query = torch.randn(STEP_TOKENS, 5, 80, generator=generator).to(DEVICE)[:, 1:-1]
+    blocks = some_chunks(query_block_tokens, DEVICE)
+    pooled = scores_triton.chunk_queries(query, blocks)
+    expected = reference.chunk_queries(query, blocks)
+    assert pooled.shape == expected.shape
+    assert float((pooled - expected).norm() / expected.norm()) < 1e-6, f"seed {seed}"
+
+
+@needs_triton
+@pytest.mark.parametrize(("heads", "key_heads", "tile"), [(4, 2, 64), (3, 1, 16)])
+def test_page_scores_of_several_chunks_equal_the_reference(
+    heads: int, key_heads: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Key blocks past a context may be anything; with small tiles, a chunk has more than one and others have fewer."""
+    from vllm_sparse.kernels.block_scores import triton as scores_triton
+
+    monkeypatch.setattr(scores_triton, "BLOCK_TILE", tile)
+    seed, generator = fresh()
+    blocks = some_chunks(16, DEVICE)
+    pages = -(-blocks.longest_seq_len // 32)
+    queries = torch.randn(heads, blocks.blocks, 48, generator=generator).to(DEVICE)
+    shape = key_heads, len(blocks.spans), 2 * pages, 48
+    representation = torch.randn(shape, generator=generator)
+    edges = torch.empty(2, len(blocks.spans), pages, dtype=torch.int32)
+    edges[0], edges[1] = 1, 0
+    for chunk, span in enumerate(blocks.spans):
+        start = torch.arange(0, span.seq_len, 32)
+        edges[0, chunk, : start.shape[0]] = start // 16
+        edges[1, chunk, : start.shape[0]] = (start + 31).clamp(max=span.seq_len - 1) // 16
+        representation[:, chunk, -(-span.seq_len // 16) :] = float("nan")
+    rows = queries, representation.to(DEVICE), *edges.to(DEVICE), blocks
+    scores, expected = scores_triton.chunk_scores(*rows), reference.chunk_scores(*rows)
+    reached = expected > float("-inf")
+    assert not bool(scores.isnan().any()), f"seed {seed}"
+    assert float((scores - expected)[reached].norm() / expected[reached].norm()) < 1e-5, f"seed {seed}"
 
 
 @needs_triton
@@ -127,7 +171,8 @@ def test_kernels_compile_for_hopper(head_size: int) -> None:
         {
             "query_pointer": "*bf16",
             "pooled_pointer": "*fp32",
-            **dict.fromkeys(("query_tokens", "query_block_count", "query_row_stride", "query_head_stride"), "i32"),
+            **dict.fromkeys(("first_token_pointer", "first_query_pointer", "last_query_pointer"), "*i32"),
+            **dict.fromkeys(("query_block_count", "query_row_stride", "query_head_stride"), "i32"),
         },
         {"HEAD_SIZE": head_size, "HEAD_TILE": 1 << (head_size - 1).bit_length(), "BLOCK": 128},
         num_warps=8,
@@ -136,8 +181,8 @@ def test_kernels_compile_for_hopper(head_size: int) -> None:
         scores_triton.page_scores_kernel,
         {
             **dict.fromkeys(("query_pointer", "representation_pointer", "score_pointer"), "*fp32"),
-            **dict.fromkeys(("first_key_block_pointer", "last_key_block_pointer"), "*i32"),
-            **dict.fromkeys(("query_block_count", "key_blocks", "pages"), "i32"),
+            **dict.fromkeys(("first_key_block_pointer", "last_key_block_pointer", "chunk_start_pointer"), "*i32"),
+            **dict.fromkeys(("chunks", "query_block_count", "key_blocks", "pages"), "i32"),
         },
         {
             "HEAD_SIZE": head_size,

@@ -92,7 +92,7 @@ def chunk_page_scores(
         score_heads: as in `PageSelection`.
 
     Returns:
-        float32 ``[score_heads, blocks, pages]``, minus infinity past a chunk's context.
+        float32 ``[score_heads, blocks, pages]``, not NaN, past a chunk's context anything else.
     """
     implementation = _implementation(query)
     pooled = implementation.chunk_queries(query, blocks)

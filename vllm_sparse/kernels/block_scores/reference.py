@@ -102,7 +102,7 @@ def chunk_scores(
     last_key_block: torch.Tensor,
     blocks: PromptBlocks,
 ) -> torch.Tensor:
-    """`page_scores` of prompt chunks, minus infinity for pages past a chunk's context.
+    """`page_scores` of prompt chunks; here minus infinity for pages past a chunk's context.
 
     Args:
         queries: float32 ``[heads, blocks, head_size]``.

@@ -116,7 +116,7 @@ def page_scores_kernel(
     p_representation = representation_pointer
     p_representation += ((i_head // GROUP) * chunks + i_chunk).to(tl.int64) * key_blocks * HEAD_SIZE
     b_best = tl.full([BLOCK_TILE, PAGE_TILE], float("-inf"), tl.float32)
-    # Pages past a chunk's context have no key block; tiles past its query blocks have nothing to do.
+    # Tiles past a chunk's context or its query blocks have nothing to do; pages past it read the first key block.
     steps = tl.where(first_block < end_block, tl.max(b_last - b_first) + 1, 0)
     for step in range(steps):
         o_key_block = tl.minimum(b_first + step, b_last)
@@ -140,7 +140,7 @@ def chunk_scores(
     last_key_block: torch.Tensor,
     blocks: PromptBlocks,
 ) -> torch.Tensor:
-    """Equal to `reference.chunk_scores` but for rounding; arguments as there, all contiguous."""
+    """Equal to `reference.chunk_scores` in each context but for rounding; arguments as there, all contiguous."""
     heads, query_block_count, head_size = queries.shape
     key_heads, chunks, key_blocks, _ = representation.shape
     pages = first_key_block.shape[1]
