@@ -14,12 +14,17 @@ from tests import oracle
 from tests.backend.conftest import HEAD_SIZE, HEADS, KV_HEADS, LAYERS, SCALE, Engine
 from tests.methods.lists import chunk_allowed
 from tests.oracle import Paged, Platform
+from vllm_sparse.backend.executors.cpu import CpuExecutor
 from vllm_sparse.config.request import ALL_DENSE, SparseParams
 from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
-from vllm_sparse.methods.prefill import Layer
+from vllm_sparse.methods.hip import Hip
+from vllm_sparse.methods.prefill import Layer, PrefillMethod
+from vllm_sparse.methods.sale import Sale
+from vllm_sparse.methods.streaming import Streaming
 from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.step.launch import Launch
 
 PLATFORM = Platform("cpu-vec-float32", "cpu", torch.float32, "vec")
 BLOCK = 32
@@ -184,13 +189,17 @@ def allowed(step: Step, index: int, layer: int) -> torch.Tensor:
 
 def check(step: Step, outputs: list[torch.Tensor]) -> None:
     for layer, output in enumerate(outputs):
-        data = step.data[layer]
-        for index in range(len(step.rows)):
-            span = step.span(index)
-            expected = oracle.attention(
-                step.queries[layer][span], data.keys[index], data.values[index], SCALE, allowed(step, index, layer)
-            )
-            oracle.assert_close(output[span], expected, f"layer {layer}, row {index}, {role(step.rows[index], layer)}")
+        check_layer(step, layer, output)
+
+
+def check_layer(step: Step, layer: int, output: torch.Tensor) -> None:
+    data = step.data[layer]
+    for index in range(len(step.rows)):
+        span = step.span(index)
+        expected = oracle.attention(
+            step.queries[layer][span], data.keys[index], data.values[index], SCALE, allowed(step, index, layer)
+        )
+        oracle.assert_close(output[span], expected, f"layer {layer}, row {index}, {role(step.rows[index], layer)}")
 
 
 def test_t2_and_t4_a_mixed_step_equals_the_oracle_in_every_layer(engine: Engine, generator: torch.Generator) -> None:
@@ -209,6 +218,79 @@ def test_rows_in_any_order_equal_the_oracle(engine: Engine, generator: torch.Gen
 def test_a_row_alone_equals_the_oracle(engine: Engine, row: Row, generator: torch.Generator) -> None:
     step = make_step([row], generator)
     check(step, run(engine, step))
+
+
+SPARSE_FROM = LAYERS - 2
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        pytest.param([Dhsa(density=0.2, dense_layers=SPARSE_FROM)], id="dhsa"),
+        pytest.param(
+            [
+                Dhsa(density=0.2, bound_weight=0.5, candidate_factor=2, scores_per="kv_head", dense_layers=SPARSE_FROM),
+                Dhsa(budget_tokens=320, key_block_tokens=16, list_per="kv_head", dense_layers=SPARSE_FROM),
+                Dhsa(density=0.2, key_blocks="adaptive", dense_layers=SPARSE_FROM + 1),
+            ],
+            id="dhsa-of-other-knobs",
+        ),
+        pytest.param(
+            [
+                FlexPrefill(gamma=0.4, min_budget_tokens=0, dense_layers=SPARSE_FROM),
+                Sale(tau=0.3, dense_layers=SPARSE_FROM),
+                Hip(
+                    stage_block_tokens=(64,),
+                    stage_budget_tokens=(128,),
+                    query_stride=(4,),
+                    sink_tokens=16,
+                    recent_tokens=32,
+                    dense_layers=SPARSE_FROM,
+                ),
+                Streaming(recent_tokens=100, dense_layers=SPARSE_FROM),
+                Dhsa(density=0.2, dense_layers=SPARSE_FROM),
+            ],
+            id="others",
+        ),
+    ],
+)
+def test_each_of_several_chunks_reads_what_it_would_alone(
+    methods: list[PrefillMethod], engine: Engine, generator: torch.Generator
+) -> None:
+    """Two requests of each method between decode rows and a dense chunk, in any order, of any lengths."""
+
+    def size(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    rows = [Row(1, 300), Row(50, 200, prefilling=True), Row(1, 700, SparseParams(None, TIDAL))]
+    for method in methods:
+        for _ in range(2):
+            tokens = size(method.min_query_tokens, 400)
+            context = tokens + size(0, 500)
+            rows.append(Row(tokens, context, SparseParams(method), True, context + size(0, 2) * 77))
+    step = make_step([rows[index] for index in torch.randperm(len(rows), generator=generator).tolist()], generator)
+    outputs = run(engine, step)
+    for layer in range(SPARSE_FROM, LAYERS):
+        check_layer(step, layer, outputs[layer])
+
+
+def test_chunks_whose_lists_are_alike_attend_in_one_launch(
+    engine: Engine, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever their methods; on the CPU all pages are blocks, so only the heads that share a list tell them apart."""
+    launched: list[int] = []
+    attend = CpuExecutor.run
+
+    def counted(self: CpuExecutor, launch: Launch, *args: Any) -> None:
+        launched.append(launch.kept_tokens.shape[0])
+        attend(self, launch, *args)
+
+    monkeypatch.setattr(CpuExecutor, "run", counted)
+    by_query_head = [Dhsa(density=0.2), Sale(tau=0.3), Dhsa(density=0.3), Sale(tau=0.3)]
+    rows = [Row(300, 700, SparseParams(method), True) for method in by_query_head]
+    rows += [Row(257, 600, SparseParams(Streaming(recent_tokens=100)), True)]
+    run(engine, make_step(rows, generator))
+    assert launched == [2 * HEADS * (3 + 5), KV_HEADS * 3] * LAYERS
 
 
 def test_a_prompt_chunk_knows_where_the_prompt_ends(engine: Engine, generator: torch.Generator) -> None:

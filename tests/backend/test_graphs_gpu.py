@@ -20,6 +20,7 @@ from vllm_sparse.backend.execution import gather_index
 from vllm_sparse.backend.prefill import prompt_chunk_rows
 from vllm_sparse.host_copy import indices_on
 from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.step.chunks import one_chunk
 from vllm_sparse.step.plan import RowSpan
 from vllm_sparse.step.requests import RowSetting
 from vllm_sparse.step.rows import ServerSize
@@ -98,6 +99,7 @@ def told() -> None:
 
 def rows_of_a_chunk() -> None:
     prompt_chunk_rows.cache_clear()
+    one_chunk.cache_clear()
     prompt_chunk_rows(1000, 128, 4, 2, torch.device("cuda"))
 
 

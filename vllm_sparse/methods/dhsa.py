@@ -217,7 +217,8 @@ class Dhsa(PrefillMethod):
         last_key_block = np.where(in_context, page_end // length, 0)
         key_block_start = np.arange(0, blocks.longest_seq_len, length)
         lengths = np.clip(seq_len - key_block_start, 1, length)
-        *of_blocks, first, last, tokens = int_tables(
+        of_context = in_context.shape
+        band_page, last_page, budget, candidates, first, last, tokens = int_tables(
             (
                 band // PAGE_TOKENS,
                 last_query // PAGE_TOKENS,
@@ -231,10 +232,7 @@ class Dhsa(PrefillMethod):
         )
         root_length = tokens.view(*lengths.shape, 1).sqrt()
         return PreparedChunks(
-            *of_blocks,
-            first_key_block=first.view(in_context.shape),
-            last_key_block=last.view(in_context.shape),
-            root_length=root_length,
+            band_page, last_page, budget, candidates, first.view(of_context), last.view(of_context), root_length
         )
 
     def select_chunks(self, chunks: PromptChunks, layers: Sequence[Layer], prepared: Any, lists: PageList) -> None:

@@ -115,9 +115,10 @@ def prompt_blocks(spans: Sequence[Span], query_block_tokens: int, device: torch.
     first_query = (seq_len - query_tokens)[chunk] + offset
     last_query = np.minimum(first_query + query_block_tokens, seq_len[chunk]) - 1
     tables = first_query, last_query, query_start[chunk] + offset, chunk, starts, row, seq_len
-    on_device = int_tables(tables, device)
     positions = np.stack([first_query, last_query]).astype(np.int32)
-    return PromptBlocks(tuple(spans), query_block_tokens, tuple(starts.tolist()), positions, *on_device)
+    return PromptBlocks(
+        tuple(spans), query_block_tokens, tuple(starts.tolist()), positions, *int_tables(tables, device)
+    )
 
 
 def int_tables(tables: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
@@ -253,5 +254,15 @@ def launch_rows(groups: Sequence[PromptBlocks], list_heads: int, kv_heads: int, 
         others.append(rows[:, :, :cut].reshape(6, -1))
     *tables, lengths = np.concatenate([*last, *others], axis=1)
     starts = np.concatenate([[0], lengths.cumsum()])
-    on_device = int_tables([*tables, starts], device)
-    return LaunchRows(*on_device, list_heads=list_heads, max_query_tokens=int(lengths.max()), tokens=int(starts[-1]))
+    lists, list_head, kv_head, table_row, first_token, first_of_row = int_tables([*tables, starts], device)
+    return LaunchRows(
+        lists,
+        list_head,
+        kv_head,
+        table_row,
+        first_token,
+        first_of_row,
+        list_heads,
+        max_query_tokens=int(lengths.max()),
+        tokens=int(starts[-1]),
+    )

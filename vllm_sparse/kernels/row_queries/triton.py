@@ -8,8 +8,8 @@ import triton.language as tl
 
 from vllm_sparse.step.chunks import LaunchRows
 
-# Numbers that a program copies at once.
-TILE_NUMBERS = 8192
+# Numbers, and tokens, that a program copies at most.
+TILE_NUMBERS, MOST_TOKENS = 8192, 64
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _copy(step: torch.Tensor, by_row: torch.Tensor, rows: LaunchRows, to_rows: b
     """Copy from one order to the other; `step` has its heads side by side."""
     width = by_row.shape[1] * by_row.shape[2]
     width_tile = triton.next_power_of_2(width)
-    token_tile = max(min(TILE_NUMBERS // width_tile, triton.next_power_of_2(rows.max_query_tokens)), 1)
+    token_tile = max(min(TILE_NUMBERS // width_tile, MOST_TOKENS), 1)
     copy_rows_kernel[(rows.lists.shape[0], triton.cdiv(rows.max_query_tokens, token_tile))](
         step,
         by_row,
