@@ -95,7 +95,9 @@ def make_rows(methods: list[PrefillMethod]) -> list[PrefillRow]:
 def serve(call: LayerCall, rows: list[PrefillRow], layers: int) -> None:
     """The rows of a step through some layers, as `SparseAttentionImpl.forward` does."""
     platform = OneLayer()
-    record = StepRecord(WorkerMetrics(recording=False), StepPlan(layers, tuple(row.span for row in rows), prefill=tuple(rows)))
+    record = StepRecord(
+        WorkerMetrics(recording=False), StepPlan(layers, tuple(row.span for row in rows), prefill=tuple(rows))
+    )
     launches = prefill.plan_launches(platform, call, rows)
     for _ in range(layers):
         prefill.serve_chunks(platform, call, launches, record)

@@ -45,8 +45,8 @@ class LayerWork:
         writing: decode rows that write a list.
         reading: decode rows that read a list.
         dense: rows for the stock kernel.
-        dense_metadata: int64 places of the dense rows' tokens in the step's queries, and the stock kernel's metadata
-            for them; made on first use.
+        dense_metadata: places of the dense rows' tokens in the step's queries, a slice where they are adjacent, else
+            int64, and the stock kernel's metadata for them; made on first use.
         launches: what the reading rows need, made on first use after a list was written.
         chunk_launches: what the sparse prompt chunks need that no layer changes, made on first use.
     """
@@ -56,7 +56,7 @@ class LayerWork:
     writing: list[DecodeRow]
     reading: list[DecodeRow]
     dense: list[RowSpan]
-    dense_metadata: tuple[torch.Tensor, Any] | None = None
+    dense_metadata: tuple[slice | torch.Tensor, Any] | None = None
     launches: list[DecodeLaunch] | None = None
     chunk_launches: list[ChunkLaunch] | None = None
 
