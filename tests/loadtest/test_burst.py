@@ -6,11 +6,12 @@ from loadtest.benchmarks.engine.burst import Burst, line, variants_of
 
 
 def test_mixed_requests_have_the_methods_in_turn() -> None:
-    variants = variants_of(["dhsa", "sale"], mixed=True)
+    variants = variants_of(["dhsa", "sale"], mixed=True, min_tokens=9)
     assert list(variants) == ["SPARSE, dense", "dhsa", "sale", "mixed"]
     assert [extras["sparse_prefill"] for extras in variants["mixed"]] == ["dhsa", "sale"]
+    assert all(extras["sparse_min_tokens"] == 9 for extras in variants["mixed"])
     assert variants["SPARSE, dense"] == [{}]
-    assert "mixed" not in variants_of(["dhsa"], mixed=False)
+    assert "mixed" not in variants_of(["dhsa"], mixed=False, min_tokens=9)
 
 
 def test_ratios_are_the_dense_time_over_the_lines() -> None:

@@ -110,7 +110,7 @@ class FlexPrefill(PrefillMethod):
             return self._faithful_map(query, keys, sample_scale, estimate, query_aware, pooled)
         # The pooled map's cut is global and may leave a query block next to nothing, not even its neighbours; as in
         # the official code its heads keep the least budget of lines.
-        gamma = torch.where(query_aware, 0.0, self.gamma)
+        gamma = ~query_aware * self.gamma
         low, high = self._budget_blocks
         lines = coverage_mask(estimate.line_mass.flatten(0, 1), gamma.repeat(2), low, high)
         columns, bands = lines.view(2, heads, -1)
@@ -169,8 +169,8 @@ class FlexPrefill(PrefillMethod):
         blocks = future.shape[0]
         pooled = pooled_queries(query, self.query_block_tokens)
         # Means, where DHSA wants them scaled by the square root of their length.
-        pooled[:, :-1] /= self.query_block_tokens**0.5
-        pooled[:, -1] /= (chunk - (blocks - 1) * self.query_block_tokens) ** 0.5
+        pooled[:, :-1].div_(self.query_block_tokens**0.5)
+        pooled[:, -1].div_((chunk - (blocks - 1) * self.query_block_tokens) ** 0.5)
         pooled = pooled.view(means.shape[0], -1, head_size)
         logits = torch.matmul(pooled, means.transpose(1, 2)).mul(scale).view(heads, blocks, -1)
         weight = logits.masked_fill(future, float("-inf")).softmax(-1).flatten(1) / blocks
@@ -178,7 +178,7 @@ class FlexPrefill(PrefillMethod):
             ordered, order = weight.sort(dim=1, descending=True, stable=True)
             keep = (ordered.cumsum(1) <= self.gamma) & query_aware.unsqueeze(1)
             return torch.zeros_like(keep).scatter_(1, order, keep).view(heads, blocks, -1)
-        gamma = torch.where(query_aware, self.gamma, 0.0)
+        gamma = query_aware * self.gamma
         return coverage_mask(weight, gamma, 0, weight.shape[1]).view(heads, blocks, -1)
 
 

@@ -124,10 +124,10 @@ def prompt_blocks(spans: Sequence[Span], query_block_tokens: int, device: torch.
 def int_tables(tables: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """Integers of the host as int32 on a device, in one copy that does not wait for it."""
     lengths = [-(-len(table) // TABLE_ENTRIES) * TABLE_ENTRIES for table in tables]
-    packed = torch.zeros(sum(lengths), dtype=torch.int32)
-    for part, table in zip(torch.split(packed, lengths), tables, strict=True):
-        part[: len(table)] = torch.from_numpy(np.ascontiguousarray(table))
-    parts = torch.split(to_device(packed, device), lengths)
+    packed = np.zeros(sum(lengths), dtype=np.int32)
+    for end, length, table in zip(np.cumsum(lengths), lengths, tables, strict=True):
+        packed[end - length : end - length + len(table)] = table
+    parts = torch.split(to_device(torch.from_numpy(packed), device), lengths)
     return [part[: len(table)] for part, table in zip(parts, tables, strict=True)]
 
 

@@ -8,9 +8,9 @@ decide what is measured. Prompts are fresh random tokens, of the lengths of `--t
 the bundled model's retrieval prompts. Each line is the median of `--repeats` runs after one that is not counted; runs
 of different methods take turns. The time is from the first request's arrival to the last one's last token.
 
-Requests ask to be sparse whether or not it pays (`sparse_unprofitable`), and every decode step is dense. A method that
-is not enabled by default, such as `streaming`, is enabled here. `--mixed` adds a run in which the requests have the
-methods in turn, so that a step holds chunks of several.
+Requests ask to be sparse whether or not it pays (`sparse_unprofitable`) from a context of `--min-tokens` on, and every
+decode step is dense. A method that is not enabled by default, such as `streaming`, is enabled here. `--mixed` adds a
+run in which the requests have the methods in turn, so that a step holds chunks of several.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def line(burst: Burst, dense: Burst) -> str:
     )
 
 
-def variants_of(methods: Sequence[str], mixed: bool) -> dict[str, list[dict[str, Any]]]:
+def variants_of(methods: Sequence[str], mixed: bool, min_tokens: int) -> dict[str, list[dict[str, Any]]]:
     """Sampling extras of each variant; requests take them in turn."""
-    by_method = {name: [AS_ASKED | {"sparse_prefill": name}] for name in methods}
+    by_method = {name: [AS_ASKED | {"sparse_prefill": name, "sparse_min_tokens": min_tokens}] for name in methods}
     variants: dict[str, list[dict[str, Any]]] = {"SPARSE, dense": [{}], **by_method}
     if mixed:
         variants["mixed"] = [extras for one in by_method.values() for extras in one]
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768], help="lengths of prompts, in turn")
     parser.add_argument("--methods", nargs="+", choices=list(PREFILL_METHODS), default=DEFAULT_PREFILL)
     parser.add_argument("--mixed", action="store_true", help="one more run, of requests with all these methods")
+    parser.add_argument("--min-tokens", type=int, default=2048, help="shorter contexts run dense")
     parser.add_argument("--needle-prompts", action="store_true", help="retrieval prompts of the bundled model")
     parser.add_argument("--output-tokens", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
@@ -137,7 +138,7 @@ def main() -> None:
     dense: Burst | None = None
     runs: tuple[tuple[str, dict[str, list[dict[str, Any]]], dict[str, Any]], ...] = (
         (baseline, {baseline: [{}]}, settings),
-        ("SPARSE", variants_of(arguments.methods, arguments.mixed), sparse),
+        ("SPARSE", variants_of(arguments.methods, arguments.mixed, arguments.min_tokens), sparse),
     )
     for backend, variants, own in runs:
         with engine(arguments.model, backend, **own) as llm:

@@ -32,7 +32,8 @@ from vllm_sparse.methods.hip import Hip
 from vllm_sparse.methods.prefill import Layer, PrefillMethod
 from vllm_sparse.methods.sale import Sale
 from vllm_sparse.metrics import RowDensity
-from vllm_sparse.pages import PageList
+from vllm_sparse.pages import PageList, empty_lists
+from vllm_sparse.step.chunks import PromptChunks, one_chunk
 from vllm_sparse.step.plan import RowSpan
 
 BUNDLED_MODEL = Path(__file__).parents[2] / "model" / "weights"
@@ -96,11 +97,25 @@ def density_of(method: PrefillMethod, lists: PageList, heads: Heads) -> float:
     return float(lists.kept_tokens.sum()) / (having * density.candidates)
 
 
+def selector(method: PrefillMethod, cache: Cache) -> Callable[[], PageList]:
+    """Chooses a method's lists for the cached chunk as a layer does; what a step prepares is prepared."""
+    heads, page_size = cache.heads, cache.page_size(method.page_tokens)
+    blocks = one_chunk(heads.chunk, heads.context, method.query_block_tokens, heads.query.device)
+    prepared = method.prepare(blocks, [None])
+    chunks = PromptChunks(blocks, heads.query, (cache.keys,), cache.block_table.unsqueeze(0), heads.scale)
+    rows = blocks.blocks * method.list_heads(heads.query.shape[1], heads.keys.shape[0])
+
+    def chosen() -> PageList:
+        lists = empty_lists(rows, -(-heads.context // page_size), page_size, heads.query.device)
+        method.select_chunks(chunks, [FIRST_LAYER], prepared, lists)
+        return lists
+
+    return chosen
+
+
 def select(method: PrefillMethod, cache: Cache) -> PageList:
     """A method's lists for the cached chunk."""
-    return method.select(
-        cache.heads.query, cache.keys, cache.heads.scale, cache.page_size(method.page_tokens), FIRST_LAYER
-    )
+    return selector(method, cache)()
 
 
 def at_density(family: Family, density: float, cache: Cache) -> PrefillMethod:
@@ -142,7 +157,7 @@ def measure(
                 heads.chunk,
                 label,
                 density_of(method, lists, heads),
-                median_seconds(functools.partial(select, method, cache), repeats),
+                median_seconds(selector(method, cache), repeats),
                 median_seconds(attend, repeats),
                 # Beside each method again: a card's clock falls while it works.
                 median_seconds(cache.dense, repeats),
