@@ -189,10 +189,11 @@ def launch_lists(
 ) -> PageList:
     """Equal to `reference.launch_lists` where lists are live; 0 past it, which is a valid page."""
     count, width = page_list.pages.shape
-    physical = torch.empty_like(page_list.pages)
+    pages = page_list.pages.contiguous()
+    physical = torch.empty_like(pages)
     kept_tokens = torch.empty_like(page_list.kept_tokens)
     launch_lists_kernel[(count,)](
-        page_list.pages,
+        pages,
         page_list.kept_tokens,
         rows.lists,
         rows.kv_head,
