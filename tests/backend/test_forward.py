@@ -15,6 +15,7 @@ from tests.backend.conftest import HEAD_SIZE, HEADS, KV_HEADS, LAYERS, SCALE, En
 from tests.methods.lists import chunk_allowed
 from tests.oracle import Paged, Platform
 from vllm_sparse.backend.executors.cpu import CpuExecutor
+from vllm_sparse.backend.impl import gather_tokens
 from vllm_sparse.config.request import ALL_DENSE, SparseParams
 from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.methods.dhsa import Dhsa
@@ -25,6 +26,7 @@ from vllm_sparse.methods.sale import Sale
 from vllm_sparse.methods.streaming import Streaming
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.step.launch import Launch
+from vllm_sparse.step.plan import RowSpan
 
 PLATFORM = Platform("cpu-vec-float32", "cpu", torch.float32, "vec")
 BLOCK = 32
@@ -218,6 +220,15 @@ def test_rows_in_any_order_equal_the_oracle(engine: Engine, generator: torch.Gen
 def test_a_row_alone_equals_the_oracle(engine: Engine, row: Row, generator: torch.Generator) -> None:
     step = make_step([row], generator)
     check(step, run(engine, step))
+
+
+def test_adjacent_rows_are_gathered_without_a_copy() -> None:
+    spans = [RowSpan(0, 3, 2, 9), RowSpan(1, 5, 4, 9), RowSpan(3, 12, 1, 9)]
+    device = torch.device("cpu")
+    assert gather_tokens(spans[:2], device) == slice(3, 9)
+    apart = gather_tokens(spans, device)
+    assert isinstance(apart, torch.Tensor)
+    assert apart.tolist() == [3, 4, 5, 6, 7, 8, 12]
 
 
 SPARSE_FROM = LAYERS - 2
