@@ -9,8 +9,8 @@ the bundled model's retrieval prompts. Each line is the median of `--repeats` ru
 of different methods take turns. The time is from the first request's arrival to the last one's last token.
 
 Requests ask to be sparse whether or not it pays (`sparse_unprofitable`) from a context of `--min-tokens` on, and every
-decode step is dense. A method that is not enabled by default, such as `streaming`, is enabled here. `--mixed` adds a
-run in which the requests have the methods in turn, so that a step holds chunks of several.
+decode step is dense. Only these methods are enabled, so that no graphs of others are captured at start-up. `--mixed`
+adds a run in which the requests have the methods in turn, so that a step holds chunks of several.
 """
 
 from __future__ import annotations
@@ -130,8 +130,7 @@ def main() -> None:
         "max_model_len": max(arguments.tokens) + arguments.output_tokens,
         **arguments.engine,
     }
-    enabled = sorted({*DEFAULT_METHODS, *arguments.methods})
-    sparse = {"additional_config": {"sparse": {"methods": enabled}}, **settings}
+    sparse = {"additional_config": {"sparse": {"methods": arguments.methods}}, **settings}
     lengths = "/".join(map(str, arguments.tokens))
     print(f"{arguments.requests} prompts of {lengths} tokens, chunk {arguments.chunk}, {settings}")
     print(HEADER, flush=True)
