@@ -130,7 +130,7 @@ def test_scores_equal_the_reference(heads: int, kv_heads: int, head_size: int, b
     for row, context in enumerate(contexts):
         if row == idle:
             continue
-        expected = code_scores(query[row], read_summaries(with_summaries(data, row, summaries), kind), context, SCALE)
+        expected = code_scores(query[row], with_summaries(data, row, summaries), kind, SCALE)
         for head in range(kv_heads):
             start = int(starts[row])
             found = scores.values[head * group, start : start + context]
@@ -147,7 +147,9 @@ def test_a_method_chooses_for_rows_as_for_one_request(page: Literal[16, 64]) -> 
     contexts = [500, 129, 1000, 77, 640]
     server = TokenTopk(page_tokens=page)
     methods = [
-        TokenTopk(budget_tokens=random.randint(40, 120), sink_tokens=random.randint(0, 9), recent_tokens=9)
+        TokenTopk(
+            budget_tokens=random.randint(40, 120), sink_tokens=random.randint(0, 9), recent_tokens=9, page_tokens=page
+        )
         for _ in contexts
     ]
     keys = [
@@ -241,12 +243,13 @@ def test_kernels_compile_for_hopper(head_size: int, page: int, tmp_path: Path) -
     compiled = compile_for_hopper(
         scores.code_products_kernel,
         {
-            "query_pointer": "*bf16",
+            **dict.fromkeys(("query_pointer", "cache_pointer"), "*bf16"),
             "summary_pointer": "*u8",
             **dict.fromkeys(("block_table_pointer", "context_pointer"), "*i32"),
             "start_pointer": "*i64",
             **dict.fromkeys(("product_pointer", "partial_pointer"), "*fp32"),
             **dict.fromkeys(("capacity", "query_row_stride", "query_head_stride", "table_row_stride"), "i32"),
+            **dict.fromkeys(("cache_block_stride", "cache_head_stride", "cache_token_stride"), "i32"),
             "kv_heads": "i32",
             "scale": "fp32",
         },

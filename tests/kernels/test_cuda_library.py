@@ -10,7 +10,10 @@ import pytest
 from setup import ARCHITECTURES, build_libraries, find_nvcc
 from vllm_sparse.kernels import cuda_library
 
-FUNCTIONS = ("vllm_sparse_quantise_keys", "vllm_sparse_low_bit_scores", "vllm_sparse_top_tokens")
+FUNCTIONS = (
+    *("vllm_sparse_quantise_keys", "vllm_sparse_low_bit_scores"),
+    *("vllm_sparse_top_tokens", "vllm_sparse_top_coded_tokens"),
+)
 
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc, or no g++ for it")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -10,8 +9,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vllm_sparse.kernels.code_scores import code_scores
-from vllm_sparse.kernels.page_summaries import SummaryKind, read_summaries
-from vllm_sparse.kernels.top_tokens import TokenBudget, best_of_pages, top_pages, top_tokens
+from vllm_sparse.kernels.page_summaries import SummaryKind
+from vllm_sparse.kernels.top_coded_tokens import top_coded_tokens
+from vllm_sparse.kernels.top_tokens import TokenBudget, best_of_pages, top_pages
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.decode import LayerMemory, TopTokensMethod, choosing_in_each_layer
 from vllm_sparse.methods.knobs import KNOBS, BudgetTokens, DenseLayers, RecentTokens, SinkTokens
@@ -30,8 +30,8 @@ class TokenTopk(TopTokensMethod):
     tokens exactly. Codes rank single tokens, which bounds and means of pages cannot (docs/methods.md).
 
     Lists are per KV head, with the query heads of a group merged by the maximum of their attention probabilities. Sink
-    and recent tokens are forced into every list; the newest token is always read. Where the executor's pages are
-    coarser than a token, a page is worth its best token.
+    and recent tokens are forced into every list, and so are those of the last page while it is not full. Where the
+    executor's pages are coarser than a token, a page is worth its best token.
 
     Codes take 1/16 of the KV cache, and their pages' steps ``2 / (page_tokens)`` of it with 16-bit numbers, so
     `page_tokens` is the server's choice.
@@ -63,17 +63,11 @@ class TokenTopk(TopTokensMethod):
     def select(
         self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory
     ) -> PageList:
-        context, page = keys.seq_len, page_size_tokens
-        scores = code_scores(query, read_summaries(keys, self.summaries), context, scale)
-        budget = TokenBudget(self.budget_tokens, self.sink_tokens, self.recent_tokens)
-        return top_pages(best_of_pages(scores, page), context, page, page, budget)
+        scores = code_scores(query, keys, self.summaries, scale)
+        recent = max(self.recent_tokens, keys.seq_len % self.page_tokens)
+        budget = TokenBudget(self.budget_tokens, self.sink_tokens, recent)
+        page = page_size_tokens
+        return top_pages(best_of_pages(scores, page), keys.seq_len, page, page, budget)
 
     def choose_rows(self, rows: DecodeRows, knobs: torch.Tensor, place: RowsPlace, lists: TokenLists) -> None:
-        # Imported here: there is Triton only where there is a GPU.
-        from vllm_sparse.kernels.code_scores.triton import code_scores_of_rows
-        from vllm_sparse.kernels.page_summaries.triton import store_newest_summaries
-
-        assert place.summaries is not None
-        store_newest_summaries(replace(rows, seq_lens=place.members), self.summaries, place.summaries)
-        scores = code_scores_of_rows(rows, self.summaries, place.summaries, place.starts, place.capacity_tokens)
-        top_tokens(scores, rows, knobs, lists)
+        top_coded_tokens(rows, knobs, self.summaries, place, lists)

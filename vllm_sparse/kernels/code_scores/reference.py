@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparse.kernels.page_summaries import coded_keys
+from vllm_sparse.kernels.page_summaries import SummaryKind, coded_keys, read_summaries
+from vllm_sparse.keys import PagedKeys
 
 
-def code_scores(query: torch.Tensor, summaries: torch.Tensor, seq_len: int, scale: float) -> torch.Tensor:
-    """Logarithm of each token's attention probability if keys were what their codes say.
+def code_scores(query: torch.Tensor, keys: PagedKeys, kind: SummaryKind, scale: float) -> torch.Tensor:
+    """Logarithm of each token's attention probability if the keys of full pages were what their codes say.
 
-    As `kernels.token_scores` with merged heads: by the largest probability that a query head of the KV head gives.
+    As `kernels.token_scores` with merged heads: by the largest probability that a query head of the KV head gives. The
+    tokens of the last page, while it is not full, count by their keys themselves.
 
     Args:
         query: ``[query_heads, head_size]`` of the newest token.
-        summaries: uint8 ``[kv_heads, pages, width]`` codes of the pages, as `SummaryKind.codes` lays them out.
-        seq_len: tokens in the cache; the last page may be short.
+        keys: of the request.
+        kind: with codes.
         scale: softmax scale of the model.
 
     Returns:
         float32 ``[kv_heads, seq_len]``.
     """
-    keys = coded_keys(summaries, query.shape[1])[:, :seq_len]
-    grouped = query.float().reshape(keys.shape[0], -1, query.shape[1])
-    return torch.bmm(grouped, keys.transpose(1, 2)).mul_(scale).log_softmax(dim=2).amax(dim=1)
+    coded = keys.seq_len // kind.page_tokens * kind.page_tokens
+    summaries = read_summaries(keys, kind)[:, : coded // kind.page_tokens]
+    numbers = coded_keys(summaries, keys.head_size)
+    if coded < keys.seq_len:
+        numbers = torch.cat((numbers, keys.read(coded, keys.seq_len).float()), dim=1)
+    grouped = query.float().reshape(keys.num_kv_heads, -1, keys.head_size)
+    return torch.bmm(grouped, numbers.transpose(1, 2)).mul_(scale).log_softmax(dim=2).amax(dim=1)

@@ -1,5 +1,7 @@
 """Scores of all cached tokens of a step's decode rows by their keys' codes, in Triton: one pass over the codes.
 
+For heads and devices that the CUDA kernels of `top_coded_tokens` do not hold.
+
 A key of 128 numbers takes 256 bytes in the cache and 32 in codes. Of a channel's number least + step * code the query's
 product is query * least, the same for all tokens of a page, plus (query * step) * code: so steps go into the query, and
 the tensor cores multiply small integers. What follows is as with exact keys: `token_scores.triton.merge_kernel` turns
@@ -12,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.common.triton import product_tile
+from vllm_sparse.kernels.common.triton import load_key_block, product_tile
 from vllm_sparse.kernels.page_summaries import SummaryKind
 from vllm_sparse.kernels.page_summaries.reference import LARGEST_CODE as MOST
 from vllm_sparse.kernels.token_scores.triton import SCORE_TILE, merge_kernel
@@ -28,6 +30,7 @@ PROGRAMS = 8 * 132
 @triton.jit(do_not_specialize=["capacity"], do_not_specialize_on_alignment=["block_table_pointer"])
 def code_products_kernel(
     query_pointer,
+    cache_pointer,
     summary_pointer,
     block_table_pointer,
     context_pointer,
@@ -38,6 +41,9 @@ def code_products_kernel(
     scale,
     query_row_stride,
     query_head_stride,
+    cache_block_stride,
+    cache_head_stride,
+    cache_token_stride,
     table_row_stride,
     kv_heads,
     SPLITS: tl.constexpr,
@@ -78,6 +84,8 @@ def code_products_kernel(
         p_page = summary_pointer + ((block * kv_heads + i_head) * PAGES_PER_BLOCK + i_page % PAGES_PER_BLOCK) * WIDTH
         p_number = p_page.to(tl.pointer_type(tl.float16))
         live = i_page * PAGE + o_token < context
+        # A last page counts by its keys until it is full.
+        is_full = (i_page + 1) * PAGE <= context
         p_code = p_page + 4 * HEAD_SIZE + o_token[:, None] * quarter_size + o_quarter[None, :]
         b_packed = tl.load(p_code, mask=live[:, None] & in_quarter[None, :], other=0)
         b_product = tl.zeros([GROUP_TILE, PAGE], tl.float32)
@@ -86,11 +94,28 @@ def code_products_kernel(
             o_dim = quarter * quarter_size + o_quarter
             # The queries of a group come from the L1 cache in every page but the first.
             b_query = tl.load(p_query + o_dim[None, :], mask=in_query, other=0.0).to(tl.float32)
-            b_least = tl.load(p_number + o_dim, mask=in_quarter, other=0.0).to(tl.float32)
-            b_step = tl.load(p_number + HEAD_SIZE + o_dim, mask=in_quarter, other=0.0).to(tl.float32)
-            b_least_product += tl.sum(b_query * b_least[None, :], axis=1)
-            b_code = ((b_packed >> (2 * quarter)) & LARGEST_CODE).to(tl.float32)
-            b_product += tl.dot(b_query * b_step[None, :], tl.trans(b_code), input_precision="tf32")
+            if is_full:
+                b_least = tl.load(p_number + o_dim, mask=in_quarter, other=0.0).to(tl.float32)
+                b_step = tl.load(p_number + HEAD_SIZE + o_dim, mask=in_quarter, other=0.0).to(tl.float32)
+                b_least_product += tl.sum(b_query * b_least[None, :], axis=1)
+                b_code = ((b_packed >> (2 * quarter)) & LARGEST_CODE).to(tl.float32)
+                b_product += tl.dot(b_query * b_step[None, :], tl.trans(b_code), input_precision="tf32")
+            else:
+                b_key = load_key_block(
+                    cache_pointer,
+                    p_table,
+                    i_page * PAGE,
+                    context,
+                    i_head,
+                    o_dim,
+                    in_quarter,
+                    cache_block_stride,
+                    cache_head_stride,
+                    cache_token_stride,
+                    PAGE * PAGES_PER_BLOCK,
+                    PAGE,
+                ).to(tl.float32)
+                b_product += tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
         b_product = (b_product + b_least_product[:, None]) * scale
         o_key = i_page * PAGE + o_token
         tl.store(p_product[:, None] + o_key[None, :], b_product, mask=in_group[:, None] & live[None, :])
@@ -110,7 +135,7 @@ def code_scores_of_rows(
     """Scores of each row's cached tokens, equal to those of `reference.code_scores` up to rounding.
 
     Args:
-        rows: the rows; those with a context of 0 get no scores. Keys are not read.
+        rows: the rows; those with a context of 0 get no scores. Keys are read of a last page that is not full.
         kind: with codes; its pages divide the cache's blocks.
         summaries: uint8 ``[blocks, kv_heads, block_size / page_tokens, width]``, contiguous.
         starts: int64 ``[rows]`` index of each row's first score; the scores of rows with a context do not overlap.
@@ -132,6 +157,7 @@ def code_scores_of_rows(
     grid = (row_count * kv_heads, splits)
     code_products_kernel[grid](
         rows.query,
+        rows.kv_cache,
         summaries,
         rows.block_table,
         rows.seq_lens,
@@ -142,6 +168,9 @@ def code_scores_of_rows(
         rows.scale,
         rows.query.stride(0),
         rows.query.stride(1),
+        rows.kv_cache.stride(0),
+        rows.kv_cache.stride(1),
+        rows.kv_cache.stride(2),
         rows.block_table.stride(0),
         kv_heads,
         SPLITS=splits,
