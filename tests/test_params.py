@@ -456,7 +456,7 @@ def test_each_knob_changes_the_salt() -> None:
             SparseParams(FlexPrefill(), Tidal(**knob), 4096)
             for knob in (
                 {"budget_tokens": 512}, {"dense_layers": 3}, {"reselect_layers": (9,)}, {"sink_tokens": 0},
-                {"recent_tokens": 0}, {"list_per": "query_head"},
+                {"recent_tokens": 0}, {"list_per": "query_head"}, {"dense_every_steps": 16},
             )
         ),
         *(
@@ -487,3 +487,6 @@ def test_leaving_every_layer_dense_is_dense() -> None:
     extras = {**HIP, "hip_dense_layers": 8}
     assert resolve(extras, ServerConfig(), 8).is_dense
     assert resolve(extras, ServerConfig(), 9).decode == HipDecode(dense_layers=8)
+    extras = {**HIP, "hip_dense_every_steps": 1}
+    assert resolve(extras, ServerConfig(), 9).decode is None
+    assert resolve({**HIP, "hip_dense_every_steps": 2}, ServerConfig(), 9).decode == HipDecode(dense_every_steps=2)

@@ -1,8 +1,8 @@
 // The tokens of decode rows with the most attention by the 2-bit codes of their keys, as token lists, in two launches.
 //
 // The specification is vllm_sparse/kernels/code_scores/reference.py and, of what is kept, `top_tokens` in
-// vllm_sparse/kernels/top_tokens/reference.py. Full pages have codes. The tokens of the last page, while it is not full,
-// are always kept, and count by their keys themselves.
+// vllm_sparse/kernels/top_tokens/reference.py. Full pages have codes. The tokens of the last page, while it is not
+// full, are always kept, and count by their keys themselves.
 //
 // The first kernel multiplies: each warp takes whole pages, whose tokens are the rows of the tensor cores' products and
 // the query heads of the KV head their columns. Of a channel's number least + step * code the query's product is
@@ -11,10 +11,10 @@
 // newest token fills a page, its codes are written first.
 //
 // The second kernel selects, by the blocks of one cluster for each list. A token's score is the largest log probability
-// that a head gives it, in steps of 1/32 bit from 2^-32 to 1: so one histogram finds the least score kept. Of the tokens
-// with exactly this score, the first are kept. Most tokens need no look: the first kernel has stored the largest products
-// of every eighth token of a page, and as many such groups as tokens are wanted have a score that none of these falls
-// short of.
+// that a head gives it, in steps of 1/32 bit from 2^-32 to 1: so one histogram finds the least score kept. Of the
+// tokens with exactly this score, the first are kept. Few tokens are looked at: the first kernel also stores the
+// largest products of each group of tokens, and where as many groups as tokens are wanted reach a score, so do all
+// tokens kept.
 
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
@@ -44,33 +44,34 @@ constexpr int kWaves = 4;                             // Of blocks, where lists 
 constexpr int kStages = 2;                            // Pages of a warp, on their way or multiplied.
 
 // Of the second kernel.
+constexpr int kWarps = 16;
 constexpr int kBins = 1024, kBinsOfBit = 32;
 // Histograms of a block: lanes of a warp that find one score add to several numbers.
 constexpr int kCopies = 4;
 constexpr int kMostBlocks = 8;  // Clusters of more wait for a free part of the device that is large enough.
 constexpr int kBlocksAtOnce = 2 * kMultiprocessors;
-// Most tokens of a list that one block selects from: if there are few lists, and if other lists' blocks fill the device.
+// Most tokens of a list that one block selects from: if lists are few, and if other lists' blocks fill the device.
 constexpr int kTokensOfOneBlock = 2048, kTokensAmongLists = 8192;
-constexpr int kGroups = 8;                // Of a page's tokens: those with the same rest of their index by 8.
-constexpr int kSelectBytes = 96 * 1024;   // Of shared memory, so that a multiprocessor holds two blocks.
+constexpr int kGroups = 8;               // Of a page's tokens: those with the same rest of their index by 8.
+constexpr int kSelectBytes = 96 * 1024;  // Of shared memory, so that a multiprocessor holds two blocks.
 constexpr int kMostSelectBytes = 200 * 1024;
 
 struct Arguments {
-  const void* query;       // [rows, query_heads, head_size]
-  const void* cache;       // Keys: block * cache_block_stride + head * cache_head_stride + token * cache_token_stride.
-  uint8_t* summaries;      // [blocks, kv_heads, block_size / page, width]
-  const long long* starts; // [rows] first token of each row's room, rising
-  const int* contexts;     // [rows], 0 for rows that keep their lists
-  const int* members;      // [rows] tokens of rows whose full pages are coded here, else 0; null: they have been
-  const int* knobs;        // [rows, 3] budget, sink and recent tokens
-  const int* block_table;  // [rows, blocks]
-  int* slots;              // [rows * kv_heads, width]
-  int* kept_tokens;        // [rows * kv_heads]
+  const void* query;        // [rows, query_heads, head_size]
+  const void* cache;        // Keys: block * cache_block_stride + head * cache_head_stride + token * cache_token_stride.
+  uint8_t* summaries;       // [blocks, kv_heads, block_size / page, width]
+  const long long* starts;  // [rows] first token of each row's room, rising
+  const int* contexts;      // [rows], 0 for rows that keep their lists
+  const int* members;       // [rows] tokens of rows whose full pages are coded here, else 0; null: they have been
+  const int* knobs;         // [rows, 3] budget, sink and recent tokens
+  const int* block_table;   // [rows, blocks]
+  int* slots;               // [rows * kv_heads, width]
+  int* kept_tokens;         // [rows * kv_heads]
   // With room for capacity / page + rows pages of each KV head; binary logarithms. Heads come in pairs.
   half2* products;          // [kv_heads, pages, kGroups, head pairs, page / kGroups], less a page's offsets
   half2* largest_products;  // [kv_heads, pages, kGroups, head pairs]
   float* offsets;           // [kv_heads, pages, 2 * head pairs]
-  float* partials;         // [rows * kv_heads, splits, kColumns, 2] largest product and sum of exponentials less it
+  float* partials;          // [rows * kv_heads, splits, kColumns, 2] largest product and sum of exponentials less it
   long long query_row_stride, query_head_stride, cache_block_stride, cache_head_stride, cache_token_stride;
   long long knob_stride, table_stride, width, capacity;
   float factor;  // Of products, for binary logarithms.
@@ -268,7 +269,8 @@ __global__ void __launch_bounds__(kProductWarps * 32, kProductBlocks)
   // The same for all warps; each of them writes it, so that none has to wait.
 #pragma unroll
   for (int index = 0; index < kPairs / 4; ++index) {
-    queries[index][lane] = make_uint4(query[4 * index], query[4 * index + 1], query[4 * index + 2], query[4 * index + 3]);
+    queries[index][lane] =
+        make_uint4(query[4 * index], query[4 * index + 1], query[4 * index + 2], query[4 * index + 3]);
   }
   __syncwarp();
   // From here on of 4^-field of the query, because codes come as 4^field of themselves.
@@ -352,8 +354,7 @@ __global__ void __launch_bounds__(kProductWarps * 32, kProductBlocks)
     }
     if (stores) {
       largest_products[static_cast<long long>(page) * kGroups * kHeadPairs] = largest;
-      auto* const to =
-          reinterpret_cast<uint4*>(products + static_cast<long long>(page) * kHeadPairs * kPage);
+      auto* const to = reinterpret_cast<uint4*>(products + static_cast<long long>(page) * kHeadPairs * kPage);
 #pragma unroll
       for (int index = 0; index < kPage / kGroups / 4; ++index) {
         to[index] = reinterpret_cast<const uint4*>(pairs)[index];
@@ -380,7 +381,8 @@ __global__ void __launch_bounds__(kProductWarps * 32, kProductBlocks)
     // The keys themselves; every warp has tiles of its own.
     const long long block = table[full_pages / pages_per_block];
     const uint16_t* const keys = static_cast<const uint16_t*>(a.cache) + block * a.cache_block_stride +
-                                 head * a.cache_head_stride + full_pages % pages_per_block * kPage * a.cache_token_stride;
+                                 head * a.cache_head_stride +
+                                 full_pages % pages_per_block * kPage * a.cache_token_stride;
     const int tokens = context - full_pages * kPage;
     for (int first = warp * 16; first < tokens; first += kProductWarps * 16) {
       float product_of_keys[4] = {};
@@ -396,7 +398,8 @@ __global__ void __launch_bounds__(kProductWarps * 32, kProductBlocks)
           const int token = min(first + upper * 8 + group_row, tokens - 1);
 #pragma unroll
           for (int field = 0; field < 4; ++field) {
-            const Words<2> four = load<2>(keys + token * a.cache_token_stride + 4 * (kWords * quad + word) + kQuarter * field);
+            const Words<2> four =
+                load<2>(keys + token * a.cache_token_stride + 4 * (kWords * quad + word) + kQuarter * field);
             numbers[upper][field] = half_pair(pair_of(four.of[0], four.of[1], byte), is_bfloat16, 1.0f);
           }
         }
@@ -419,8 +422,6 @@ __global__ void __launch_bounds__(kProductWarps * 32, kProductBlocks)
     }
   }
 
-  // The second kernel may take what this block leaves, and waits for what it writes.
-  asm volatile("griddepcontrol.launch_dependents;");
 #pragma unroll
   for (int column = 0; column < 2; ++column) {
     for (int distance = 4; distance < 32; distance *= 2) {
@@ -456,8 +457,8 @@ __host__ __device__ inline int select_bytes(int pages, int page, int block_size)
   return 2 * 4 * ((pages + 1) * page / 32) + 2 * 2 * pages * kGroups + 4 * (pages * page / block_size + 2);
 }
 
-template <int kPage, int kHeadPairs, int kWarps>
-__global__ void __launch_bounds__(kWarps * 32, 32 / kWarps) select_tokens(const __grid_constant__ Arguments a) {
+template <int kPage, int kHeadPairs>
+__global__ void __launch_bounds__(kWarps * 32, 2) select_tokens(const __grid_constant__ Arguments a) {
   constexpr int kThreads = kWarps * 32, kBinsOfThread = kBins / kThreads;
   constexpr int kGroupTokens = kPage / kGroups;
   extern __shared__ __align__(16) uint8_t memory[];
@@ -474,11 +475,7 @@ __global__ void __launch_bounds__(kWarps * 32, 32 / kWarps) select_tokens(const 
   const int* const knobs = a.knobs + row * a.knob_stride;
   const int budget = knobs[0], sink = knobs[1], recent = knobs[2];
   const long long row_room = page_room(a, head, row);
-  if (context == 0) {
-    // So that this kernel does not end before the first.
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    return;
-  }
+  if (context == 0) return;
   cg::cluster_group cluster = cg::this_cluster();
   const int rank = cluster.block_rank(), most_blocks = cluster.num_blocks();
   const int blocks = context <= a.one_block_tokens ? 1 : most_blocks;
@@ -492,7 +489,8 @@ __global__ void __launch_bounds__(kWarps * 32, 32 / kWarps) select_tokens(const 
   };
   // The last block also has the page that is not full.
   const int full_pages = context / kPage, pages_of_block = (full_pages + blocks - 1) / blocks;
-  const int first_page = min(rank * pages_of_block, full_pages), last_page = min(first_page + pages_of_block, full_pages);
+  const int first_page = min(rank * pages_of_block, full_pages),
+            last_page = min(first_page + pages_of_block, full_pages);
   const int first_token = first_page * kPage;
   const int tokens = (rank == blocks - 1 ? context : last_page * kPage) - first_token;
   const int groups = (last_page - first_page) * kGroups, words = (tokens + 31) / 32;
@@ -519,8 +517,6 @@ __global__ void __launch_bounds__(kWarps * 32, 32 / kWarps) select_tokens(const 
   const half2* const largest_products = a.largest_products + room * kGroups * kHeadPairs;
   const float* const offsets = a.offsets + room * 2 * kHeadPairs;
 
-  // What the first kernel writes is read from here on.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
   if (warp < a.group) {
     const float2* const from =
         reinterpret_cast<const float2*>(a.partials) + static_cast<long long>(list) * a.splits * kColumns + warp;
@@ -687,7 +683,8 @@ __global__ void __launch_bounds__(kWarps * 32, 32 / kWarps) select_tokens(const 
   const int first = min(thread * words_of_thread, words), last = min(first + words_of_thread, words);
   // Bits of a word's tokens from one position to another.
   const auto range = [&](int word, int from, int to) {
-    const int low = min(max(from - first_token - word * 32, 0), 32), high = min(max(to - first_token - word * 32, 0), 32);
+    const int low = min(max(from - first_token - word * 32, 0), 32),
+              high = min(max(to - first_token - word * 32, 0), 32);
     return high <= low ? 0u : (kAll >> (32 - (high - low))) << low;
   };
   unsigned long long own = 0;
@@ -732,15 +729,21 @@ template <typename Use>
 cudaError_t with_shape(int page, int head_pairs, const Use& use) {
   const auto with_page = [&](auto tokens) {
     switch (head_pairs) {
-      case 1: return use(tokens, std::integral_constant<int, 1>{});
-      case 2: return use(tokens, std::integral_constant<int, 2>{});
-      default: return use(tokens, std::integral_constant<int, 4>{});
+      case 1:
+        return use(tokens, std::integral_constant<int, 1>{});
+      case 2:
+        return use(tokens, std::integral_constant<int, 2>{});
+      default:
+        return use(tokens, std::integral_constant<int, 4>{});
     }
   };
   switch (page) {
-    case 32: return with_page(std::integral_constant<int, 32>{});
-    case 64: return with_page(std::integral_constant<int, 64>{});
-    default: return with_page(std::integral_constant<int, 128>{});
+    case 32:
+      return with_page(std::integral_constant<int, 32>{});
+    case 64:
+      return with_page(std::integral_constant<int, 64>{});
+    default:
+      return with_page(std::integral_constant<int, 128>{});
   }
 }
 
@@ -755,24 +758,20 @@ cudaError_t run(const Arguments& a, int head_size, int blocks, cudaStream_t stre
   status = cudaGetLastError();
   if (status != cudaSuccess) return status;
 
-  // Blocks that have a multiprocessor each have all of its threads.
-  const bool are_few = lists * blocks <= kMultiprocessors;
-  const auto select = are_few ? select_tokens<kPage, kHeadPairs, 32> : select_tokens<kPage, kHeadPairs, 16>;
+  const auto select = select_tokens<kPage, kHeadPairs>;
   const int bytes = select_bytes(a.room_pages, a.page, a.block_size);
   status = cudaFuncSetAttribute(select, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks, lists);
-  config.blockDim = dim3(are_few ? 1024 : 512);
+  config.blockDim = dim3(kWarps * 32);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, select, a);
 }
 
@@ -790,9 +789,8 @@ extern "C" int vllm_sparse_top_coded_tokens(
     const void* members, const void* knobs, const void* block_table, void* slots, void* kept_tokens, void* products,
     void* largest_products, void* offsets, void* partials, long long query_row_stride, long long query_head_stride,
     long long cache_block_stride, long long cache_head_stride, long long cache_token_stride, long long knob_stride,
-    long long table_stride, long long width, long long capacity, long long longest, float scale, int rows,
-    int kv_heads, int group, int head_pairs, int head_size, int page, int block_size, int splits, int is_bfloat16,
-    void* stream) {
+    long long table_stride, long long width, long long capacity, long long longest, float scale, int rows, int kv_heads,
+    int group, int head_pairs, int head_size, int page, int block_size, int splits, int is_bfloat16, void* stream) {
   int blocks = kMostBlocks;
   while (blocks > 1 && rows * kv_heads * blocks > kBlocksAtOnce) blocks /= 2;
   const int one_block = blocks == kMostBlocks ? kTokensOfOneBlock : kTokensAmongLists;

@@ -33,6 +33,7 @@ ROUNDS: dict[str, list[dict[str, Any]]] = {
     "fewer sparse layers": [HIP, {**HIP, "hip_dense_layers": 2}, HIP],
     "other roles": [TIDAL, {**TIDAL, "tidal_dense_layers": 3}, {**TIDAL, "tidal_selection_reads": "list"}],
     "other methods": [TIDAL, HIP, {}],
+    "dense steps": [TIDAL, {**TIDAL, "tidal_dense_every_steps": 4}],
     "guarded": [TIDAL, {**TIDAL, "sparse_min_recall": 0.01}],
     "many": [TIDAL] * 300,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -59,6 +59,8 @@ class Request:
         method = self.params.decode
         if method is None or context <= method.budget_tokens:
             return None
+        if method.dense_every_steps and context % method.dense_every_steps == 0:
+            return None
         if isinstance(method, HipDecode):
             return layer if layer >= method.dense_layers else None
         return None if layer <= 1 or layer == 4 else 1 if layer < 4 else 4
@@ -67,7 +69,7 @@ class Request:
 def requests() -> list[Request]:
     """Three methods side by side. One slot gets a second request, whose context goes on where the first one's ended.
 
-    One request grows out of its method's budget, one starts late.
+    One request grows out of its method's budget, one starts late, two have dense steps among their sparse ones.
     """
     hip, everywhere = SparseParams(None, HIP), SparseParams(None, EVERYWHERE)
     return [
@@ -78,6 +80,8 @@ def requests() -> list[Request]:
         Request(3, range(STEPS), 433, everywhere),
         Request(4, range(STEPS), HIP.budget_tokens - 2, hip),
         Request(5, range(3, STEPS), 999, hip),
+        Request(6, range(STEPS), 702, SparseParams(None, replace(HIP, dense_every_steps=3))),
+        Request(7, range(STEPS), 651, SparseParams(None, replace(TIDAL, dense_every_steps=4))),
     ]
 
 
@@ -190,7 +194,7 @@ def test_every_step_equals_the_oracle_in_every_layer(engine: Engine, generator: 
             oracle.assert_close(output, expected[0], f"step {step}, layer {layer}, request {number} at {context}")
 
 
-@pytest.mark.parametrize("number", [1, 4])
+@pytest.mark.parametrize("number", [1, 4, 7])
 def test_a_request_reads_the_same_with_and_without_others(
     engine: Engine, number: int, generator: torch.Generator
 ) -> None:

@@ -196,6 +196,25 @@ def test_the_graph_follows_the_rows(graphs: DecodeGraphs) -> None:
     assert graphs.prepare(4) == beside_dense("tidal")
 
 
+def test_a_dense_step_of_a_sparse_request_replays_what_dense_rows_do(graphs: DecodeGraphs) -> None:
+    """Beside sparse rows and alone, with its own setting told again at the step after."""
+    method = replace(CONFIGURED, dense_every_steps=4)
+    requests = {row: SparseRequest(SparseParams(None, method, 0), row) for row in range(2)}
+    limits = PlanLimits(LAYERS, scored_tokens=1 << 20, serves_at_once=graphs.buffers.serves)
+    told = []
+    for contexts in ((1000, 1001), (1001, 1002), (1004, 1008), (1005, 1009)):
+        rows = [Row(1, context, request.params) for context, request in zip(contexts, requests.values(), strict=True)]
+        plan = plan_step(common_metadata(rows, torch.zeros(2, 64, dtype=torch.int32)), requests, limits)
+        graphs.step = None if plan.is_dense else step_of(plan)
+        told.append((graphs.prepare(2), graphs.buffers.settings[:2, METHOD].tolist()))
+    assert told == [
+        (beside_dense("tidal"), [-1, 0]),
+        ("tidal", [0, 0]),
+        (None, [0, 0]),
+        ("tidal", [0, 0]),
+    ]
+
+
 def test_rows_of_other_layer_roles_stay_in_a_graph(graphs: DecodeGraphs) -> None:
     """In that of any roles; where their roles launch nothing more, in the one that all others replay."""
     earlier = replace(CONFIGURED, dense_layers=0, reselect_layers=(3,))

@@ -77,6 +77,15 @@ def test_steps_of_mixed_knobs_replay_a_graph(served: dict[str, Any], name: str, 
 
 
 @oracle.needs_cuda
+def test_dense_steps_of_a_row_replay_the_graph_that_holds_dense_rows(served: dict[str, Any]) -> None:
+    """At contexts of 404, 408, 412, 416 and 420 tokens; at the others all rows are sparse."""
+    found = served["rounds"]["dense steps"]
+    assert found["outside"] == 0
+    assert set(found["names"]) == {"tidal", beside_dense("tidal")}
+    assert found["names"][beside_dense("tidal")] == 5
+
+
+@oracle.needs_cuda
 def test_few_sizes_are_captured_and_more_rows_than_before(served: dict[str, Any]) -> None:
     captured = served["captured"]
     sizes = captured[ANY]

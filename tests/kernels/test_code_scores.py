@@ -37,7 +37,7 @@ def test_codes_say_keys_to_half_a_step(
     if platform.dtype != torch.float16:
         keys[0, 3, 5] = 1e6
     data = oracle.paged(platform, [keys], [keys], 32, generator)
-    kind = SummaryKind(page_tokens, bounds=True, codes=True)
+    kind = SummaryKind(page_tokens, "codes")
     blocks, kv_heads = data.kv_cache.shape[:2]
     request = data.reader(0)
     request.summaries = torch.full(
@@ -66,7 +66,7 @@ def test_codes_say_keys_to_half_a_step(
 def test_computed_codes_are_the_stored_ones(generator: torch.Generator) -> None:
     """Written in steps of any length, each of which begins in the middle of a block."""
     data = oracle.random_paged(PLAIN, generator, [333], 2, 32, 64)
-    kind = SummaryKind(32, bounds=True, codes=True)
+    kind = SummaryKind(32, "codes")
     request = data.reader(0)
     computed = read_summaries(request, kind)
     shape = data.kv_cache.shape[0], 2, 2, kind.width(32)
@@ -87,7 +87,7 @@ def test_scores_equal_float64_probabilities(
 ) -> None:
     """The last page counts by its keys themselves."""
     data = oracle.random_paged(PLAIN, generator, [context], kv_heads, 32, 32)
-    kind, request = SummaryKind(32, bounds=True, codes=True), data.reader(0)
+    kind, request = SummaryKind(32, "codes"), data.reader(0)
     query = oracle.random_tensor(PLAIN, generator, heads, 32, spread=2)
     coded = context // 32 * 32
     keys = torch.cat((coded_keys(read_summaries(request, kind), 32)[:, :coded], data.keys[0][:, coded:].float()), dim=1)

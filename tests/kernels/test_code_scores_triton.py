@@ -55,7 +55,7 @@ def test_stores_what_the_reference_stores(head_size: int, block_size: int, page_
     seed = random.randrange(1 << 30)
     generator = torch.Generator().manual_seed(seed)
     contexts = [300, 1, 257, 128, 90]
-    kind = SummaryKind(page_tokens, bounds=True, codes=True)
+    kind = SummaryKind(page_tokens, "codes")
     data = oracle.random_paged(PLATFORM, generator, contexts, 2, head_size, block_size)
     expected, actual = poisoned(data, kind), poisoned(data, kind)
     for start, stop in ((0, 41), (41, 128), (128, 300)):
@@ -115,7 +115,7 @@ def test_scores_equal_the_reference(heads: int, kv_heads: int, head_size: int, b
     contexts = [1, 1000, 700, 129, 333]
     random.shuffle(contexts)
     data = oracle.random_paged(PLATFORM, generator, contexts, kv_heads, head_size, block_size)
-    kind = SummaryKind(page, bounds=True, codes=True)
+    kind = SummaryKind(page, "codes")
     summaries = poisoned(data, kind)
     for row in range(len(contexts)):
         reference.store_summaries(with_summaries(data, row, summaries), kind, 0)
@@ -239,7 +239,7 @@ def test_kernels_compile_for_hopper(head_size: int, page: int, tmp_path: Path) -
     from vllm_sparse.kernels.code_scores import triton as scores
     from vllm_sparse.kernels.page_summaries import triton as summaries
 
-    kind = SummaryKind(page, bounds=True, codes=True)
+    kind = SummaryKind(page, "codes")
     compiled = compile_for_hopper(
         scores.code_products_kernel,
         {

@@ -8,7 +8,7 @@ import torch
 from tests import oracle
 from tests.oracle import SELECTING, Platform
 from vllm_sparse.kernels.page_scores import page_scores
-from vllm_sparse.kernels.page_summaries import SummaryKind, read_summaries
+from vllm_sparse.kernels.page_summaries import SummaryContent, SummaryKind, read_summaries
 
 
 @pytest.mark.parametrize("platform", SELECTING)
@@ -22,18 +22,18 @@ def test_scores_equal_float64_probabilities(
     query = oracle.random_tensor(platform, generator, heads, 32, spread=2)
     pages = torch.split(oracle.expand(data.keys[0], heads), page_tokens, dim=1)
     product = query.double().cpu().unsqueeze(1)
-    logits = {
-        False: [(product * page.mean(1, keepdim=True)).sum(2) for page in pages],
-        True: [
+    logits: dict[SummaryContent, list[torch.Tensor]] = {
+        "mean": [(product * page.mean(1, keepdim=True)).sum(2) for page in pages],
+        "bounds": [
             torch.maximum(product * page.amin(1, keepdim=True), product * page.amax(1, keepdim=True)).sum(2)
             for page in pages
         ],
     }
-    for bounds, columns in logits.items():
+    for content, columns in logits.items():
         probabilities = (torch.cat(columns, dim=1) * scale).softmax(1)
-        scores = page_scores(query, read_summaries(data.reader(0), SummaryKind(page_tokens, bounds)), scale)
+        scores = page_scores(query, read_summaries(data.reader(0), SummaryKind(page_tokens, content)), scale)
         assert scores.dtype == torch.float32
         expected = probabilities.view(kv_heads, -1, len(pages)).amax(1)
         # Means are kept in the cache's dtype.
-        bound = 1e-5 if platform.dtype == torch.float32 or bounds else 3e-2
-        assert oracle.relative_error(scores.exp(), expected) < bound, "bounds" if bounds else "mean"
+        bound = 1e-5 if platform.dtype == torch.float32 or content == "bounds" else 3e-2
+        assert oracle.relative_error(scores.exp(), expected) < bound, content

@@ -13,7 +13,7 @@ from tests.kernels.hopper import compile_for_hopper, spilled_bytes
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from tests.oracle import Platform
 from vllm_sparse.kernels.page_scores import reference
-from vllm_sparse.kernels.page_summaries import SummaryKind, read_summaries, store_summaries
+from vllm_sparse.kernels.page_summaries import SummaryContent, SummaryKind, read_summaries, store_summaries
 from vllm_sparse.step.rows import DecodeRows
 
 pytest.importorskip("triton")
@@ -37,17 +37,14 @@ def test_under_the_interpreter() -> None:
         pytest.param(20, 1, 32, 64, 32, id="group-of-20"),
     ],
 )
-@pytest.mark.parametrize(
-    ("bounds", "float8"), [(False, False), (True, False), (True, True)], ids=["mean", "bounds", "float8"]
-)
+@pytest.mark.parametrize("content", ["mean", "bounds", "float8_bounds"])
 def test_equals_reference(
     heads: int,
     kv_heads: int,
     head_size: int,
     block_size: int,
     page_tokens: int,
-    bounds: bool,
-    float8: bool,
+    content: SummaryContent,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A ragged batch with a row that stands by; several tiles for a program, programs without a tile."""
@@ -62,7 +59,7 @@ def test_equals_reference(
     platform = Platform("plain", DEVICE, torch.float32, None)
     data = oracle.random_paged(platform, generator, contexts, kv_heads, head_size, block_size)
     query = oracle.random_tensor(platform, generator, len(contexts), heads, head_size, spread=2)
-    kind = SummaryKind(page_tokens, bounds, float8)
+    kind = SummaryKind(page_tokens, content)
     shape = data.kv_cache.shape[0], kv_heads, block_size // page_tokens, kind.width(head_size)
     summaries = torch.full(shape, oracle.NAN, dtype=kind.dtype(torch.float32), device=DEVICE)
     for request in range(len(contexts)):
@@ -102,7 +99,7 @@ def test_a_sharp_head_still_ranks_its_small_scores(generator: torch.Generator) -
     order = torch.randperm(context // page_tokens, generator=generator)
     keys[0, :, 0] = order.float().repeat_interleave(page_tokens)
     data = oracle.paged(platform, [keys.to(DEVICE)], [keys.to(DEVICE)], 64, generator)
-    kind = SummaryKind(page_tokens, False)
+    kind = SummaryKind(page_tokens, "mean")
     reader = data.reader(0)
     reader.summaries = torch.full((data.kv_cache.shape[0], 1, 4, 16), oracle.NAN, device=DEVICE)
     store_summaries(reader, kind, 0)
@@ -120,9 +117,11 @@ def test_a_sharp_head_still_ranks_its_small_scores(generator: torch.Generator) -
 @pytest.mark.skipif(CAN_RUN and DEVICE == "cpu", reason="Triton only interprets in this process")
 @pytest.mark.parametrize(("head_size", "group"), [(64, 7), (80, 4), (128, 4), (128, 8), (256, 16)])
 @pytest.mark.parametrize(
-    ("bounds", "summary"), [(False, "*bf16"), (True, "*bf16"), (True, "*fp8e4nv")], ids=["mean", "bounds", "float8"]
+    ("content", "summary"), [("mean", "*bf16"), ("bounds", "*bf16"), ("float8_bounds", "*fp8e4nv")]
 )
-def test_kernels_compile_for_hopper(head_size: int, group: int, bounds: bool, summary: str, tmp_path: Path) -> None:
+def test_kernels_compile_for_hopper(
+    head_size: int, group: int, content: SummaryContent, summary: str, tmp_path: Path
+) -> None:
     from vllm_sparse.kernels.page_scores import triton as scores_triton
 
     group_tile = 1 << (group - 1).bit_length()
@@ -148,8 +147,8 @@ def test_kernels_compile_for_hopper(head_size: int, group: int, bounds: bool, su
             "GROUP_TILE": max(group_tile, 16),
             "HEAD_SIZE": head_size,
             "HEAD_TILE": head_tile,
-            "BOUNDS": bounds,
-            "TILE": scores_triton.page_tile(SummaryKind(16, bounds), head_tile),
+            "BOUNDS": content != "mean",
+            "TILE": scores_triton.page_tile(SummaryKind(16, content), head_tile),
         },
     )
     merge = compile_for_hopper(

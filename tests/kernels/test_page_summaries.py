@@ -8,6 +8,7 @@ import torch
 from tests import oracle
 from tests.oracle import PACKED, PLAIN, Paged, Platform
 from vllm_sparse.kernels.page_summaries import (
+    SummaryContent,
     SummaryKind,
     page_summaries,
     read_summaries,
@@ -23,8 +24,8 @@ def test_summaries_equal_float64(platform: Platform, page_tokens: int, generator
     """Ragged last pages, pages over and under the cache's blocks; stale keys are NaN. Bounds are exact."""
     for context in (1, page_tokens - 1, page_tokens, page_tokens + 1, 999):
         data = oracle.random_paged(platform, generator, [context], 2, 32, 96 if platform.isa is None else 32)
-        means = page_summaries(data.reader(0), SummaryKind(page_tokens, bounds=False))
-        bounds = page_summaries(data.reader(0), SummaryKind(page_tokens, bounds=True))
+        means = page_summaries(data.reader(0), SummaryKind(page_tokens, "mean"))
+        bounds = page_summaries(data.reader(0), SummaryKind(page_tokens, "bounds"))
         keys = torch.split(data.keys[0].double().cpu(), page_tokens, dim=1)
         where = f"context {context}"
         assert means.dtype == bounds.dtype == torch.float32
@@ -34,12 +35,12 @@ def test_summaries_equal_float64(platform: Platform, page_tokens: int, generator
         assert torch.equal(bounds.double().cpu(), torch.cat((least, largest), dim=2)), where
 
 
-@pytest.mark.parametrize("bounds", [False, True], ids=["mean", "bounds"])
+@pytest.mark.parametrize("content", ["mean", "bounds"])
 def test_a_page_at_the_end_of_a_tile_is_summarised_once(
-    bounds: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    content: SummaryContent, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = oracle.random_paged(PLAIN, generator, [300], 1, 32, 32)
-    kind = SummaryKind(32, bounds)
+    kind = SummaryKind(32, content)
     whole = page_summaries(data.reader(0), kind)
     monkeypatch.setattr(reference, "TILE_TOKENS", 64)
     assert torch.equal(page_summaries(data.reader(0), kind), whole)
@@ -60,16 +61,16 @@ def reader(data: Paged, request: int, context: int, summaries: torch.Tensor) -> 
 
 
 @pytest.mark.parametrize("platform", PACKED)
-@pytest.mark.parametrize("bounds", [False, True], ids=["mean", "bounds"])
+@pytest.mark.parametrize("content", ["mean", "bounds"])
 def test_steps_of_any_length_store_what_is_computed_at_once(
-    platform: Platform, bounds: bool, generator: torch.Generator
+    platform: Platform, content: SummaryContent, generator: torch.Generator
 ) -> None:
     """Chunks, then single tokens, of two requests in turn; each step's pages are read back whole."""
     block_size = 96
     contexts = [500, 333]
     data = oracle.random_paged(platform, generator, contexts, 2, 32, block_size)
     for page_tokens in (16, 32):
-        kind = SummaryKind(page_tokens, bounds)
+        kind = SummaryKind(page_tokens, content)
         summaries = stored(data, kind)
         bound = oracle.TOLERANCE[platform.dtype]
         for request, context in enumerate(contexts):
@@ -90,12 +91,12 @@ def test_steps_of_any_length_store_what_is_computed_at_once(
         )
 
 
-@pytest.mark.parametrize("bounds", [False, True], ids=["mean", "bounds"])
-def test_a_copied_block_is_summarised_from_its_first_token(bounds: bool, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("content", ["mean", "bounds"])
+def test_a_copied_block_is_summarised_from_its_first_token(content: SummaryContent, generator: torch.Generator) -> None:
     """A prefix hit in the middle of a block: its older keys were copied there without their summaries."""
     block_size, context, cached = 64, 250, 230
     data = oracle.random_paged(PLAIN, generator, [context], 2, 32, block_size)
-    kind = SummaryKind(16, bounds)
+    kind = SummaryKind(16, content)
     summaries = stored(data, kind)
     store_summaries(reader(data, 0, 192, summaries), kind, 0)
     keys = reader(data, 0, context, summaries)
@@ -105,15 +106,14 @@ def test_a_copied_block_is_summarised_from_its_first_token(bounds: bool, generat
 
 
 @pytest.mark.parametrize("platform", PACKED)
-@pytest.mark.parametrize("bounds", [False, True], ids=["mean", "bounds"])
-def test_numbers_of_8_bits_are_the_nearest(platform: Platform, bounds: bool, generator: torch.Generator) -> None:
+def test_numbers_of_8_bits_are_the_nearest(platform: Platform, generator: torch.Generator) -> None:
     """And the largest that there is for those beyond it, which would become no number."""
     keys = oracle.random_tensor(platform, generator, 2, 300, 32)
     keys[:, 160:176, 5] = 1000.0
     keys[:, 160:176, 6] = -1000.0
     data = oracle.paged(platform, [keys], [keys], 96, generator)
-    exact = page_summaries(data.reader(0), SummaryKind(16, bounds))
-    kind = SummaryKind(16, bounds, float8=True)
+    exact = page_summaries(data.reader(0), SummaryKind(16, "bounds"))
+    kind = SummaryKind(16, "float8_bounds")
     summaries = stored(data, kind)
     request = reader(data, 0, 300, summaries)
     store_summaries(request, kind, 0)

@@ -13,7 +13,7 @@ from tests.kernels.chunks import SPANS, some_chunks
 from tests.kernels.hopper import compile_for_hopper, spilled_bytes
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from tests.oracle import Paged, Platform
-from vllm_sparse.kernels.page_summaries import SummaryKind, reference
+from vllm_sparse.kernels.page_summaries import SummaryContent, SummaryKind, reference
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.step.chunks import PromptChunks
 from vllm_sparse.step.rows import DecodeRows
@@ -40,9 +40,9 @@ def test_under_the_interpreter() -> None:
         pytest.param(1, 128, 255, 16, 16, id="one-key-less"),
     ],
 )
-@pytest.mark.parametrize("bounds", [False, True], ids=["mean", "bounds"])
+@pytest.mark.parametrize("content", ["mean", "bounds"])
 def test_equals_reference(
-    kv_heads: int, head_size: int, context: int, block_size: int, page_tokens: int, bounds: bool
+    kv_heads: int, head_size: int, context: int, block_size: int, page_tokens: int, content: SummaryContent
 ) -> None:
     """Pages of different sign and size, so that a key in the wrong page shows; stale slots hold NaN."""
     from vllm_sparse.kernels.page_summaries import triton as summaries_triton
@@ -50,7 +50,7 @@ def test_equals_reference(
     seed = random.randrange(1 << 30)
     generator = torch.Generator().manual_seed(seed)
     data = paged(generator, [context], kv_heads, head_size, block_size, page_tokens)
-    kind = SummaryKind(page_tokens, bounds)
+    kind = SummaryKind(page_tokens, content)
     reader = data.reader(0)
     assert isinstance(reader, PlainKeys)
     expected = reference.page_summaries(reader, kind)
@@ -108,21 +108,19 @@ def poisoned(data: Paged, kind: SummaryKind) -> torch.Tensor:
     ("head_size", "block_size", "page_tokens"), [(64, 32, 16), (80, 48, 16), (128, 128, 64), (96, 16, 16)]
 )
 @pytest.mark.parametrize(
-    ("bounds", "float8"),
+    "content",
     [
-        pytest.param(False, False, id="mean"),
-        pytest.param(True, False, id="bounds"),
+        "mean",
+        "bounds",
         pytest.param(
-            True,
-            True,
-            id="float8",
+            "float8_bounds",
             # Where rounding carries into the exponent, 1.998 becomes 1.
             marks=pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter rounds 8-bit floats wrongly"),
         ),
     ],
 )
 def test_stores_what_the_reference_stores(
-    head_size: int, block_size: int, page_tokens: int, bounds: bool, float8: bool
+    head_size: int, block_size: int, page_tokens: int, content: SummaryContent
 ) -> None:
     """Chunks of one request, then the newest tokens of a batch, of which one row stands by: in the same places."""
     from vllm_sparse.kernels.page_summaries import triton as summaries_triton
@@ -130,7 +128,7 @@ def test_stores_what_the_reference_stores(
     seed = random.randrange(1 << 30)
     generator = torch.Generator().manual_seed(seed)
     contexts = [300, 1, 257, 128, 90]
-    kind = SummaryKind(page_tokens, bounds, float8)
+    kind = SummaryKind(page_tokens, content)
     data = paged(generator, contexts, 2, head_size, block_size, page_tokens)
     expected, actual = poisoned(data, kind), poisoned(data, kind)
     for start, stop in ((0, 41), (41, 128), (128, 300)):
@@ -165,9 +163,9 @@ def same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
 @pytest.mark.parametrize(
     ("head_size", "cache_block", "page_tokens"), [(80, 128, 16), (128, 128, 32), (128, 16, 128), (256, 128, 128)]
 )
-@pytest.mark.parametrize("bounds", [False, True], ids=["mean", "bounds"])
+@pytest.mark.parametrize("content", ["mean", "bounds"])
 def test_kernel_compiles_for_hopper(
-    head_size: int, cache_block: int, page_tokens: int, bounds: bool, tmp_path: Path
+    head_size: int, cache_block: int, page_tokens: int, content: SummaryContent, tmp_path: Path
 ) -> None:
     from vllm_sparse.kernels.page_summaries import triton as summaries_triton
 
@@ -179,9 +177,9 @@ def test_kernel_compiles_for_hopper(
         "HEAD_SIZE": head_size,
         "HEAD_TILE": head_tile,
         "PAGE": page_tokens,
-        "BOUNDS": bounds,
+        "BOUNDS": content == "bounds",
         "CODES": False,
-        "WIDTH": SummaryKind(page_tokens, bounds).width(head_size),
+        "WIDTH": SummaryKind(page_tokens, content).width(head_size),
     }
     num_warps = summaries_triton.warps(page_tokens, head_tile)
     lengths = dict.fromkeys(("context", "first_page", "pages"), "i32")

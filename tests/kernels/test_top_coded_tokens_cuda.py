@@ -45,7 +45,7 @@ class Batch:
         self.seed = random.randrange(1 << 30)
         generator = torch.Generator().manual_seed(self.seed)
         platform = Platform("plain", DEVICE, dtype, None, executes=False)
-        self.kind = SummaryKind(page, bounds=True, codes=True)
+        self.kind = SummaryKind(page, "codes")
         self.data = oracle.random_paged(platform, generator, contexts, kv_heads, head_size, 128)
         self.summaries = poisoned(self.data, self.kind)
         for row, context in enumerate(contexts):

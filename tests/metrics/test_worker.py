@@ -33,10 +33,11 @@ from collections import Counter
 import torch
 from vllm_sparse.step.eligibility import DenseReason
 from vllm_sparse.step.launch import LayerLaunches
-from vllm_sparse.step.plan import BatchRow, DecodeRow, StepPlan, layer_roles
+from vllm_sparse.step.plan import BatchRow, DecodeRow, DenseStepRow, StepPlan, layer_roles
 from vllm_sparse.step.requests import RowSetting
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.methods.token_topk import TokenTopk
 from vllm_sparse.metrics import Geometry, Sampling
 from vllm_sparse.metrics.directory import write_to_announced_directory
 from vllm_sparse.metrics.graph_timing import GraphTimer
@@ -66,6 +67,10 @@ method = BlockTopk(budget_tokens=64, sink_tokens=16, recent_tokens=16, dense_lay
 setting = RowSetting(method, 64, layer_roles(method, 4), 0, False)
 rows = [BatchRow(RowSpan(row, row, 1, context), setting) for row, context in enumerate((128, 256, 1024))]
 metrics.observe_batch(rows)
+every = TokenTopk(budget_tokens=96, dense_every_steps=256)
+for row in rows:
+    metrics.observe_dense_steps([DenseStepRow(row.span, every, layer_roles(every, 4))])
+assert metrics.stats()["density"]["decode"]["tokentopk"] == {"rows": 3, "density": [[1.0] * 4] * 4}
 # A setting by which no layer reads a list.
 method = Tidal(dense_layers=3)
 dense = DecodeRow(rows[0].span, method, layer_roles(method, 4), {})
@@ -125,6 +130,11 @@ def test_a_worker_writes_where_the_server_announced() -> None:
     saved = (128 + 256 + 1024 - 3 * 64) * 2 * 2 * 10
     assert values["vllm_sparse_kv_saved_bytes_total" + batch] == saved
     assert values["vllm_sparse_kv_read_bytes_total" + batch] == (128 + 256 + 1024) * 2 * 4 * 10 - saved
+    dense_steps = '{method="tokentopk",phase="decode"}'
+    assert values["vllm_sparse_density_ratio_count" + dense_steps] == 3
+    assert values["vllm_sparse_density_ratio_sum" + dense_steps] == 3
+    assert values["vllm_sparse_kv_saved_bytes_total" + dense_steps] == 0
+    assert values["vllm_sparse_kv_read_bytes_total" + dense_steps] == (128 + 256 + 1024) * 2 * 4 * 10
     graph = '{method="hip",phase="decode"}'
     assert values["vllm_sparse_timed_rows_total" + graph] == 3
     assert values["vllm_sparse_selection_seconds_total" + graph] == pytest.approx(0.75 * 4 * 0.002)

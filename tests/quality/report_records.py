@@ -182,6 +182,10 @@ def _texts(rng: np.random.Generator, variants: Sequence[Variant], length: int, t
                         score=float(np.clip(0.8 - loss + rng.normal(0, 0.05), 0, 1)),
                         score_by_part=tuple(float(np.clip(0.8 - loss * part, 0, 1)) for part in range(4)),
                         text="text",
+                        agreement=float(np.clip(0.98 - loss / 2 + rng.normal(0, 0.01), 0, 1)),
+                        agreement_by_part=tuple(float(np.clip(0.98 - loss * part / 8, 0, 1)) for part in range(4)),
+                        mean_loss=0.05 + loss,
+                        repeated=float(rng.random() / 4),
                     )
                 )
             if number < 2 and variant.name != DENSE:

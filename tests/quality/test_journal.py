@@ -30,7 +30,8 @@ RECORDS: list[Record] = [
     TaskRecord("mine", 1024, "one_needle", 3, 0, 0.5, TEXT, ("1", "2"), 1000, 0.25, "What?"),
     LanguageRecord("mine", 1024, "code", 1, 1.5, (1.0, 2.0)),
     DecodingRecord("mine", 1024, "prose", 1, 0.01, 0.99, (0.01, 0.02), 512),
-    GenerationRecord("mine", 1024, "copy", 1, 100, 7, 0.5, (0.5, 0.5), TEXT),
+    GenerationRecord("mine", 1024, "copy", 1, 100, 7, 0.5, (0.5, 0.5), TEXT, 0.9, (0.9, 0.9), 0.1, 0.0),
+    GenerationRecord("mine", 1024, "copy", 2, 100, 7, 0.5, (0.5, 0.5), "as of an earlier version"),
     RecallRecord("mine", 1024, "code", 1, "decode", ((1.0, 0.5), (0.25, 0.125)), ((1.0, 1.0), (0.5, 0.5)), (1.0, 0.1)),
     SpeedRecord("mine", 1024, 2, 0.5, 0.01, None, 0.25),
 ]

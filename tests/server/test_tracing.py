@@ -23,6 +23,7 @@ PROMPT, LAST = 290, 330
         (Tidal(budget_tokens=300, sink_tokens=7, recent_tokens=30), 0),
         (BlockTopk(budget_tokens=90, sink_tokens=7, recent_tokens=30), 0),
         (BlockTopk(budget_tokens=90, sink_tokens=7, recent_tokens=30), 310),
+        (Tidal(budget_tokens=100, sink_tokens=7, recent_tokens=30, dense_every_steps=7), 0),
     ],
 )
 def test_decode_density_is_that_of_the_lists(
@@ -35,7 +36,8 @@ def test_decode_density_is_that_of_the_lists(
         if context >= min_tokens and context > method.budget_tokens:
             reader = plain_keys(keys[:, :context])
             lists = method.select(queries[context], reader, 0.25, 1, LayerMemory())
-            densities.append(float(lists.kept_tokens.float().mean()) / context)
+            is_dense = method.dense_every_steps and context % method.dense_every_steps == 0
+            densities.append(1.0 if is_dense else float(lists.kept_tokens.float().mean()) / context)
     found = span_attributes(SparseParams(None, method, min_tokens), PROMPT, LAST, token_lists=True)
     assert found[DENSITY] == pytest.approx(sum(densities) / len(densities), rel=1e-6)
     # Lists of whole blocks are as long as the text wants.

@@ -165,6 +165,27 @@ def test_fallbacks_of_short_contexts_are_counted(server: Server) -> None:
     assert change.density_count("decode", "tidal") == 5
 
 
+def test_every_nth_step_is_dense(server: Server) -> None:
+    """Where the context is a multiple, after a hit in the prefix cache too; such a step has density 1."""
+    prompt = prompt_of(12, 1000)
+    salt = server.fresh_salt()
+    extras = {**TIDAL, "tidal_budget_tokens": 256, "sparse_min_tokens": 512, "tidal_dense_every_steps": 4}
+    for _ in range(2):
+        before = server.metrics()
+        reply = server.ask("chat", prompt, extras, max_tokens=13, ignore_eos=True, cache_salt=salt)
+        change = MetricsChange(before, server.metrics())
+        tokens = reply.usage["prompt_tokens"]
+        contexts = range(tokens + 1, tokens + 13)
+        assert change.density_count("decode", "tidal") == len(contexts)
+        assert change("vllm_sparse_fallbacks_total", phase="decode") == 0
+        # Lists are blocks of a CPU's cache, the last of which may hold a single token.
+        sparse = [224 / context for context in contexts if context % 4]
+        assert len(sparse) == 9
+        least = (3 + sum(sparse)) / 12
+        assert least < change.density("decode", "tidal") < least + 0.2
+    assert reply.cached_tokens > 0
+
+
 def test_full_coverage_is_dense(server: Server) -> None:
     """gamma 1 is the dense path itself; a minimum budget of everything goes through sparse lists to the same text."""
     prompt = prompt_of(6, 3000)

@@ -208,6 +208,46 @@ def test_prompt_chunks_by_their_own_numbers() -> None:
     assert too_short.fallbacks == {("prefill", "dhsa", DenseReason.SHORT_PROMPT_CHUNK): 1}
 
 
+@given(st.integers(2, 9), st.integers(8200, 9000), st.sampled_from(["tidal", "blocktopk", "hip"]), st.booleans())
+def test_every_nth_step_is_dense_and_no_fallback(every: int, first: int, name: str, alone: bool) -> None:
+    """By its position alone, whatever the request's first step was."""
+    methods: dict[str, DecodeMethod] = {"tidal": tidal(2048), "blocktopk": BlockTopk(), "hip": HipDecode()}
+    row = Row(1, first, SparseParams(None, replace(methods[name], dense_every_steps=every)))
+    limits = replace(UNKNOWN, serves_at_once=(lambda method: False) if alone else is_served)
+    request = SparseRequest(row.params)
+    dense_steps = []
+    for seq_len in range(first, first + 2 * every):
+        found = plan([replace(row, context=seq_len)], limits, {0: request})
+        assert not found.fallbacks
+        assert bool(sparse_rows(found)) != bool(found.dense_steps)
+        dense_steps += [of.span.seq_len for of in found.dense_steps]
+        if found.dense_steps and seq_len % BLOCK:
+            assert found.is_dense, "the step replays the graph of dense ones"
+    assert dense_steps == [seq_len for seq_len in range(first, first + 2 * every) if seq_len % every == 0]
+
+
+def test_a_dense_step_takes_no_room_and_is_summarised_where_it_fills_a_block() -> None:
+    every = SparseParams(None, BlockTopk(dense_every_steps=64))
+    tight = replace(UNKNOWN, scored_tokens=8321)
+    rows = [Row(1, 8320, every), Row(1, 8321, every)]
+    found = plan(rows, tight)
+    assert sparse_rows(found) == [1]
+    assert [row.span.row for row in found.summarising] == [0, 1], "8320 is the end of a block"
+    assert not plan([Row(1, 8256, every)], UNKNOWN).summarising, "the next sparse step summarises the block"
+    short = plan([Row(1, 2048, every)])
+    assert not short.dense_steps
+    assert short.fallbacks == {("decode", "blocktopk", DenseReason.SHORT_CONTEXT): 1}, "as at each other step"
+
+
+def test_a_dense_step_of_one_row_changes_nothing_for_others() -> None:
+    every = SparseParams(None, replace(tidal(2048), dense_every_steps=16))
+    rows = [Row(1, 131072 + number, every) for number in range(24)]
+    found = plan(rows)
+    assert [row.span.row for row in found.dense_steps] == [0, 16]
+    assert sparse_rows(found) == [row for row in range(24) if row % 16]
+    assert not found.fallbacks
+
+
 CHUNKS = st.builds(
     lambda tokens, context, method: Row(tokens, tokens + context, SparseParams(method, tidal(2048)), prefilling=True),
     st.integers(1, 8192),

@@ -61,6 +61,7 @@ class SparseMetadataBuilder:
         if sparse_rows:
             plan = plan_step(common_attn_metadata, sparse_rows, self._plan_limits())
             metrics.count_fallbacks(plan.fallbacks)
+            metrics.observe_dense_steps(plan.dense_steps)
             if not plan.is_dense:
                 record, guard = metrics.start_step(plan), self._sparse_guard.start_step(plan)
                 step = StepExecution(plan, record, self.decode_buffers, guard=guard)

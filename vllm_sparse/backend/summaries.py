@@ -67,7 +67,7 @@ def _log_memory(kind: SummaryKind, summary_bytes: int, cache_bytes: int) -> None
     logger.info(
         "Page summaries (%s of %d tokens) take %.1f MiB in each layer that chooses by them, beside its KV cache of "
         "%.1f MiB; vLLM's memory settings do not count them.",
-        "2-bit keys" if kind.codes else "bounds" if kind.bounds else "means",
+        {"mean": "means", "bounds": "bounds", "float8_bounds": "8-bit bounds", "codes": "2-bit keys"}[kind.content],
         kind.page_tokens,
         summary_bytes / 2**20,
         cache_bytes / 2**20,

@@ -74,7 +74,7 @@ class SparseParams:
         }
         for phase, method in (("prefill", self.prefill), ("decode", self.decode)):
             if method is not None:
-                fields[phase] = [method.name, dataclasses.asdict(method)]  # type: ignore[call-overload]
+                fields[phase] = [method.name, dataclasses.asdict(method)]  # type: ignore[arg-type]
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
 
@@ -232,7 +232,7 @@ def _without_dense(params: SparseParams, num_layers: int) -> SparseParams:
             roles = params.decode.layer_roles(num_layers)
         except KnobError as error:
             raise knob_error(params.decode.name, error) from error
-        if set(roles) == {DENSE}:
+        if set(roles) == {DENSE} or params.decode.dense_every_steps == 1:
             params = dataclasses.replace(params, decode=None)
     if params.prefill is not None and (params.prefill.exactly_dense or params.prefill.dense_layers >= num_layers):
         params = dataclasses.replace(params, prefill=None)

@@ -236,7 +236,7 @@ def knobs_of(method: PrefillMethod | DecodeMethod | None) -> str:
     if method is None:
         return "dense"
     assert isinstance(method, Method)
-    knobs = dataclasses.asdict(method)  # type: ignore[call-overload]
+    knobs = dataclasses.asdict(method)  # type: ignore[arg-type]
     said = (f"{knob} {value}" for knob, value in knobs.items() if value not in (None, "", ()))
     return f"{method.name}: {', '.join(said)}"
 

@@ -85,7 +85,7 @@ class BlockTopk(TopTokensMethod):
 
     @property
     def summaries(self) -> SummaryKind:
-        return SummaryKind(self.page_tokens, self.scores != "mean", self.scores == "float8_bounds")
+        return SummaryKind(self.page_tokens, self.scores)
 
     def layer_roles(self, num_layers: int) -> list[Role]:
         return choosing_in_each_layer(self.dense_layers, num_layers)

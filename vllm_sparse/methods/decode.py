@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from pydantic import dataclasses as checked
 
-from vllm_sparse.methods.knobs import KnobError
+from vllm_sparse.methods.knobs import KNOBS, DenseEverySteps, KnobError
 from vllm_sparse.methods.method import Method
 from vllm_sparse.step.roles import Role
 
@@ -36,8 +37,27 @@ class LayerMemory:
     layer: int = 0
 
 
+@checked.dataclass(frozen=True, config=KNOBS, kw_only=True)
 class DecodeMethod(Method):
-    """Chooses the pages that a decode step may read, in some layers, for the same layer or for those that follow."""
+    """Chooses the pages that a decode step may read, in some layers, for the same layer or for those that follow.
+
+    Keys and values of a decoded token come from hidden states that lists made approximate, and stay in the cache. With
+    `dense_every_steps` every n-th step attends to everything, so that its token's come from no list of its own, but
+    from the cache as it is. TidalDecode (arXiv 2410.05076) goes further, which is not done here: it prefills the tokens
+    since the last correction anew.
+    """
+
+    dense_every_steps: DenseEverySteps = 0
+
+    def is_dense_step(self, seq_len: int) -> bool:
+        """Whether a decode step reads everything in all layers because of `dense_every_steps`.
+
+        Told by the position alone, so that neighbours, preemption and prefix hits change nothing.
+
+        Args:
+            seq_len: tokens in the request's cache, the newest included.
+        """
+        return self.dense_every_steps > 0 and seq_len % self.dense_every_steps == 0
 
     @property
     @abstractmethod
@@ -145,10 +165,15 @@ class TopTokensMethod(BatchDecodeMethod):
     As `kernels.top_tokens.top_pages` chooses them.
     """
 
-    sink_tokens: int
-    """First tokens, always read."""
-    recent_tokens: int
-    """Last tokens, always read; the newest is even where this is 0."""
+    @property
+    @abstractmethod
+    def sink_tokens(self) -> int:
+        """First tokens, always read."""
+
+    @property
+    @abstractmethod
+    def recent_tokens(self) -> int:
+        """Last tokens, always read; the newest is even where this is 0."""
 
     @property
     def unit_tokens(self) -> int:

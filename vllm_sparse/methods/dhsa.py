@@ -265,9 +265,9 @@ class Dhsa(PrefillMethod):
 
     def _representation(self, chunks: PromptChunks, prepared: PreparedChunks) -> torch.Tensor:
         """What stands for the key blocks of each chunk, ``[kv_heads, chunks, key_blocks, ...]`` as in `KeyBlocks`."""
-        mean = chunk_summaries(chunks, SummaryKind(self.key_block_tokens, bounds=False))
+        mean = chunk_summaries(chunks, SummaryKind(self.key_block_tokens, "mean"))
         if self.bound_weight:
-            bounds = chunk_summaries(chunks, SummaryKind(self.key_block_tokens, bounds=True))
+            bounds = chunk_summaries(chunks, SummaryKind(self.key_block_tokens, "bounds"))
             return torch.cat((mean, mean), dim=3).lerp(bounds, self.bound_weight)
         return mean * prepared.root_length
 
@@ -294,10 +294,10 @@ class Dhsa(PrefillMethod):
         if self.key_blocks == "adaptive":
             return adaptive_blocks(keys, self.boundary_threshold)
         block_tokens = self.key_block_tokens
-        mean = page_summaries(keys, SummaryKind(block_tokens, bounds=False))
+        mean = page_summaries(keys, SummaryKind(block_tokens, "mean"))
         start = torch.arange(0, (mean.shape[1] + 1) * block_tokens, block_tokens, device=mean.device)
         if self.bound_weight:
-            bounds = page_summaries(keys, SummaryKind(block_tokens, bounds=True))
+            bounds = page_summaries(keys, SummaryKind(block_tokens, "bounds"))
             return KeyBlocks(torch.cat((mean, mean), dim=2).lerp(bounds, self.bound_weight), start, 0)
         length = (keys.seq_len - start[:-1]).clamp(max=block_tokens)
         return KeyBlocks(mean * length.sqrt().unsqueeze(1), start, 0)

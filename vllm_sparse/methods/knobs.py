@@ -24,6 +24,15 @@ ScoresPer = Annotated[
 BudgetTokens = Annotated[int, Field(ge=16, le=UNBOUNDED_TOKENS, description="tokens read by a sparse layer")]
 SinkTokens = Annotated[int, Field(ge=0, le=1 << 16, description="first tokens, always read")]
 RecentTokens = Annotated[int, Field(ge=0, le=1 << 16, description="last tokens, always read")]
+DenseEverySteps = Annotated[
+    int,
+    Field(
+        ge=0,
+        le=1 << 16,
+        description="one decode step of so many reads everything in all layers: that at which the context, its token "
+        "included, is a multiple; 0: none",
+    ),
+]
 DenseTailTokens = Annotated[
     int, Field(ge=0, le=1 << 16, description="last queries of each chunk, whose query blocks read everything")
 ]

@@ -29,7 +29,7 @@ from vllm_sparse.step.roles import reading_layers
 
 if TYPE_CHECKING:
     from vllm_sparse.metrics.graph_timing import GraphTimer
-    from vllm_sparse.step.plan import BatchRow, Fallback, RowSpan, StepPlan
+    from vllm_sparse.step.plan import BatchRow, DenseStepRow, Fallback, RowSpan, StepPlan
 
 
 class WorkerMetrics:
@@ -152,6 +152,10 @@ class WorkerMetrics:
         The device is busy with them then: before that, the time that counting takes would be the step's.
         """
         self._reads.observe_batch(batch)
+
+    def observe_dense_steps(self, rows: Sequence[DenseStepRow]) -> None:
+        """Decode rows that read everything because their settings ask for it (`StepPlan.dense_steps`)."""
+        self._reads.observe_dense_steps(rows)
 
     def observe_graph(self, timer: GraphTimer, rows: Counter[tuple[str, str]]) -> None:
         """A graph is queued whose times count.

@@ -14,7 +14,7 @@ from vllm_sparse.metrics.histogram import observe_all
 from vllm_sparse.step.roles import reading_layers
 
 if TYPE_CHECKING:
-    from vllm_sparse.step.plan import BatchRow
+    from vllm_sparse.step.plan import BatchRow, DenseStepRow
     from vllm_sparse.step.requests import RowSetting
 
 DENSITY_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
@@ -134,6 +134,20 @@ class ReadMetrics:
             self._count_bytes("decode", name, all_tokens * kv_heads, saved_tokens * kv_heads)
             if self._recent is not None:
                 self._recent.observe_alike("decode", name, layers, sum(densities) / len(seq_lens))
+
+    def observe_dense_steps(self, rows: Sequence[DenseStepRow]) -> None:
+        """Decode rows that read everything because their settings ask for it; with them the densities of a method are
+        those of all its steps.
+        """
+        for row in rows:
+            name = row.method.name
+            if self._counters is not None:
+                self._counters.of("decode", name).density.observe(1)
+            if self._geometry is not None:
+                tokens = row.span.seq_len * self._geometry.layers * self._geometry.kv_heads
+                self._count_bytes("decode", name, tokens, saved_tokens=0)
+            if self._recent is not None:
+                self._recent.observe_alike("decode", name, reading_layers(row.roles), 1.0)
 
     def _count_bytes(self, phase: str, method: str, reach_tokens: int, saved_tokens: int) -> None:
         if self._counters is None or self._geometry is None:

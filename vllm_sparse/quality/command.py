@@ -280,11 +280,22 @@ def _jobs(
     elif measure == "language":
         yield from language_jobs(context, variants, given.tokens, given.texts)
     elif measure == "decoding":
-        long_enough = [length for length in given.tokens if length > given.told_tokens + given.min_tokens]
+        long_enough = _long_enough(measure, given.tokens, given.told_tokens, given.min_tokens)
         yield from decoding_jobs(context, variants, long_enough, given.told_texts, given.told_tokens, by_script)
     elif measure == "generation":
-        long_enough = [length for length in given.tokens if length > given.generated + given.min_tokens]
+        long_enough = _long_enough(measure, given.tokens, given.generated, given.min_tokens)
         yield from generation_jobs(context, variants, long_enough, given.generations, given.generated)
+
+
+def _long_enough(measure: str, lengths: Sequence[int], generated_tokens: int, min_tokens: int) -> list[int]:
+    """Lengths whose prompts are sparse beside so many generated tokens; what is left out is said."""
+    for length in lengths:
+        if length <= generated_tokens + min_tokens:
+            print(
+                f"{measure} is not measured at {length} tokens: {generated_tokens} of them are generated, and the "
+                f"others are no more than --min-tokens {min_tokens}, below which everything is dense"
+            )
+    return [length for length in lengths if length > generated_tokens + min_tokens]
 
 
 def _recall(given: argparse.Namespace, context: Context, variants: Sequence[Variant], journal: Journal) -> None:

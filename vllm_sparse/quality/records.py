@@ -100,6 +100,11 @@ class GenerationRecord:
         score: 0 to 1, of what was asked for while generating.
         score_by_part: the score of each quarter of what was asked for, in order.
         text: what was generated.
+        agreement: share of its tokens that dense would have said, given what stands before them; None in journals of
+            earlier versions, as the following ones.
+        agreement_by_part: the agreement of each quarter of its tokens; none of fewer than four.
+        mean_loss: mean -log p of its tokens under dense, given what stands before them, in nats.
+        repeated: share of its runs of 16 tokens that it said before.
     """
 
     variant: str
@@ -111,6 +116,10 @@ class GenerationRecord:
     score: float
     score_by_part: tuple[float, ...]
     text: str
+    agreement: float | None = None
+    agreement_by_part: tuple[float, ...] = ()
+    mean_loss: float | None = None
+    repeated: float | None = None
     measure: Literal["generation"] = "generation"
 
 

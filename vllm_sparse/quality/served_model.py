@@ -46,6 +46,19 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """How a model predicted a token that it read.
+
+    Attributes:
+        loss: -log p, in nats.
+        rank: 1 if no token was likelier.
+    """
+
+    loss: float
+    rank: int
+
+
+@dataclass(frozen=True)
 class NextTokens:
     """What a model would say at each position of a generation.
 
@@ -145,13 +158,16 @@ class ServedModel:
                     pieces += [choice["text"] for choice in json.loads(line[6:])["choices"]]
         return Answer("".join(pieces), first, last - first)
 
-    def prompt_losses(self, prompt: Sequence[int], extras: Mapping[str, Any], salt: str) -> list[float]:
-        """-log p of each token of a prompt but the first, in nats; arguments as of `complete`."""
+    def predictions(self, prompt: Sequence[int], extras: Mapping[str, Any], salt: str) -> list[Prediction]:
+        """Of each token of a prompt but the first, in one prefill; arguments and errors as of `complete`."""
         body = self._body(prompt, 1, extras, salt) | {"prompt_logprobs": 0}
         entries = self._post("/v1/completions", body)["choices"][0].get("prompt_logprobs")
         if not entries:
-            raise ServerError(f"{self._url} gave no prompt_logprobs, which the measure `language` needs")
-        return [-entry[str(token)]["logprob"] for token, entry in zip(prompt[1:], entries[1:], strict=True)]
+            raise ServerError(
+                f"{self._url} gave no prompt_logprobs, which the measures `language` and `generation` need"
+            )
+        found = [entry[str(token)] for token, entry in zip(prompt[1:], entries[1:], strict=True)]
+        return [Prediction(-one["logprob"], one["rank"]) for one in found]
 
     def told(
         self,

@@ -41,7 +41,7 @@ def span_attributes(params: SparseParams, prompt_tokens: int, seq_len: int, toke
         attributes[f"{PREFIX}.{phase}.method"] = DENSE if method is None else method.name
         if method is None:
             continue
-        for knob, value in dataclasses.asdict(method).items():  # type: ignore[call-overload]
+        for knob, value in dataclasses.asdict(method).items():  # type: ignore[arg-type]
             if value is not None:
                 attributes[f"{PREFIX}.{phase}.{knob}"] = value
         attributes[f"{PREFIX}.{phase}.min_tokens"] = params.min_tokens
@@ -56,5 +56,8 @@ def span_attributes(params: SparseParams, prompt_tokens: int, seq_len: int, toke
         first_sparse = longest_dense_seq_len(params.decode, params.min_tokens) + 1
         sparse = np.arange(max(prompt_tokens + 1, first_sparse), seq_len + 1)
         if sparse.size:
-            attributes[f"{PREFIX}.decode.density"] = float((params.decode.list_tokens(sparse) / sparse).mean())
+            density = params.decode.list_tokens(sparse) / sparse
+            if params.decode.dense_every_steps:
+                density[sparse % params.decode.dense_every_steps == 0] = 1
+            attributes[f"{PREFIX}.decode.density"] = float(density.mean())
     return attributes

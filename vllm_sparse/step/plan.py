@@ -103,6 +103,20 @@ class BatchRow:
         return self.setting.roles
 
 
+class DenseStepRow(NamedTuple):
+    """A request whose decode step reads everything because its method's `dense_every_steps` says so.
+
+    Attributes:
+        span: its place.
+        method: of its other steps.
+        roles: role of each layer in these.
+    """
+
+    span: RowSpan
+    method: DecodeMethod
+    roles: tuple[Role, ...]
+
+
 @dataclass(frozen=True)
 class SummaryRow:
     """A request whose new keys are summarised in the layers in which its decode method chooses.
@@ -129,6 +143,8 @@ class StepPlan:
         decode: sparse decode rows that are served one by one.
         batch: sparse decode rows that are served at once.
         fallbacks: how many rows asked for a method and run dense, in some layers at least where recall was low.
+        dense_steps: rows that run dense because their settings ask for it; the device sees no more in them than in
+            those of dense requests.
     """
 
     num_layers: int
@@ -138,6 +154,7 @@ class StepPlan:
     decode: tuple[DecodeRow, ...] = ()
     batch: tuple[BatchRow, ...] = ()
     fallbacks: Mapping[Fallback, int] = field(default_factory=dict)
+    dense_steps: tuple[DenseStepRow, ...] = ()
 
     @property
     def is_dense(self) -> bool:
@@ -193,6 +210,7 @@ def plan_step(
     summarising: list[SummaryRow] = []
     prefill: list[PrefillRow] = []
     candidates: list[_Candidate] = []
+    dense_steps: list[DenseStepRow] = []
     gains = _Gains()
     fallbacks: Counter[Fallback] = Counter()
     room = ScoringRoom(limits.scored_tokens)
@@ -231,21 +249,25 @@ def plan_step(
                     known = _learn_gain(request, roles, at_once, costs, limits)
                 gain = known.at(span.seq_len)
                 pays = gain > 0 if at_once else _pays_alone(request, gain, costs, limits.full_graph)
+            is_dense_step = params.decode.is_dense_step(span.seq_len)
             reason = why_decode_is_dense(
                 params.decode,
                 params.min_tokens,
                 span.seq_len,
                 limits.speculative,
-                room if at_once else None,
+                room if at_once and not is_dense_step else None,
                 roles is of_method or bool(reading_layers(roles)),
                 pays,
             )
-            if reason is None:
+            if reason is None and not is_dense_step:
                 candidates.append((span, request, roles, at_once, gain))
                 if at_once:
                     gains.add(request, params.decode.name, gain)
                 continue
-            fallbacks["decode", params.decode.name, reason] += 1
+            if reason is None:
+                dense_steps.append(DenseStepRow(span, params.decode, roles))
+            else:
+                fallbacks["decode", params.decode.name, reason] += 1
             if span.seq_len % limits.block_tokens == 0:
                 _summarise(summarising, span, request, limits)
     decode: list[DecodeRow] = []
@@ -269,7 +291,14 @@ def plan_step(
         if roles is not of_method and len(reading_layers(roles)) < len(reading_layers(of_method or ())):
             fallbacks["decode", method.name, DenseReason.LOW_RECALL] += 1
     return StepPlan(
-        limits.num_layers, spans, tuple(summarising), tuple(prefill), tuple(decode), tuple(batch), fallbacks
+        limits.num_layers,
+        spans,
+        tuple(summarising),
+        tuple(prefill),
+        tuple(decode),
+        tuple(batch),
+        fallbacks,
+        tuple(dense_steps),
     )
 
 

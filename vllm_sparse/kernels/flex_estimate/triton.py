@@ -121,7 +121,7 @@ def block_masses(sample: torch.Tensor, keys: PlainKeys, scale: float, block_size
         maxnreg=128,
     )
     maximum, total, nearer = masses.transpose(2, 3).unbind(0)
-    return BlockMasses(maximum, total, nearer, page_summaries(keys, SummaryKind(block_size_tokens, bounds=False)))
+    return BlockMasses(maximum, total, nearer, page_summaries(keys, SummaryKind(block_size_tokens, "mean")))
 
 
 # Rows of a tile of blocks, and blocks of a tile of rows: many programs, each with all its loads in flight.

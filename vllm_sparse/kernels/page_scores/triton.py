@@ -204,7 +204,7 @@ def page_scores(
         GROUP_TILE=max(group_tile, 16),
         HEAD_SIZE=head_size,
         HEAD_TILE=head_tile,
-        BOUNDS=kind.bounds,
+        BOUNDS=kind.has_bounds,
         TILE=tile,
         num_warps=4,
     )

@@ -7,11 +7,19 @@ from types import ModuleType
 import torch
 
 from vllm_sparse.kernels.page_summaries import reference
-from vllm_sparse.kernels.page_summaries.reference import SummaryKind, coded_keys
+from vllm_sparse.kernels.page_summaries.reference import SummaryContent, SummaryKind, coded_keys
 from vllm_sparse.keys import PagedKeys, PlainKeys
 from vllm_sparse.step.chunks import PromptChunks
 
-__all__ = ["SummaryKind", "chunk_summaries", "coded_keys", "page_summaries", "read_summaries", "store_summaries"]
+__all__ = [
+    "SummaryContent",
+    "SummaryKind",
+    "chunk_summaries",
+    "coded_keys",
+    "page_summaries",
+    "read_summaries",
+    "store_summaries",
+]
 
 
 def _implementation(keys: PagedKeys) -> ModuleType:

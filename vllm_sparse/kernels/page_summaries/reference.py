@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -16,6 +17,7 @@ LARGEST_FLOAT8 = 448.0
 # Of a number of a key in 2 bits.
 LARGEST_CODE = 3
 LARGEST_FLOAT16 = 65504.0
+SummaryContent = Literal["mean", "bounds", "float8_bounds", "codes"]
 
 
 @dataclass(frozen=True)
@@ -24,38 +26,44 @@ class SummaryKind:
 
     Attributes:
         page_tokens: tokens of a page; a power of two.
-        bounds: True for the least numbers of each channel, then the largest ones; False for the mean key.
-        float8: stored in 8-bit floats, rounded to the nearest and to `LARGEST_FLOAT8` at most, instead of the cache's
-            numbers.
-        codes: every key in 2 bits a number, in steps of its channel from the page's least number to its largest. In
-            bytes: the least numbers and the steps in float16, then `head_size` / 4 bytes a token, of which byte j holds
-            channels j, j + head_size / 4, ... from its lowest bits on. Nothing else is kept, whatever `bounds` says.
+        content: one of
+
+            - ``mean``: the mean key, in the cache's numbers;
+            - ``bounds``: the least numbers of each channel, then the largest ones, in the cache's numbers;
+            - ``float8_bounds``: the same in 8-bit floats, rounded to the nearest and to `LARGEST_FLOAT8` at most;
+            - ``codes``: every key in 2 bits a number, in steps of its channel from the page's least number to its
+              largest. In bytes: the least numbers and the steps in float16, then `head_size` / 4 bytes a token, of
+              which byte j holds channels j, j + head_size / 4, ... from its lowest bits on.
     """
 
     page_tokens: int
-    bounds: bool
-    float8: bool = False
-    codes: bool = False
+    content: SummaryContent
+
+    @property
+    def has_bounds(self) -> bool:
+        """A summary is the least and the largest number of each channel."""
+        return self.content in ("bounds", "float8_bounds")
 
     def width(self, head_size: int) -> int:
         """Number of values in a summary."""
-        if self.codes:
+        if self.content == "codes":
             return 4 * head_size + self.page_tokens * (head_size // 4)
-        return head_size * (2 if self.bounds else 1)
+        return head_size * (2 if self.has_bounds else 1)
 
     def dtype(self, cache_dtype: torch.dtype) -> torch.dtype:
         """Of stored summaries beside a cache of this dtype."""
-        if self.codes:
+        if self.content == "codes":
             return torch.uint8
-        return torch.float8_e4m3fn if self.float8 else cache_dtype
+        return torch.float8_e4m3fn if self.content == "float8_bounds" else cache_dtype
 
     def bytes_per_token(self, head_size: int, number_bytes: int) -> float:
         """Of a KV head, beside a cache whose numbers have so many bytes."""
-        return self.width(head_size) * (1 if self.codes or self.float8 else number_bytes) / self.page_tokens
+        in_bytes = self.content in ("float8_bounds", "codes")
+        return self.width(head_size) * (1 if in_bytes else number_bytes) / self.page_tokens
 
     def stored(self, summaries: torch.Tensor, cache_dtype: torch.dtype) -> torch.Tensor:
         """Summaries as they are stored beside a cache of this dtype."""
-        if self.float8:
+        if self.content == "float8_bounds":
             summaries = summaries.clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8)
         return summaries.to(self.dtype(cache_dtype))
 
@@ -83,13 +91,13 @@ def chunk_summaries(chunks: PromptChunks, kind: SummaryKind) -> torch.Tensor:
 
 def _summary(pages: torch.Tensor, kind: SummaryKind) -> torch.Tensor:
     """Summaries ``[kv_heads, pages, width]`` of float32 keys ``[kv_heads, pages, tokens, head_size]``."""
-    if kind.codes:
+    if kind.content == "codes":
         return _codes(pages, kind)
-    return torch.cat((pages.amin(2), pages.amax(2)), dim=2) if kind.bounds else pages.mean(2)
+    return torch.cat((pages.amin(2), pages.amax(2)), dim=2) if kind.has_bounds else pages.mean(2)
 
 
 def _codes(pages: torch.Tensor, kind: SummaryKind) -> torch.Tensor:
-    """Codes of pages as `SummaryKind.codes` lays them out; arguments as of `_summary`."""
+    """Codes of pages as `SummaryKind.content` lays them out; arguments as of `_summary`."""
     heads, count, tokens, head_size = pages.shape
     least = pages.amin(2).clamp(-LARGEST_FLOAT16, LARGEST_FLOAT16).half()
     step = ((pages.amax(2) - least.float()) / LARGEST_CODE).clamp(max=LARGEST_FLOAT16).half()
@@ -108,7 +116,7 @@ def coded_keys(summaries: torch.Tensor, head_size: int) -> torch.Tensor:
     """What codes say of the keys of pages.
 
     Args:
-        summaries: uint8 ``[kv_heads, pages, width]`` as `SummaryKind.codes` lays them out.
+        summaries: uint8 ``[kv_heads, pages, width]`` as `SummaryKind.content` lays them out.
         head_size: of the keys.
 
     Returns:

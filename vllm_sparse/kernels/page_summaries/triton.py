@@ -49,7 +49,7 @@ def _encode(
     QUARTER_TILE: tl.constexpr,
     PAGE: tl.constexpr,
 ):
-    """Codes of one page of one head into bytes at `p_summary`, as `SummaryKind.codes` lays them out."""
+    """Codes of one page of one head into bytes at `p_summary`, as `SummaryKind.content` lays them out."""
     quarter_size: tl.constexpr = HEAD_SIZE // 4
     p_number = p_summary.to(tl.pointer_type(tl.float16))
     o_token = tl.arange(0, PAGE)
@@ -309,11 +309,11 @@ def _constants(kv_cache: torch.Tensor, kind: SummaryKind) -> dict[str, Any]:
         "HEAD_SIZE": head_size,
         "HEAD_TILE": head_tile,
         "PAGE": kind.page_tokens,
-        "BOUNDS": kind.bounds,
-        "CODES": kind.codes,
+        "BOUNDS": kind.has_bounds,
+        "CODES": kind.content == "codes",
         "WIDTH": kind.width(head_size),
         # Codes hold a page's packed numbers beside a quarter of its keys.
-        "num_warps": 4 if kind.codes else warps(kind.page_tokens, head_tile),
+        "num_warps": 4 if kind.content == "codes" else warps(kind.page_tokens, head_tile),
     }
 
 
@@ -339,7 +339,7 @@ def page_summaries(keys: PlainKeys, kind: SummaryKind) -> torch.Tensor:
     """Equal to `reference.page_summaries` up to float32 rounding; arguments as there."""
     pages = triton.cdiv(keys.seq_len, kind.page_tokens)
     shape = keys.num_kv_heads, pages, kind.width(keys.head_size)
-    dtype = kind.dtype(torch.float32) if kind.codes else torch.float32
+    dtype = kind.dtype(torch.float32) if kind.content == "codes" else torch.float32
     summaries = torch.empty(shape, dtype=dtype, device=keys.kv_cache.device)
     _run(keys, kind, summaries, 0, stored=False)
     return summaries

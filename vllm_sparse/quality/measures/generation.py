@@ -1,16 +1,21 @@
-"""Free generations of up to thousands of tokens: when a variant's parts from dense, and what is right after that.
+"""Free generations of up to thousands of tokens: when a variant's parts from dense, and how good it is after that.
 
 The model copies numbered paragraphs of a long real text word for word: each next word has to be fetched from the
 context, so that a list that lost its place shows, and a generation that slipped can find its way back.
+
+Small models do not copy thousands of tokens. So dense also reads what each variant said, in one prefill, and tells
+which tokens it would have said itself and how likely each is, given what the variant had said before: that compares
+every token, however far the two texts are apart. A text that repeats itself is likely to dense too, so repetition is
+counted.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 from vllm_sparse.quality.measures.context import Context, dense_and
-from vllm_sparse.quality.measures.parts import parts_of
+from vllm_sparse.quality.measures.parts import means_of_parts, parts_of
 from vllm_sparse.quality.records import DENSE, GenerationRecord
 from vllm_sparse.quality.schedule import Job, Once
 from vllm_sparse.quality.served_model import Answer
@@ -19,6 +24,8 @@ from vllm_sparse.quality.variants import Variant
 
 KIND = "copy"
 PARTS = 4
+# Tokens of a run that is said again: text that is copied seldom has as long a run twice.
+RUN_TOKENS = 16
 # Rounds to bring a text to its length.
 ROUNDS = 6
 
@@ -54,10 +61,16 @@ def generation_jobs(
             for variant in dense_and(variants):
 
                 def copy(variant: Variant = variant, place: tuple[int, int] = place) -> list[GenerationRecord]:
+                    # Its own first: jobs that wait for dense keep others from running.
+                    own = dense_of(place) if variant.name == DENSE else generate(variant, place)
                     dense = dense_of(place)
-                    own = dense if variant.name == DENSE else generate(variant, place)
-                    words = task_of(place)[1]
+                    prompt, words = task_of(place)
                     scores = scores_by_part(words, words_of(own.text))
+                    # The request says one token beyond what is read.
+                    read = [*prompt, *own.tokens][: place[0] - 1]
+                    extras, salt = context.extras(Variant(DENSE), place[0]), context.salt(variant, "read", *place)
+                    said = context.model.predictions(read, extras, salt)[len(prompt) - 1 :]
+                    agreed = [float(one.rank == 1) for one in said]
                     return [
                         GenerationRecord(
                             variant=variant.name,
@@ -69,6 +82,10 @@ def generation_jobs(
                             score=sum(scores) / len(scores),
                             score_by_part=scores,
                             text=own.text,
+                            agreement=sum(agreed) / len(agreed),
+                            agreement_by_part=means_of_parts(agreed, PARTS) if len(agreed) >= PARTS else (),
+                            mean_loss=sum(one.loss for one in said) / len(said),
+                            repeated=repeated_share(own.tokens, RUN_TOKENS),
                         )
                     ]
 
@@ -127,3 +144,9 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
         if one != other:
             return place
     return min(len(first), len(second))
+
+
+def repeated_share(values: Sequence[Hashable], size: int) -> float:
+    """Share of the runs of `size` adjacent values that stood before; 0 where there is no such run."""
+    runs = [tuple(values[start : start + size]) for start in range(len(values) - size + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0

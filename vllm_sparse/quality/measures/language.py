@@ -35,7 +35,7 @@ def language_jobs(context: Context, variants: Sequence[Variant], lengths: Sequen
                 ) -> list[LanguageRecord]:
                     kind, tokens = texts_of(length)[number]
                     extras, salt = context.extras(variant, length), context.salt(variant, "language", length, number)
-                    losses = context.model.prompt_losses(tokens, extras, salt)
+                    losses = [one.loss for one in context.model.predictions(tokens, extras, salt)]
                     half = losses[len(losses) // 2 :]
                     return [
                         LanguageRecord(

@@ -22,7 +22,7 @@ from vllm_sparse.quality.report.markup import (
     words_cell,
 )
 from vllm_sparse.quality.report.results import Head, Summary, WorstPrompt
-from vllm_sparse.quality.report.words import DASH, number, tokens, variant_of
+from vllm_sparse.quality.report.words import number, parts, tokens, variant_of
 
 # Of what models said; more does not help to see what went wrong.
 MOST_CHARACTERS = 600
@@ -78,13 +78,24 @@ def generation_section(summary: Summary) -> str:
             str(one.difference.pairs),
             f"{one.median_tokens:.0f}",
             f"{one.median_prefix_tokens:.0f}",
+            f"{one.dense_score:.3f}",
             estimate_cell(one.difference),
-            " ".join(f"{part:+.2f}" for part in one.difference_by_part) or DASH,
+            parts(one.difference_by_part),
+            estimate_cell(one.agreement),
+            parts(one.agreement_by_part),
+            estimate_cell(one.loss),
+            f"{number(one.dense_repeated, '{:.2f}')}, {number(one.repeated, '{:.2f}')}",
         ]
         for one in summary.generations
     ]
-    header = ["", "length", "asked for", "pairs", "tokens", "same until", "score", "by quarter"]
-    note = "Tokens generated, and tokens before the first that differs from dense: medians. Score minus dense."
+    header = ["", "length", "asked for", "pairs", "tokens", "same until", "dense score", "score", "by quarter"]
+    header += ["agreement", "by quarter", "-log p", "repeated"]
+    note = (
+        "Tokens generated, and tokens before the first that differs from dense: medians. Score, agreement and -log p: "
+        "minus dense. Agreement is the share of tokens that dense would have said, and -log p (nats) is under dense, "
+        "both given what the variant had said before. Repeated: share of runs of 16 tokens that were said before, of "
+        "dense and of the variant."
+    )
     baselines = [not is_method(summary, one.variant) for one in summary.generations]
     return section("Free generation", html_table(header, rows, baselines), note_below(note)) if rows else ""
 

@@ -78,6 +78,8 @@ def mean_of(measure: Measure, values: Mapping[Key, float]) -> float | None:
 
 def column_means(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
     """The mean of each column; columns that not every row has are left out."""
+    if not rows:
+        return ()
     columns = min(map(len, rows))
     return tuple(float(mean) for mean in np.array([row[:columns] for row in rows]).mean(axis=0))
 

@@ -155,8 +155,14 @@ class Generation:
     Attributes:
         kind: what was asked for.
         median_tokens, median_prefix_tokens: generated, and before the first that differs from dense.
+        dense_score, score: means of the whole score.
         difference: of the whole score, against dense.
         difference_by_part: of each quarter of what was asked for.
+        agreement: difference of the share of tokens that dense would have said, given what the variant said before,
+            against that of dense's own; without pairs where journals of earlier versions have none, as the following.
+        agreement_by_part: of each quarter of the tokens.
+        loss: difference of the mean -log p under dense, in nats.
+        dense_repeated, repeated: mean shares of runs of tokens that were said before.
     """
 
     variant: str
@@ -164,8 +170,15 @@ class Generation:
     kind: str
     median_tokens: float
     median_prefix_tokens: float
+    dense_score: float
+    score: float
     difference: Estimate
     difference_by_part: tuple[float, ...]
+    agreement: Estimate
+    agreement_by_part: tuple[float, ...]
+    loss: Estimate
+    dense_repeated: float | None
+    repeated: float | None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -49,7 +49,7 @@ from vllm_sparse.quality.report.results import (
     Summary,
     WorstPrompt,
 )
-from vllm_sparse.quality.statistics import Array, Value, estimate
+from vllm_sparse.quality.statistics import Array, Estimate, Value, estimate
 from vllm_sparse.quality.variants import Variant
 
 WORST_PROMPTS = 5
@@ -109,8 +109,10 @@ def summarise(records: Sequence[Record], variants: Sequence[Variant], facts: Map
 
 def _numbers_of(record: Record) -> tuple[float, ...]:
     match record:
-        case TaskRecord() | GenerationRecord():
+        case TaskRecord():
             return (record.score,)
+        case GenerationRecord():
+            return record.score, record.agreement or 0.0, record.mean_loss or 0.0
         case LanguageRecord():
             return record.mean_loss, *record.loss_by_position
         case DecodingRecord():
@@ -179,6 +181,7 @@ def _generations(
             pairs = paired(generations.get((DENSE, length), {}), generations.get((variant.name, length), {}))
             for kind in dict.fromkeys(key[0] for key, *_ in pairs):
                 some = [(dense, one) for (name, *_), dense, one in pairs if name == kind]
+                parts = [both for both in some if all(one.agreement_by_part for one in both)]
                 found.append(
                     Generation(
                         variant=variant.name,
@@ -186,13 +189,39 @@ def _generations(
                         kind=kind,
                         median_tokens=float(np.median([one.tokens for _, one in some])),
                         median_prefix_tokens=float(np.median([one.common_prefix_tokens for _, one in some])),
-                        difference=estimate(Value(one.document, "", one.score - dense.score) for dense, one in some),
+                        dense_score=float(np.mean([dense.score for dense, _ in some])),
+                        score=float(np.mean([one.score for _, one in some])),
+                        difference=_estimate(some, lambda one: one.score),
                         difference_by_part=column_means(
                             [differences(dense.score_by_part, one.score_by_part) for dense, one in some]
                         ),
+                        agreement=_estimate(some, lambda one: one.agreement),
+                        agreement_by_part=column_means(
+                            [differences(dense.agreement_by_part, one.agreement_by_part) for dense, one in parts]
+                        ),
+                        loss=_estimate(some, lambda one: one.mean_loss),
+                        dense_repeated=_mean(dense.repeated for dense, _ in some),
+                        repeated=_mean(one.repeated for _, one in some),
                     )
                 )
     return found
+
+
+def _estimate(
+    pairs: Sequence[tuple[GenerationRecord, GenerationRecord]], number: Callable[[GenerationRecord], float | None]
+) -> Estimate:
+    """Of a number's differences, over the pairs that both have it."""
+    known = [(one.document, number(dense), number(one)) for dense, one in pairs]
+    return estimate(
+        Value(document, "", own - of_dense)
+        for document, of_dense, own in known
+        if own is not None and of_dense is not None
+    )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _recall(records: Sequence[RecallRecord], variants: Sequence[Variant]) -> list[Recall]:

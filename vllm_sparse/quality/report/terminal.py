@@ -15,6 +15,7 @@ from vllm_sparse.quality.report.words import (
     kind_of,
     number,
     p_value,
+    parts,
     tokens,
     variant_of,
 )
@@ -134,13 +135,20 @@ def _generations(summary: Summary) -> str:
             str(one.difference.pairs),
             f"{one.median_tokens:.0f}",
             f"{one.median_prefix_tokens:.0f}",
+            f"{one.dense_score:.3f}",
             difference(one.difference),
-            " ".join(f"{part:+.2f}" for part in one.difference_by_part) or DASH,
+            parts(one.difference_by_part),
+            difference(one.agreement),
+            parts(one.agreement_by_part),
+            difference(one.loss),
+            f"{number(one.dense_repeated, '{:.2f}')}, {number(one.repeated, '{:.2f}')}",
         ]
         for one in summary.generations
     ]
-    header = ["length", "variant", "kind", "pairs", "tokens, median", "same until, median", "score difference [95 %]"]
-    return table([*header, "by quarter"], rows) if rows else ""
+    header = ["length", "variant", "kind", "pairs", "tokens, median", "same until, median", "dense score"]
+    header += ["score difference [95 %]", "by quarter", "agreement difference [95 %]", "by quarter"]
+    header += ["-log p difference [95 %], nats", "repeated: dense, own"]
+    return table(header, rows) if rows else ""
 
 
 def _recall(summary: Summary) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vllm_sparse.quality.report.results import ALL_KINDS, Cell, Phase, Summary, density_of, is_sparse
 from vllm_sparse.quality.statistics import Estimate
 from vllm_sparse.quality.variants import Variant
@@ -29,6 +31,11 @@ def difference(found: Estimate, form: str = "{:+.3f}") -> str:
         return number(found.mean, form)
     low, high = (form.format(end) for end in found.interval)
     return f"{form.format(found.mean)} [{low}, {high}]"
+
+
+def parts(differences: Sequence[float]) -> str:
+    """Differences of each part, in order."""
+    return " ".join(f"{part:+.2f}" for part in differences) or DASH
 
 
 def p_value(value: float | None) -> str:
