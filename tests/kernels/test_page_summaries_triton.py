@@ -75,7 +75,7 @@ def test_several_requests_equal_the_reference(block_size: int, page_tokens: int,
     data = paged(generator, contexts, 2, 80, block_size, page_tokens)
     keys = tuple(data.reader(span.row) for span in SPANS)
     chunks = PromptChunks(some_chunks(64, DEVICE), torch.empty(0, device=DEVICE), keys, data.block_table, 1.0)
-    kind = SummaryKind(page_tokens, bounds)
+    kind = SummaryKind(page_tokens, "bounds" if bounds else "mean")
     expected, actual = reference.chunk_summaries(chunks, kind), summaries_triton.chunk_summaries(chunks, kind)
     assert actual.shape == expected.shape
     for chunk, span in enumerate(SPANS):
