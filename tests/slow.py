@@ -66,6 +66,21 @@ SLOW = {
         "test_the_rate_is_what_the_server_sustains",
         "test_times_tokens_and_answers_are_the_servers",
     },
+    "tests/loadtest/test_verdict.py": {
+        "test_the_exit_status_follows_the_conditions",
+    },
+    "tests/loadtest/test_clients.py": {
+        "test_the_command_starts_and_ends_them",
+    },
+    "tests/loadtest/test_search.py": {
+        "test_each_methods_highest_rate_is_found",
+    },
+    "tests/loadtest/test_export.py": {
+        "test_ratios_of_few_pairs_are_grey_and_in_parentheses",
+    },
+    "tests/loadtest/test_stream.py": {
+        "test_only_tokens_count",
+    },
     "tests/loadtest/test_decode_losses.py": {
         "test_the_table_of_a_prompt",
     },

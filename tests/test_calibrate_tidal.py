@@ -254,24 +254,26 @@ def test_a_shipped_policy_is_known_by_its_name(name: str) -> None:
 
 
 def test_a_policy_tells_the_roles(file: str) -> None:
-    assert Tidal(policy=file).layer_roles(LAYERS) == ROLES
+    expected = Tidal().with_selection_reads(ROLES)
+    assert expected[1] is Role.WRITE_AND_READ, "a file that does not say what choosing layers read"
+    assert Tidal(policy=file).layer_roles(LAYERS) == expected
     config = configured(file)
     params = resolve({"sparse_decode": "tidal", "tidal_budget_tokens": 512}, config, LAYERS)
     assert params.decode == Tidal(policy=file, budget_tokens=512)
     again = deserialize(params.serialize()).decode
     assert again is not None
-    assert again.layer_roles(LAYERS) == ROLES
+    assert again.layer_roles(LAYERS) == expected
 
 
 @pytest.mark.parametrize(
     ("extras", "expected"),
     [
-        ({"tidal_full_layers": 2}, [Role.DENSE, Role.DENSE, Role.DENSE_AND_WRITE, Role.READ]),
+        ({"tidal_full_layers": 2}, [Role.DENSE, Role.DENSE, Role.WRITE_AND_READ, Role.READ]),
         (
             {"tidal_full_layers": 0, "tidal_reselect_layers": [2]},
-            [Role.DENSE_AND_WRITE, Role.READ, Role.DENSE_AND_WRITE, Role.READ],
+            [Role.WRITE_AND_READ, Role.READ, Role.WRITE_AND_READ, Role.READ],
         ),
-        ({"tidal_reselect_layers": [3]}, [Role.DENSE, Role.DENSE, Role.DENSE_AND_WRITE, Role.DENSE_AND_WRITE]),
+        ({"tidal_reselect_layers": [3]}, [Role.DENSE, Role.DENSE, Role.WRITE_AND_READ, Role.WRITE_AND_READ]),
     ],
 )
 def test_a_request_that_sets_layers_does_not_follow_the_policy(

@@ -5,7 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
-from vllm_sparse.hooks import attention_backend_enum, cpu_platform, engine_args, input_processor, worker_base
+from vllm_sparse.hooks import (
+    attention_backend_enum,
+    cpu_platform,
+    engine_args,
+    input_processor,
+    kv_cache_utils,
+    worker_base,
+)
 
 BACKEND_NAME = "SPARSE"
 BACKEND_PATH = "vllm_sparse.backend.SparseAttentionBackend"
@@ -22,6 +29,7 @@ def register() -> None:
     attention_backend_enum.install(BACKEND_NAME, BACKEND_PATH, restore_backend)
     cpu_platform.install(BACKEND_NAME)
     input_processor.install()
+    kv_cache_utils.install()
     worker_base.install()
     engine_args.install()
 

@@ -20,6 +20,7 @@ from typing import Any
 import helm_python
 import yaml
 
+from vllm_sparse.config.limits import Limits
 from vllm_sparse.config.names import METHODS, PHASES, knob_schema
 from vllm_sparse.config.presets import PRESETS
 from vllm_sparse.config.settings import ServerConfig
@@ -171,9 +172,16 @@ def sparse_schema() -> Schema:
     properties["preset"]["enum"] = ["dense", *PRESETS]
     for phase, methods in PHASES.items():
         properties[phase] = {"enum": ["dense", *methods, None], "default": None}
+    limits = without_titles(Limits.model_json_schema())
+    properties["limits"] = {key: value for key, value in limits.items() if key != "description"}
     for method in METHODS:
         phases = [phase for phase, methods in PHASES.items() if method in methods]
-        knobs = {knob: schema for phase in phases for knob, schema in knob_schema(phase, method).items()}
+        # Limits are of requests, not of the server's own knobs.
+        knobs = {
+            knob: {key: value for key, value in schema.items() if key not in ("limit", "compiles")}
+            for phase in phases
+            for knob, schema in knob_schema(phase, method).items()
+        }
         former = {knob: name for phase in phases for knob, name in PHASES[phase][method].former_names.items()}
         properties[method] = {
             "type": "object",

@@ -12,9 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from loadtest.load.client import Reply
+from loadtest.load.reply import Reply
 
-FORMAT = 1
+FORMAT = 2
 # What the journal of a run that did not come to its end lacks.
 KILLED = {"interrupted": True, "warm_up_failed": False, "seconds": None}
 NAME = "journal.jsonl"
@@ -88,24 +88,32 @@ class Journal:
 
 
 def read_journal(path: Path) -> dict[str, Any]:
-    """A run from its journal: ``run``, ``stages`` (``schedule``, ``requests``, ``client``), ``metrics``, ``end``.
+    """A run from its journal.
+
+    Returns:
+        ``run``, ``stages`` (``schedule``, ``requests``, ``client``), ``refused`` (stages that were not run),
+        ``metrics``, ``end``.
 
     A last line that was cut short is left out, and so is what a killed run did not come to write.
 
     Raises:
         ValueError: that is no journal, or of another format.
     """
-    run: dict[str, Any] = {"run": {}, "stages": [], "metrics": [], "end": KILLED}
+    run: dict[str, Any] = {"run": {}, "stages": [], "refused": [], "metrics": [], "end": KILLED}
     for line in _lines(path):
         kind = line.pop("kind")
         if kind == "run":
             run["run"] = line
         elif kind == "stage":
-            run["stages"].append({**line, "requests": [], "client": None})
+            run["stages"].append({**line, "requests": [], "client": None, "stopped": None})
         elif kind == "request":
             run["stages"][-1]["requests"].append(line)
+        elif kind == "stopped":
+            run["stages"][-1]["stopped"] = line["reason"]
         elif kind == "client":
             run["stages"][-1]["client"] = line
+        elif kind == "refused":
+            run["refused"].append(line)
         elif kind == "metrics":
             run["metrics"].append(line)
         elif kind == "end":
@@ -116,7 +124,7 @@ def read_journal(path: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     parsed = []
     for number, line in enumerate(lines):
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from typing import Any
 
@@ -36,12 +37,16 @@ class Overhead:
         self._in_flight -= 1
 
     def report(self) -> dict[str, Any]:
-        """``wall_seconds``, ``cpu_share`` of a core, ``loop_lag_seconds`` (mean, most), ``peak_requests``."""
+        """``wall_seconds``, ``cpu_share`` of a core, ``loop_lag_seconds`` (mean, p99, most), ``peak_requests``."""
         wall = time.perf_counter() - self._wall
         lags = self._lags or [0.0]
         return {
             "wall_seconds": round(wall, 3),
             "cpu_share": round((time.process_time() - self._cpu) / wall, 4),
-            "loop_lag_seconds": {"mean": round(sum(lags) / len(lags), 6), "most": round(max(lags), 6)},
+            "loop_lag_seconds": {
+                "mean": round(sum(lags) / len(lags), 6),
+                "p99": round(sorted(lags)[math.ceil(0.99 * len(lags)) - 1], 6),
+                "most": round(max(lags), 6),
+            },
             "peak_requests": self._peak,
         }

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from loadtest.load.arrivals import arrivals, count_in, replay
 from loadtest.load.scenario import ClosedLoad, OpenLoad, Scenario
 from loadtest.load.settings import ScenarioError
-from loadtest.load.workloads.build import PromptMaker, read_json_lines
+from loadtest.load.workloads.build import PromptMaker
 from loadtest.load.workloads.kinds import Workload
 from loadtest.load.workloads.prompt import Prompt
+from loadtest.load.workloads.traces import read_trace
 
 WARM_UP = "warm-up"
+AT_ONCE = "warm-up at once"
+WARM_UPS = (WARM_UP, AT_ONCE)
+"""Names of the stages of which nothing counts."""
+MOST_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,19 @@ class Planner:
         ]
         return Stage(WARM_UP, 1, tuple(self._scenario.methods), tuple(sessions), None)
 
+    def at_once(self) -> Stage:
+        """Sessions of the warm-up's kinds that run at once, to see what the server sustains; nothing without a rate."""
+        load = self._scenario.load
+        kinds = self.warm_up().sessions if isinstance(load, OpenLoad) and load.trace is None else ()
+        sessions = [
+            self._session(AT_ONCE, kind.prompt, self._workload(kind.workload), kind.method, f"time {number}")
+            for number, kind in zip(range(MOST_AT_ONCE), itertools.cycle(kinds), strict=False)
+        ]
+        return Stage(AT_ONCE, len(sessions), tuple(self._scenario.methods), tuple(sessions), None)
+
+    def _workload(self, name: str) -> Workload:
+        return next(workload for workload in self._scenario.workloads if workload.name == name)
+
     def _one_of_each_length(self, workload: Workload) -> list[Prompt]:
         maker = self._makers[workload.name]
         prompts = [maker(number) for number in range(min(maker.distinct, 20))]
@@ -117,9 +137,35 @@ class Planner:
         Raises:
             ScenarioError: a prompt cannot be made, or no workload uses a method that runs apart.
         """
-        load, methods = self._scenario.load, tuple(self._scenario.methods)
-        together = [methods] if not load.methods_apart else [(method,) for method in methods]
-        return [self._sweep(chosen) for chosen in together]
+        load = self._scenario.load
+        if isinstance(load, OpenLoad) and load.search is not None:
+            return []
+        return [self._sweep(chosen) for chosen in self._together()]
+
+    def searches(self) -> list[Callable[[int, float], Stage]]:
+        """For each search its maker of stages, by their number and rate; equal numbers have equal prompts."""
+        load = self._scenario.load
+        if not isinstance(load, OpenLoad) or load.search is None:
+            return []
+        found: list[Callable[[int, float], Stage]] = [
+            functools.partial(self._stage, methods=chosen) for chosen in self._together()
+        ]
+        # Prompts are made before the first request, whatever the rates turn out to be.
+        for maker in self._makers.values():
+            for number in range(self._pool(maker)):
+                maker(number)
+        return found
+
+    def _pool(self, maker: PromptMaker) -> int:
+        """Prompts of a stage before they repeat: a search has no more than its shortest stages need."""
+        load = self._scenario.load
+        searched = isinstance(load, OpenLoad) and load.search is not None
+        return min(maker.distinct, load.requests or 1) if searched else maker.distinct
+
+    def _together(self) -> list[tuple[str, ...]]:
+        """The methods of each sweep."""
+        methods = tuple(self._scenario.methods)
+        return [(method,) for method in methods] if self._scenario.load.methods_apart else [methods]
 
     def _sweep(self, methods: tuple[str, ...]) -> list[Stage]:
         load = self._scenario.load
@@ -145,6 +191,8 @@ class Planner:
         assert level is not None
         assert load.arrivals != "trace"
         count = load.requests or count_in(level, load.duration_seconds or 0, load.ramp_seconds)
+        if load.search is not None:
+            count = max(count, count_in(level, load.search.stage_seconds, load.ramp_seconds))
         sessions = self._sessions(name, methods, count, rng)
         rate = level if load.capacity_shares is None else 1.0
         times = arrivals(
@@ -154,11 +202,12 @@ class Planner:
 
     def _replayed(self, load: OpenLoad) -> list[float]:
         assert load.trace is not None
-        try:
-            times = replay(float(line["timestamp_seconds"]) for line in read_json_lines(load.trace))
-        except (KeyError, ValueError) as error:
-            raise ScenarioError(f"{load.trace}: every line needs a number timestamp_seconds ({error})") from None
-        return times[: load.requests]
+        times = [line.timestamp_seconds for line in read_trace(load.trace)]
+        known = [time for time in times if time is not None]
+        if len(known) < len(times):
+            place = times.index(None) + 1
+            raise ScenarioError(f"{load.trace}: every request needs a timestamp_seconds, number {place} has none")
+        return [time / load.trace_speed for time in replay(known)[: load.requests]]
 
     def _sessions(self, stage: str, methods: tuple[str, ...], count: int, rng: random.Random) -> tuple[Session, ...]:
         workloads = [one for one in self._scenario.workloads if not one.paired or self._methods_of(one, methods)]
@@ -174,7 +223,8 @@ class Planner:
             number = taken[workload.name]
             taken[workload.name] += 1
             maker = self._makers[workload.name]
-            prompt = maker(number)
+            pool = self._pool(maker)
+            prompt = maker(number % pool)
             allowed = self._methods_of(workload, methods)
             if workload.paired:
                 chosen = list(allowed)
@@ -182,7 +232,7 @@ class Planner:
             else:
                 allowed = allowed or self._methods_of(workload, tuple(self._scenario.methods))
                 chosen = method_rng.choices(list(allowed), list(allowed.values()))
-            time = f"time {number // maker.distinct}"
+            time = f"time {number // pool}"
             sessions += [self._session(stage, prompt, workload, method, time) for method in chosen]
         # A trace has as many arrivals as it has; elsewhere the last group stays whole.
         return tuple(sessions[:count] if self._replays else sessions)

@@ -8,9 +8,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    JsonValue,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from loadtest.load.settings import NotNegative, ScenarioError, Strict
+from loadtest.load.thresholds import ThresholdText, parse_threshold
+from loadtest.load.workloads.files import read_text
 from loadtest.load.workloads.kinds import Workload
 from loadtest.load.workloads.prompt import Endpoint
 
@@ -42,15 +53,35 @@ class _Load(Strict):
     ramp_seconds: NotNegative = 0.0
 
 
+class SearchSettings(Strict):
+    """The search for the highest rate that holds the SLO (`loadtest.load.search`).
+
+    Attributes:
+        first_share: of what the server sustained in the warm-up: the rate to begin with.
+        factor: from one rate to the next, until one breaks the SLO.
+        refinements: rates tried between the last that held and the first that broke.
+        stage_seconds: so long a rate lasts at least: in less, no queue grows that would show that it is too high.
+        most_stages: rates in all.
+    """
+
+    first_share: PositiveFloat = 0.5
+    factor: Annotated[float, Field(gt=1)] = 1.6
+    refinements: NonNegativeInt = 2
+    stage_seconds: PositiveFloat = 30.0
+    most_stages: PositiveInt = 12
+
+
 class OpenLoad(_Load):
     """Requests arrive whether or not earlier ones have ended; latency counts from the intended time.
 
     Attributes:
         rates: session arrivals a second; a stage each, in order, until the SLO breaks.
-        capacity_shares: in place of rates, shares of the rate at which the warm-up's sessions ended one after the
-            other, so that a scenario suits servers of any speed.
+        capacity_shares: in place of rates, shares of the rate that the server sustained in the warm-up, so that a
+            scenario suits servers of any speed.
+        search: in place of rates, look for the highest one that holds the SLO; with `methods_apart`, of each method.
         burstiness: shape of the gamma intervals; 1 is Poisson, less is more bursty.
-        trace: JSON lines with `timestamp_seconds`, replayed at their own pace.
+        trace: file of a trace (`loadtest.load.workloads.traces`), replayed at its own pace.
+        trace_speed: so many times faster.
         requests, duration_seconds: how much a stage sends: exactly one of the two; with `capacity_shares` both, and
             the first one that is reached ends the stage.
     """
@@ -60,7 +91,9 @@ class OpenLoad(_Load):
     burstiness: PositiveFloat | None = None
     rates: Rates | None = None
     capacity_shares: Rates | None = None
+    search: SearchSettings | None = None
     trace: Path | None = None
+    trace_speed: PositiveFloat = 1.0
     requests: PositiveInt | None = None
     duration_seconds: PositiveFloat | None = None
 
@@ -70,9 +103,11 @@ class OpenLoad(_Load):
             raise ValueError("burstiness belongs to arrivals: gamma, and only to it")
         if (self.trace is None) == (self.arrivals == "trace"):
             raise ValueError("trace names the file of arrivals: trace, and only of it")
-        paces = [self.rates is not None, self.capacity_shares is not None, self.arrivals == "trace"]
-        if sum(paces) != 1:
-            raise ValueError("give exactly one of rates, capacity_shares and arrivals: trace, which has its own pace")
+        given = [self.rates, self.capacity_shares, self.search]
+        if sum(one is not None for one in given) + (self.arrivals == "trace") != 1:
+            raise ValueError(
+                "give exactly one of rates, capacity_shares, search and arrivals: trace, which has its own pace"
+            )
         if self.arrivals == "trace":
             if self.duration_seconds is not None or self.ramp_seconds:
                 raise ValueError("arrivals: trace takes neither duration_seconds nor ramp_seconds")
@@ -81,6 +116,11 @@ class OpenLoad(_Load):
                 raise ValueError("capacity_shares need both requests and duration_seconds, the most of each")
             if self.ramp_seconds:
                 raise ValueError("capacity_shares take no ramp_seconds")
+        elif self.search is not None:
+            if self.requests is None or self.duration_seconds is not None:
+                raise ValueError(
+                    "search needs requests, the least of a rate, and has stage_seconds in place of duration_seconds"
+                )
         elif (self.requests is None) == (self.duration_seconds is None):
             raise ValueError("give exactly one of requests and duration_seconds")
         return self
@@ -102,20 +142,36 @@ class ClosedLoad(_Load):
 
 
 class Slo(Strict):
-    """A request is good when it succeeds within both limits; a stage holds while `share` of its requests are good.
+    """A request is good when it succeeds within every limit; a stage holds while `share` of its requests are good.
 
     The limit on TTFT is `ttft_seconds + ttft_seconds_per_1000_tokens * input tokens / 1000`, so that long requests do
-    not fail by design.
+    not fail by design. `gap_p99_seconds` limits the 99th percentile of a request's gaps between tokens, and
+    `latency_seconds` the time until its last token; none: no limit.
     """
 
     ttft_seconds: PositiveFloat
     ttft_seconds_per_1000_tokens: NotNegative = 0.0
     tpot_seconds: PositiveFloat
+    gap_p99_seconds: PositiveFloat | None = None
+    latency_seconds: PositiveFloat | None = None
     share: Share = 0.9
 
     def ttft_limit_seconds(self, input_tokens: int) -> float:
         """The limit for a prompt of that length."""
         return self.ttft_seconds + self.ttft_seconds_per_1000_tokens * input_tokens / 1000
+
+
+class Stop(Strict):
+    """When a stage is not worth going on with; what runs then is broken off, and the run has failed.
+
+    Attributes:
+        failed_share: of the requests that have ended, once there are `after_requests`.
+        in_flight: requests at once, above which only a queue grows; none: no limit.
+    """
+
+    failed_share: Share = 0.5
+    after_requests: PositiveInt = 20
+    in_flight: PositiveInt | None = None
 
 
 class Scenario(Strict):
@@ -125,21 +181,27 @@ class Scenario(Strict):
         methods: name to the `vllm_xargs` of its requests; the first one is what the others are compared with.
         endpoint: `chat` or `completions`.
         request: further fields of every request's body, such as `chat_template_kwargs`.
-        warm_up_rounds: before the stages, that often: one request for each method, workload and doubling of the length.
+        warm_up_rounds: before the stages, that often: one request for each method, workload and doubling of the length;
+            after them, where requests arrive at a rate, some at once, which tells what the server sustains. Rates that
+            are hopeless by that are not run.
         request_timeout_seconds: after that a request has failed. Nothing is ever retried.
+        stop: when a stage is broken off; none: never.
+        fail_on: conditions under which the run has failed and ends with exit status 1 (`loadtest.load.thresholds`).
         scrape_seconds: between two readings of the server's metrics.
     """
 
     description: str
     seed: int = 0
     endpoint: Endpoint = "chat"
-    methods: Annotated[Mapping[str, Mapping[str, Any]], Field(min_length=1)]
+    methods: Annotated[Mapping[str, Mapping[str, JsonValue]], Field(min_length=1)]
     workloads: Annotated[tuple[Workload, ...], Field(min_length=1)]
     load: Annotated[OpenLoad | ClosedLoad, Field(discriminator="loop")]
     slo: Slo
-    request: Mapping[str, Any] = {}
+    request: Mapping[str, JsonValue] = {}
     warm_up_rounds: Annotated[int, Field(ge=0)] = 1
     request_timeout_seconds: PositiveFloat = 600.0
+    stop: Stop | None = None
+    fail_on: tuple[ThresholdText, ...] = ("failures > 0",)
     scrape_seconds: PositiveFloat = 2.0
 
     @model_validator(mode="after")
@@ -147,13 +209,18 @@ class Scenario(Strict):
         names = [workload.name for workload in self.workloads]
         if len(set(names)) < len(names):
             raise ValueError(f"workloads: names must differ, these are given: {names}")
-        if isinstance(self.load, OpenLoad) and self.load.capacity_shares is not None and not self.warm_up_rounds:
-            raise ValueError("capacity_shares need warm_up_rounds of at least 1, which measure the capacity")
+        by_capacity = isinstance(self.load, OpenLoad) and (self.load.capacity_shares or self.load.search)
+        if by_capacity and not self.warm_up_rounds:
+            raise ValueError("capacity_shares and search need warm_up_rounds of at least 1, which measure the capacity")
+        for text in self.fail_on:
+            method = parse_threshold(text).method
+            if method is not None and method not in self.methods:
+                raise ValueError(f"fail_on: {text!r}: no method {method!r}; there are {[*self.methods]}")
         for workload in self.workloads:
             unknown = sorted(set(workload.methods or ()) - set(self.methods))
             if unknown:
                 raise ValueError(f"workload {workload.name!r}: no such methods: {unknown}; there are {[*self.methods]}")
-            if workload.kind == "documents" and self.endpoint == "completions":
+            if workload.kind in ("documents", "sharegpt") and self.endpoint == "completions":
                 raise ValueError(f"workload {workload.name!r}: conversations need endpoint: chat")
         return self
 
@@ -179,13 +246,15 @@ def load_scenario(name: str, settings: Sequence[str] = ()) -> Scenario:
         ScenarioError: there is none, or it is not valid.
     """
     path = Path(name) if name.endswith((".yaml", ".yml", ".json")) else BUNDLED / f"{name}.yaml"
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise ScenarioError(
             f"no scenario {name!r}: give the path of a .yaml file or one of {', '.join(scenario_names())}"
-        ) from None
-    except yaml.YAMLError as error:
+        )
+    text = read_text(path)
+    try:
+        content = yaml.safe_load(text)
+        lines = _lines_of(yaml.compose(text, yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError) as error:
         raise ScenarioError(f"{path} is not YAML: {error}") from None
     if not isinstance(content, dict):
         raise ScenarioError(f"{path} holds no mapping of settings")
@@ -194,8 +263,46 @@ def load_scenario(name: str, settings: Sequence[str] = ()) -> Scenario:
     try:
         return Scenario.model_validate(content)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, part['loc'])) or 'scenario'}: {part['msg']}" for part in error.errors()]
-        raise ScenarioError(f"{path} is not a valid scenario:\n" + "\n".join(lines)) from None
+        reasons = [f"  {_where(part['loc'], part['msg'], lines, settings)}" for part in error.errors()]
+        raise ScenarioError(f"{path} is not a valid scenario:\n" + "\n".join(reasons)) from None
+
+
+def _lines_of(node: yaml.Node | None, place: tuple[str | int, ...] = ()) -> dict[tuple[str | int, ...], int]:
+    """The line of each setting, by its place.
+
+    Raises:
+        ValueError: a mapping has a key twice, of which YAML would keep the last.
+    """
+    if node is None:
+        return {}
+    found = {place: node.start_mark.line + 1}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if (*place, key.value) in found:
+                raise ValueError(f"line {key.start_mark.line + 1}: {key.value!r} stands there twice")
+            found |= _lines_of(value, (*place, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            found |= _lines_of(value, (*place, number))
+    return found
+
+
+def _where(
+    location: tuple[int | str, ...],
+    reason: str,
+    lines: Mapping[tuple[str | int, ...], int],
+    settings: Sequence[str],
+) -> str:
+    """What is wrong with a setting, with the line of the file unless `settings` replaced it."""
+    name = ".".join(map(str, location)) or "scenario"
+    known: tuple[int | str, ...] = ()
+    for part in location:
+        # Parts that are not in the file name the kind of a load or workload.
+        known = (*known, part) if (*known, part) in lines else known
+    dotted = ".".join(map(str, known))
+    replaced = [setting.partition("=")[0] for setting in settings]
+    from_file = known and not any(f"{dotted}.".startswith(f"{place}.") for place in replaced)
+    return f"{name}: {reason} (line {lines[known]})" if from_file else f"{name}: {reason}"
 
 
 def _replace(content: dict[str, Any], setting: str) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import shlex
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from vllm_sparse.server_process import StartError, becomes_healthy, is_healthy, running
+from loadtest.load.http import Server
+from vllm_sparse.server_process import StartError, is_healthy, running
 
 START_SECONDS = 900.0
+POLL_SECONDS = 0.5
 
 
 class ServerError(Exception):
@@ -44,11 +47,14 @@ def served(command: str, url: str, log: Path) -> Iterator[subprocess.Popen[bytes
         yield process
 
 
-def wait_until_healthy(url: str, limit_seconds: float) -> None:
+def wait_until_healthy(server: Server, limit_seconds: float) -> None:
     """Wait for a server that somebody else starts.
 
     Raises:
         ServerError: it is not healthy in time.
     """
-    if not becomes_healthy(url, limit_seconds):
-        raise ServerError(f"no server at {url} was healthy within {limit_seconds:g} s (--wait)")
+    deadline = time.monotonic() + limit_seconds
+    while not server.is_healthy():
+        if time.monotonic() > deadline:
+            raise ServerError(f"no server at {server.url} was healthy within {limit_seconds:g} s (--wait)")
+        time.sleep(POLL_SECONDS)

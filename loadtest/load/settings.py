@@ -14,6 +14,6 @@ class ScenarioError(Exception):
 
 
 class Strict(BaseModel):
-    """Settings of a scenario: unknown ones are refused."""
+    """Settings of a scenario: unknown ones are refused, and so are numbers without an end."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -86,8 +86,11 @@ def _sources(small: Architecture, wide: Architecture) -> list[tuple[int, bool]]:
 
 
 def tidal_roles(small: Architecture, wide: Architecture) -> list[Role]:
-    """TidalDecode's role of each wide layer: real ones have those that the small model's default gives them."""
-    roles = Tidal().layer_roles(small.layers)
+    """TidalDecode's role of each wide layer, as a policy names it: real ones have those of the small model's default.
+
+    What layers that choose read themselves is not for roles of a policy to say (`Tidal.selection_reads`).
+    """
+    roles = Tidal(selection_reads="everything").layer_roles(small.layers)
     return [
         Role.READ if is_copy and roles[source] is Role.DENSE_AND_WRITE else roles[source]
         for source, is_copy in _sources(small, wide)

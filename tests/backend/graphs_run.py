@@ -31,7 +31,7 @@ ROUNDS: dict[str, list[dict[str, Any]]] = {
     "beside dense": [TIDAL, {}, TIDAL],
     "smaller budgets": [TIDAL, {**TIDAL, "tidal_budget_tokens": 96, "tidal_recent_tokens": 8}],
     "fewer sparse layers": [HIP, {**HIP, "hip_dense_layers": 2}, HIP],
-    "other roles": [TIDAL, {**TIDAL, "tidal_dense_layers": 3}, {**TIDAL, "tidal_selection_reads": "list"}],
+    "other roles": [TIDAL, {**TIDAL, "tidal_dense_layers": 3}, {**TIDAL, "tidal_selection_reads": "everything"}],
     "other methods": [TIDAL, HIP, {}],
     "dense steps": [TIDAL, {**TIDAL, "tidal_dense_every_steps": 4}],
     "guarded": [TIDAL, {**TIDAL, "sparse_min_recall": 0.01}],

@@ -37,7 +37,9 @@ MOST_ROWS, LIST_TOKENS = 18, 300
 # Relative size of changes that stand for rounding, and how many are tried.
 NOISE, ROUNDINGS = 1e-6, 12
 PLATFORM = Platform("plain", DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float32, None)
-TIDAL = Tidal(budget_tokens=64, dense_layers=1, reselect_layers=(4,), sink_tokens=3, recent_tokens=9)
+TIDAL = Tidal(
+    budget_tokens=64, dense_layers=1, reselect_layers=(4,), sink_tokens=3, recent_tokens=9, selection_reads="everything"
+)
 BLOCKS = BlockTopk(budget_tokens=96, sink_tokens=5, recent_tokens=20, dense_layers=2, scores="bounds")
 OWN = replace(TIDAL, selection_reads="list")
 # Lists of its own in five layers; and one of fewer stages, which have other turns.
@@ -52,7 +54,14 @@ HIP = HipDecode(
 FLAT = HipDecode(
     stage_block_tokens=(64,), stage_budget_tokens=(128,), refresh_steps=(3,), sink_tokens=0, recent_tokens=0
 )
-WIDE = Tidal(budget_tokens=300, dense_layers=0, reselect_layers=(2, 3), sink_tokens=0, recent_tokens=0)
+WIDE = Tidal(
+    budget_tokens=300,
+    dense_layers=0,
+    reselect_layers=(2, 3),
+    sink_tokens=0,
+    recent_tokens=0,
+    selection_reads="everything",
+)
 
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")

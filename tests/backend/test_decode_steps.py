@@ -28,7 +28,7 @@ HIP = HipDecode(
 EVERYWHERE = HipDecode(
     stage_block_tokens=(32,), stage_budget_tokens=(96,), refresh_steps=(3,), sink_tokens=0, recent_tokens=0
 )
-TIDAL = Tidal(budget_tokens=128, dense_layers=1, reselect_layers=(4,))
+TIDAL = Tidal(budget_tokens=128, dense_layers=1, reselect_layers=(4,), selection_reads="everything")
 STEPS = 9
 
 

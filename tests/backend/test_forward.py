@@ -32,8 +32,10 @@ PLATFORM = Platform("cpu-vec-float32", "cpu", torch.float32, "vec")
 BLOCK = 32
 FLEX = FlexPrefill(gamma=0.4, min_budget_tokens=0)
 # Selection in layers 1 and 4 of 8.
-TIDAL = Tidal(budget_tokens=128, dense_layers=1, reselect_layers=(4,))
-PER_HEAD = Tidal(budget_tokens=96, dense_layers=2, reselect_layers=(5,), list_per="query_head")
+TIDAL = Tidal(budget_tokens=128, dense_layers=1, reselect_layers=(4,), selection_reads="everything")
+PER_HEAD = Tidal(
+    budget_tokens=96, dense_layers=2, reselect_layers=(5,), list_per="query_head", selection_reads="everything"
+)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -55,7 +55,7 @@ from vllm_sparse.step.roles import Role, reading_layers
 from vllm_sparse.step.rows import ServerSize, padded_rows
 
 LAYERS, MOST_ROWS, LIST_TOKENS = 6, 8, 512
-CONFIGURED = Tidal(budget_tokens=256, dense_layers=1, reselect_layers=(3,))
+CONFIGURED = Tidal(budget_tokens=256, dense_layers=1, reselect_layers=(3,), selection_reads="everything")
 SIZE = ServerSize(MOST_ROWS, 1024, LAYERS, 2)
 BATCH_METHODS = [kind for kind in DECODE_METHODS.values() if issubclass(kind, BatchDecodeMethod)]
 
@@ -620,13 +620,18 @@ def test_the_start_tells_of_methods_that_no_graph_holds(monkeypatch: pytest.Monk
 
 
 def test_dense_rows_of_a_mixed_step_have_metadata_of_their_own() -> None:
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
+
     from vllm_sparse.backend.cuda import SparseFlashAttentionImpl
 
-    metadata = SimpleNamespace(
-        seq_lens=torch.tensor([5, 60, 7, 80], dtype=torch.int32),
-        block_table=torch.arange(8, dtype=torch.int32).view(4, 2),
-        scheduler_metadata="of all rows",
-    )
+    # As of a step whose rows share a prefix, say: each field that the class may leave out is of the whole batch.
+    of_all_rows = {field.name: f"{field.name} of all rows" for field in fields(FlashAttentionMetadata)}
+    of_any_rows = {"slot_mapping": torch.zeros(9), "max_num_splits": 3, "causal": True}
+    described = {
+        "seq_lens": torch.tensor([5, 60, 7, 80], dtype=torch.int32),
+        "block_table": torch.arange(8, dtype=torch.int32).view(4, 2),
+    }
+    metadata = FlashAttentionMetadata(**{**of_all_rows, **of_any_rows, **described})
     spans = [RowSpan(1, 1, 2, 60), RowSpan(3, 4, 5, 80)]
     subset: Any = SparseFlashAttentionImpl.dense_subset(None, None, None, metadata, spans)  # type: ignore[arg-type]
     assert (subset.num_actual_tokens, subset.max_query_len, subset.max_seq_len) == (7, 5, 80)
@@ -634,7 +639,23 @@ def test_dense_rows_of_a_mixed_step_have_metadata_of_their_own() -> None:
     assert subset.query_start_loc.dtype == torch.int32
     assert subset.seq_lens.tolist() == [60, 80]
     assert subset.block_table.tolist() == [[2, 3], [6, 7]]
-    assert (subset.scheduler_metadata, metadata.scheduler_metadata) == (None, "of all rows")
+    for field in fields(FlashAttentionMetadata):
+        value = getattr(subset, field.name)
+        assert not isinstance(value, str), value
+        if field.name in of_any_rows:
+            assert value is of_any_rows[field.name]
+    assert metadata.scheduler_metadata == "scheduler_metadata of all rows"
+    starts = torch.tensor([0, 1, 2], dtype=torch.int32)
+    rows: Any = SparseFlashAttentionImpl.dense_rows(
+        None,  # type: ignore[arg-type]
+        metadata,
+        subset.seq_lens,
+        subset.block_table,
+        starts,
+    )
+    assert rows.seq_lens.tolist() == [60, 80]
+    taken = {"max_seq_len", *of_any_rows}
+    assert not any(isinstance(getattr(rows, field.name), str) for field in fields(rows) if field.name not in taken)
 
 
 def test_a_step_says_whether_it_replays_a_full_graph(graphs: DecodeGraphs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,12 +113,19 @@ def rows_of_a_chunk() -> None:
 
 
 def subset_of_dense_rows() -> None:
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
+
     from vllm_sparse.backend.cuda import SparseFlashAttentionImpl
 
     device = torch.device("cuda")
-    metadata = SimpleNamespace(
+    metadata = FlashAttentionMetadata(
+        num_actual_tokens=27,
+        max_query_len=3,
+        query_start_loc=torch.zeros(10, dtype=torch.int32, device=device),
+        max_seq_len=99,
         seq_lens=torch.zeros(9, dtype=torch.int32, device=device),
         block_table=torch.zeros(9, 4, dtype=torch.int32, device=device),
+        slot_mapping=torch.zeros(27, dtype=torch.int64, device=device),
     )
     spans = [RowSpan(row, 3 * row, 3, 70 + row) for row in (0, 2, 7)]
     subset: Any = SparseFlashAttentionImpl.dense_subset(None, None, None, metadata, spans)  # type: ignore[arg-type]

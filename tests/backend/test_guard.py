@@ -32,7 +32,7 @@ LONGEST = 800
 CHUNK_TOKENS = 256
 FLOOR = 0.8
 # Selection in layers 1 and 4 of 8, so that these are dense, as layer 0 is.
-TIDAL = Tidal(budget_tokens=512, dense_layers=1, reselect_layers=(4,))
+TIDAL = Tidal(budget_tokens=512, dense_layers=1, reselect_layers=(4,), selection_reads="everything")
 READING = {2, 3, 5, 6, 7}
 FLEX = FlexPrefill(gamma=0.97, min_budget_tokens=0)
 HIP = HipDecode(

@@ -320,3 +320,18 @@ def test_caches_that_cannot_be_summarised_are_refused(
         return
     with pytest.raises(ValueError, match=refusal):
         check_summaries(config, block)
+
+
+def test_pages_smaller_than_blocks_are_said_to_cost_time(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    """Of codes, which are written anew in each step then; the setting that saves it is named."""
+    from vllm_sparse.backend.support import check_summaries
+
+    config = copy.copy(engine.config)
+    del config._sparse_server_config
+    config.additional_config = {"sparse": {"methods": ["tokentopk", "blocktopk"]}}
+    config.kv_transfer_config = None
+    caplog.set_level("WARNING", logger="vllm.sparse")
+    check_summaries(config, 32)
+    assert not caplog.records
+    check_summaries(config, 128)
+    assert '{"sparse": {"tokentopk": {"page_tokens": 128}}}' in caplog.text

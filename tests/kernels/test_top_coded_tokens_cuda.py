@@ -128,7 +128,7 @@ class Batch:
         pytest.param(6, 2, 128, 32, torch.float16, id="group-of-3"),
     ],
 )
-@pytest.mark.parametrize("longest", [1 << 15, 1 << 20], ids=["scores-in-shared-memory", "scores-in-memory"])
+@pytest.mark.parametrize("longest", [1 << 15, 1 << 20], ids=["room-for-32K", "room-for-1M"])
 def test_lists_hold_the_best_tokens(
     heads: int, kv_heads: int, head_size: int, page: int, dtype: torch.dtype, longest: int
 ) -> None:

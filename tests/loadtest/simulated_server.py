@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import re
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -32,6 +34,12 @@ class Behaviour:
         fault: ``429``, ``500``, ``stall``, ``garbage``, ``html``, ``error``, ``cut``, ``truncate``, ``empty``, ``die``.
         fault_after: tokens that come before a fault of the stream.
         usage: whether the server counts tokens.
+        continuous: whether it counts them in every event when asked to; otherwise only in a last one.
+        leading: events without a token between the role and the first token, evenly over `ttft_seconds`.
+        finish_seconds: so long after the last token an event says why the answer ended; 0: the last token's does.
+        together: tokens in one event.
+        in_turn: wait until no other such request runs, as a server that gains nothing from several at once.
+        dressed: comments, `id:`, `retry:`, `event:`, CRLF and data over several lines, as event streams may have.
     """
 
     ttft_seconds: float = 0.05
@@ -40,6 +48,12 @@ class Behaviour:
     fault: str = ""
     fault_after: int = 3
     usage: bool = True
+    continuous: bool = True
+    leading: int = 0
+    finish_seconds: float = 0.0
+    together: int = 1
+    in_turn: bool = False
+    dressed: bool = False
 
 
 class SimulatedServer:
@@ -49,6 +63,7 @@ class SimulatedServer:
         self.running = 0
         self.started = 0
         self.bodies: list[dict[str, Any]] = []
+        self._turn = asyncio.Lock()
 
     async def models(self, request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": MODEL_NAME, "root": "nowhere"}]})
@@ -86,7 +101,8 @@ class SimulatedServer:
         self.started += 1
         self.running += 1
         try:
-            return await self._stream(request, body, behaviour)
+            async with self._turn if behaviour.in_turn else contextlib.nullcontext():
+                return await self._stream(request, body, behaviour)
         finally:
             self.running -= 1
 
@@ -97,20 +113,39 @@ class SimulatedServer:
         await response.prepare(request)
         loop = asyncio.get_running_loop()
         due = loop.time() + behaviour.ttft_seconds
-        if chat:
-            await _send(response, {"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+        options = body.get("stream_options", {})
+        continuous = behaviour.usage and behaviour.continuous and options.get("continuous_usage_stats")
         words = _words(prompt, behaviour, body["max_tokens"])
-        for number, word in enumerate(words):
-            if behaviour.fault and number == behaviour.fault_after:
+
+        async def send(text: str, tokens: int, so_far: int, **more: Any) -> None:
+            choice: dict[str, Any] = {"delta": {"content": text}} if chat else {"text": text}
+            if body.get("return_token_ids"):
+                choice["token_ids"] = list(range(so_far - tokens, so_far))
+            event: dict[str, Any] = {"choices": [choice | more]}
+            if continuous:
+                event["usage"] = {"prompt_tokens": len(prompt.split()), "completion_tokens": so_far}
+            await _send(response, event, behaviour.dressed)
+
+        if chat:
+            await send("", 0, 0, delta={"role": "assistant", "content": ""})
+        for _ in range(behaviour.leading):
+            await asyncio.sleep(behaviour.ttft_seconds / (behaviour.leading + 1))
+            await send("", 0, 0, finish_reason=None)
+        for number in range(0, len(words), behaviour.together):
+            if behaviour.fault and number >= behaviour.fault_after:
                 return await self._fail(request, response, behaviour)
             await asyncio.sleep(max(0.0, due - loop.time()))
-            due += behaviour.tpot_seconds
-            choice: dict[str, Any] = {"delta": {"content": word}} if chat else {"text": word}
-            choice["finish_reason"] = "length" if number + 1 == len(words) else None
-            await _send(response, {"choices": [choice]})
+            some = words[number : number + behaviour.together]
+            due += behaviour.tpot_seconds * behaviour.together
+            so_far = number + len(some)
+            ends = so_far == len(words) and not behaviour.finish_seconds
+            await send("".join(some), len(some), so_far, finish_reason="length" if ends else None)
+        if behaviour.finish_seconds:
+            await asyncio.sleep(behaviour.finish_seconds)
+            await send("", 0, len(words), finish_reason="length")
         if behaviour.usage:
             usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(words)}
-            await _send(response, {"choices": [], "usage": usage})
+            await _send(response, {"choices": [], "usage": usage}, behaviour.dressed)
         await response.write(b"data: [DONE]\n\n")
         return response
 
@@ -127,6 +162,7 @@ class SimulatedServer:
             assert request.transport is not None
             request.transport.abort()
         if how.fault == "empty":
+            await _send(response, {"choices": [{"delta": {"content": ""}, "text": "", "finish_reason": "stop"}]})
             await response.write(b"data: [DONE]\n\n")
         return response
 
@@ -140,8 +176,14 @@ def _words(prompt: str, behaviour: Behaviour, max_tokens: int) -> list[str]:
     return [answer, *[" more"] * (max_tokens - 1)]
 
 
-async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
-    await response.write(f"data: {json.dumps(event)}\n\n".encode())
+async def _send(response: web.StreamResponse, event: dict[str, Any], dressed: bool = False) -> None:
+    if not dressed:
+        await response.write(f"data: {json.dumps(event)}\n\n".encode())
+        return
+    await response.write(b": still here\r\n\r\nid: 7\r\nretry: 3000\r\n\r\n")
+    lines = "\r\n".join(f"data:{line}" for line in json.dumps(event, indent=1, ensure_ascii=False).split("\n"))
+    for piece in (f"event: message\r\n{lines}\r", "\n\r\n"):
+        await response.write(piece.encode())
 
 
 def application() -> web.Application:
@@ -170,7 +212,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
-    web.run_app(application(), host="127.0.0.1", port=parser.parse_args(arguments).port, print=None)
+    parser.add_argument("--certificate", help="file of a key and a certificate: serve https")
+    given = parser.parse_args(arguments)
+    context = None
+    if given.certificate:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(given.certificate)
+    web.run_app(application(), host="127.0.0.1", port=given.port, print=None, ssl_context=context)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.load.capacity import Capacity, paced
+from loadtest.load.capacity import Capacity, hopeless, paced
 from loadtest.load.plan import Session, Stage
 from loadtest.load.settings import ScenarioError
 from loadtest.load.workloads.prompt import Prompt, Turn
@@ -69,3 +69,28 @@ def test_a_stage_ends_with_a_whole_pair() -> None:
     assert slow.name == "0.5 of capacity (0.17/s)"
     quick = paced(stage, Capacity([turn(0, "dense", 0.4), turn(1, "tidal", 0.2)]), duration_seconds=50)
     assert quick.sessions == sessions
+
+
+def test_sessions_at_once_tell_what_the_server_gains_by_them() -> None:
+    alone = [turn(0, "dense", 4.0), turn(1, "tidal", 2.0)]
+    at_once = [
+        turn(number, method, 99.0) | {"sent_seconds": 10.0 + 0.1 * number, "end_seconds": 14.0}
+        for number, method in enumerate(["dense", "tidal"] * 2)
+    ]
+    capacity = Capacity(alone, at_once)
+    assert capacity.gain == pytest.approx(3), "twelve seconds of work in four"
+    mixture = [session("dense", "a"), session("tidal", "a")]
+    assert capacity.sessions_per_second(mixture) == pytest.approx(1)
+    assert capacity.sessions_within(mixture * 10, 13.0) == 4
+    assert capacity.sessions_within(mixture * 10, 0.1) == 1
+    slower = [one | {"end_seconds": 99.0} for one in at_once]
+    assert Capacity(alone, slower).gain == 1, "one after the other is what it sustains at least"
+
+
+def test_a_rate_far_above_the_capacity_is_hopeless() -> None:
+    capacity = Capacity([turn(0, "dense", 4.0)])
+    sessions = (session("dense", "a"),)
+    assert hopeless(Stage("2/s", 2.0, ("dense",), sessions, (1.0,)), capacity) is None
+    reason = hopeless(Stage("3/s", 3.0, ("dense",), sessions, (1.0,)), capacity)
+    assert reason is not None
+    assert reason.startswith("3 sessions/s are 12 times what the server sustained in the warm-up (0.25/s)")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from loadtest.load.http import Server
 from loadtest.load.journal import KILLED, Journal, read_journal
 from loadtest.load.plan import Session, Stage
 from loadtest.load.run import run
@@ -89,8 +90,8 @@ def test_an_open_loop_does_not_wait_for_a_slow_server(load_test: LoadTest, tmp_p
 def test_the_rate_is_what_the_server_sustains(load_test: LoadTest, tmp_path: Path) -> None:
     """A share of the capacity: whatever the server's speed, it is neither idle nor overloaded, and the stage ends."""
     methods = {
-        "quick": {"ttft_seconds": 0.1, "tpot_seconds": 0.01},
-        "slow": {"ttft_seconds": 0.5, "tpot_seconds": 0.06},
+        "quick": {"ttft_seconds": 0.1, "tpot_seconds": 0.01, "in_turn": True},
+        "slow": {"ttft_seconds": 0.5, "tpot_seconds": 0.06, "in_turn": True},
     }
     load = {"loop": "open", "capacity_shares": [0.5], "requests": 60, "duration_seconds": 8}
     finished = load_test(scenario_of(tmp_path, methods, load, warm_up_rounds=2))
@@ -282,5 +283,6 @@ def test_an_error_of_the_harness_is_no_quiet_server(simulated: Simulated, tmp_pa
     sessions = tuple(Session(prompt, "asked", "plain", f"p, time {number}", "salt") for number in range(20))
     stage = Stage("20/s", 20, ("plain",), sessions, tuple(0.05 * number for number in range(20)))
     nothing = Stage("warm-up", 1, ("plain",), (), None)
-    with Journal(tmp_path) as journal, pytest.raises(RuntimeError, match="the harness is wrong"):
-        asyncio.run(run(scenario, nothing, [[stage]], simulated.url, "simulated", {}, journal, print))
+    wrong = pytest.raises(RuntimeError, match="the harness is wrong")
+    with Server(simulated.url, {}) as server, Journal(tmp_path) as journal, wrong:
+        asyncio.run(run(scenario, nothing, nothing, [[stage]], [], server, "simulated", journal))

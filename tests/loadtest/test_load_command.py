@@ -142,7 +142,7 @@ def test_a_report_is_made_again_from_the_journal(load_test: LoadTest, tmp_path: 
     before, page = finished.report, finished.page
     (finished.folder / "report.json").unlink()
     (finished.folder / "report.html").unlink()
-    command.main(["report", str(finished.folder)])
+    command.main(["report", str(finished.folder), "--parquet"])
     assert finished.report == before
     assert finished.page == page
 
@@ -151,9 +151,9 @@ def test_a_report_is_made_again_from_the_journal(load_test: LoadTest, tmp_path: 
 def two_runs(simulated: Simulated, tmp_path: Path) -> list[str]:
     """Runs of which the second has half the TTFT and wrong answers."""
     folders = []
-    behaviours = ({"ttft_seconds": 1.6}, {"ttft_seconds": 0.8, "right": False})
+    behaviours = ({"ttft_seconds": 3.2}, {"ttft_seconds": 1.6, "right": False})
     for name, behaviour in zip("ab", behaviours, strict=True):
-        mine = written(tmp_path, scenario_of(tmp_path, {"one": behaviour}, OPEN))
+        mine = written(tmp_path, scenario_of(tmp_path, {"one": behaviour}, OPEN, warm_up_rounds=0))
         folders.append(str(tmp_path / name))
         command.main([mine, "--url", simulated.url, "--out", folders[-1]])
     return folders
@@ -177,13 +177,23 @@ def test_two_runs_are_compared_in_pairs(two_runs: list[str], capsys: pytest.Capt
     assert 0.4 < float(tpot.partition("x")[0]) < 2.5
     assert score == "-1.000"
     assert float(p) < 0.001
-    assert "The scenarios differ in: methods." in output
+    assert "The scenarios of A and B differ in: methods." in output
+
+
+def test_more_runs_are_each_compared_with_the_first(two_runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    command.main(["compare", *two_runs, two_runs[0]])
+    output = capsys.readouterr().out
+    assert output.startswith(f"A: {two_runs[0]}\nB: {two_runs[1]}\nC: {two_runs[0]}\n")
+    rows = [line for line in output.splitlines() if " against A" in line]
+    assert ["B against A" in row for row in rows] == [True, False]
+    assert "1.00x" in rows[1]
 
 
 def test_runs_of_other_prompts_are_compared_without_pairs(
     two_runs: list[str], simulated: Simulated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scenario = scenario_of(tmp_path, {"one": {"ttft_seconds": 1.6}}, OPEN)
+    scenario = scenario_of(tmp_path, {"one": {"ttft_seconds": 3.2}}, OPEN, warm_up_rounds=0)
     (tmp_path / "prompts.jsonl").write_text((tmp_path / "prompts.jsonl").read_text().replace("number", "other"))
     command.main([written(tmp_path, scenario), "--url", simulated.url, "--out", str(tmp_path / "c")])
     capsys.readouterr()

@@ -42,6 +42,8 @@ def request(**changes: Any) -> dict[str, Any]:
         "first_token_seconds": 1.5,
         "last_token_seconds": 1.9,
         "end_seconds": 2.0,
+        "first_tokens": 1,
+        "counted_by": "usage",
         "gaps_milliseconds": [40.0] * 10,
         "input_tokens": 1000,
         "output_tokens": 11,
@@ -78,12 +80,19 @@ def test_times_count_from_the_intended_time() -> None:
         ({"last_token_seconds": 2.01, "output_tokens": 12}, True),
         ({"last_token_seconds": 9.0, "output_tokens": 1}, True),
         ({"intended_seconds": 0.8}, False),
+        ({"gaps_milliseconds": [40.0] * 9 + [61.0]}, False),
+        ({"gaps_milliseconds": [40.0] * 199 + [61.0]}, True),
+        ({"first_token_seconds": 1.2, "last_token_seconds": 1.2}, True),
+        ({"last_token_seconds": 2.25, "output_tokens": 99}, False),
         ({"status": "truncated"}, False),
         ({"status": "http_429", "first_token_seconds": None, "last_token_seconds": None}, False),
     ],
 )
 def test_a_request_is_good_within_both_limits(changes: dict[str, Any], good: bool) -> None:
-    assert good_share([request(**changes)], SLO) == good
+    limits = SLO.model_copy(update={"gap_p99_seconds": 0.06, "latency_seconds": 1.2})
+    if changes.get("last_token_seconds") == 9.0:
+        limits = SLO
+    assert good_share([request(**changes)], limits) == good
 
 
 def test_goodput_by_hand(generator: torch.Generator) -> None:
@@ -191,12 +200,20 @@ def drift_of(ttfts: list[float]) -> float | None:
     stage = {
         "name": "1/s",
         "level": 1.0,
+        "methods": ["dense"],
         "start_seconds": 0.0,
         "schedule": [{"arrival_seconds": float(number)} for number in range(len(ttfts))],
         "requests": requests,
         "client": None,
+        "stopped": None,
     }
-    run = {"run": {"scenario": scenario.model_dump(mode="json")}, "stages": [stage], "metrics": [], "end": KILLED}
+    run = {
+        "run": {"scenario": scenario.model_dump(mode="json")},
+        "stages": [stage],
+        "refused": [],
+        "metrics": [],
+        "end": KILLED,
+    }
     drift: float | None = summarise(run)["stages"][0]["drift"]
     return drift
 

@@ -131,6 +131,7 @@ def test_prompts_have_their_length_and_come_again(workload: dict[str, object]) -
     for prompt in prompts:
         turn = prompt.turns[0]
         # A task leaves room for its answer.
+        assert isinstance(turn.content, str)
         tokens = count(turn.content) + (turn.max_tokens if workload["kind"] == "ruler" else 0)
         assert prompt.input_tokens - max(160, 0.08 * prompt.input_tokens) <= tokens <= 1.03 * prompt.input_tokens + 20
         if workload["kind"] != "text":

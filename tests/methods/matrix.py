@@ -232,6 +232,7 @@ DECODE = [
     ),
     DecodeCase("tokentopk-default", TokenTopk(), 16, 64),
     DecodeCase("tokentopk-small", TokenTopk(budget_tokens=128, page_tokens=16), 16, 64),
+    DecodeCase("tokentopk-reuse", TokenTopk(budget_tokens=128, reuse_layers=(3, 5, 6)), 16, 64),
     DecodeCase("tokentopk-nothing-forced", TokenTopk(budget_tokens=64, sink_tokens=0, recent_tokens=0), 0, 1),
     DecodeCase("tokentopk-all-forced", TokenTopk(budget_tokens=160, sink_tokens=80, recent_tokens=80), 80, 80),
     DecodeCase("hip-default", HipDecode(), 256, 1025, choice_tokens=16, slack_tokens=300),

@@ -195,7 +195,7 @@ def test_by_default_every_third_layer_selects_again(layers: int, select: set[int
     """A list of the last layer would serve none: in 24 layers, layer 23 reads that of layer 20."""
     roles = Tidal().layer_roles(layers)
     first = min(select)
-    expected = [Role.DENSE] * first + [Role.DENSE_AND_WRITE if n in select else Role.READ for n in range(first, layers)]
+    expected = [Role.DENSE] * first + [Role.WRITE_AND_READ if n in select else Role.READ for n in range(first, layers)]
     assert roles == expected
 
 
@@ -204,25 +204,26 @@ def test_a_list_is_chosen_before_it_is_read(layers: int) -> None:
     roles = Tidal().layer_roles(layers)
     assert len(roles) == layers
     assert roles[0] is Role.DENSE
-    assert set(roles) <= {Role.DENSE, Role.DENSE_AND_WRITE, Role.READ}
-    assert Role.DENSE_AND_WRITE in roles
+    assert set(roles) <= {Role.DENSE, Role.WRITE_AND_READ, Role.READ}
+    assert Role.WRITE_AND_READ in roles
     if Role.READ in roles:
-        assert roles.index(Role.DENSE_AND_WRITE) < roles.index(Role.READ)
-    assert Role.DENSE not in roles[roles.index(Role.DENSE_AND_WRITE) :]
+        assert roles.index(Role.WRITE_AND_READ) < roles.index(Role.READ)
+    assert Role.DENSE not in roles[roles.index(Role.WRITE_AND_READ) :]
 
 
 def test_the_papers_layers_are_a_knob() -> None:
-    roles = Tidal(reselect_layers=(13,)).layer_roles(32)
+    roles = Tidal(reselect_layers=(13,), selection_reads="everything").layer_roles(32)
     assert [layer for layer, role in enumerate(roles) if role is Role.DENSE_AND_WRITE] == [2, 13]
+    assert [layer for layer, role in enumerate(roles) if role.writes_list and role.reads_list] == []
 
 
 def test_every_third_layer_counts_from_the_first_that_selects() -> None:
     roles = Tidal(dense_layers=1).layer_roles(12)
-    assert [layer for layer, role in enumerate(roles) if role is Role.DENSE_AND_WRITE] == [1, 4, 7, 10]
+    assert [layer for layer, role in enumerate(roles) if role.writes_list] == [1, 4, 7, 10]
 
 
 def test_roles_follow_the_knobs() -> None:
-    roles = Tidal(dense_layers=0, reselect_layers=(3, 5)).layer_roles(7)
+    roles = Tidal(dense_layers=0, reselect_layers=(3, 5), selection_reads="everything").layer_roles(7)
     assert roles == [
         Role.DENSE_AND_WRITE, Role.READ, Role.READ, Role.DENSE_AND_WRITE, Role.READ, Role.DENSE_AND_WRITE, Role.READ,
     ]  # fmt: skip

@@ -72,7 +72,7 @@ for row in rows:
     metrics.observe_dense_steps([DenseStepRow(row.span, every, layer_roles(every, 4))])
 assert metrics.stats()["density"]["decode"]["tokentopk"] == {"rows": 3, "density": [[1.0] * 4] * 4}
 # A setting by which no layer reads a list.
-method = Tidal(dense_layers=3)
+method = Tidal(dense_layers=3, selection_reads="everything")
 dense = DecodeRow(rows[0].span, method, layer_roles(method, 4), {})
 for decode, batch in (([dense], []), ([], rows)):
     plan = StepPlan(4, decode=tuple(decode), batch=tuple(batch))

@@ -10,16 +10,17 @@ MODEL = Path(__file__).parents[2] / "loadtest" / "model" / "weights"
 
 # In a process of its own: it teaches vLLM's request classes the configuration of one server.
 CODE = """
-import os, sys, tempfile
+import asyncio, os, sys, tempfile
 from types import SimpleNamespace
 import prometheus_client
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.exceptions import VLLMValidationError
 from vllm_sparse.config.presets import PRESETS, Choice, Preset, Tier
 from vllm_sparse.config.request import RESOLVED_KEY, deserialize
 from vllm_sparse.config.server import server_config
-from vllm_sparse.hooks import request_protocol
+from vllm_sparse.hooks import base_serving, sampling_params
 from vllm_sparse.server.admission import admit
 from vllm_sparse.server.runtime_config import DIRECTORY_VARIABLE, Served, change_config
 
@@ -27,11 +28,19 @@ os.environ[DIRECTORY_VARIABLE] = sys.argv[2]
 vllm_config = EngineArgs(
     model=sys.argv[1], attention_backend="sparse", additional_config={"sparse": {"prefill": "flexprefill"}}
 ).create_engine_config()
-request_protocol.install(vllm_config)
+base_serving.install(vllm_config)
+sampling_params.install()
 extras = {"flexprefill_gamma": 0.5}
+route = OpenAIServingCompletion.__new__(OpenAIServingCompletion)
+route.request_logger = None
+route._is_model_supported = lambda name: True
 
-def parse():
-    return CompletionRequest(model="m", prompt="x", stream=True, vllm_xargs=extras).to_sampling_params(4, {})
+def parse(n=1):
+    request = CompletionRequest(model="m", prompt="x", stream=True, n=n, vllm_xargs=extras)
+    async def answer():
+        await route._check_model(request)
+        return request.to_sampling_params(4, {})
+    return asyncio.run(answer())
 
 def prefill_of(params, prompt_tokens=9000):
     def build():
@@ -66,10 +75,16 @@ assert prefill_of(parsed, 9999) is None
 assert prefill_of(parsed, 10000).tau == 0.5
 assert presets_counted() == 2
 print("kept by length")
+
+# Each of several answers counts, as in vLLM's metrics.
+change_config(served, {"preset": "stepped", "prefill": None}, None)
+assert prefill_of(parse(n=3)) is None
+assert presets_counted() == 5
+print("counted by answers")
 """
 
 
 def test_a_request_keeps_what_it_was_parsed_to(tmp_path: Path) -> None:
     """Its stream may have begun; the next one is refused, while that can still be done."""
     output = subprocess.check_output([sys.executable, "-c", CODE, str(MODEL), str(tmp_path)], text=True, timeout=300)
-    assert output.splitlines()[-2:] == ["refused", "kept by length"]
+    assert output.splitlines()[-3:] == ["refused", "kept by length", "counted by answers"]

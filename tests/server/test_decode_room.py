@@ -25,11 +25,15 @@ def server(**settings: Any) -> Any:
         get_total_num_hidden_layers=lambda: LAYERS,
         model_arch_config=SimpleNamespace(total_num_attention_heads=4),
         max_model_len=32768,
+        get_num_attention_heads=lambda parallel: 4,
+        get_num_kv_heads=lambda parallel: 2,
     )
     return SimpleNamespace(
         attention_config=SimpleNamespace(backend=SimpleNamespace(name="SPARSE"), backend_per_kind=None),
         model_config=model,
         additional_config={"sparse": settings},
+        parallel_config=None,
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=8192),
         use_v2_model_runner=True,
         speculative_config=None,
         compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE),

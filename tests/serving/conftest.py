@@ -55,8 +55,8 @@ def _keeper(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture
 def server(_keeper: ServerKeeper) -> Server:
-    """A server as a user starts it, with default settings and compilation."""
-    return _keeper.get(_COMMON)
+    """A server as a user starts it, with default settings and compilation, and the routes of token ids beside."""
+    return _keeper.get((*_COMMON, "--enable-scale-out"))
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,8 @@ FLEXPREFILL: dict[str, Any] = {"sparse_prefill": "flexprefill"}
 TIDAL: dict[str, Any] = {"sparse_decode": "tidal"}
 BOTH: dict[str, Any] = {**FLEXPREFILL, **TIDAL}
 
+FOR_A_GPU = {"unprofitable": "sparse", "limits": {"new_kernels": "any"}}
+
 _TOKENIZER = build_tokenizer()
 
 
@@ -51,15 +53,15 @@ def serve_command(model_folder: Path, port: int, arguments: Sequence[str]) -> li
 
 
 def sparse_on_a_gpu(arguments: Sequence[str]) -> list[str]:
-    """Arguments of a server, which on a GPU make the bundled model sparse though that does not pay."""
+    """Arguments of a server, which on a GPU make the bundled model sparse though that does not pay, and compile."""
     taken, option = list(arguments), "--additional-config"
     if not torch.cuda.is_available():
         return taken
     if option not in taken:
-        return [*taken, option, '{"sparse": {"unprofitable": "sparse"}}']
+        return [*taken, option, json.dumps({"sparse": FOR_A_GPU})]
     place = taken.index(option) + 1
     configuration = json.loads(taken[place])
-    configuration["sparse"] = {"unprofitable": "sparse", **configuration.get("sparse", {})}
+    configuration["sparse"] = {**FOR_A_GPU, **configuration.get("sparse", {})}
     taken[place] = json.dumps(configuration)
     return taken
 
@@ -171,7 +173,7 @@ class MetricsChange:
         return self("vllm_sparse_density_ratio_sum", phase=phase, method=method) / count
 
     def requests(self, phase: str, method: str) -> float:
-        """Requests admitted for a method."""
+        """Answers admitted for a method."""
         return self("vllm_sparse_requests_total", phase=phase, method=method)
 
     def fallbacks(self, phase: str, method: str, reason: str) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
-from tests.serving.server import BOTH, FLEXPREFILL, TIDAL, Server, prompt_of
+from loadtest.text.needles import NeedlePrompt, score
+from tests.serving.server import BOTH, FLEXPREFILL, MODEL_NAME, TIDAL, Server, prompt_of
 
 MIN = {"sparse_min_tokens": 512}
 
@@ -21,10 +22,9 @@ def cached(server: Server, content: str, extras: dict[str, Any] | None, salt: st
     ("number", "extras", "other"),
     [
         (0, {**FLEXPREFILL, **MIN}, {"flexprefill_gamma": 0.8}),
-        (1, {**TIDAL, **MIN, "tidal_budget_tokens": 256}, {"tidal_budget_tokens": 512}),
         (2, {**BOTH, **MIN, "tidal_budget_tokens": 256}, {"sparse_min_tokens": 600}),
     ],
-    ids=["flexprefill", "tidal", "both"],
+    ids=["flexprefill", "both"],
 )
 def test_only_equal_settings_share(server: Server, number: int, extras: dict[str, Any], other: dict[str, Any]) -> None:
     content = prompt_of(300 + number, 1000).content
@@ -39,6 +39,23 @@ def test_only_equal_settings_share(server: Server, number: int, extras: dict[str
     assert cached(server, content, extras, "mine") > 900
     assert cached(server, content, None, "mine") == 0
     assert cached(server, content, extras, "yours") == 0
+
+
+def test_a_dense_prompt_is_shared_whatever_its_generation(server: Server) -> None:
+    """Of a request whose generation alone is sparse, what sparse steps wrote is its own."""
+    extras = {**TIDAL, **MIN, "tidal_budget_tokens": 256}
+    tokens = tokens_of(server, prompt_of(301, 1000))
+    first = continued(server, tokens, extras, max_tokens=100)
+    assert first.cached == 0
+    for others in ({**TIDAL, **MIN, "tidal_budget_tokens": 512}, {"sparse_decode": "dense"}, extras):
+        assert len(tokens) - 64 < continued(server, tokens, others).cached < len(tokens)
+        # Nothing of the 100 tokens that were generated.
+        assert continued(server, [*tokens, *first.tokens], others).cached <= len(tokens)
+        tokens = [*tokens, 5]
+    # The user's own salt separates as well.
+    assert continued(server, tokens, extras, "mine").cached == 0
+    assert continued(server, tokens, {"sparse_decode": "dense"}, "mine").cached > 900
+    assert continued(server, tokens, extras, "yours").cached == 0
 
 
 def test_equal_settings_in_other_words_share(server: Server) -> None:
@@ -63,3 +80,113 @@ def test_forged_salt_is_refused(server: Server, extras: dict[str, Any] | None, e
     assert "cache_salt" in reply.error
     assert "|sparse:" in reply.error
     assert reply.body["error"]["param"] == "cache_salt"
+
+
+# More than rounding moves an answer's log probabilities, less than keys of other settings or places would.
+SAME_ANSWER = 0.2
+# Methods of both phases. What flexprefill reads depends on where a prompt chunk ends, and so on what is in the cache;
+# with these it does not.
+PAIRS: dict[str, dict[str, Any]] = {
+    "sale-tidal": {"sparse_prefill": "sale", "sale_tau": 0.03, **TIDAL, "tidal_budget_tokens": 256},
+    "dhsa-hip": {
+        "sparse_prefill": "dhsa",
+        "dhsa_density": 0.4,
+        "sparse_decode": "hip",
+        "hip_stage_block_tokens": [64, 16],
+        "hip_stage_budget_tokens": [1024, 512],
+        "hip_sink_tokens": 64,
+        "hip_recent_tokens": 256,
+        "hip_dense_layers": 2,
+    },
+    "hip-dense": {
+        "sparse_prefill": "hip",
+        "hip_stage_budget_tokens": [1024, 768, 512],
+        "hip_recent_tokens": 256,
+    },
+}
+SUMMARISING = {"sparse_prefill": "dense", "sparse_decode": "blocktopk", "blocktopk_budget_tokens": 256}
+
+
+class Answer(NamedTuple):
+    """What a request with token ids got: the text, its tokens, their log probabilities, and prompt tokens cached."""
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    cached: int
+
+
+def continued(
+    server: Server, tokens: list[int], extras: dict[str, Any], salt: str | None = None, max_tokens: int = 7
+) -> Answer:
+    """Continue token ids for just so many tokens."""
+    body: dict[str, Any] = {} if salt is None else {"cache_salt": salt}
+    body |= {"prompt": tokens, "max_tokens": max_tokens, "ignore_eos": True, "logprobs": 1, "return_token_ids": True}
+    reply = server.post("/v1/completions", {**body, "vllm_xargs": extras})
+    return Answer(reply.text, reply.body["choices"][0]["token_ids"], reply.logprobs, reply.cached_tokens)
+
+
+def tokens_of(server: Server, prompt: NeedlePrompt) -> list[int]:
+    """Token ids of a prompt that ends where its answer begins."""
+    body = {"model": MODEL_NAME, "prompt": prompt.completion_prompt}
+    tokens: list[int] = server.call("POST", "/tokenize", json=body).json()["tokens"]
+    return tokens
+
+
+def check_same_answer(prompt: NeedlePrompt, found: Answer, computed: Answer) -> None:
+    """Two answers are the right one, with equal certainty."""
+    assert found.text == computed.text
+    assert score(prompt, found.text) == 1
+    differences = [abs(left - right) for left, right in zip(found.logprobs, computed.logprobs, strict=True)]
+    assert max(differences) < SAME_ANSWER
+
+
+def check_answers_after_a_hit(server: Server, seed: int, extras: dict[str, Any]) -> None:
+    """A prompt of which a part, and then nearly all, is in the cache is answered as one that is computed."""
+    extras = {**extras, **MIN}
+    prompt = prompt_of(seed, 1800)
+    tokens = tokens_of(server, prompt)
+    computed = continued(server, tokens, extras, server.fresh_salt())
+    assert continued(server, tokens[:1200], extras).cached == computed.cached == 0
+    part = continued(server, tokens, extras)
+    assert 1100 < part.cached <= 1200
+    check_same_answer(prompt, part, computed)
+    most = continued(server, tokens, extras)
+    assert len(tokens) - 64 < most.cached < len(tokens)
+    check_same_answer(prompt, most, computed)
+
+
+@pytest.mark.parametrize("methods", PAIRS)
+def test_answers_after_a_hit_are_those_without_one(server: Server, answers_known: None, methods: str) -> None:
+    check_answers_after_a_hit(server, 820 + list(PAIRS).index(methods), PAIRS[methods])
+
+
+def check_answers_across_the_minimum(server: Server, seed: int, extras: dict[str, Any]) -> None:
+    """A conversation whose first turn is dense, and whose generation passes the minimum, goes on as one computed."""
+    extras = {**extras, "sparse_min_tokens": 1000}
+    prompt = prompt_of(seed, 1600)
+    tokens = tokens_of(server, prompt)
+    first = continued(server, tokens[:900], extras, max_tokens=200)
+    assert len(first.tokens) == 200
+    turn = [*tokens[:900], *first.tokens, *tokens[900:]]
+    computed = continued(server, turn, extras, server.fresh_salt())
+    assert computed.cached == 0
+    found = continued(server, turn, extras)
+    # Blocks of both sides of the minimum.
+    assert 1050 < found.cached <= 1100
+    check_same_answer(prompt, found, computed)
+
+
+@pytest.mark.parametrize("methods", PAIRS)
+def test_answers_across_the_minimum_are_those_without_a_hit(server: Server, answers_known: None, methods: str) -> None:
+    check_answers_across_the_minimum(server, 840 + list(PAIRS).index(methods), PAIRS[methods])
+
+
+def test_page_summaries_across_the_minimum(configured_server: Server, answers_known: None) -> None:
+    """Dense steps summarise as well."""
+    check_answers_across_the_minimum(configured_server, 850, SUMMARISING)
+
+
+def test_a_hit_brings_its_page_summaries(configured_server: Server, answers_known: None) -> None:
+    """They are kept beside the cache, and not written anew for blocks that are found."""
+    check_answers_after_a_hit(configured_server, 830, SUMMARISING)

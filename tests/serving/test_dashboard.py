@@ -27,7 +27,7 @@ from tests.tools import tool
 
 CONFIGURATION = {
     "sparse": {
-        "methods": ["flexprefill", "dhsa", "tidal", "blocktopk"],
+        "methods": ["flexprefill", "dhsa", "tidal", "blocktopk", "tokentopk"],
         "min_tokens": 1024,
         "timing_interval_steps": 2,
         "recall_interval_steps": 2,

@@ -24,7 +24,7 @@ WRONG: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     (
         "preset of a method that is not enabled",
         {"sparse_preset": "balanced"},
-        ("'balanced', whose decode method blocktopk this server does not enable", '"methods": ['),
+        ("'balanced', whose decode method tokentopk this server does not enable", '"methods": ['),
     ),
     ("unknown setting", {"sparse_method": "tidal"}, ("sparse_method", "sparse_prefill, sparse_decode")),
     ("reserved key", {"sparse_resolved": '{"min_tokens":0}'}, ("sparse_resolved", "sparse_prefill, sparse_decode")),
@@ -61,6 +61,11 @@ WRONG: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ),
     ("negative minimum", {**BOTH, "sparse_min_tokens": -1}, ("sparse_min_tokens", "-1", "0 or more")),
     ("recall above 1", {**BOTH, "sparse_min_recall": 1.1}, ("sparse_min_recall", "1.1", "number from 0 to 1")),
+    (
+        "minimum that no number holds",
+        {**BOTH, "sparse_min_tokens": 10**18},
+        ("sparse_min_tokens is 1000000000000000000", "limits.min_tokens", "at most 16777216"),
+    ),
     ("text as minimum", {**BOTH, "sparse_min_tokens": "1k"}, ("sparse_min_tokens", "'1k'", "an integer")),
 )
 
@@ -86,6 +91,100 @@ def test_wrong_settings_are_refused(
     after = server.metrics()
     assert MetricsChange(before, after)("vllm_sparse_requests_total") == 0
     assert after.total("vllm:num_requests_running") == after.total("vllm:num_requests_waiting") == 0
+
+
+# What vLLM's own types refuse elsewhere reaches the plugin here, where extras may be any JSON.
+OWN_TYPES = {"null", "nested object", "not an object", "beyond 64 bits"}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("extras", "expected"),
+    [wrong[1:] for wrong in WRONG if wrong[0] not in OWN_TYPES]
+    + [
+        ({"sparse_prefill": None}, ("sparse_prefill is None", "dense, flexprefill")),
+        ({"sparse": {"prefill": "flexprefill"}}, ("sparse is no setting", "sparse_prefill, sparse_decode")),
+        ({**TIDAL, "tidal_reselect_layers": [[3]]}, ("tidal_reselect_layers", "[[3]]", "a list of integers")),
+    ],
+)
+def test_wrong_settings_of_token_ids_are_refused(
+    server: Server, extras: Any, expected: tuple[str, ...], stream: bool
+) -> None:
+    before = server.metrics()
+    sampling = {"max_tokens": 4, "extra_args": extras}
+    reply = server.post("/inference/v1/generate", {"token_ids": [5] * 4, "sampling_params": sampling, "stream": stream})
+    assert reply.status == 400, reply.raw
+    missing = [part for part in expected if part not in reply.error]
+    assert not missing, reply.error
+    assert MetricsChange(before, server.metrics())("vllm_sparse_requests_total") == 0
+
+
+MESSAGES = [{"role": "user", "content": "Hello."}]
+SCORED = {"query": "Hello.", "items": ["Yes.", "No."], "label_token_ids": [5, 6]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "advice"),
+    [
+        ("/v1/completions", {"prompt": "Hello.", **TIDAL}, "sparse_decode is 'tidal'"),
+        ("/v1/chat/completions", {"messages": MESSAGES, **TIDAL}, "move it to vllm_xargs"),
+        ("/v1/chat/completions/batch", {"messages": [MESSAGES], **TIDAL}, "move it to vllm_xargs"),
+        ("/v1/responses", {"input": "Hello.", "stream": True, **TIDAL}, "move it to vllm_xargs"),
+        ("/v1/messages", {"messages": MESSAGES, "max_tokens": 4, **TIDAL}, "move it to vllm_xargs"),
+        ("/generative_scoring", {**SCORED, "vllm_xargs": TIDAL}, "this kind of request takes no sampling extras"),
+        ("/generative_scoring", {**SCORED, **TIDAL}, "this kind of request takes no sampling extras"),
+        (
+            "/inference/v1/generate",
+            {"token_ids": [5] * 4, "sampling_params": {"max_tokens": 4}, "vllm_xargs": TIDAL},
+            "vllm_xargs.sparse_decode is 'tidal', where it is not read; move it to sampling_params.extra_args",
+        ),
+        (
+            "/inference/v1/generate",
+            {"token_ids": [5] * 4, "sampling_params": {"max_tokens": 4, **TIDAL}},
+            "sampling_params.sparse_decode is 'tidal', where it is not read; move it to sampling_params.extra_args",
+        ),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused(server: Server, path: str, body: dict[str, Any], advice: str) -> None:
+    """They would be dropped without a word."""
+    reply = server.post(path, body)
+    assert reply.status == 400, reply.raw
+    assert "sparse_decode" in reply.error
+    assert advice in reply.error
+
+
+def test_a_batch_of_chats_is_checked_and_served(server: Server) -> None:
+    path, body = "/v1/chat/completions/batch", {"messages": [MESSAGES] * 2, "max_tokens": 2}
+    reply = server.post(path, {**body, "vllm_xargs": {**TIDAL, "tidal_budget_tokens": 8}})
+    assert reply.status == 400, reply.raw
+    assert "tidal_budget_tokens is 8" in reply.error
+    before = server.metrics()
+    assert len(server.post(path, {**body, "vllm_xargs": TIDAL}).texts) == 2
+    assert MetricsChange(before, server.metrics()).requests("decode", "tidal") == 2
+
+
+def test_scores_and_token_ids_are_served(server: Server) -> None:
+    before = server.metrics()
+    assert server.post("/generative_scoring", SCORED).status == 200
+    body = {"token_ids": [5] * 4, "sampling_params": {"max_tokens": 4, "extra_args": TIDAL}}
+    assert server.post("/inference/v1/generate", body).status == 200
+    change = MetricsChange(before, server.metrics())
+    assert change.requests("decode", "dense") == 2
+    assert change.requests("decode", "tidal") == 1
+
+
+def test_token_counts_take_the_bodies_of_other_routes(server: Server) -> None:
+    """Clients count tokens of what they are about to send."""
+    assert server.post("/tokenize", {"messages": MESSAGES, "vllm_xargs": TIDAL}).status == 200
+
+
+def test_each_answer_counts(server: Server) -> None:
+    """As it does in vLLM's metrics and in the histograms of latency."""
+    before = server.metrics()
+    server.complete("Hello.", TIDAL, max_tokens=2, n=3, temperature=1)
+    change = MetricsChange(before, server.metrics())
+    assert change.requests("decode", "tidal") == change("vllm:e2e_request_latency_seconds_count") == 3
+    assert change("vllm_sparse_e2e_request_latency_seconds_count") == 3
 
 
 @pytest.mark.parametrize("key", ["Sparse_Decode", "sparse-decode", "sparseDecode", "tidalBudget"])

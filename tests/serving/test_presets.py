@@ -28,7 +28,7 @@ def test_what_the_default_preset_needs_is_enabled_with_a_line_in_the_log(preset_
         assert set(PRESETS[PRESET].methods(phase)) <= answer[phase]["methods"].keys()
         assert answer[phase]["default"] is None
     log = preset_server.log.read_text()
-    assert log.count(f"blocktopk is enabled because preset {PRESET} needs it") == 1
+    assert log.count(f"tokentopk is enabled because preset {PRESET} needs it") == 1
     assert f"those that name none run prefill by preset {PRESET} and decode by preset {PRESET}" in log
 
 
@@ -90,7 +90,7 @@ def test_wrong_knobs_beside_a_preset_are_refused_before_the_length_is_known(
 ) -> None:
     for extras, message in (
         ({"sparse_preset": "turbo"}, "sparse_preset is 'turbo'; allowed are dense, quality, balanced, fast"),
-        ({"sparse_preset": PRESET, "blocktopk_budget_tokens": 8}, "blocktopk_budget_tokens is 8; an integer"),
+        ({"sparse_preset": PRESET, "tokentopk_budget_tokens": 8}, "tokentopk_budget_tokens is 8; an integer"),
         ({"tidal_budget_tokens": 512}, 'add "sparse_decode": "tidal" or drop the knob'),
     ):
         reply = preset_server.chat("Hello.", extras, stream=stream)

@@ -26,7 +26,7 @@ EXTRAS: tuple[tuple[Any, bool], ...] = (
     ({"sparse_prefill": "flexprefill", "flexprefill_gamma": 1, "flexprefill_faithful": True}, True),
     ({"sparse_decode": "blocktopk", "blocktopk_budget_tokens": 512}, True),
     ({"sparse_preset": "dense", "sparse_decode": "blocktopk"}, True),
-    ({"sparse_preset": "balanced", "sparse_prefill": "flexprefill", "blocktopk_budget_tokens": 5000}, True),
+    ({"sparse_preset": "balanced", "sparse_prefill": "flexprefill", "sparse_decode": "blocktopk"}, True),
     ({"sparse_preset": "balanced"}, False),
     ({"sparse_preset": "turbo"}, False),
     ({"sparse_preset": "dense", "flexprefill_gamma": 0.5}, False),
@@ -140,6 +140,25 @@ def test_a_change_reaches_all_api_servers(changeable: Server) -> None:
         assert MetricsChange(between, after).requests("prefill", "dense") == 0
         defaults = [changeable.call("GET", METHODS).json()["vllm_xargs"]["properties"] for _ in range(MANY)]
         assert {found["flexprefill_gamma"]["default"] for found in defaults} == {0.5 + round_number / 10}
+
+
+def test_limits_change_while_the_server_runs(changeable: Server) -> None:
+    """On all API servers, for streams too, and in the schema."""
+    extras = {"flexprefill_min_budget_tokens": 512}
+    assert changeable.complete("Hello.", extras, max_tokens=1).status == 200
+    assert put(changeable, {"limits": {"budget_tokens": 400}}).status_code == 200
+    before = changeable.metrics()
+    for number in range(MANY):
+        reply = changeable.complete("Hello.", extras, max_tokens=1, stream=number % 2 == 1)
+        assert reply.status == 400, reply.raw
+        assert (
+            "flexprefill_min_budget_tokens is 512; limits.budget_tokens of this server allows at most 400"
+            in reply.error
+        )
+    assert MetricsChange(before, changeable.metrics())("vllm_sparse_requests_total") == 0
+    schema = changeable.call("GET", METHODS).json()["vllm_xargs"]["properties"]
+    assert schema["flexprefill_min_budget_tokens"]["maximum"] == 400
+    assert put(changeable, {"limits": {"stages": 0}}).status_code == 400
 
 
 def test_changes_are_logged_by_the_api_server_that_made_them(changeable: Server) -> None:

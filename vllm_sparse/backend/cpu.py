@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -61,30 +60,36 @@ class SparseCpuImpl(SparseAttentionImpl, CPUAttentionBackendImpl):
     def dense_subset(
         self, layer: Any, query: torch.Tensor, metadata: CPUAttentionMetadata, spans: list[RowSpan]
     ) -> CPUAttentionMetadata:
-        subset = copy.copy(metadata)
         rows = torch.tensor([span.row for span in spans])
         lengths = torch.tensor([0, *(span.query_tokens for span in spans)])
-        subset.num_actual_tokens = int(lengths.sum())
-        subset.max_query_len = max(span.query_tokens for span in spans)
-        subset.max_seq_len = max(span.seq_len for span in spans)
-        subset.query_start_loc = lengths.cumsum(0).to(torch.int32)
-        subset.seq_lens = metadata.seq_lens[rows]
-        subset.block_table = metadata.block_table[rows]
-        subset.scheduler_metadata = ops.cpu_attn_get_scheduler_metadata(
+        query_starts = lengths.cumsum(0).to(torch.int32)
+        seq_lens = metadata.seq_lens[rows]
+        schedule = ops.cpu_attn_get_scheduler_metadata(
             num_reqs=len(spans),
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_size,
-            seq_lens=subset.seq_lens,
+            seq_lens=seq_lens,
             dtype=query.dtype,
-            query_start_loc=subset.query_start_loc,
+            query_start_loc=query_starts,
             causal=True,
             sliding_window_size=-1,
             isa=layer.isa,
             enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
             kv_cache_dtype=self.kv_cache_dtype,
         )
-        return subset
+        # Made anew, not copied: whatever else the step's metadata holds is of the whole batch.
+        return CPUAttentionMetadata(
+            num_actual_tokens=int(lengths.sum()),
+            max_query_len=max(span.query_tokens for span in spans),
+            query_start_loc=query_starts,
+            max_seq_len=max(span.seq_len for span in spans),
+            seq_lens=seq_lens,
+            block_table=metadata.block_table[rows],
+            slot_mapping=metadata.slot_mapping,
+            scheduler_metadata=schedule,
+            causal=metadata.causal,
+        )
 
 
 class SparseCpuBackend(SparseDeclarations, CPUAttentionBackend):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
 from itertools import accumulate
@@ -169,19 +168,18 @@ class SparseFlashAttentionImpl(SparseAttentionImpl, FlashAttentionImpl):
     def dense_subset(
         self, layer: Any, query: torch.Tensor, metadata: FlashAttentionMetadata, spans: list[RowSpan]
     ) -> FlashAttentionMetadata:
-        subset = copy.copy(metadata)
         device = metadata.seq_lens.device
         rows = indices_on(device, [span.row for span in spans])
         starts = [0, *accumulate(span.query_tokens for span in spans)]
-        subset.num_actual_tokens = starts[-1]
-        subset.max_query_len = max(span.query_tokens for span in spans)
-        subset.max_seq_len = max(span.seq_len for span in spans)
-        subset.query_start_loc = to_device(torch.tensor(starts, dtype=torch.int32), device)
-        subset.seq_lens = metadata.seq_lens[rows]
-        subset.block_table = metadata.block_table[rows]
-        # The kernel schedules itself; the stored schedule is for the whole batch.
-        subset.scheduler_metadata = None
-        return subset
+        return _of_other_rows(
+            metadata,
+            num_actual_tokens=starts[-1],
+            max_query_len=max(span.query_tokens for span in spans),
+            max_seq_len=max(span.seq_len for span in spans),
+            query_start_loc=to_device(torch.tensor(starts, dtype=torch.int32), device),
+            seq_lens=metadata.seq_lens[rows],
+            block_table=metadata.block_table[rows],
+        )
 
     def dense_rows(
         self,
@@ -190,15 +188,30 @@ class SparseFlashAttentionImpl(SparseAttentionImpl, FlashAttentionImpl):
         block_table: torch.Tensor,
         query_starts: torch.Tensor,
     ) -> FlashAttentionMetadata:
-        subset = copy.copy(metadata)
-        subset.num_actual_tokens = seq_lens.shape[0]
-        subset.max_query_len = 1
-        subset.query_start_loc = query_starts
-        subset.seq_lens = seq_lens
-        subset.block_table = block_table
-        # As above: the stored schedule is for other lengths.
-        subset.scheduler_metadata = None
-        return subset
+        return _of_other_rows(
+            metadata,
+            num_actual_tokens=seq_lens.shape[0],
+            max_query_len=1,
+            max_seq_len=metadata.max_seq_len,
+            query_start_loc=query_starts,
+            seq_lens=seq_lens,
+            block_table=block_table,
+        )
+
+
+def _of_other_rows(metadata: FlashAttentionMetadata, **rows: Any) -> FlashAttentionMetadata:
+    """Metadata of other rows than a step's.
+
+    Made anew, not copied: whatever else the step's holds, such as the kernel's schedule or a prefix of all rows, is of
+    the whole batch. Of other rows it is what the class starts with: the kernel schedules itself.
+
+    Args:
+        metadata: of the whole step.
+        rows: what describes the rows.
+    """
+    return FlashAttentionMetadata(
+        slot_mapping=metadata.slot_mapping, max_num_splits=metadata.max_num_splits, causal=metadata.causal, **rows
+    )
 
 
 class SparseFlashAttentionBackend(SparseDeclarations, FlashAttentionBackend):

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -14,6 +15,7 @@ from vllm.v1.attention.backend import AttentionType
 
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.server import server_config
+from vllm_sparse.kernels.top_coded_tokens.cuda import PAGES
 from vllm_sparse.methods.decode import DecodeMethod
 from vllm_sparse.methods.registry import SUMMARISING_METHODS
 from vllm_sparse.step.requests import TABLE
@@ -23,8 +25,14 @@ if TYPE_CHECKING:
 
     from vllm_sparse.kernels.page_summaries import SummaryKind
 
+logger = logging.getLogger("vllm.sparse")
+
 FLASH_ATTENTION_VERSION = 3
 ADVICE = "serve without --attention-backend sparse, or change that setting"
+
+# KV connectors of vLLM that find blocks by its block hashes, which chain the cache salt, or by the salt itself. What a
+# sparse request wrote is found there by requests of equal settings only, as in the prefix cache.
+SALTED_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector", "LMCacheMPConnector")
 
 Subject = TypeVar("Subject")
 
@@ -60,6 +68,30 @@ class Server:
         layers: int = self.config.model_config.get_total_num_hidden_layers()
         return layers
 
+    @property
+    def unsalted_connectors(self) -> list[str]:
+        """KV connectors, those within others too, by which blocks of a sparse request may reach any other request."""
+        transfer = self.config.kv_transfer_config
+        if transfer is None or transfer.kv_connector is None:
+            return []
+        return _unsalted(
+            {
+                "kv_connector": transfer.kv_connector,
+                "kv_connector_module_path": transfer.kv_connector_module_path,
+                "kv_connector_extra_config": transfer.kv_connector_extra_config,
+            }
+        )
+
+
+def _unsalted(connector: Mapping[str, Any]) -> list[str]:
+    """`Server.unsalted_connectors` of a connector's configuration, as vLLM writes it."""
+    name, module = connector["kv_connector"], connector.get("kv_connector_module_path")
+    if name == "MultiConnector" and not module:
+        inner = connector.get("kv_connector_extra_config", {}).get("connectors", [])
+        return [unsalted for one in inner for unsalted in _unsalted(one)]
+    # A module of its own may give another connector a name of vLLM's.
+    return [] if name in SALTED_CONNECTORS and not module else [f"{module}.{name}" if module else name]
+
 
 @dataclass(frozen=True)
 class Summarised:
@@ -80,6 +112,13 @@ class Summarised:
 
 SERVER_REFUSALS: tuple[Refusal[Server], ...] = (
     Refusal(
+        lambda server: server.config.model_config.runner_type == "pooling",
+        lambda server: (
+            "attention backend sparse does not support pooling models (embedding, classification, scoring): its "
+            "settings are those of generations; serve without --attention-backend sparse"
+        ),
+    ),
+    Refusal(
         lambda server: server.config.parallel_config.pipeline_parallel_size > 1,
         lambda server: f"attention backend sparse does not support pipeline parallelism yet; {ADVICE}",
     ),
@@ -92,6 +131,15 @@ SERVER_REFUSALS: tuple[Refusal[Server], ...] = (
         lambda server: (
             "attention backend sparse does not support speculative decoding on model runner V1, which hands no "
             f"sampling parameters to plugins then; {ADVICE}"
+        ),
+    ),
+    Refusal(
+        lambda server: bool(server.unsalted_connectors),
+        lambda server: (
+            f"attention backend sparse does not work with KV connector {', '.join(server.unsalted_connectors)}: it "
+            "finds blocks neither by vLLM's block hashes nor by the cache salt, so it would hand keys and values of a "
+            "sparse request to dense requests and to those of other settings; serve without it, with one of "
+            f"{', '.join(SALTED_CONNECTORS)} in its place, or without --attention-backend sparse"
         ),
     ),
     Refusal(
@@ -197,6 +245,13 @@ def check_summaries(vllm_config: VllmConfig, block_size_tokens: int) -> None:
         assert isinstance(method, DecodeMethod)
         assert method.summaries is not None
         _refuse(SUMMARY_REFUSALS, Summarised(vllm_config, name, method.summaries, block_size_tokens))
+        pages = method.summaries.page_tokens
+        if method.summaries.content == "codes" and pages < block_size_tokens and block_size_tokens in PAGES:
+            logger.warning(
+                "%s codes keys in pages of %d tokens, and the cache's blocks have %d: each step codes the newest block "
+                'again before it chooses. {"sparse": {"%s": {"page_tokens": %d}}} in --additional-config saves that.',
+                *(name, pages, block_size_tokens, name, block_size_tokens),
+            )
 
 
 def check_layer(impl: Any) -> None:

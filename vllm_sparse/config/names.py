@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -38,6 +38,11 @@ def is_sparse_key(key: str) -> bool:
     ``hipster``, are not.
     """
     return _OWN_KEY.match(key) is not None
+
+
+def sparse_keys(extras: Iterable[str]) -> list[str]:
+    """Those sampling extras that are meant for this plugin."""
+    return [key for key in extras if is_sparse_key(key)]
 
 
 def split_key(key: str) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vllm_sparse.config.former_names import present_extras
+from vllm_sparse.config.limits import WHERE_TO_SET
 from vllm_sparse.config.messages import SparseParamsError, allowed_values, how_to_choose, knob_error, knob_list
 from vllm_sparse.config.names import (
     DENSE,
@@ -34,7 +35,7 @@ from vllm_sparse.config.names import (
 from vllm_sparse.config.presets import PRESETS, Choice, Tier
 from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.methods.decode import DecodeMethod
-from vllm_sparse.methods.knobs import KnobError
+from vllm_sparse.methods.knobs import UNBOUNDED_TOKENS, KnobError
 from vllm_sparse.methods.prefill import PrefillMethod
 
 # Where admission leaves the resolved parameters for the workers. Clients cannot send it: unknown sparse_* keys are
@@ -182,6 +183,14 @@ def _resolve(extras: Mapping[str, Any], config: ServerConfig, num_layers: int) -
             "sparse_min_tokens",
             min_tokens,
             f"sparse_min_tokens is {min_tokens!r}; an integer of 0 or more is allowed (tokens of context)",
+        )
+    most = max(config.limits.min_tokens, config.min_tokens)
+    if min_tokens > most:
+        raise SparseParamsError(
+            "sparse_min_tokens",
+            min_tokens,
+            f"sparse_min_tokens is {min_tokens!r}; limits.min_tokens of this server allows at most {most} tokens; ask "
+            f"for less, or raise it up to {UNBOUNDED_TOKENS} {WHERE_TO_SET}",
         )
     min_recall = extras.get("sparse_min_recall", config.min_recall)
     if not isinstance(min_recall, int | float) or isinstance(min_recall, bool) or not 0 <= min_recall <= 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 from vllm_sparse.config.request import SparseParams
 
@@ -12,7 +13,7 @@ SALT_MARK = "|sparse:"
 SELECTION_VERSION = 2
 
 
-def cache_salt(params: SparseParams, user_salt: str | None) -> str | None:
+def cache_salt(params: SparseParams, user_salt: str | None, first_token: int = 0) -> str | None:
     """Salt of a request: the user's own for a dense request, else one that only requests with equal settings share.
 
     It covers the settings of both phases, because blocks written while decoding are cached too, and the contents of
@@ -21,10 +22,27 @@ def cache_salt(params: SparseParams, user_salt: str | None) -> str | None:
     Args:
         params: the request's settings.
         user_salt: vLLM's ``cache_salt`` of the request.
+        first_token: index of the first token that a sparse step may write; blocks before it are shared with dense
+            requests (`split_salt`).
     """
     if params.is_dense:
         return user_salt
     fingerprints = [method.fingerprint for method in (params.prefill, params.decode) if method is not None]
     identity = "".join([params.serialize(), *fingerprints])
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    return f"{user_salt or ''}{SALT_MARK}{SELECTION_VERSION}:{digest}"
+    since = f":{first_token}" if first_token else ""
+    return f"{user_salt or ''}{SALT_MARK}{SELECTION_VERSION}:{digest}{since}"
+
+
+@lru_cache(maxsize=1024)
+def split_salt(salt: str | None) -> tuple[str, str, int]:
+    """The user's salt, that of the settings, and the index of the token from which on the latter counts.
+
+    Args:
+        salt: of a request, as `cache_salt` made it, or any other, which counts from 0.
+    """
+    user, mark, own = (salt or "").rpartition(SALT_MARK)
+    if not mark:
+        return salt or "", "", 0
+    version, digest, *since = own.split(":")
+    return user, f"{mark}{version}:{digest}", int(since[0]) if since else 0

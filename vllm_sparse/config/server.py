@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from vllm_sparse.config.former_names import present_settings
+from vllm_sparse.config.limits import Limits
 from vllm_sparse.config.messages import SparseParamsError, knob_error, knob_list
 from vllm_sparse.config.names import METHODS, PHASES, phases_of, phases_with
 from vllm_sparse.config.presets import PRESETS
@@ -59,7 +60,8 @@ def check_settings(settings: object, num_layers: int, num_query_heads: int) -> S
     except ValidationError as error:
         detail = error.errors()[0]
         key = ".".join(["sparse", *(str(part) for part in detail["loc"])])
-        allowed = f"; there are {', '.join(ServerConfig.model_fields)}" if detail["type"] == "extra_forbidden" else ""
+        known = (Limits if key.startswith("sparse.limits.") else ServerConfig).model_fields
+        allowed = f"; there are {', '.join(known)}" if detail["type"] == "extra_forbidden" else ""
         raise ValueError(f"{key} is {detail.get('input')!r}: {detail['msg']}{allowed}") from error
     for name in METHODS:
         # Knobs in the configuration are checked as a request's would be, whether or not the method is a default.

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 
+from vllm_sparse.config.limits import Limits
 from vllm_sparse.config.names import DENSE, METHODS
+from vllm_sparse.methods.knobs import UNBOUNDED_TOKENS
 from vllm_sparse.methods.registry import DEFAULT_METHODS
 
 
@@ -31,6 +33,7 @@ class ServerSettings(BaseModel):
         timing_interval_steps: in one of so many steps with sparse rows, selection and attention are timed; 0: never.
         recall_interval_steps: in one of so many with sparse rows of a phase, the recall of one row in one layer is
             measured; 0: never.
+        limits: the most that requests may ask for.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -39,13 +42,14 @@ class ServerSettings(BaseModel):
     prefill: str | None = None
     decode: str | None = None
     methods: tuple[str, ...] = Field(default=DEFAULT_METHODS, strict=False)
-    min_tokens: int = Field(default=8192, ge=0)
+    min_tokens: int = Field(default=8192, ge=0, le=UNBOUNDED_TOKENS)
     min_recall: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
     unprofitable: Literal["dense", "sparse"] = "dense"
     decode_in_batches: bool = True
     decode_list_tokens: int = Field(default=4352, ge=16, le=1 << 24)
     timing_interval_steps: int = Field(default=100, ge=0)
     recall_interval_steps: int = Field(default=200, ge=0)
+    limits: Limits = Limits()
 
     @field_validator("methods")
     @classmethod

@@ -18,6 +18,7 @@ from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.decode import TopTokensMethod
 from vllm_sparse.methods.knobs import (
     KNOBS,
+    LIMITED_BUDGET,
     BudgetTokens,
     DenseLayers,
     ListPer,
@@ -49,7 +50,9 @@ class PrefillBaseline(PrefillMethod):
         Field(gt=0, le=1, allow_inf_nan=False, description="share of the tokens in reach that a query block reads"),
     ] = 0.125
     sink_tokens: SinkTokens = 128
-    recent_tokens: Annotated[int, Field(ge=0, le=1 << 16, description="tokens before a query block, always read")] = 128
+    recent_tokens: Annotated[
+        int, Field(ge=0, le=1 << 16, description="tokens before a query block, always read"), LIMITED_BUDGET
+    ] = 128
     dense_layers: DenseLayers = 0
     query_block_tokens: QueryBlockTokens = 128
     list_per: ListPer = "query_head"

@@ -25,7 +25,9 @@ from vllm_sparse.kernels.page_list import ListGrid, block_lists, query_blocks, w
 from vllm_sparse.kernels.page_summaries import SummaryKind, chunk_summaries, page_summaries
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.knobs import (
+    COMPILES,
     KNOBS,
+    LIMITED_BUDGET,
     UNBOUNDED_TOKENS,
     DenseLayers,
     KnobError,
@@ -112,10 +114,10 @@ class Dhsa(PrefillMethod):
     }
 
     key_blocks: Annotated[
-        Literal["page", "adaptive"], Field(description="cut keys at fixed lengths, or where they change")
+        Literal["page", "adaptive"], Field(description="cut keys at fixed lengths, or where they change"), COMPILES
     ] = "page"
     key_block_tokens: Annotated[
-        Literal[16, 32, 64, 128], Field(description="tokens of a key block of fixed length")
+        Literal[16, 32, 64, 128], Field(description="tokens of a key block of fixed length"), COMPILES
     ] = 32
     boundary_threshold: Annotated[
         float, Field(ge=0, le=2, allow_inf_nan=False, description="least 1 - cosine of the keys around a boundary")
@@ -131,15 +133,20 @@ class Dhsa(PrefillMethod):
     density: Annotated[
         float,
         Field(gt=0, le=1, allow_inf_nan=False, description="share of the tokens in reach that a query block reads"),
-    ] = 0.125
+    ] = 0.16
     budget_tokens: Annotated[
         int,
         Field(ge=0, le=UNBOUNDED_TOKENS, description="tokens that a query block reads, in place of density; 0: off"),
+        LIMITED_BUDGET,
     ] = 0
     sink_tokens: SinkTokens = 128
-    recent_tokens: Annotated[int, Field(ge=0, le=1 << 16, description="tokens before a query block, always read")] = 128
+    recent_tokens: Annotated[
+        int, Field(ge=0, le=1 << 16, description="tokens before a query block, always read"), LIMITED_BUDGET
+    ] = 128
     dense_tail_tokens: Annotated[
-        int, Field(ge=0, le=1 << 16, description="last tokens of the prompt, whose query blocks read everything")
+        int,
+        Field(ge=0, le=1 << 16, description="last tokens of the prompt, whose query blocks read everything"),
+        LIMITED_BUDGET,
     ] = 64
     scores_per: ScoresPer = "query_head"
     dense_layers: DenseLayers = 0

@@ -18,7 +18,7 @@ from vllm_sparse.kernels.flex_lines.reference import with_forced
 from vllm_sparse.kernels.flex_pattern import pooled_distance
 from vllm_sparse.kernels.page_list import query_blocks
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.knobs import KNOBS, DenseLayers, KnobError, ListPer, QueryBlockTokens
+from vllm_sparse.methods.knobs import KNOBS, LIMITED_BUDGET, DenseLayers, KnobError, ListPer, QueryBlockTokens
 from vllm_sparse.methods.prefill import Layer, PrefillMethod, density_at, mean_reach
 
 BLOCK_TOKENS = 128
@@ -56,10 +56,10 @@ class FlexPrefill(PrefillMethod):
         float, Field(ge=0, le=1, allow_inf_nan=False, description="distance below which the pooled map is trusted")
     ] = 0.1
     min_budget_tokens: Annotated[
-        int, Field(ge=0, le=1 << 24, description="least tokens of columns and of diagonals")
+        int, Field(ge=0, le=1 << 24, description="least tokens of columns and of diagonals"), LIMITED_BUDGET
     ] = 1024
     max_budget_tokens: Annotated[
-        int, Field(ge=128, le=1 << 24, description="most tokens of columns and of diagonals")
+        int, Field(ge=128, le=1 << 24, description="most tokens of columns and of diagonals"), LIMITED_BUDGET
     ] = 1 << 24
     dense_layers: DenseLayers = 0
     query_block_tokens: QueryBlockTokens = 128

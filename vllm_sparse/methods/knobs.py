@@ -11,19 +11,38 @@ KNOBS = ConfigDict(extra="forbid", strict=True)
 # A number of tokens that no context reaches: where a knob takes it, it means "all".
 UNBOUNDED_TOKENS = 1 << 24
 
+# Limits of the server for knobs of requests (`config.limits`); a knob's JSON schema says which one it has.
+LimitName = Literal["budget_tokens", "stages", "list_per", "query_block_tokens"]
+LIMITED_BUDGET = Field(json_schema_extra={"limit": "budget_tokens"})
+LIMITED_STAGES = Field(json_schema_extra={"limit": "stages"})
+# On a GPU other values need other kernels.
+COMPILES = Field(json_schema_extra={"compiles": True})
+
 DenseLayers = Annotated[int, Field(ge=0, le=1024, description="first layers, left dense")]
-QueryBlockTokens = Annotated[Literal[64, 128], Field(description="query tokens that share a list")]
+QueryBlockTokens = Annotated[
+    Literal[64, 128],
+    Field(
+        description="query tokens that share a list",
+        json_schema_extra={"limit": "query_block_tokens", "compiles": True},
+    ),
+]
 ListPer = Annotated[
     Literal["query_head", "kv_head"],
-    Field(description="heads that share a list; kv_head reads what any query head of its group chose"),
+    Field(
+        description="heads that share a list; kv_head reads what any query head of its group chose",
+        json_schema_extra={"limit": "list_per", "compiles": True},
+    ),
 ]
 ScoresPer = Annotated[
     Literal["query_head", "kv_head", "layer"],
     Field(description="heads that share scores: none, a KV head's query heads, all"),
+    COMPILES,
 ]
-BudgetTokens = Annotated[int, Field(ge=16, le=UNBOUNDED_TOKENS, description="tokens read by a sparse layer")]
-SinkTokens = Annotated[int, Field(ge=0, le=1 << 16, description="first tokens, always read")]
-RecentTokens = Annotated[int, Field(ge=0, le=1 << 16, description="last tokens, always read")]
+BudgetTokens = Annotated[
+    int, Field(ge=16, le=UNBOUNDED_TOKENS, description="tokens read by a sparse layer"), LIMITED_BUDGET
+]
+SinkTokens = Annotated[int, Field(ge=0, le=1 << 16, description="first tokens, always read"), LIMITED_BUDGET]
+RecentTokens = Annotated[int, Field(ge=0, le=1 << 16, description="last tokens, always read"), LIMITED_BUDGET]
 DenseEverySteps = Annotated[
     int,
     Field(
@@ -34,7 +53,9 @@ DenseEverySteps = Annotated[
     ),
 ]
 DenseTailTokens = Annotated[
-    int, Field(ge=0, le=1 << 16, description="last queries of each chunk, whose query blocks read everything")
+    int,
+    Field(ge=0, le=1 << 16, description="last queries of each chunk, whose query blocks read everything"),
+    LIMITED_BUDGET,
 ]
 
 

@@ -38,6 +38,8 @@ class Layer:
 
 # Of the real texts of 8K tokens whose densities methods expect.
 MEASURED_REACH_TOKENS = 4096
+# Of a page in a list's choice: a mark, a 32-bit score and a 32-bit entry.
+PAGE_ENTRY_BYTES = 9
 
 
 def mean_reach(query_tokens: int, seq_len: int) -> float:
@@ -97,6 +99,18 @@ class PrefillMethod(Method):
             query_tokens: of the prompt chunk.
             seq_len: tokens in the request's cache, those of the chunk included.
         """
+
+    def selection_bytes(self, query_tokens: int, seq_len: int, query_heads: int, kv_heads: int) -> int:
+        """Memory that choosing for a prompt chunk takes at the most: marks, scores and list entries of all pages.
+
+        Args:
+            query_tokens: of the prompt chunk.
+            seq_len: tokens in the request's cache, those of the chunk included.
+            query_heads: of this process.
+            kv_heads: of this process.
+        """
+        rows = self.list_heads(query_heads, kv_heads) * -(-query_tokens // self.query_block_tokens)
+        return rows * -(-seq_len // self.page_tokens) * PAGE_ENTRY_BYTES
 
     def list_heads(self, query_heads: int, kv_heads: int) -> int:
         """Number of heads that have lists of their own."""

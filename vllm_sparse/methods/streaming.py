@@ -13,7 +13,15 @@ from vllm_sparse.kernels.page_list import query_blocks
 from vllm_sparse.kernels.top_tokens import TokenBudget, top_pages, top_tokens
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.decode import LayerMemory, TopTokensMethod
-from vllm_sparse.methods.knobs import KNOBS, UNBOUNDED_TOKENS, DenseLayers, ListPer, QueryBlockTokens, SinkTokens
+from vllm_sparse.methods.knobs import (
+    KNOBS,
+    LIMITED_BUDGET,
+    UNBOUNDED_TOKENS,
+    DenseLayers,
+    ListPer,
+    QueryBlockTokens,
+    SinkTokens,
+)
 from vllm_sparse.methods.prefill import Layer, PrefillMethod, mean_reach
 from vllm_sparse.pages import PageList
 from vllm_sparse.step.roles import Role
@@ -21,7 +29,9 @@ from vllm_sparse.step.rows import DecodeRows, RowScores, RowsPlace, TokenLists
 
 PAGE_TOKENS = 32
 WindowTokens = Annotated[
-    int, Field(ge=1, le=UNBOUNDED_TOKENS, description="last tokens, the query's own included, always read")
+    int,
+    Field(ge=1, le=UNBOUNDED_TOKENS, description="last tokens, the query's own included, always read"),
+    LIMITED_BUDGET,
 ]
 
 

@@ -14,7 +14,7 @@ from vllm_sparse.kernels.top_coded_tokens import top_coded_tokens
 from vllm_sparse.kernels.top_tokens import TokenBudget, best_of_pages, top_pages
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.decode import LayerMemory, TopTokensMethod, choosing_in_each_layer
-from vllm_sparse.methods.knobs import KNOBS, BudgetTokens, DenseLayers, RecentTokens, SinkTokens
+from vllm_sparse.methods.knobs import KNOBS, BudgetTokens, DenseLayers, KnobError, RecentTokens, SinkTokens
 from vllm_sparse.pages import PageList
 from vllm_sparse.step.roles import Role
 from vllm_sparse.step.rows import DecodeRows, RowsPlace, TokenLists
@@ -34,7 +34,7 @@ class TokenTopk(TopTokensMethod):
     executor's pages are coarser than a token, a page is worth its best token.
 
     Codes take 1/16 of the KV cache, and their pages' steps ``1 / page_tokens`` of it with 16-bit numbers, so
-    `page_tokens` is the server's choice. Choosing is fastest where a page is a block of the cache.
+    `page_tokens` is the server's choice. On a GPU choosing is fastest where a page is a block of the cache, 128 tokens.
     """
 
     name: ClassVar[str] = "tokentopk"
@@ -42,15 +42,20 @@ class TokenTopk(TopTokensMethod):
     enabled_by_default: ClassVar[bool] = False
     server_knobs: ClassVar[tuple[str, ...]] = ("page_tokens",)
     scores_tokens: ClassVar[bool] = True
-    shares_lists: ClassVar[bool] = False
 
     budget_tokens: BudgetTokens = 2048
     sink_tokens: SinkTokens = 16
     recent_tokens: RecentTokens = 64
     dense_layers: DenseLayers = 2
-    page_tokens: Annotated[Literal[16, 32, 64, 128], Field(description="tokens that share a channel's steps")] = 128
+    reuse_layers: Annotated[
+        tuple[Annotated[int, Field(strict=True)], ...],
+        Field(description="layers that read the list of the layer before them and choose none", strict=False),
+    ] = ()
+    page_tokens: Annotated[Literal[16, 32, 64, 128], Field(description="tokens that share a channel's steps")] = 32
 
     def __post_init__(self) -> None:
+        # Equal sets of layers are equal settings, which share cached blocks.
+        object.__setattr__(self, "reuse_layers", tuple(sorted(set(self.reuse_layers))))
         self.check_budget()
 
     @property
@@ -58,7 +63,18 @@ class TokenTopk(TopTokensMethod):
         return SummaryKind(self.page_tokens, "codes")
 
     def layer_roles(self, num_layers: int) -> list[Role]:
-        return choosing_in_each_layer(self.dense_layers, num_layers)
+        roles = choosing_in_each_layer(self.dense_layers, num_layers)
+        first = self.dense_layers + 1
+        for layer in self.reuse_layers:
+            if not first <= layer < num_layers:
+                raise KnobError(
+                    "reuse_layers",
+                    list(self.reuse_layers),
+                    f"this model has {num_layers} layers and chooses first in layer {first - 1}, so layers {first} to "
+                    f"{num_layers - 1} are allowed",
+                )
+            roles[layer] = Role.READ
+        return roles
 
     def select(
         self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory

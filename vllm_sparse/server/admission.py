@@ -1,8 +1,7 @@
 """Admission of requests: check and resolve their sparse settings, count them, salt the prefix cache.
 
 `admit` runs where vLLM turns any request, online or offline, into an engine request (`hooks.input_processor`). HTTP
-streams have begun by then, so `check_parsed` is the same check where a request is still answered with a status code
-(`hooks.request_protocol`).
+streams have begun by then, so `server.door` makes the same check where a request is still answered with a status code.
 """
 
 from __future__ import annotations
@@ -12,34 +11,37 @@ from typing import TYPE_CHECKING, Any
 import prometheus_client
 
 from vllm_sparse.config.messages import SparseParamsError
-from vllm_sparse.config.names import DENSE, is_sparse_key
+from vllm_sparse.config.names import DENSE, sparse_keys
 from vllm_sparse.config.request import ALL_DENSE, RESOLVED_KEY, ParamsByLength, SparseParams, resolve_by_length
 from vllm_sparse.config.salt import SALT_MARK, cache_salt
 from vllm_sparse.config.server import server_config, uses_sparse_backend
 from vllm_sparse.server.decode_room import check_request
+from vllm_sparse.server.limits import check_limits
 from vllm_sparse.server.runtime_config import running_config
+from vllm_sparse.step.eligibility import longest_dense_seq_len
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from vllm.config import VllmConfig
 
+# vLLM counts each of the n answers that a request asks for, and so do the histograms of latency.
 REQUESTS = prometheus_client.Counter(
-    "vllm_sparse_requests", "Requests admitted, by the method that each phase asks for.", ["phase", "method"]
+    "vllm_sparse_requests",
+    "Answers admitted (n for a request that asks for n), by the method that each phase asks for.",
+    ["phase", "method"],
 )
 PRESETS_USED = prometheus_client.Counter(
-    "vllm_sparse_presets", "Requests admitted, by the preset that chooses in a phase.", ["preset"]
+    "vllm_sparse_presets",
+    "Answers admitted (n for a request that asks for n), by the preset that chooses in a phase.",
+    ["preset"],
 )
 
-# On sampling parameters (`keep_checked`).
+# On sampling parameters (`server.door.keep_checked`).
 CHECKED_ATTRIBUTE = "_sparse_checked"
 
 
-def _sparse_keys(extras: Mapping[str, Any]) -> list[str]:
-    return [key for key in extras if is_sparse_key(key)]
-
-
-def _check_salt(salt: str | None) -> None:
+def check_salt(salt: str | None) -> None:
     """Refuse a client's salt that imitates a sparse request's, which would open its cached blocks to others.
 
     Raises:
@@ -55,11 +57,11 @@ def resolve_for(vllm_config: VllmConfig, extras: Mapping[str, Any]) -> ParamsByL
     """Resolve a request's extras for a server, for prompts of every length.
 
     Raises:
-        SparseParamsError: the settings are wrong, the server runs another attention backend, or its CUDA graphs have no
-            room for the request.
+        SparseParamsError: the settings are wrong or beyond the server's limits, it runs another attention backend, or
+            its CUDA graphs have no room for the request.
     """
     if not uses_sparse_backend(vllm_config):
-        keys = _sparse_keys(extras)
+        keys = sparse_keys(extras)
         if keys:
             raise SparseParamsError(
                 keys[0],
@@ -69,12 +71,15 @@ def resolve_for(vllm_config: VllmConfig, extras: Mapping[str, Any]) -> ParamsByL
             )
         return ParamsByLength(DENSE, ((0, ALL_DENSE),))
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-    settings = resolve_by_length(extras, running_config(server_config(vllm_config)).config, num_layers)
+    config = running_config(server_config(vllm_config)).config
+    settings = resolve_by_length(extras, config, num_layers)
+    check_limits(vllm_config, config, extras, settings)
     check_request(vllm_config, extras, settings)
     return settings
 
 
-def _as_vllm_error(error: SparseParamsError) -> Exception:
+def as_vllm_error(error: SparseParamsError) -> Exception:
+    """The error as vLLM answers it: HTTP 400 that names the parameter."""
     from vllm.exceptions import VLLMValidationError
 
     parameter = error.key if error.key == "cache_salt" else f"vllm_xargs.{error.key}"
@@ -99,22 +104,23 @@ def admit(vllm_config: VllmConfig, params: Any, build: Callable[[], Any]) -> Any
         settings = getattr(params, CHECKED_ATTRIBUTE, None) or resolve_for(vllm_config, params.extra_args or {})
         request = build()
         if uses_sparse_backend(vllm_config):
-            _check_salt(request.cache_salt)
+            check_salt(request.cache_salt)
     except SparseParamsError as error:
-        raise _as_vllm_error(error) from error
+        raise as_vllm_error(error) from error
     if not uses_sparse_backend(vllm_config):
         return request
     resolved = settings.at(_prompt_tokens(request))
     if settings.preset != DENSE:
-        PRESETS_USED.labels(settings.preset).inc()
-    REQUESTS.labels("prefill", resolved.prefill.name if resolved.prefill else DENSE).inc()
-    REQUESTS.labels("decode", resolved.decode.name if resolved.decode else DENSE).inc()
+        PRESETS_USED.labels(settings.preset).inc(params.n)
+    REQUESTS.labels("prefill", resolved.prefill.name if resolved.prefill else DENSE).inc(params.n)
+    REQUESTS.labels("decode", resolved.decode.name if resolved.decode else DENSE).inc(params.n)
     if not resolved.is_dense:
         extra_args = dict(request.sampling_params.extra_args or {})
         extra_args[RESOLVED_KEY] = resolved.serialize()
         request.sampling_params.extra_args = extra_args
-        if _may_become_sparse(request, resolved):
-            request.cache_salt = cache_salt(resolved, request.cache_salt)
+        first_token = first_sparse_token(request, resolved)
+        if first_token is not None:
+            request.cache_salt = cache_salt(resolved, request.cache_salt, first_token)
     return request
 
 
@@ -123,47 +129,24 @@ def _prompt_tokens(request: Any) -> int:
     return len(request.prompt_embeds if request.prompt_token_ids is None else request.prompt_token_ids)
 
 
-def _may_become_sparse(request: Any, resolved: SparseParams) -> bool:
-    """Whether the request can reach `min_tokens`; else each of its steps is dense, and so are its cached blocks."""
-    if not request.prompt_token_ids or request.resumable or request.sampling_params.max_tokens is None:
-        return True
-    return bool(len(request.prompt_token_ids) + request.sampling_params.max_tokens >= resolved.min_tokens)
+def first_sparse_token(request: Any, resolved: SparseParams) -> int | None:
+    """Index of the first token that a sparse step may write; None: each of the request's steps is dense.
 
-
-def check_parsed(
-    vllm_config: VllmConfig, extras: Mapping[str, Any], salt: str | None, beam_search: bool
-) -> ParamsByLength:
-    """Check a request's settings while it is parsed, when a stream too can still be answered HTTP 400.
-
-    The prompt's length is not known yet, so a preset is checked for every length.
+    Where the prompt has a method it is 0, however short the prompt is: a preempted request comes back with what it
+    generated as part of its prompt, and the chunk that reaches `min_tokens` is sparse from its first token on. It is 0
+    also where the decode method keeps summaries of keys, which dense requests do not write.
 
     Args:
-        vllm_config: the server's configuration.
-        extras: the request's ``vllm_xargs``.
-        salt: its ``cache_salt``.
-        beam_search: it asks for beam search, which drops sampling extras.
-
-    Raises:
-        VLLMValidationError: the settings are wrong.
+        request: vLLM's engine request.
+        resolved: what it runs.
     """
-    try:
-        settings = resolve_for(vllm_config, extras)
-        if uses_sparse_backend(vllm_config):
-            _check_salt(salt)
-        keys = _sparse_keys(extras) if beam_search else []
-        if keys:
-            raise SparseParamsError(
-                keys[0], extras[keys[0]], f"{keys[0]} does not work with beam search; drop one of the two"
-            )
-    except SparseParamsError as error:
-        raise _as_vllm_error(error) from error
-    return settings
-
-
-def keep_checked(params: Any, settings: ParamsByLength) -> None:
-    """Let a request's sampling parameters keep what it was found to ask for when it was parsed.
-
-    It keeps that if the server's configuration changes before it is admitted, when a stream can no longer be refused.
-    Which tier of a preset it gets is decided when its prompt's length is known.
-    """
-    setattr(params, CHECKED_ATTRIBUTE, settings)
+    if not request.prompt_token_ids or request.resumable:
+        return 0
+    prompt_tokens, max_tokens = len(request.prompt_token_ids), request.sampling_params.max_tokens
+    longest = None if max_tokens is None else prompt_tokens + max_tokens
+    if longest is not None and longest < resolved.min_tokens:
+        return None
+    if resolved.prefill is not None or resolved.decode is None or resolved.decode.summaries is not None:
+        return 0
+    first = max(prompt_tokens, longest_dense_seq_len(resolved.decode, resolved.min_tokens))
+    return None if longest is not None and first >= longest else first

@@ -11,7 +11,7 @@ from prometheus_client import multiprocess
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_sparse.config.server import uses_sparse_backend
-from vllm_sparse.hooks import request_protocol
+from vllm_sparse.hooks import base_serving, sampling_params
 from vllm_sparse.hooks.output_processor import observe_requests
 from vllm_sparse.metrics import DIRECTORY_VARIABLE, PROMETHEUS_VARIABLE, announce_directory
 from vllm_sparse.server.latency import RequestMetrics
@@ -29,7 +29,8 @@ class MetricsCollector(AggregateStatLoggerBase):
     """Merges the workers' metrics into ``/metrics`` and adds what only the API server knows."""
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int] | None = None) -> None:
-        request_protocol.install(vllm_config)
+        base_serving.install(vllm_config)
+        sampling_params.install()
         directory = os.environ.get(DIRECTORY_VARIABLE)
         if directory is not None and PROMETHEUS_VARIABLE not in os.environ and directory not in _merged_directories:
             _merged_directories.add(directory)

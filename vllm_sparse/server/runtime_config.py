@@ -36,7 +36,7 @@ ROUTES_NAME = "sparse"
 FILE, LOCK = "config.json", "lock"
 
 # The others size memory and CUDA graphs, or are read by the workers at their start.
-CHANGEABLE_SETTINGS = ("preset", "prefill", "decode", "min_tokens", "min_recall", "unprofitable", *METHODS)
+CHANGEABLE_SETTINGS = ("preset", "prefill", "decode", "min_tokens", "min_recall", "unprofitable", "limits", *METHODS)
 
 
 class FixedSettingError(ValueError):

@@ -45,6 +45,7 @@ CHOOSING: Mapping[str, ChoosingCost] = {
     "tidal": ChoosingCost(25.0),
     "blocktopk": ChoosingCost(35.0),
     "hip": ChoosingCost(16.0, row_us=1.5, scored_share=0.01),
+    "tokentopk": ChoosingCost(31.0, row_us=0.4),
     "streaming": ChoosingCost(40.0),
 }
 OTHER_CHOOSING = ChoosingCost(60.0, row_us=2.0)

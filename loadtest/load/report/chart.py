@@ -19,6 +19,8 @@ _SHAPES: tuple[Callable[[float, float], str], ...] = (
     lambda x, y: f'<path d="M{x:.1f} {y - 6:.1f}l6 6-6 6-6-6z"/>',
 )
 COLOURS = 8
+# Lines without marks are told apart by their dashes.
+_DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 4", "1 4", "9 3 2 3 2 3")
 
 
 @dataclass(frozen=True)
@@ -127,10 +129,16 @@ def _series(place: _Place, one: Series) -> str:
             low, high = (place.y(end) for end in bar)
             parts.append(f'<line class="bar" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>')
     if one.joined and len(spots) > 1:
-        parts.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in spots)}"/>')
+        dash = _dash(one.colour)
+        parts.append(f'<polyline{dash} points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in spots)}"/>')
     if one.marked or len(spots) == 1:
         parts += [_mark(one.colour, x, y) for x, y in spots]
     return f'<g class="s{one.colour % COLOURS}">{"".join(parts)}</g>'
+
+
+def _dash(colour: int) -> str:
+    pattern = _DASHES[colour % len(_DASHES)]
+    return f' stroke-dasharray="{pattern}"' if pattern else ""
 
 
 def _mark(colour: int, x: float, y: float) -> str:
@@ -144,6 +152,8 @@ def _figure(title: str, body: str, series: Sequence[Series]) -> str:
 
 
 def _key(one: Series) -> str:
-    mark = f'<svg viewBox="0 0 16 14" aria-hidden="true">{_mark(one.colour, 8, 7)}</svg>'
+    line = f'<path class="line" d="M1 7h26"{_dash(one.colour)}/>' if one.joined else ""
+    mark = _mark(one.colour, 14, 7) if one.marked else ""
+    mark = f'<svg viewBox="0 0 28 14" aria-hidden="true">{line}{mark}</svg>'
     missing = "" if one.points else " (missing)"
     return f'<span class="key s{one.colour % COLOURS}">{mark}{html.escape(one.name)}{missing}</span>'

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import string
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from loadtest.load.journal import NAME, read_journal
-from loadtest.load.report import compare, html, terminal
+from loadtest.load.report import compare, export, html, terminal
 from loadtest.load.report.summary import summarise
 
+NAMES = string.ascii_uppercase
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
 
@@ -29,31 +31,41 @@ def _report(folder: Path) -> dict[str, Any]:
     return {**run, "summary": summarise(run)}
 
 
-def write_report(folder: Path) -> int:
-    """Write report.json and report.html of a run into its folder, and print its table.
+def write_report(folder: Path, with_parquet: bool = False) -> bool:
+    """Write report.json, report.html and requests.csv of a run into its folder, and print its table.
 
     Args:
         folder: holds the journal.
+        with_parquet: write requests.parquet too.
 
     Returns:
-        How many requests failed, without those that whoever interrupted the run ended.
+        Whether the run passed.
     """
     report = _report(folder)
     (folder / REPORT_JSON).write_text(json.dumps(report, allow_nan=False), encoding="utf-8")
     (folder / REPORT_HTML).write_text(html.page(report), encoding="utf-8")
-    print(terminal.table(report))
-    print(f"\n{folder / REPORT_HTML}\n{folder / REPORT_JSON}")
-    failures: dict[str, int] = report["summary"]["failures"]
-    return sum(count for status, count in failures.items() if status != "interrupted")
+    written = [folder / REPORT_HTML, folder / REPORT_JSON, export.write_csv(report, folder)]
+    if with_parquet:
+        written.append(export.write_parquet(report, folder))
+    print(terminal.table(report, sys.stdout.isatty()))
+    print("\n" + "\n".join(map(str, written)))
+    passed: bool = report["summary"]["verdict"]["passed"]
+    return passed
 
 
 def compare_runs(arguments: Sequence[str]) -> None:
-    """Print how a second run differs from a first one."""
+    """Print how runs differ from a first one."""
     parser = argparse.ArgumentParser(
         prog="python -m loadtest.load compare",
-        description="How run B differs from run A, method by method, with 95 % intervals.",
+        description="How runs differ from the first one, method by method, with 95 % intervals.",
     )
     parser.add_argument("first", type=Path, metavar="A", help="folder of a run")
-    parser.add_argument("second", type=Path, metavar="B", help="folder of another one")
+    parser.add_argument("others", type=Path, nargs="+", metavar="B", help="folders of others")
     given = parser.parse_args(arguments)
-    print(terminal.comparison(compare.compare(_report(given.first), _report(given.second))))
+    runs = [given.first, *given.others]
+    if len(runs) > len(NAMES):
+        parser.error(f"{len(runs)} runs are too many: {len(NAMES)} at most")
+    reports = dict(zip(NAMES, map(_report, runs), strict=False))
+    found = compare.compare(reports)
+    named = [f"{name}: {folder}" for name, folder in zip(reports, runs, strict=True)]
+    print("\n".join([*named, "", terminal.comparison(found, sys.stdout.isatty())]))

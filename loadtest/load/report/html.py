@@ -9,21 +9,25 @@ from typing import Any
 
 import yaml
 
-from loadtest.load.client import FAILURES
-from loadtest.load.measures import Request, counted, tpot_seconds, ttft_seconds
-from loadtest.load.plan import WARM_UP
+from loadtest.load.measures import Request, counted, failed, tpot_seconds, ttft_seconds
+from loadtest.load.plan import WARM_UPS
+from loadtest.load.reply import FAILURES
 from loadtest.load.report.chart import Series, chart, distribution
 from loadtest.load.report.server_metrics import density_series, fallbacks, series_of, time_series
 from loadtest.load.report.statistics import LEAST_CLUSTERS, PERCENTILES, samples_needed
 from loadtest.load.report.summary import Report, compared
 from loadtest.load.report.words import (
     count_or_dash,
+    counting_in_words,
     density_of,
+    few_pairs,
     interval_in_words,
+    load_unit_of,
     milliseconds,
     percent,
     score_in_words,
     seconds,
+    with_interval,
 )
 from loadtest.load.scenario import Scenario
 
@@ -41,10 +45,12 @@ def page(report: Report) -> str:
     run = report["run"]
     title = f"Load test: {run['scenario_name']}"
     sections = [
+        _verdict(report["summary"]["verdict"]),
         _head(report, title),
         _warnings(report["summary"]["warnings"]),
         _findings(report),
         _side_by_side(report),
+        _together(report),
         _workloads(report),
         _latency(report),
         _goodput(report),
@@ -104,12 +110,23 @@ def _head(report: Report, title: str) -> str:
         f"started {run['started']}",
         f"seed {scenario['seed']}",
         f"{report['summary']['warm_up_requests']} requests of warm-up are left out",
+        *([f"{cancelled} were broken off"] if (cancelled := report["summary"]["cancelled"]) else []),
     ]
     if report["end"]["seconds"] is not None:
         facts.insert(3, f"{report['end']['seconds']:.0f} s")
     return (
         f'<h1>{_text(title)}</h1><p>{_text(scenario["description"])}</p><p class="soft">{_text(" · ".join(facts))}</p>'
     )
+
+
+def _verdict(found: Mapping[str, Any]) -> str:
+    """The first line of the page."""
+    if found["passed"] and not found["overloaded"]:
+        return '<p class="verdict passed">Passed</p>'
+    lines = [f"Overloaded: {text}" for text in found["overloaded"]] + [f"Failed: {text}" for text in found["failed"]]
+    items = "".join(f"<li>{_text(line)}</li>" for line in lines)
+    note = "Latencies of an overloaded server are of its queue, not of its methods." if found["overloaded"] else ""
+    return f'<div class="verdict failed"><ul>{items}</ul><span>{note}</span></div>'
 
 
 def _warnings(warnings: Sequence[str]) -> str:
@@ -125,22 +142,26 @@ def _findings(report: Report) -> str:
     items = [_finding(row, len({one["level"] for one in comparisons}) > 1) for row in comparisons]
     for name, level in kept.items():
         if name and (level is not None or len(report["summary"]["stages"]) > 1):
-            said = "held at no level that was run" if level is None else f"held up to {level:g}{_unit(report)}"
-            items.append(f"<b>{_text(name)}</b>: the SLO {said}.")
+            said = "held at no level that was run" if level is None else f"held up to {level:g}{load_unit_of(report)}"
+            items.append(f"<b>{_text(name)}</b>: the SLO {said}{_knee(report, name)}.")
     if not items:
         return ""
     note = (
-        "Ratios are paired, prompt by prompt; below 1x is faster. Brackets are 95 % bootstrap intervals over prompts; "
-        f"fewer than {LEAST_CLUSTERS} prompts, or prompts that all agree, have none."
+        "Ratios are paired, prompt by prompt; below 1x is faster. Brackets are bootstrap intervals over blocks of "
+        f"prompts, as wide as it takes for all {len(comparisons)} comparisons to hold at 95 %; McNemar's p is Holm's. "
+        f"Fewer than {LEAST_CLUSTERS} prompts, or prompts that all agree, have none."
     )
     return _section("In short", f"<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>", _note(note))
 
 
-def _unit(report: Report) -> str:
-    load = report["run"]["scenario"]["load"]
-    if load["loop"] == "closed":
-        return " sessions at once"
-    return " of capacity" if load.get("capacity_shares") else " sessions/s"
+def _knee(report: Report, name: str) -> str:
+    found = report["summary"]["saturation"].get(name)
+    if found is None or found["goodput_per_second"] is None:
+        return ""
+    return (
+        f", with a goodput of {found['goodput_per_second']:.3g}/s; the most, {found['peak_goodput']:.3g}/s, was at "
+        f"{found['knee']:g}{load_unit_of(report)}"
+    )
 
 
 def _finding(row: Mapping[str, Any], name_level: bool) -> str:
@@ -150,8 +171,8 @@ def _finding(row: Mapping[str, Any], name_level: bool) -> str:
     if not row["pairs"]:
         return f"{name}: no pair of requests succeeded."
     parts = [
-        f"time to the first token {interval_in_words(row['ttft_ratio'], '{:.2f}x')}",
-        f"time per token {interval_in_words(row['tpot_ratio'], '{:.2f}x')}",
+        f"time to the first token {_ratio(row['ttft_ratio'])}",
+        f"time per token {_ratio(row['tpot_ratio'])}",
     ]
     if row["score_difference"]["value"] is not None:
         parts.append(
@@ -163,6 +184,11 @@ def _finding(row: Mapping[str, Any], name_level: bool) -> str:
     return f"{name}: {'; '.join(parts)}."
 
 
+def _ratio(found: Mapping[str, Any]) -> str:
+    text = interval_in_words(found, "{:.2f}x")
+    return f'<span class="few">({text}: {found["pairs"]} pairs say nothing)</span>' if few_pairs(found, {}) else text
+
+
 def _side_by_side(report: Report) -> str:
     levels: dict[float | None, list[Column]] = {}
     for stage in report["summary"]["stages"]:
@@ -172,13 +198,14 @@ def _side_by_side(report: Report) -> str:
         return ""
     tables = []
     for level, columns in levels.items():
-        title = f"<h3>{level:g}{_unit(report)}</h3>" if level is not None and len(levels) > 1 else ""
+        title = f"<h3>{level:g}{load_unit_of(report)}</h3>" if level is not None and len(levels) > 1 else ""
         tables.append(f"<div>{title}{_columns(report, columns)}</div>")
     needed = ", ".join(f"p{one:g} {samples_needed(one)}" for one in PERCENTILES)
     note = (
         "Paired prompts only, the same ones for every method, where the scenario has any. "
         f"Latency counts from the intended time of a request. Percentiles need enough requests ({needed}); with fewer "
-        "they are not shown. Goodput: requests a second that met both limits; right goodput: those of them that were "
+        "they are not shown; brackets are 95 % intervals, in which requests of a queue, which depend on one another, "
+        "count as fewer. Goodput: requests a second that met every limit; right goodput: those of them that were "
         "answered right. Density: keys read of those in reach, from the server's metrics."
     )
     return _section("Methods side by side", f'<div class="tables">{"".join(tables)}</div>', _note(note))
@@ -197,19 +224,52 @@ def _columns(report: Report, columns: Sequence[Column]) -> str:
         row("score", _score),
         *(
             row(f"{label} p{one:g}", _percentile(key, one, form))
-            for label, key, form in (("TTFT s", "ttft_seconds", seconds), ("TPOT ms", "tpot_seconds", milliseconds))
+            for label, key, form in (
+                ("TTFT s", "ttft_seconds", seconds),
+                ("TPOT ms", "tpot_seconds", milliseconds),
+                ("gap between tokens ms", "gap_seconds", milliseconds),
+                ("end to end s", "latency_seconds", seconds),
+            )
             for one in PERCENTILES
             if any(found[key][f"p{one:g}"] is not None for _, found, _ in columns)
         ),
         row("TTFT s, mean", lambda one: seconds(one["ttft_seconds"]["mean"])),
         row("TPOT ms, mean", lambda one: milliseconds(one["tpot_seconds"]["mean"])),
-        row("output tokens/s", lambda one: f"{one['output_tokens_per_second']:.1f}"),
         row("within the SLO", lambda one: percent(one["good_share"])),
-        row("goodput, 1/s", lambda one: f"{one['goodput_per_second']:.3f}"),
-        row("right goodput, 1/s", lambda one: f"{one['right_goodput_per_second']:.3f}"),
+        *(_throughput(row) if all(stage["alone"] for _, _, stage in columns) else []),
         ["density", *(_density(stage["density"], extras[method]) for method, _, stage in columns)],
     ]
     return _table(["", *(_text(method) for method, _, _ in columns)], rows)
+
+
+def _throughput(row: Callable[[str, Callable[[Mapping[str, Any]], str]], list[str]]) -> list[list[str]]:
+    """Where a method had the server for itself; methods that mix share one throughput."""
+    return [
+        row("requests/s", lambda one: f"{one['requests_per_second']:.3f}"),
+        row("output tokens/s", lambda one: f"{one['output_tokens_per_second']:.1f}"),
+        row("goodput, 1/s", lambda one: f"{one['goodput_per_second']:.3f}"),
+        row("right goodput, 1/s", lambda one: f"{one['right_goodput_per_second']:.3f}"),
+    ]
+
+
+def _together(report: Report) -> str:
+    """Throughput of each stage."""
+    rows = [
+        [
+            _text(stage["name"]),
+            f"{stage['duration_seconds']:.0f}",
+            f"{one['requests_per_second']:.3f}",
+            f"{one['input_tokens_per_second']:.0f}",
+            f"{one['output_tokens_per_second']:.1f}",
+            f"{one['goodput_per_second']:.3f}",
+            percent(one["good_share"]),
+        ]
+        for stage in report["summary"]["stages"]
+        for one in [stage["together"]]
+    ]
+    header = ["load", "seconds", "requests/s", "input tokens/s", "output tokens/s", "goodput, 1/s", "within SLO"]
+    note = "Of everything that ran at a load, whichever its method: methods that mix share the server's throughput."
+    return _section("Throughput", _table(header, rows), _note(note)) if rows else ""
 
 
 def _density(density: Mapping[str, float], extras: Mapping[str, Any]) -> str:
@@ -222,7 +282,11 @@ def _score(one: Mapping[str, Any]) -> str:
 
 
 def _percentile(key: str, percentile: float, form: Callable[[float | None], str]) -> Callable[[Mapping[str, Any]], str]:
-    return lambda one: form(one[key][f"p{percentile:g}"])
+    def cell(one: Mapping[str, Any]) -> str:
+        value, bracket, interval = with_interval(one[key], f"p{percentile:g}", form).partition(" [")
+        return f"{value}<small>[{interval}</small>" if bracket else value
+
+    return cell
 
 
 def _workloads(report: Report) -> str:
@@ -249,7 +313,7 @@ def _measured(report: Report, measure: Callable[[Request], float | None], unit: 
     scenario = Scenario.model_validate(report["run"]["scenario"])
     values: dict[str, list[float]] = {method: [] for method in _colours(report)}
     for stage in report["stages"]:
-        for request in compared(counted(stage["requests"]), scenario) if stage["name"] != WARM_UP else ():
+        for request in compared(counted(stage["requests"]), scenario) if stage["name"] not in WARM_UPS else ():
             value = measure(request)
             if request["status"] == "ok" and value is not None:
                 values[request["method"]].append(value / unit)
@@ -295,7 +359,7 @@ def _over_level(report: Report, title: str, y_label: str, value: Callable[[Mappi
             if method in stage["methods"] and (found := value(stage["methods"][method])) is not None
         ]
         series.append(Series(method, sorted(points), colour))
-    return chart(title, series, f"load,{_unit(report)}", y_label)
+    return chart(title, series, f"load,{load_unit_of(report)}", y_label)
 
 
 def _goodput(report: Report) -> str:
@@ -352,13 +416,18 @@ def _lengths(report: Report) -> str:
                 ]
             )
     header = ["method", "input tokens", "TTFT", "TPOT", "score"]
-    note = "Against the same prompts dense: where TTFT falls below 1x, the method begins to pay."
+    note = (
+        "Against the same prompts dense: where TTFT falls below 1x, the method begins to pay. In grey and parentheses: "
+        f"fewer than {LEAST_CLUSTERS} pairs, which say nothing."
+    )
     return _section("By length of the prompt", _table(header, rows), _note(note)) if rows else ""
 
 
 def _with_interval(found: Mapping[str, Any], form: str) -> str:
+    """Of few pairs it is grey and in parentheses."""
     value, bracket, interval = interval_in_words(found, form).partition(" [")
-    return f"{value}<small>[{interval}</small>" if bracket else value
+    text = f"{value}<small>[{interval}</small>" if bracket else value
+    return f'<td class="few">({text})</td>' if few_pairs(found, {}) else text
 
 
 def _server(report: Report) -> str:
@@ -404,7 +473,7 @@ def _failures(report: Report) -> str:
     found: dict[tuple[str, str], list[Request]] = {}
     for stage in report["stages"]:
         for request in stage["requests"]:
-            if request["status"] != "ok":
+            if failed(request):
                 found.setdefault((request["status"], request["method"]), []).append(request)
     if not found:
         return _section("Failures", "<p>None.</p>")
@@ -454,7 +523,10 @@ def _client(report: Report) -> str:
 def _settings(report: Report) -> str:
     shown = {key: value for key, value in report["run"]["scenario"].items() if key != "description"}
     scenario = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=100)
-    note = "report.json holds every request and the whole schedule; journal.jsonl is what it was made from."
+    note = (
+        f"Tokens are counted by {counting_in_words(report['summary']['counted_by'])}. "
+        "report.json holds every request and the whole schedule; journal.jsonl is what it was made from."
+    )
     return _section(
-        "Settings", f"<details open><summary>Scenario</summary><pre>{_text(scenario)}</pre></details>", _note(note)
+        "Settings", f"<details><summary>Scenario</summary><pre>{_text(scenario)}</pre></details>", _note(note)
     )

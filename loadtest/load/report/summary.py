@@ -10,6 +10,7 @@ from typing import Any
 from loadtest.load.measures import (
     Request,
     counted,
+    failed,
     good_share,
     input_tokens,
     is_good,
@@ -18,20 +19,31 @@ from loadtest.load.measures import (
     tpot_seconds,
     ttft_seconds,
 )
-from loadtest.load.plan import WARM_UP
+from loadtest.load.plan import WARM_UPS
+from loadtest.load.reply import CANCELLED
 from loadtest.load.report.server_metrics import density, fallback_share, series_of
-from loadtest.load.report.statistics import difference, interval_of_mean, mcnemar, percentiles, ratio
-from loadtest.load.scenario import Scenario, Slo
+from loadtest.load.report.statistics import (
+    CONFIDENCE,
+    confidence_of_each,
+    corrected,
+    difference,
+    interval_of_mean,
+    mcnemar,
+    percentiles,
+    ratio,
+)
+from loadtest.load.report.verdict import MOST_DRIFT, overload, verdict
+from loadtest.load.scenario import OpenLoad, Scenario, Slo
 
 Report = Mapping[str, Any]
 """A run, as `loadtest.load.journal.read_journal` returns it, with its `summary`."""
 
 # A client later or busier than this measures itself: the run says so.
 MOST_LAG_SECONDS = 0.010
+MOST_TAIL_LAG_SECONDS = 0.050
 MOST_CPU_SHARE = 0.9
 LEAST_SENT_SHARE = 0.95
 MOST_FALLBACK_SHARE = 0.2
-MOST_DRIFT = 1.5
 LEAST_DRIFT_REQUESTS = 10
 
 
@@ -51,7 +63,7 @@ def describe(requests: Sequence[Request], slo: Slo, duration_seconds: float) -> 
         slo: the limits.
         duration_seconds: of the time in which they ran.
     """
-    ok = [request for request in requests if request["status"] == "ok"]
+    ok = sorted((one for one in requests if one["status"] == "ok"), key=lambda one: one["intended_seconds"])
     good = [request for request in requests if is_good(request, slo)]
     scored = [request for request in ok if request["score"] is not None]
     duration = max(duration_seconds, 1e-9)
@@ -67,6 +79,7 @@ def describe(requests: Sequence[Request], slo: Slo, duration_seconds: float) -> 
         "requests_per_second": len(ok) / duration,
         "input_tokens_per_second": _sum(ok, "input_tokens") / duration,
         "output_tokens_per_second": _sum(ok, "output_tokens") / duration,
+        "counted_by": dict(Counter(request["counted_by"] for request in ok)),
         "uncounted_outputs": sum(request["output_tokens"] is None for request in ok),
         "good_share": len(good) / len(requests) if requests else None,
         "goodput_per_second": len(good) / duration,
@@ -93,20 +106,26 @@ def prompt_of(request: Request) -> str:
 
 
 def by_prompt(requests: Iterable[Request], measure: Callable[[Request], float | None]) -> dict[str, list[float]]:
-    """Values by prompt, those of its repetitions and turns together in a fixed order."""
+    """Values by prompt: prompts by when they were first sent, a prompt's repetitions and turns in a fixed order."""
     found: dict[str, list[float]] = defaultdict(list)
+    sent: dict[str, float] = {}
     for request in sorted(requests, key=lambda request: (request["pair"], request["turn"])):
         value = measure(request)
         if value is not None:
-            found[prompt_of(request)].append(value)
-    return found
+            prompt = prompt_of(request)
+            found[prompt].append(value)
+            sent[prompt] = min(request["intended_seconds"], sent.get(prompt, float("inf")))
+    return {prompt: found[prompt] for prompt in sorted(found, key=lambda prompt: sent[prompt])}
 
 
-def compare_methods(first: Sequence[Request], second: Sequence[Request]) -> dict[str, Any]:
+def compare_methods(
+    first: Sequence[Request], second: Sequence[Request], confidence: float = CONFIDENCE
+) -> dict[str, Any]:
     """Paired comparison of two methods that got the same prompts.
 
     Args:
         first, second: counted requests of each, with `pair` and `turn` that match.
+        confidence: of each interval.
 
     Returns:
         ``ttft_ratio`` and ``tpot_ratio`` (second over first), ``score_difference``, ``only_first_right``,
@@ -121,11 +140,11 @@ def compare_methods(first: Sequence[Request], second: Sequence[Request]) -> dict
     only_second = sum(b["score"] == 1 and a["score"] < 1 for a, b in scored)
     return {
         "pairs": len(pairs),
-        "ttft_ratio": ratio(by_prompt(firsts, ttft_seconds), by_prompt(seconds, ttft_seconds)),
+        "ttft_ratio": ratio(by_prompt(firsts, ttft_seconds), by_prompt(seconds, ttft_seconds), confidence),
         "tpot_ratio": ratio(
-            by_prompt((a for a, _ in paced), tpot_seconds), by_prompt((b for _, b in paced), tpot_seconds)
+            by_prompt((a for a, _ in paced), tpot_seconds), by_prompt((b for _, b in paced), tpot_seconds), confidence
         ),
-        "score_difference": difference(_scores(a for a, _ in scored), _scores(b for _, b in scored)),
+        "score_difference": difference(_scores(a for a, _ in scored), _scores(b for _, b in scored), confidence),
         "only_first_right": only_first,
         "only_second_right": only_second,
         "mcnemar_p": mcnemar(only_first, only_second) if scored else None,
@@ -165,15 +184,21 @@ def by_length(requests: Sequence[Request]) -> dict[str, list[Request]]:
 def summarise(run: Mapping[str, Any]) -> dict[str, Any]:
     """The summary of a run as `loadtest.load.journal.read_journal` returns it."""
     scenario = Scenario.model_validate(run["run"]["scenario"])
-    stages = [_stage(stage, run["metrics"], scenario) for stage in run["stages"] if stage["name"] != WARM_UP]
+    stages = [_stage(stage, run["metrics"], scenario) for stage in run["stages"] if stage["name"] not in WARM_UPS]
     everything = [request for stage in run["stages"] for request in stage["requests"]]
+    comparisons = _comparisons(run, scenario)
+    saturation = _saturation(stages, scenario)
     return {
+        "verdict": verdict(stages, comparisons, run, scenario),
         "stages": stages,
-        "comparisons": _comparisons(run, scenario),
+        "comparisons": comparisons,
         "kept_slo": _kept_slo(stages, scenario),
-        "failures": dict(Counter(request["status"] for request in everything if request["status"] != "ok")),
-        "warm_up_requests": sum(len(one["requests"]) for one in run["stages"] if one["name"] == WARM_UP),
-        "warnings": _warnings(run, stages),
+        "saturation": saturation,
+        "failures": dict(Counter(request["status"] for request in everything if failed(request))),
+        "cancelled": sum(request["status"] == CANCELLED for request in everything),
+        "counted_by": dict(Counter(request["counted_by"] for request in everything if request["counted_by"])),
+        "warm_up_requests": sum(len(one["requests"]) for one in run["stages"] if one["name"] in WARM_UPS),
+        "warnings": _warnings(run, stages) + _unfinished_searches(saturation, scenario),
     }
 
 
@@ -197,14 +222,16 @@ def _stage(stage: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], scena
     }
     ends = [request["end_seconds"] for request in stage["requests"]]
     within = series_of(metrics, stage["start_seconds"], max(ends, default=stage["start_seconds"]))
-    return {
+    found = {
         "name": stage["name"],
         "level": stage["level"],
+        "stopped": stage["stopped"],
+        "alone": len(stage["methods"]) == 1,
         "scheduled": len(stage["schedule"]),
         "sent": len(stage["requests"]),
         "left_out": len(stage["requests"]) - len(requests),
         "duration_seconds": duration,
-        "holds_slo": good_share(requests, scenario.slo) >= scenario.slo.share,
+        "holds_slo": stage["stopped"] is None and good_share(requests, scenario.slo) >= scenario.slo.share,
         "together": describe(requests, scenario.slo, duration),
         "methods": {name: describe(chosen, scenario.slo, duration) for name, chosen in by_method.items()},
         "lengths": {
@@ -220,7 +247,23 @@ def _stage(stage: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], scena
         "fallback_share": fallback_share(within),
         "client": _client(stage),
         "drift": _drift(requests),
+        "backlog": _backlog(stage),
+        "all_by_method": {
+            method: describe(chosen, scenario.slo, duration)
+            for method in scenario.methods
+            if (chosen := [request for request in requests if request["method"] == method])
+        },
     }
+    return {**found, "overload": overload(found)}
+
+
+def _backlog(stage: Mapping[str, Any]) -> float | None:
+    """Share of an open loop's requests that were unanswered when the last one arrived; none in a closed loop."""
+    requests = stage["requests"]
+    if not requests or stage["schedule"][0]["arrival_seconds"] is None:
+        return None
+    last = max(request["intended_seconds"] for request in requests)
+    return float(sum(request["end_seconds"] > last for request in requests) / len(requests))
 
 
 def _client(stage: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -277,28 +320,35 @@ def _comparisons(run: Mapping[str, Any], scenario: Scenario) -> list[dict[str, A
         return []
     by_level: dict[Any, dict[str, list[Request]]] = defaultdict(lambda: defaultdict(list))
     for stage in run["stages"]:
-        for request in compared(counted(stage["requests"]), scenario) if stage["name"] != WARM_UP else ():
+        for request in compared(counted(stage["requests"]), scenario) if stage["name"] not in WARM_UPS else ():
             by_level[stage["level"]][request["method"]].append(request)
+    compared_methods = [
+        (level, method, methods[scenario.baseline], methods[method])
+        for level, methods in by_level.items()
+        for method in scenario.methods
+        if method != scenario.baseline and method in methods and scenario.baseline in methods
+    ]
+    # Whoever looks at many intervals finds one that misses: all of them hold together.
+    confidence = confidence_of_each(len(compared_methods))
+    lengths = {place: by_length(first) for place, (_, _, first, _) in enumerate(compared_methods)}
+    confidence_of_lengths = confidence_of_each(sum(map(len, lengths.values())))
     found = []
-    for level, methods in by_level.items():
-        for method in scenario.methods:
-            if method == scenario.baseline or method not in methods or scenario.baseline not in methods:
-                continue
-            first, second = methods[scenario.baseline], methods[method]
-            lengths_first, lengths_second = by_length(first), by_length(second)
-            found.append(
-                {
-                    "level": level,
-                    "method": method,
-                    "baseline": scenario.baseline,
-                    **compare_methods(first, second),
-                    "lengths": {
-                        label: compare_methods(some, lengths_second.get(label, []))
-                        for label, some in lengths_first.items()
-                    },
-                }
-            )
-    return found
+    for place, (level, method, first, second) in enumerate(compared_methods):
+        others = by_length(second)
+        found.append(
+            {
+                "level": level,
+                "method": method,
+                "baseline": scenario.baseline,
+                **compare_methods(first, second, confidence),
+                "lengths": {
+                    label: compare_methods(some, others.get(label, []), confidence_of_lengths)
+                    for label, some in lengths[place].items()
+                },
+            }
+        )
+    ps = corrected([one["mcnemar_p"] for one in found])
+    return [{**one, "mcnemar_p": p, "comparisons": len(found)} for one, p in zip(found, ps, strict=True)]
 
 
 def _kept_slo(stages: Sequence[Mapping[str, Any]], scenario: Scenario) -> dict[str, float | None]:
@@ -310,6 +360,36 @@ def _kept_slo(stages: Sequence[Mapping[str, Any]], scenario: Scenario) -> dict[s
         if stage["holds_slo"] and stage["level"] is not None:
             kept[name] = max(kept[name] or 0.0, stage["level"])
     return kept
+
+
+def _saturation(stages: Sequence[Mapping[str, Any]], scenario: Scenario) -> dict[str, dict[str, float | None]]:
+    """Of each method that ran apart, or of all together, over rising load.
+
+    Returns:
+        ``level``: the highest that held the SLO, with ``goodput_per_second`` and ``output_tokens_per_second`` there;
+        ``breaks``: the lowest above it that did not; ``knee``: the level with the greatest goodput, ``peak_goodput``.
+    """
+    found: dict[str, dict[str, float | None]] = {}
+    by_name: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for stage in stages:
+        if stage["level"] is not None and stage["together"]["requests"]:
+            name = next(iter(stage["methods"]), "") if scenario.load.methods_apart else "all methods together"
+            by_name[name].append(stage)
+    for name, some in by_name.items():
+        held = max((one for one in some if one["holds_slo"]), key=lambda one: one["level"], default=None)
+        level = held["level"] if held else 0.0
+        peak = max(some, key=lambda one: one["together"]["goodput_per_second"])
+        found[name] = {
+            "level": held["level"] if held else None,
+            "goodput_per_second": held["together"]["goodput_per_second"] if held else None,
+            "output_tokens_per_second": held["together"]["output_tokens_per_second"] if held else None,
+            "breaks": min(
+                (one["level"] for one in some if not one["holds_slo"] and one["level"] > level), default=None
+            ),
+            "knee": peak["level"],
+            "peak_goodput": peak["together"]["goodput_per_second"],
+        }
+    return found
 
 
 def _warnings(run: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -329,6 +409,16 @@ def _warnings(run: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> li
     return found
 
 
+def _unfinished_searches(saturation: Mapping[str, Mapping[str, float | None]], scenario: Scenario) -> list[str]:
+    if not isinstance(scenario.load, OpenLoad) or scenario.load.search is None:
+        return []
+    return [
+        f"{name}: the search ended with {one['level']:g} sessions/s, where the SLO still held: it sustains more."
+        for name, one in saturation.items()
+        if one["breaks"] is None and one["level"] is not None
+    ]
+
+
 def _first_failure(run: Mapping[str, Any]) -> str:
     failed = next(one for stage in run["stages"] for one in stage["requests"] if one["status"] != "ok")
     return f"{failed['status']} {failed['detail']}"
@@ -344,6 +434,12 @@ def _stage_warnings(stage: Mapping[str, Any]) -> list[str]:
         found.append(f"{failed} of {together['requests']} requests failed; latencies are of those that succeeded.")
     if client is not None:
         lag = client["lag_seconds"]
+        loop = client["loop_lag_seconds"]
+        if loop["mean"] > MOST_LAG_SECONDS or loop["p99"] > MOST_TAIL_LAG_SECONDS:
+            found.append(
+                f"the client's event loop woke {loop['mean'] * 1e3:.0f} ms late on average, {loop['p99'] * 1e3:.0f} ms "
+                "at p99: times of tokens are off by as much."
+            )
         if lag is not None and (lag["mean"] or 0.0) > MOST_LAG_SECONDS:
             found.append(f"requests were sent {lag['mean'] * 1e3:.0f} ms late on average: the client was too slow.")
         if client["sent_rate"] and client["sent_rate"] < LEAST_SENT_SHARE * client["requested_rate"]:
@@ -351,7 +447,9 @@ def _stage_warnings(stage: Mapping[str, Any]) -> list[str]:
                 f"{client['sent_rate']:.3g}/s were sent where {client['requested_rate']:.3g}/s were asked for."
             )
         if client["cpu_share"] > MOST_CPU_SHARE:
-            found.append(f"the client used {client['cpu_share']:.0%} of a core: it may have been the bottleneck.")
+            found.append(
+                f"the client used {client['cpu_share']:.0%} of a core: it may have been the bottleneck (--clients)."
+            )
     for method, share in stage["fallback_share"].items():
         if share > MOST_FALLBACK_SHARE:
             found.append(
@@ -359,6 +457,11 @@ def _stage_warnings(stage: Mapping[str, Any]) -> list[str]:
             )
     if stage["drift"] is not None and not 1 / MOST_DRIFT <= stage["drift"] <= MOST_DRIFT:
         found.append(f"TTFT changed by {stage['drift']:.2f}x from the first to the last third: not a steady state.")
+    if by_events := together["counted_by"].get("events"):
+        found.append(
+            f"the server did not say which events hold tokens in {by_events} answers: events with text were taken for "
+            "tokens, and gaps between tokens are gaps between those."
+        )
     if together["uncounted_outputs"]:
         found.append("the server counted no output tokens for some requests: they have no TPOT.")
     return found

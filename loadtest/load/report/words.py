@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from loadtest.load.client import FAILURES
+from loadtest.load.reply import FAILURES
+from loadtest.load.report.statistics import LEAST_CLUSTERS
 
 DASH = "-"
+COUNTS = {
+    "usage": "the usage that the server sends with every event",
+    "token_ids": "the token ids that the server sends",
+    "events": "events with text, since the server says nothing better",
+}
+"""What tells tokens from other events, by `loadtest.load.reply.Reply.counted_by`."""
 
 
 def seconds(value: float | None) -> str:
@@ -23,9 +30,24 @@ def milliseconds(value_seconds: float | None) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
+def with_interval(found: Mapping[str, Any], percentile: str, form: Callable[[float | None], str]) -> str:
+    """A percentile with its interval, such as ``0.31 [0.29, 0.34]``."""
+    interval = found["intervals"][percentile]
+    value = form(found[percentile])
+    return value if interval is None else f"{value} [{form(interval[0])}, {form(interval[1])}]"
+
+
 def percent(share: float | None) -> str:
     """A share of one."""
     return DASH if share is None else f"{share:.0%}"
+
+
+def load_unit_of(report: Mapping[str, Any]) -> str:
+    """What a stage's level counts."""
+    load = report["run"]["scenario"]["load"]
+    if load["loop"] == "closed":
+        return " sessions at once"
+    return " of capacity" if load.get("capacity_shares") else " sessions/s"
 
 
 def count_or_dash(value: float | None) -> str:
@@ -39,6 +61,11 @@ def score_in_words(score: Mapping[str, Any]) -> str:
         return DASH
     interval = score["interval"]
     return f"{score['mean']:.3f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+
+
+def few_pairs(found: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Whether a ratio is of so few pairs that it says nothing, whatever it is."""
+    return row.get("paired") is not False and found["value"] is not None and found["pairs"] < LEAST_CLUSTERS
 
 
 def interval_in_words(found: Mapping[str, Any], form: str) -> str:
@@ -59,6 +86,11 @@ def density_of(density: Mapping[str, float], extras: Mapping[str, Any]) -> str:
         return "1"
     known = [f"{phase} {density[f'{phase}/{method}']:.2f}" for phase, method in named if f"{phase}/{method}" in density]
     return ", ".join(known) or "missing"
+
+
+def counting_in_words(counted_by: Mapping[str, int]) -> str:
+    """How it is known which events hold tokens, with the number of answers."""
+    return "; ".join(f"{COUNTS[way]} ({count} answers)" for way, count in counted_by.items()) or "no token came"
 
 
 def failures_in_words(failures: Mapping[str, int]) -> str:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-import json
 import random
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
 from loadtest.load.settings import ScenarioError
+from loadtest.load.workloads.files import OwnLine, TraceLine, read_lines, text_of
 from loadtest.load.workloads.kinds import (
     DocumentWorkload,
     JsonlWorkload,
     NeedleWorkload,
     RulerWorkload,
+    ShareGptWorkload,
     TextWorkload,
     TraceWorkload,
     Workload,
@@ -22,6 +22,7 @@ from loadtest.load.workloads.kinds import (
 from loadtest.load.workloads.lengths import draw
 from loadtest.load.workloads.prompt import Endpoint, Prompt, Turn
 from loadtest.load.workloads.tokens import estimated_counter
+from loadtest.load.workloads.traces import MOONCAKE_BLOCK_TOKENS, read_share_gpt, read_trace
 from loadtest.quality.tasks.haystack import prose
 from loadtest.quality.tasks.ruler import TASKS
 from loadtest.quality.tasks.task import CountTokens, Task, fit, share_found
@@ -57,26 +58,43 @@ class PromptMaker:
     @functools.cached_property
     def distinct(self) -> int:
         """How many prompts there are before they repeat."""
-        if isinstance(self._workload, TraceWorkload | JsonlWorkload):
-            return len(self._lines)
-        return self._workload.distinct_prompts
+        if isinstance(self._workload, TraceWorkload):
+            return len(self._requests)
+        if isinstance(self._workload, ShareGptWorkload):
+            return len(self._conversations)
+        return len(self._lines) if isinstance(self._workload, JsonlWorkload) else self._workload.distinct_prompts
 
     @functools.cached_property
-    def _lines(self) -> list[dict[str, Any]]:
-        assert isinstance(self._workload, TraceWorkload | JsonlWorkload)
-        return read_json_lines(self._workload.file)
+    def _requests(self) -> list[TraceLine]:
+        assert isinstance(self._workload, TraceWorkload)
+        return read_trace(self._workload.file)
+
+    @functools.cached_property
+    def _conversations(self) -> list[list[tuple[str, str]]]:
+        assert isinstance(self._workload, ShareGptWorkload)
+        return read_share_gpt(self._workload.file)
+
+    @functools.cached_property
+    def _lines(self) -> list[OwnLine]:
+        assert isinstance(self._workload, JsonlWorkload)
+        return read_lines(self._workload.file, OwnLine)
 
     def __call__(self, number: int) -> Prompt:
         """Prompt `number`, 0 or more; they repeat after `distinct`."""
         number %= self.distinct
         if number not in self._made:
             try:
-                self._made[number] = self._make(number)
-            except KeyError as error:
-                raise ScenarioError(f"workload {self._workload.name!r}, line {number + 1} lacks {error}") from None
+                self._made[number] = self._cancelled(number, self._make(number))
             except (ValueError, LookupError) as error:
                 raise ScenarioError(f"workload {self._workload.name!r}, prompt {number}: {error}") from None
         return self._made[number]
+
+    def _cancelled(self, number: int, prompt: Prompt) -> Prompt:
+        """The prompt, broken off if it is one of those."""
+        cancelled = self._workload.cancelled
+        if cancelled is None or random.Random(f"{self._seed}/cancelled/{prompt.name}").random() >= cancelled.share:
+            return prompt
+        return replace(prompt, cancel_after_seconds=cancelled.after_seconds)
 
     def _rng(self, number: int) -> random.Random:
         return random.Random(f"{self._seed}/{self._workload.name}/{number}")
@@ -95,10 +113,14 @@ class PromptMaker:
             return self._document(name, workload, number)
         if isinstance(workload, TextWorkload):
             return self._text(name, draw(workload.input_tokens, rng), draw(workload.output_tokens, rng), rng)
-        line = self._lines[number]
         if isinstance(workload, TraceWorkload):
-            return self._text(name, int(line["input_tokens"]), int(line["output_tokens"]), rng)
-        return self._own(name, line, workload.output_tokens)
+            request = self._requests[number]
+            if request.blocks:
+                return self._of_blocks(name, request, rng)
+            return self._text(name, request.input_tokens, request.output_tokens, rng)
+        if isinstance(workload, ShareGptWorkload):
+            return self._conversation(name, workload, self._conversations[number][: workload.turns])
+        return self._own(name, self._lines[number], workload.output_tokens)
 
     def _needle(self, name: str, workload: NeedleWorkload, rng: random.Random) -> Prompt:
         tokens = draw(workload.input_tokens, rng)
@@ -141,25 +163,46 @@ class PromptMaker:
             content = "Tell me a story."
         return Prompt(name, (Turn(content, output_tokens, ignore_eos=True),), input_tokens)
 
-    def _own(self, name: str, line: dict[str, Any], output_tokens: int) -> Prompt:
-        if ("prompt" in line) == ("messages" in line):
-            raise ValueError("a line needs either prompt or messages")
-        history: list[dict[str, Any]] = []
-        content = line.get("prompt", "")
-        if "messages" in line:
-            if self._endpoint == "completions":
-                raise ValueError("messages need endpoint: chat")
-            *history, last = line["messages"]
-            content = last["content"]
-        answers = [str(answer) for answer in line.get("answers", ())]
+    def _of_blocks(self, name: str, request: TraceLine, rng: random.Random) -> Prompt:
+        """Text in which equal blocks at the beginning are equal text, so that the prefix cache finds them."""
+        texts = []
+        rest = request.input_tokens
+        # What a trace gives no block for is the request's own.
+        for block in (*request.blocks, f"of {name}"):
+            tokens = min(rest, MOONCAKE_BLOCK_TOKENS) if isinstance(block, int) else rest
+            characters = round(tokens * self._characters_per_token)
+            source = random.Random(f"{self._seed}/{self._workload.name}/block {block}")
+            text = ""
+            while len(text) < characters:
+                text += " ".join(prose(source, 20)) + " "
+            texts.append(text[:characters])
+            rest -= tokens
+        turn = Turn("".join(texts), request.output_tokens, ignore_eos=True)
+        return Prompt(name, (turn,), request.input_tokens, shared=f"{self._workload.name}/trace")
+
+    @functools.cached_property
+    def _characters_per_token(self) -> float:
+        sample = " ".join(prose(random.Random(0), 400))
+        return len(sample) / self._count_tokens(sample)
+
+    def _conversation(self, name: str, workload: ShareGptWorkload, asked: list[tuple[str, str]]) -> Prompt:
+        turns = [Turn(question, max(1, self._count_tokens(answer)), ignore_eos=True) for question, answer in asked]
+        tokens = self._count_tokens(asked[0][0])
+        return Prompt(name, tuple(turns), tokens, think_seconds=workload.think_seconds)
+
+    def _own(self, name: str, line: OwnLine, output_tokens: int) -> Prompt:
+        if line.messages is not None and self._endpoint == "completions":
+            raise ValueError("messages need endpoint: chat")
+        messages = [message.model_dump() for message in line.messages or ()]
+        texts = [text_of(message.content) for message in line.messages or ()] or [str(line.prompt)]
+        answers = [str(answer) for answer in line.answers]
         turn = Turn(
-            content,
-            int(line.get("output_tokens", output_tokens)),
-            ignore_eos=bool(line.get("ignore_eos", False)),
+            messages[-1]["content"] if messages else str(line.prompt),
+            line.output_tokens or output_tokens,
+            ignore_eos=line.ignore_eos,
             score=functools.partial(share_found, answers) if answers else None,
         )
-        tokens = self._count_tokens("\n".join([*(str(one["content"]) for one in history), content]))
-        return Prompt(name, (turn,), tokens, tuple(history))
+        return Prompt(name, (turn,), self._count_tokens("\n".join(texts)), tuple(messages[:-1]))
 
 
 def _turn_of(task: Task) -> Turn:
@@ -171,33 +214,3 @@ def _turn_of(task: Task) -> Turn:
 @functools.cache
 def _bundled_counter() -> Callable[[str], int]:
     return functools.partial(count_bundled_tokens, build_tokenizer())
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; empty lines do not count.
-
-    Raises:
-        ScenarioError: there is no such file, it is empty, or a line is no JSON object.
-    """
-    return list(_objects(path)) or _no_lines(path)
-
-
-def _no_lines(path: Path) -> list[dict[str, Any]]:
-    raise ScenarioError(f"{path} has no lines")
-
-
-def _objects(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ScenarioError(f"{path} cannot be read: {error.strerror}") from None
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except ValueError as error:
-            raise ScenarioError(f"{path}, line {number}, is no JSON: {error}") from None
-        if not isinstance(found, dict):
-            raise ScenarioError(f"{path}, line {number}, is no JSON object")
-        yield found

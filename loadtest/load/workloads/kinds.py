@@ -13,6 +13,16 @@ from loadtest.load.workloads.lengths import Lengths
 from loadtest.quality.tasks.ruler import TASKS
 
 
+class Cancelled(Strict):
+    """Users that go away: a share of the prompts whose requests the client breaks off, the same for every method.
+
+    What was broken off counts neither as failed nor in latencies and goodput; the server has worked for it.
+    """
+
+    share: Annotated[float, Field(gt=0, le=1)]
+    after_seconds: NotNegative
+
+
 class _Workload(Strict):
     """What all kinds have.
 
@@ -21,6 +31,7 @@ class _Workload(Strict):
         weight: its share of the sessions, relative to the others' weights; a group of paired requests counts as one.
         methods: weight of each method; none: all of the scenario's methods alike.
         paired: every prompt goes to each of `methods` (their weights do not count then).
+        cancelled: which of its requests are broken off; none: none.
         distinct_prompts: prompts that are made; they repeat, under fresh cache salts, when more are sent.
     """
 
@@ -28,6 +39,7 @@ class _Workload(Strict):
     weight: PositiveFloat = 1.0
     methods: Mapping[str, PositiveFloat] | None = None
     paired: bool
+    cancelled: Cancelled | None = None
     distinct_prompts: PositiveInt = 100
 
 
@@ -81,11 +93,21 @@ class TextWorkload(_Workload):
 
 
 class TraceWorkload(_Workload):
-    """Text with the lengths of a trace: JSON lines with `input_tokens` and `output_tokens`."""
+    """Text with the lengths of a trace (`loadtest.load.workloads.traces`), and its shared prefixes if it has any."""
 
     kind: Literal["trace"]
     paired: bool = False
     file: Path
+
+
+class ShareGptWorkload(_Workload):
+    """Conversations in ShareGPT's format: the questions are sent, each for as many tokens as its answer has."""
+
+    kind: Literal["sharegpt"]
+    paired: bool = False
+    file: Path
+    turns: PositiveInt = 1
+    think_seconds: NotNegative = 0.0
 
 
 class JsonlWorkload(_Workload):
@@ -98,6 +120,6 @@ class JsonlWorkload(_Workload):
 
 
 Workload = Annotated[
-    NeedleWorkload | RulerWorkload | DocumentWorkload | TextWorkload | TraceWorkload | JsonlWorkload,
+    NeedleWorkload | RulerWorkload | DocumentWorkload | TextWorkload | TraceWorkload | ShareGptWorkload | JsonlWorkload,
     Field(discriminator="kind"),
 ]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Message = Mapping[str, Any]
+
+Content = str | Sequence[Mapping[str, Any]]
+"""Of a message: its text, or its parts as the OpenAI API has them."""
 
 Endpoint = Literal["chat", "completions"]
 """Which of the OpenAI API's endpoints a scenario's requests go to."""
@@ -20,14 +23,14 @@ class Turn:
     """One request.
 
     Attributes:
-        content: the user's message, or the text to complete.
+        content: the user's message, as text or in parts, or the text to complete.
         max_tokens: of the answer.
         answer_prefix: beginning of the answer that the model goes on with.
         ignore_eos: generate exactly `max_tokens`.
         score: share (0..1) that is right of an answer's text; none: there is no right answer.
     """
 
-    content: str
+    content: Content
     max_tokens: int
     answer_prefix: str = ""
     ignore_eos: bool = False
@@ -44,6 +47,7 @@ class Prompt:
         input_tokens: of the first turn, as planned; the server says how many it really had.
         history: messages before the first turn.
         think_seconds: between an answer and the next turn.
+        cancel_after_seconds: when the client breaks its requests off; none: never.
         shared: what it may share blocks in the prefix cache by, with sessions of the same method; none: nothing.
     """
 
@@ -53,6 +57,7 @@ class Prompt:
     history: tuple[Message, ...] = ()
     think_seconds: float = 0.0
     shared: str | None = None
+    cancel_after_seconds: float | None = None
 
     @functools.cached_property
     def digest(self) -> str:

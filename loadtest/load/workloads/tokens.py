@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from loadtest.load.http import HttpError, Server
 from loadtest.quality.tasks.task import CountTokens
 
-REQUEST_SECONDS = 60.0
 # Generated text is alike throughout, so a sample of this length tells its tokens per character.
 SAMPLE_CHARACTERS = 20_000
 
@@ -29,7 +26,7 @@ def local_counter(folder: Path) -> CountTokens:
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def served_counter(url: str, model: str, headers: dict[str, str]) -> CountTokens:
+def served_counter(server: Server, model: str) -> CountTokens:
     """Counts with the server's ``/tokenize``.
 
     Raises (when counting):
@@ -37,29 +34,26 @@ def served_counter(url: str, model: str, headers: dict[str, str]) -> CountTokens
     """
 
     def count(text: str) -> int:
-        body = json.dumps({"model": model, "prompt": text, "add_special_tokens": False}).encode()
-        request = urllib.request.Request(f"{url}/tokenize", body, {"Content-Type": "application/json", **headers})
+        body = {"model": model, "prompt": text, "add_special_tokens": False}
         try:
-            with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as response:
-                return int(json.load(response)["count"])
-        except (OSError, ValueError, KeyError) as error:
-            raise LookupError(f"{url}/tokenize does not count tokens ({error})") from None
+            return int(server.post("/tokenize", body)["count"])
+        except (HttpError, KeyError, TypeError, ValueError) as error:
+            raise LookupError(f"{server.url} does not count tokens ({error}): name --tokenizer") from None
 
     return count
 
 
-def model_counter(url: str, model: str, root: str | None, headers: dict[str, str]) -> CountTokens:
+def model_counter(server: Server, model: str, root: str | None) -> CountTokens:
     """The quickest counter that there is: of the model's folder where the server names a local one, else the server.
 
     Args:
-        url: of the server.
+        server: that serves it.
         model: served name.
         root: the model's folder or name, as ``/v1/models`` says it.
-        headers: of requests to the server.
     """
     if root is not None and (Path(root) / "tokenizer.json").is_file():
         return local_counter(Path(root))
-    return served_counter(url, model, headers)
+    return served_counter(server, model)
 
 
 def estimated_counter(count_tokens: CountTokens, sample: str) -> CountTokens:

@@ -93,7 +93,8 @@ def code_products_kernel(
         for quarter in tl.static_range(4):
             o_dim = quarter * quarter_size + o_quarter
             # The queries of a group come from the L1 cache in every page but the first.
-            b_query = tl.load(p_query + o_dim[None, :], mask=in_query, other=0.0).to(tl.float32)
+            b_raw_query = tl.load(p_query + o_dim[None, :], mask=in_query, other=0.0)
+            b_query = b_raw_query.to(tl.float32)
             if is_full:
                 b_least = tl.load(p_number + o_dim, mask=in_quarter, other=0.0).to(tl.float32)
                 b_step = tl.load(p_number + HEAD_SIZE + o_dim, mask=in_quarter, other=0.0).to(tl.float32)
@@ -114,8 +115,8 @@ def code_products_kernel(
                     cache_token_stride,
                     PAGE * PAGES_PER_BLOCK,
                     PAGE,
-                ).to(tl.float32)
-                b_product += tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
+                )
+                b_product += tl.dot(b_raw_query, tl.trans(b_key), input_precision="ieee")
         b_product = (b_product + b_least_product[:, None]) * scale
         o_key = i_page * PAGE + o_token
         tl.store(p_product[:, None] + o_key[None, :], b_product, mask=in_group[:, None] & live[None, :])

@@ -33,7 +33,7 @@ from vllm_sparse.methods.hip.stages import (
     check_one_each,
     check_stages,
 )
-from vllm_sparse.methods.knobs import KNOBS, DenseLayers, KnobError, SinkTokens
+from vllm_sparse.methods.knobs import KNOBS, LIMITED_BUDGET, DenseLayers, KnobError, SinkTokens
 from vllm_sparse.pages import PageList
 from vllm_sparse.step.roles import Role
 from vllm_sparse.step.rows import DecodeRows, RowsPlace, ServerSize, TokenLists
@@ -80,7 +80,9 @@ class HipDecode(BatchDecodeMethod):
         ),
     ] = ()
     sink_tokens: SinkTokens = 256
-    recent_tokens: Annotated[int, Field(ge=0, le=1 << 16, description="tokens before the newest, always read")] = 1024
+    recent_tokens: Annotated[
+        int, Field(ge=0, le=1 << 16, description="tokens before the newest, always read"), LIMITED_BUDGET
+    ] = 1024
     dense_layers: DenseLayers = 0
     last_stage: Annotated[
         Literal["all_keys", "representatives"],

@@ -21,7 +21,9 @@ from vllm_sparse.methods.hip.stages import (
     check_stages,
 )
 from vllm_sparse.methods.knobs import (
+    COMPILES,
     KNOBS,
+    LIMITED_BUDGET,
     UNBOUNDED_TOKENS,
     DenseLayers,
     DenseTailTokens,
@@ -72,11 +74,12 @@ class Hip(PrefillMethod):
     query_stride: Annotated[
         Integers,
         Field(description="adjacent queries that each stage averages, powers of two of at most 64", strict=False),
+        COMPILES,
     ] = (4, 4, 4)
     sink_tokens: SinkTokens = 256
-    recent_tokens: Annotated[int, Field(ge=0, le=1 << 16, description="tokens before a query block, always read")] = (
-        1024
-    )
+    recent_tokens: Annotated[
+        int, Field(ge=0, le=1 << 16, description="tokens before a query block, always read"), LIMITED_BUDGET
+    ] = 1024
     dense_tail_tokens: DenseTailTokens = 64
     scores_per: ScoresPer = "kv_head"
     dense_layers: DenseLayers = 0

@@ -8,16 +8,19 @@ from typing import Annotated
 from pydantic import Field
 
 from vllm_sparse.kernels.hierarchical_descent import LEAF_TOKENS
-from vllm_sparse.methods.knobs import UNBOUNDED_TOKENS, KnobError
+from vllm_sparse.methods.knobs import LIMITED_BUDGET, LIMITED_STAGES, UNBOUNDED_TOKENS, KnobError
 
 Integers = tuple[Annotated[int, Field(strict=True)], ...]
 # Knobs of both phases.
 StageBlockTokens = Annotated[
     Integers,
     Field(description="tokens of a key block in each stage, falling powers of two of 16 or more", strict=False),
+    LIMITED_STAGES,
 ]
 StageBudgetTokens = Annotated[
-    Integers, Field(description="tokens that each stage keeps, not rising, multiples of its key block", strict=False)
+    Integers,
+    Field(description="tokens that each stage keeps, not rising, multiples of its key block", strict=False),
+    LIMITED_BUDGET,
 ]
 DEFAULT_STAGE_BLOCK_TOKENS = (256, 64, 16)
 DEFAULT_STAGE_BUDGET_TOKENS = (32768, 8192, 2048)

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from vllm_sparse.kernels.low_bit_scores import PAGE_TOKENS, LowBitScoring, kept_map
 from vllm_sparse.keys import PagedKeys
-from vllm_sparse.methods.knobs import KNOBS, DenseLayers, KnobError, ListPer, QueryBlockTokens
+from vllm_sparse.methods.knobs import COMPILES, KNOBS, LIMITED_BUDGET, DenseLayers, KnobError, ListPer, QueryBlockTokens
 from vllm_sparse.methods.prefill import Layer, PrefillMethod, density_at, mean_reach
 from vllm_sparse.methods.sale.thresholds import load, log_thresholds
 
@@ -63,13 +63,19 @@ class Sale(PrefillMethod):
             f"the calibrated thresholds, {DEFAULT_TAU} where there are none",
         ),
     ] = None
-    bits: Annotated[Literal[4, 8], Field(description="of the integers; 8 never loses a key, 4 is the paper's")] = 8
-    page_bounds: Annotated[bool, Field(description="score only keys of pages that the mean key leaves open")] = True
+    bits: Annotated[
+        Literal[4, 8], Field(description="of the integers; 8 never loses a key, 4 is the paper's"), COMPILES
+    ] = 8
+    page_bounds: Annotated[
+        bool, Field(description="score only keys of pages that the mean key leaves open"), COMPILES
+    ] = True
     sink_tokens: Annotated[
-        int, Field(ge=32, le=1 << 16, multiple_of=32, description="first tokens, always read; a multiple of 32")
+        int,
+        Field(ge=32, le=1 << 16, multiple_of=32, description="first tokens, always read; a multiple of 32"),
+        LIMITED_BUDGET,
     ] = 32
     recent_tokens: Annotated[
-        int, Field(ge=0, le=1 << 16, description="tokens to the end of a query block, always read")
+        int, Field(ge=0, le=1 << 16, description="tokens to the end of a query block, always read"), LIMITED_BUDGET
     ] = 128
     calibration: Annotated[
         str, Field(description="file of thresholds per layer and head, from vllm-sparse calibrate sale")

@@ -35,7 +35,8 @@ class Tidal(TopTokensMethod):
     list, which the paper does not do; 0 switches either off. The newest token is always read.
 
     A layer that selects has scored all keys. Reading its own list beside that, which the paper does not do, costs it
-    half of what reading everything does, and keeps more of its attention than the later layers keep of theirs.
+    half of what reading everything does, and keeps more of its attention than the later layers keep of theirs. On real
+    checkpoints it lost nothing (docs/methods.md), so it is the default.
 
     Which layers choose is told by `dense_layers` and `reselect_layers`, or by a server's `policy`, which does not count
     for a request that sets one of the two.
@@ -68,11 +69,14 @@ class Tidal(TopTokensMethod):
     ] = ""
     sink_tokens: SinkTokens = 16
     recent_tokens: RecentTokens = 64
-    list_per: Annotated[Literal["kv_head", "query_head"], Field(description="heads that share a list")] = "kv_head"
+    list_per: Annotated[
+        Literal["kv_head", "query_head"],
+        Field(description="heads that share a list", json_schema_extra={"limit": "list_per", "compiles": True}),
+    ] = "kv_head"
     selection_reads: Annotated[
         Literal["everything", "list"],
-        Field(description="what a layer that selects reads itself: everything, as in the paper, or the list it chose"),
-    ] = "everything"
+        Field(description="what a layer that selects reads itself: the list it chose, or everything, as in the paper"),
+    ] = "list"
 
     @classmethod
     def knobs_of_files(cls, knobs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from vllm_sparse.config.presets import PRESETS, Preset, Tier
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.methods.method import Method
+from vllm_sparse.server.limits import limit_of_knob
 from vllm_sparse.server.routes.served import ServedSparsely
 from vllm_sparse.server.runtime_config import running_config
 
@@ -20,7 +21,7 @@ router = APIRouter(prefix="/v1/sparse", tags=["sparse attention"])
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 # Keywords of a knob's schema that say what a value may be.
-CONSTRAINTS = ("type", "enum", "items", "minimum", "exclusiveMinimum", "maximum", "multipleOf")
+CONSTRAINTS = ("type", "enum", "items", "maxItems", "minimum", "exclusiveMinimum", "maximum", "multipleOf")
 
 
 @router.get("/methods")
@@ -96,6 +97,8 @@ def request_knobs(phase: str, name: str, config: ServerConfig) -> dict[str, dict
         # A request cannot say null, which leaves the choice to the method: it leaves the knob out.
         constraints = {**schema, **next(iter(schema.get("anyOf", ())), {})}
         flat = {"description": schema["description"]}
+        _, allowed = limit_of_knob(name, knob, config)
+        constraints |= allowed
         flat |= {keyword: constraints[keyword] for keyword in CONSTRAINTS if keyword in constraints}
         if getattr(method, knob) is not None:
             flat["default"] = getattr(method, knob)
@@ -107,7 +110,7 @@ def extras_schema(config: ServerConfig) -> dict[str, Any]:
     """A JSON schema that a request's ``vllm_xargs`` have to meet; keys of other plugins pass.
 
     It does not say what several knobs have to meet together, such as a budget that holds the tokens always read, nor
-    what depends on the model's depth.
+    what depends on the model's depth, on memory or on what kernels were compiled.
     """
     properties: dict[str, Any] = {
         "sparse_preset": {
@@ -128,6 +131,7 @@ def extras_schema(config: ServerConfig) -> dict[str, Any]:
         "description": "contexts of fewer tokens run dense",
         "type": "integer",
         "minimum": 0,
+        "maximum": max(config.limits.min_tokens, config.min_tokens),
         "default": config.min_tokens,
     }
     properties["sparse_min_recall"] = {

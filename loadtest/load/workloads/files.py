@@ -1,0 +1,148 @@
+"""Files of JSON lines, checked line by line when they are read: what is wrong is said before a run begins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from loadtest.load.settings import ScenarioError
+
+Checked = TypeVar("Checked", bound=BaseModel)
+Json = Mapping[str, Any]
+SHOWN_CHARACTERS = 80
+
+
+class Line(BaseModel):
+    """What all kinds of line have: no numbers without an end; fields that nobody reads are left alone."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+
+class TextPart(Line):
+    """A part of a message that is text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class OtherPart(BaseModel):
+    """A part of a message that is no text, such as an image: sent as it is."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    type: str
+
+
+Content = str | tuple[TextPart | OtherPart, ...]
+"""Of a message, as the OpenAI API has it."""
+
+
+class Message(Line):
+    """A message of a conversation."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: Content
+
+
+class OwnLine(Line):
+    """A prompt of the workload `jsonl`: a text or messages, of which the last one is the user's."""
+
+    prompt: str | None = None
+    messages: Annotated[tuple[Message, ...], Field(min_length=1)] | None = None
+    output_tokens: PositiveInt | None = None
+    answers: tuple[str | int | float, ...] = ()
+    ignore_eos: bool = False
+
+    @model_validator(mode="after")
+    def _either(self) -> OwnLine:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("a line needs either prompt or messages")
+        if self.messages is not None and self.messages[-1].role != "user":
+            raise ValueError(f"the last message must be the user's, not the role {self.messages[-1].role!r}'s")
+        return self
+
+
+class TraceLine(Line):
+    """A request of the workload `trace`."""
+
+    input_tokens: PositiveInt
+    output_tokens: PositiveInt
+    timestamp_seconds: float | None = None
+    blocks: tuple[NonNegativeInt, ...] = ()
+
+
+def text_of(content: Content) -> str:
+    """The text of a message."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part.text for part in content if isinstance(part, TextPart))
+
+
+def read_text(path: Path) -> str:
+    """A file of UTF-8 text.
+
+    Raises:
+        ScenarioError: it cannot be read, or a line of it is no UTF-8.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ScenarioError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise ScenarioError(
+            f"{path}, line {number}, is no UTF-8 (byte 0x{content[error.start]:02x}): convert it, such as with "
+            "iconv -f latin1 -t utf-8"
+        ) from None
+
+
+def read_lines(path: Path, model: type[Checked]) -> list[Checked]:
+    """The objects of a file of JSON lines, checked; empty lines do not count.
+
+    Raises:
+        ScenarioError: it cannot be read, is empty, or a line is not what it should be.
+    """
+    found = [checked(path, f"line {number}", model, one) for number, one in _objects(path, read_text(path))]
+    if not found:
+        raise ScenarioError(f"{path} has no lines")
+    return found
+
+
+def checked(path: Path, place: str, model: type[Checked], content: Any) -> Checked:
+    """An object of a file as a model has it.
+
+    Raises:
+        ScenarioError: it is not that; with the place and every reason.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        reasons = "; ".join(
+            f"{'.'.join(map(str, part['loc']))}: {part['msg']}" if part["loc"] else part["msg"]
+            for part in error.errors()
+        )
+        raise ScenarioError(f"{path}, {place}: {reasons}") from None
+
+
+def _objects(path: Path, text: str) -> Iterator[tuple[int, Json]]:
+    # Not splitlines(): a string of JSON may hold U+2028 and its kind.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+            # Escapes can write half of a character, which no tokenizer takes.
+            json.dumps(found, ensure_ascii=False).encode()
+        except ValueError as error:
+            raise ScenarioError(f"{path}, line {number}, is no JSON: {error}") from None
+        if not isinstance(found, dict):
+            raise ScenarioError(f"{path}, line {number}, is no JSON object: {line.strip()[:SHOWN_CHARACTERS]}")
+        yield number, found

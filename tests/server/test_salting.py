@@ -1,0 +1,116 @@
+"""Which blocks of a request have keys of their own: those that a sparse step may have written, and no others."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_sparse.config.request import SparseParams
+from vllm_sparse.config.salt import cache_salt, split_salt
+from vllm_sparse.hooks import kv_cache_utils as hook
+from vllm_sparse.methods.block_topk import BlockTopk
+from vllm_sparse.methods.flexprefill import FlexPrefill
+from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.server.admission import first_sparse_token
+from vllm_sparse.step.eligibility import why_decode_is_dense
+
+BLOCK_TOKENS = 16
+TIDAL, OTHER = SparseParams(decode=Tidal(), min_tokens=0), SparseParams(decode=Tidal(budget_tokens=99), min_tokens=0)
+
+
+def keys_of(tokens: list[int], salt: str | None) -> list[bytes]:
+    """Keys of a request's blocks, as the engine makes them."""
+    from vllm.sampling_params import SamplingParams
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.request import Request
+
+    hook.install()
+    init_none_hash(sha256)
+    hasher = get_request_block_hasher(BLOCK_TOKENS, sha256)
+    request: Any = Request("r", tokens, SamplingParams(max_tokens=4), None, cache_salt=salt, block_hasher=hasher)
+    return list(request.block_hashes)
+
+
+def shared(left: list[bytes], right: list[bytes]) -> int:
+    """Blocks at the beginning that two requests share."""
+    return next((number for number, keys in enumerate(zip(left, right, strict=True)) if keys[0] != keys[1]), len(left))
+
+
+@settings(deadline=None)
+@given(
+    tokens=st.lists(st.integers(0, 99), min_size=1, max_size=200),
+    first=st.integers(0, 220),
+    user=st.sampled_from([None, "mine", "a:b|c"]),
+)
+def test_keys_differ_from_the_first_sparse_token_on(tokens: list[int], first: int, user: str | None) -> None:
+    dense, sparse = keys_of(tokens, user), keys_of(tokens, cache_salt(TIDAL, user, first))
+    assert shared(dense, sparse) == min(first // BLOCK_TOKENS, len(dense))
+    assert shared(sparse, keys_of(tokens, cache_salt(TIDAL, user, first))) == len(sparse)
+    assert shared(sparse, keys_of(tokens, cache_salt(OTHER, user, first))) == min(first // BLOCK_TOKENS, len(dense))
+    if dense:
+        assert shared(sparse, keys_of(tokens, cache_salt(TIDAL, "yours", first))) == 0
+
+
+@given(first=st.integers(0, 1000), block_tokens=st.sampled_from([1, 16, 48, 128]), user=st.sampled_from([None, "mine"]))
+def test_events_tell_the_salt_of_one_block_whatever_its_size(first: int, block_tokens: int, user: str | None) -> None:
+    from vllm.v1.core import block_pool, kv_cache_utils
+
+    hook.install()
+    assert block_pool.generate_block_hash_extra_keys is kv_cache_utils.generate_block_hash_extra_keys
+    salt = cache_salt(TIDAL, user, first)
+    request = SimpleNamespace(cache_salt=salt, mm_features=[], lora_request=None, prompt_embeds=None)
+    salts = []
+    for start in range(0, 1024, block_tokens):
+        keys, _ = kv_cache_utils.generate_block_hash_extra_keys(request, start, start + block_tokens, 0)
+        salts += [(start, value) for _, value in keys or ()]
+    own = split_salt(salt)[1] if first else salt
+    expected = [(0, user)] if user and first else []
+    assert salts == [*expected, (first // block_tokens * block_tokens, own)]
+
+
+def request_of(prompt_tokens: int, max_tokens: int | None, resumable: bool = False) -> Any:
+    """An engine request, as far as its salt depends on it."""
+    params = SimpleNamespace(max_tokens=max_tokens)
+    return SimpleNamespace(prompt_token_ids=[5] * prompt_tokens, resumable=resumable, sampling_params=params)
+
+
+@given(
+    prompt_tokens=st.integers(1, 300),
+    max_tokens=st.integers(1, 300),
+    min_tokens=st.integers(0, 700),
+    budget=st.integers(128, 400),
+)
+def test_no_sparse_step_writes_before_it(prompt_tokens: int, max_tokens: int, min_tokens: int, budget: int) -> None:
+    params = SparseParams(decode=Tidal(budget_tokens=budget), min_tokens=min_tokens)
+    first = first_sparse_token(request_of(prompt_tokens, max_tokens), params)
+    # A step with a context of so many tokens writes the last of them.
+    sparse = [
+        seq_len - 1
+        for seq_len in range(prompt_tokens + 1, prompt_tokens + max_tokens + 1)
+        if why_decode_is_dense(params.decode, min_tokens, seq_len) is None  # type: ignore[arg-type]
+    ]
+    assert first == (sparse[0] if sparse else None)
+
+
+@pytest.mark.parametrize(
+    ("params", "request_", "first"),
+    [
+        # After a preemption the prompt's method reaches tokens that were dense.
+        (SparseParams(FlexPrefill(), None, 1000), request_of(900, 200), 0),
+        (SparseParams(FlexPrefill(), None, 1000), request_of(900, 50), None),
+        (SparseParams(FlexPrefill(), None, 1000), request_of(900, None), 0),
+        # Dense requests write no summaries.
+        (SparseParams(None, BlockTopk(), 1000), request_of(900, 200), 0),
+        (SparseParams(None, Tidal(), 1000), request_of(4000, 200), 4000),
+        (SparseParams(None, Tidal(), 1000), request_of(4000, None), 4000),
+        (SparseParams(None, Tidal(), 1000), request_of(4000, 200, resumable=True), 0),
+        (SparseParams(None, Tidal(), 1000), request_of(0, 200), 0),
+    ],
+)
+def test_where_a_salt_begins(params: SparseParams, request_: Any, first: int | None) -> None:
+    assert first_sparse_token(request_, params) == first
