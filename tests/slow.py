@@ -12,6 +12,7 @@ SLOW = {
     "tests/backend/test_forward.py": {
         "test_a_row_alone_equals_the_oracle",
         "test_dense_rows_of_a_mixed_step_equal_the_stock_step",
+        "test_each_of_several_chunks_reads_what_it_would_alone",
         "test_rows_in_any_order_equal_the_oracle",
         "test_t2_and_t4_a_mixed_step_equals_the_oracle_in_every_layer",
         "test_t9_steps_are_independent",

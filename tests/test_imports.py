@@ -13,7 +13,17 @@ ROOT = Path(__file__).parents[1]
 
 # Rooms of vllm_sparse from the bottom up; those of one line may import one another.
 ROOMS = (
-    ("pages", "keys", "shared_directory", "server_process", "step.roles", "step.launch", "step.rows"),
+    (
+        "pages",
+        "keys",
+        "host_copy",
+        "shared_directory",
+        "server_process",
+        "step.roles",
+        "step.launch",
+        "step.rows",
+        "step.chunks",
+    ),
     ("kernels",),
     ("methods",),
     ("config",),

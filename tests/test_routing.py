@@ -57,6 +57,7 @@ class V1Batch(RuleBasedStateMachine):
             self.slots, 32, 64, torch.device("cpu"), 16, [16], [2], logitsprocs=LogitsProcessors([processor])
         )
         self.params: dict[str, SparseParams | None] = {}
+        self.prompt_tokens: dict[str, int] = {}
         self.made = 0
 
     def refresh(self) -> None:
@@ -69,7 +70,9 @@ class V1Batch(RuleBasedStateMachine):
         name = f"request-{self.made}"
         self.made += 1
         self.params[name] = params
-        self.batch.add_request(CachedRequestState(name, [1, 2, 3], [], sampling(params), None, ([0, 1],), 0, []))
+        prompt = [1] * (self.made % 7 + 1)
+        self.prompt_tokens[name] = len(prompt)
+        self.batch.add_request(CachedRequestState(name, prompt, [], sampling(params), None, ([0, 1],), 0, []))
 
     @rule(remove=st.sets(st.integers(0, slots - 1)), add=st.lists(choices, max_size=slots))
     def step(self, remove: set[int], add: list[SparseParams | None]) -> None:
@@ -104,6 +107,7 @@ class V1Batch(RuleBasedStateMachine):
         for row, request in found.items():
             name = self.batch.req_ids[row]
             assert request.memory.setdefault(0, name) == name
+            assert request.prompt_tokens == self.prompt_tokens[name]
 
 
 V1Batch.TestCase.settings = settings(max_examples=30, stateful_step_count=15, deadline=None)
@@ -180,6 +184,21 @@ def test_the_v2_loader_accepts_and_builds_the_processor() -> None:
     validate = loader.build_custom_logits_processors_params_validator(None)
     validate(sampling(CHOICES[1]))
     validate(SamplingParams())
+
+
+def test_runner_v2_tells_how_long_a_prompt_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose slots hold the prompt's length before processors hear of the request."""
+    from vllm_sparse.hooks import gpu_model_runner, model_cuda_graph_manager
+
+    for hook in (gpu_model_runner, model_cuda_graph_manager):
+        monkeypatch.setattr(hook, "install", lambda: None)
+    config: Any = None
+    state = SimpleNamespace(prompt_len=SimpleNamespace(np=np.array([0, 0, 700], dtype=np.int32)))
+    processor = SparseParamsProcessor(config, state)
+    processor.add_request(2, sampling(CHOICES[1]))
+    found = TABLE.sparse_rows(np.array([2], dtype=np.int32), 1)
+    TABLE.attach(slots_in_metadata=False)
+    assert found[0].prompt_tokens == 700
 
 
 def test_the_v1_loader_builds_the_processor_as_argmax_invariant() -> None:

@@ -37,6 +37,12 @@ class PageList:
         return (self.kept_tokens + self.page_size_tokens - 1) // self.page_size_tokens
 
 
+def empty_lists(rows: int, width: int, page_size_tokens: int, device: torch.device) -> PageList:
+    """Room for lists, which holds anything; arguments as the attributes of `PageList` have them."""
+    pages = torch.empty(rows, width, dtype=torch.int32, device=device)
+    return PageList(pages, torch.empty(rows, dtype=torch.int32, device=device), page_size_tokens)
+
+
 def concatenate(lists: list[PageList]) -> PageList:
     """Stack the rows of several lists of one page size, padding to the widest.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,19 @@ from tests import oracle
 from tests.backend.conftest import HEAD_SIZE, HEADS, KV_HEADS, LAYERS, SCALE, Engine
 from tests.methods.lists import chunk_allowed
 from tests.oracle import Paged, Platform
+from vllm_sparse.backend.executors.cpu import CpuExecutor
+from vllm_sparse.backend.impl import gather_tokens
 from vllm_sparse.config.request import ALL_DENSE, SparseParams
 from vllm_sparse.methods.decode import LayerMemory
+from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
-from vllm_sparse.methods.prefill import Layer
+from vllm_sparse.methods.hip import Hip
+from vllm_sparse.methods.prefill import Layer, PrefillMethod
+from vllm_sparse.methods.sale import Sale
+from vllm_sparse.methods.streaming import Streaming
 from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.step.launch import Launch
+from vllm_sparse.step.plan import RowSpan
 
 PLATFORM = Platform("cpu-vec-float32", "cpu", torch.float32, "vec")
 BLOCK = 32
@@ -32,12 +40,13 @@ PER_HEAD = Tidal(
 
 @dataclass
 class Row:
-    """One request of a step: new tokens, tokens in the cache, parameters."""
+    """One request of a step: new tokens, tokens in the cache, parameters, and of a prompt chunk the prompt's tokens."""
 
     tokens: int
     context: int
     params: SparseParams = ALL_DENSE
     prefilling: bool = False
+    prompt_tokens: int | None = None
 
 
 MIXED = [
@@ -116,7 +125,7 @@ def run(engine: Engine, step: Step) -> list[torch.Tensor]:
     from vllm_sparse.step.requests import TABLE, SparseRequest
 
     for index, row in enumerate(step.rows):
-        TABLE.put(index, None if row.params.is_dense else SparseRequest(row.params))
+        TABLE.put(index, None if row.params.is_dense else SparseRequest(row.params, row.prompt_tokens))
     metadata = engine.builder.build(0, step.common)
     return [
         forward(layer.impl, layer, query, data.kv_cache, metadata)
@@ -167,7 +176,8 @@ def allowed(step: Step, index: int, layer: int) -> torch.Tensor:
     if kind == "flex":
         assert row.params.prefill is not None
         query = step.queries[layer][span]
-        lists = row.params.prefill.select(query, step.data[layer].reader(index), SCALE, BLOCK, Layer(layer, 0))
+        place = Layer(layer, 0, row.prompt_tokens)
+        lists = row.params.prefill.select(query, step.data[layer].reader(index), SCALE, BLOCK, place)
         return chunk_allowed(row.params.prefill, lists, step.data[layer], index, query)
     if kind.startswith("list"):
         assert row.params.decode is not None
@@ -183,13 +193,17 @@ def allowed(step: Step, index: int, layer: int) -> torch.Tensor:
 
 def check(step: Step, outputs: list[torch.Tensor]) -> None:
     for layer, output in enumerate(outputs):
-        data = step.data[layer]
-        for index in range(len(step.rows)):
-            span = step.span(index)
-            expected = oracle.attention(
-                step.queries[layer][span], data.keys[index], data.values[index], SCALE, allowed(step, index, layer)
-            )
-            oracle.assert_close(output[span], expected, f"layer {layer}, row {index}, {role(step.rows[index], layer)}")
+        check_layer(step, layer, output)
+
+
+def check_layer(step: Step, layer: int, output: torch.Tensor) -> None:
+    data = step.data[layer]
+    for index in range(len(step.rows)):
+        span = step.span(index)
+        expected = oracle.attention(
+            step.queries[layer][span], data.keys[index], data.values[index], SCALE, allowed(step, index, layer)
+        )
+        oracle.assert_close(output[span], expected, f"layer {layer}, row {index}, {role(step.rows[index], layer)}")
 
 
 def test_t2_and_t4_a_mixed_step_equals_the_oracle_in_every_layer(engine: Engine, generator: torch.Generator) -> None:
@@ -208,6 +222,100 @@ def test_rows_in_any_order_equal_the_oracle(engine: Engine, generator: torch.Gen
 def test_a_row_alone_equals_the_oracle(engine: Engine, row: Row, generator: torch.Generator) -> None:
     step = make_step([row], generator)
     check(step, run(engine, step))
+
+
+def test_adjacent_rows_are_gathered_without_a_copy() -> None:
+    spans = [RowSpan(0, 3, 2, 9), RowSpan(1, 5, 4, 9), RowSpan(3, 12, 1, 9)]
+    device = torch.device("cpu")
+    assert gather_tokens(spans[:2], device) == slice(3, 9)
+    apart = gather_tokens(spans, device)
+    assert isinstance(apart, torch.Tensor)
+    assert apart.tolist() == [3, 4, 5, 6, 7, 8, 12]
+
+
+SPARSE_FROM = LAYERS - 2
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        pytest.param([Dhsa(density=0.2, dense_layers=SPARSE_FROM)], id="dhsa"),
+        pytest.param(
+            [
+                Dhsa(density=0.2, bound_weight=0.5, candidate_factor=2, scores_per="kv_head", dense_layers=SPARSE_FROM),
+                Dhsa(budget_tokens=320, key_block_tokens=16, list_per="kv_head", dense_layers=SPARSE_FROM),
+                Dhsa(density=0.2, key_blocks="adaptive", dense_layers=SPARSE_FROM + 1),
+            ],
+            id="dhsa-of-other-knobs",
+        ),
+        pytest.param(
+            [
+                FlexPrefill(gamma=0.4, min_budget_tokens=0, dense_layers=SPARSE_FROM),
+                Sale(tau=0.3, dense_layers=SPARSE_FROM),
+                Hip(
+                    stage_block_tokens=(64,),
+                    stage_budget_tokens=(128,),
+                    query_stride=(4,),
+                    sink_tokens=16,
+                    recent_tokens=32,
+                    dense_layers=SPARSE_FROM,
+                ),
+                Streaming(recent_tokens=100, dense_layers=SPARSE_FROM),
+                Dhsa(density=0.2, dense_layers=SPARSE_FROM),
+            ],
+            id="others",
+        ),
+    ],
+)
+def test_each_of_several_chunks_reads_what_it_would_alone(
+    methods: list[PrefillMethod], engine: Engine, generator: torch.Generator
+) -> None:
+    """Two requests of each method between decode rows and a dense chunk, in any order, of any lengths."""
+
+    def size(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    rows = [Row(1, 300), Row(50, 200, prefilling=True), Row(1, 700, SparseParams(None, TIDAL))]
+    for method in methods:
+        for _ in range(2):
+            tokens = size(method.min_query_tokens, 400)
+            context = tokens + size(0, 500)
+            rows.append(Row(tokens, context, SparseParams(method), True, context + size(0, 2) * 77))
+    step = make_step([rows[index] for index in torch.randperm(len(rows), generator=generator).tolist()], generator)
+    outputs = run(engine, step)
+    for layer in range(SPARSE_FROM, LAYERS):
+        check_layer(step, layer, outputs[layer])
+
+
+def test_chunks_whose_lists_are_alike_attend_in_one_launch(
+    engine: Engine, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever their methods; on the CPU all pages are blocks, so only the heads that share a list tell them apart."""
+    launched: list[int] = []
+    attend = CpuExecutor.run
+
+    def counted(self: CpuExecutor, launch: Launch, *args: Any) -> None:
+        launched.append(launch.kept_tokens.shape[0])
+        attend(self, launch, *args)
+
+    monkeypatch.setattr(CpuExecutor, "run", counted)
+    by_query_head = [Dhsa(density=0.2), Sale(tau=0.3), Dhsa(density=0.3), Sale(tau=0.3)]
+    rows = [Row(300, 700, SparseParams(method), True) for method in by_query_head]
+    rows += [Row(257, 600, SparseParams(Streaming(recent_tokens=100)), True)]
+    run(engine, make_step(rows, generator))
+    assert launched == [2 * HEADS * (3 + 5), KV_HEADS * 3] * LAYERS
+
+
+def test_a_prompt_chunk_knows_where_the_prompt_ends(engine: Engine, generator: torch.Generator) -> None:
+    """The tail that is dense is not the chunk's."""
+    method = Dhsa(density=0.2, sink_tokens=0, recent_tokens=0, dense_layers=LAYERS - 1)
+    ends = make_step([Row(384, 640, SparseParams(method), True, 640)], generator)
+    goes_on = replace(ends, rows=[replace(ends.rows[0], prompt_tokens=900)])
+    outputs = [run(engine, step) for step in (ends, goes_on)]
+    for step, output in zip((ends, goes_on), outputs, strict=True):
+        check(step, output)
+    first, second = (output[-1][-128:] for output in outputs)
+    assert not torch.equal(first, second)
 
 
 def test_a_step_without_sparse_rows_is_the_stock_step_bit_for_bit(engine: Engine, generator: torch.Generator) -> None:

@@ -16,9 +16,11 @@ from tests import oracle
 from vllm_sparse.backend.decode_buffers import DecodeBuffers
 from vllm_sparse.backend.decode_graphs import ANY, MOST_ROWS_ALONE, beside_dense, captured_sizes
 from vllm_sparse.backend.execution import gather_index
-from vllm_sparse.backend.host_copy import indices_on
+from vllm_sparse.backend.impl import gather_tokens
 from vllm_sparse.backend.prefill import prompt_chunk_rows
+from vllm_sparse.host_copy import indices_on
 from vllm_sparse.methods.tidal import Tidal
+from vllm_sparse.step.chunks import one_chunk
 from vllm_sparse.step.plan import RowSpan
 from vllm_sparse.step.requests import RowSetting
 from vllm_sparse.step.rows import ServerSize
@@ -106,6 +108,7 @@ def told() -> None:
 
 def rows_of_a_chunk() -> None:
     prompt_chunk_rows.cache_clear()
+    one_chunk.cache_clear()
     prompt_chunk_rows(1000, 128, 4, 2, torch.device("cuda"))
 
 
@@ -143,8 +146,9 @@ def sleep() -> None:
         told,
         rows_of_a_chunk,
         subset_of_dense_rows,
+        lambda: gather_tokens([RowSpan(0, 0, 3, 70), RowSpan(2, 9, 3, 72)], torch.device("cuda")),
     ],
-    ids=["gather_index", "indices_on", "tell", "prompt_chunk_rows", "dense_subset"],
+    ids=["gather_index", "indices_on", "tell", "prompt_chunk_rows", "dense_subset", "gather_tokens"],
 )
 def test_copies_do_not_wait_for_the_device(call: Callable[[], object]) -> None:
     # Memory is allocated and kernels are loaded by then, which does wait.

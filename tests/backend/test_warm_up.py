@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from typing import Any
 
@@ -10,10 +9,12 @@ import pytest
 import torch
 
 from tests.backend.conftest import HEAD_SIZE, KV_HEADS, Engine
+from vllm_sparse.backend import prefill
+from vllm_sparse.backend.executors.cpu import CpuExecutor
 from vllm_sparse.backend.warm_up import PrefillWarmUp, doubling
-from vllm_sparse.methods.prefill import PrefillMethod
 from vllm_sparse.methods.registry import DEFAULT_METHODS, PREFILL_METHODS
-from vllm_sparse.pages import PageList
+from vllm_sparse.step.launch import Launch
+from vllm_sparse.step.plan import PrefillRow
 
 BLOCK, BLOCKS = 32, 40
 
@@ -37,16 +38,20 @@ def test_each_method_serves_a_chunk_of_each_length(engine: Engine, monkeypatch: 
     monkeypatch.setattr(engine.config.model_config, "max_model_len", 2500)
     served: Counter[tuple[str, int, int]] = Counter()
     attended: list[int] = []
-    select = PrefillMethod.select
+    run = CpuExecutor.run
 
-    @functools.wraps(select)
-    def counted(self: PrefillMethod, query: torch.Tensor, keys: Any, *args: Any) -> PageList:
-        served[self.name, query.shape[0], keys.seq_len] += 1
-        lists = select(self, query, keys, *args)
-        attended.append(int(lists.kept_tokens.sum()))
-        return lists
+    def counted(self: CpuExecutor, launch: Launch, *args: Any) -> None:
+        attended.append(int(launch.kept_tokens.sum()))
+        run(self, launch, *args)
 
-    monkeypatch.setattr(PrefillMethod, "select", counted)
+    monkeypatch.setattr(CpuExecutor, "run", counted)
+    prepare = prefill.plan_launches
+
+    def noted(platform: Any, call: Any, rows: list[PrefillRow]) -> list[prefill.ChunkLaunch]:
+        served.update((row.method.name, row.span.query_tokens, row.span.seq_len) for row in rows)
+        return prepare(platform, call, rows)
+
+    monkeypatch.setattr(prefill, "plan_launches", noted)
     registry = JitWarmupRegistry(engine.config)
     PrefillWarmUp(engine.config, layer.layer_name).register_warmup()
     assert len(registry) == 0, "only while vLLM asks for what to warm up"
@@ -60,6 +65,7 @@ def test_each_method_serves_a_chunk_of_each_length(engine: Engine, monkeypatch: 
         for context in (1024, 2048, 2500)
         for tokens in (1024, 1023, method().min_query_tokens)
     }
+    assert len(attended) == served.total()
     assert all(kept > 0 for kept in attended)
 
 

@@ -116,7 +116,7 @@ def listed(
             continue
         data: Paged = oracle.paged(oracle.PLAIN, [key[:, :stop]], [key[:, :stop]], 128, generator)
         chunk_query = query[:, start:stop].transpose(0, 1)
-        lists = method.select(chunk_query, data.reader(0), SCALE, method.page_tokens, Layer(1, 0))
+        lists = method.select(chunk_query, data.reader(0), SCALE, method.page_tokens, Layer(1, 0, tokens))
         having = method.list_heads(HEADS, KV_HEADS)
         blocks = -(-(stop - start) // method.query_block_tokens)
         for head in range(HEADS):

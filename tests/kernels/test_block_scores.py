@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests import oracle
 from tests.kernels.test_flex_estimate import Largest
-from vllm_sparse.kernels.block_scores import KeyBlocks, PageSelection, kept_pages, reference
+from vllm_sparse.kernels.block_scores import KeyBlocks, PageSelection, best_pages, page_scores, reference
 
 
 @pytest.mark.parametrize(
@@ -59,25 +59,27 @@ def expected_row(scores: list[float], sink: int, band: int, last: int, budget: i
     sink=st.integers(0, 23),
     ends=st.tuples(st.integers(0, 22), st.integers(0, 22)),
     widths=st.tuples(st.integers(0, 22), st.integers(0, 22)),
-    budget=st.integers(0, 40),
+    budgets=st.tuples(st.integers(0, 40), st.integers(0, 40)),
 )
 def test_selection_equals_plain_python(
-    rows: list[list[float]], sink: int, ends: tuple[int, int], widths: tuple[int, int], budget: int
+    rows: list[list[float]], sink: int, ends: tuple[int, int], widths: tuple[int, int], budgets: tuple[int, int]
 ) -> None:
     scores = torch.tensor(rows).view(2, 2, 23)
     bands = [max(end - width, 0) for end, width in zip(ends, widths, strict=True)]
     kept = reference.select_pages(
-        scores, sink, torch.tensor(bands, dtype=torch.int32), torch.tensor(ends, dtype=torch.int32), budget
+        scores, sink, *(torch.tensor(numbers, dtype=torch.int32) for numbers in (bands, ends, budgets))
     )
     for head in range(2):
         for row in range(2):
-            expected = expected_row(scores[head, row].tolist(), sink, bands[row], ends[row], budget)
+            expected = expected_row(scores[head, row].tolist(), sink, bands[row], ends[row], budgets[row])
             assert kept[head, row].tolist() == expected
 
 
 def test_zeros_of_both_signs_tie() -> None:
     end = torch.tensor([3], dtype=torch.int32)
-    kept = reference.select_pages(torch.tensor([[[-1.0, -0.0, 0.0, 5.0]]]), 0, end, end, 2)
+    kept = reference.select_pages(
+        torch.tensor([[[-1.0, -0.0, 0.0, 5.0]]]), 0, end, end, torch.tensor([2], dtype=torch.int32)
+    )
     assert kept.tolist() == [[[False, True, False, True]]]
 
 
@@ -85,40 +87,38 @@ def test_selection_of_many_pages_equals_a_stable_sort(generator: torch.Generator
     scores = torch.randn(3, 1, 5000, generator=generator).mul(50).round()
     scores[..., -1] = 1000
     end = torch.tensor([4999], dtype=torch.int32)
-    kept = reference.select_pages(scores, 0, end, end, 777)
+    kept = reference.select_pages(scores, 0, end, end, torch.tensor([777], dtype=torch.int32))
     order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :777]
     assert torch.equal(kept, torch.zeros_like(kept).scatter_(-1, order, True))
 
 
-def test_kept_pages_hold_no_score_per_token() -> None:
+def test_selection_holds_no_score_per_token() -> None:
     """At 128K, for one head that stands for 32, buffers grow with query blocks times pages, not with tokens."""
     context, query_tokens, head_size = 131072, 8192, 16
     start = torch.arange(0, context + 1, 32)
     key_blocks = KeyBlocks(torch.randn(1, context // 32, head_size), start, 0)
     query = torch.randn(query_tokens, 1, head_size).bfloat16()
     band_start = torch.arange(context - query_tokens, context, 128)
+    selection = PageSelection(128, 32, 1, 128)
     with Largest() as largest:
-        kept = kept_pages(query, key_blocks, context, band_start, PageSelection(128, 32, 1, 128, 16384))
+        scores = page_scores(query, key_blocks, context, selection)
+        kept = best_pages(scores, band_start, band_start + 127, torch.full((64,), 512), selection)
     assert bool((kept.sum(2) == 512).all())
     # Eight bytes for each pair of a query block and a page, 512 times fewer than pairs of tokens.
     assert 0 < largest.bytes <= 8 * (query_tokens // 128) * (context // 32)
 
 
-def test_kept_pages_see_chunks_that_straddle_pages() -> None:
+def test_selection_sees_chunks_that_straddle_pages() -> None:
     """A chunk of the best score over parts of three pages brings in all three, and a shorter one in a page its page."""
     context = 320
     start = torch.tensor([0, 40, 100, 140, 150, 300, 320])
     representation = torch.tensor([0.0, 5.0, 1.0, 3.0, 0.0, 0.0]).view(1, 6, 1)
     query = torch.ones(1, 1, 1)
     # Three pages tie for the first places; the lower ones win.
-    for budget, expected in ((3 * 32, [1, 2, 9]), (4 * 32, [1, 2, 3, 9]), (5 * 32, [1, 2, 3, 4, 9])):
-        kept = kept_pages(
-            query,
-            KeyBlocks(representation, start, 0),
-            context,
-            torch.tensor([context - 1]),
-            PageSelection(64, 32, 1, 0, budget),
-        )
+    selection, last = PageSelection(64, 32, 1, 0), torch.tensor([context - 1])
+    scores = page_scores(query, KeyBlocks(representation, start, 0), context, selection)
+    for budget, expected in ((3, [1, 2, 9]), (4, [1, 2, 3, 9]), (5, [1, 2, 3, 4, 9])):
+        kept = best_pages(scores, last, last, torch.tensor([budget]), selection)
         assert kept[0, 0].nonzero().flatten().tolist() == expected
 
 
@@ -130,3 +130,23 @@ def test_heads_that_share_scores_share_mean_representations(generator: torch.Gen
     assert oracle.relative_error(merged[:, 0], expected) < 1e-6
     assert reference.merge_heads(pooled, 8) is pooled
     assert oracle.relative_error(reference.merge_heads(keys, 1)[0], keys.double().mean(0)) < 1e-6
+
+
+@given(heads=st.sampled_from([(1, 1), (4, 2)]), seed=st.integers(0, 1 << 30))
+def test_scores_of_bounds_are_the_largest_products_that_the_bounds_allow(heads: tuple[int, int], seed: int) -> None:
+    """Of the mean query with any key whose numbers lie between them, so with every key of the block too."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(100, heads[0], 20, generator=generator)
+    keys = torch.randn(heads[1], 4, 32, 20, generator=generator)
+    least, largest = keys.amin(2), keys.amax(2)
+    blocks = KeyBlocks(torch.cat((least, largest), dim=2), torch.arange(0, 129, 32), 0)
+    scores = page_scores(query, blocks, 128, PageSelection(64, 32, heads[0], 0))
+    mean = torch.stack([block.double().sum(0) / block.shape[0] ** 0.5 for block in torch.split(query, 64)], dim=1)
+    corner = torch.maximum(
+        mean.unsqueeze(2) * oracle.expand(least, heads[0]).unsqueeze(1),
+        mean.unsqueeze(2) * oracle.expand(largest, heads[0]).unsqueeze(1),
+    ).sum(3)
+    assert oracle.relative_error(scores, corner) < 1e-6
+    by_block = oracle.expand(keys.flatten(1, 2), heads[0]).view(heads[0], 4, 32, 20)
+    products = torch.einsum("hqd,hptd->hqpt", mean, by_block)
+    assert bool((scores + 1e-4 >= products.amax(3)).all())

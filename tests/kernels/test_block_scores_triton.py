@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.kernels.chunks import STEP_TOKENS, some_chunks
 from tests.kernels.hopper import compile_for_hopper, spilled_bytes
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from vllm_sparse.kernels.block_scores import reference
@@ -17,7 +18,7 @@ pytest.importorskip("triton")
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=17)
+    run_under_the_interpreter(__file__, passing=21)
 
 
 def fresh() -> tuple[int, torch.Generator]:
@@ -73,6 +74,49 @@ def test_page_scores_equal_the_reference(
 
 
 @needs_triton
+@pytest.mark.parametrize("query_block_tokens", [64, 128])
+def test_pooled_queries_of_several_chunks_equal_the_reference(query_block_tokens: int) -> None:
+    from vllm_sparse.kernels.block_scores import triton as scores_triton
+
+    seed, generator = fresh()
+    query = torch.randn(STEP_TOKENS, 5, 80, generator=generator).to(DEVICE)[:, 1:-1]
+    blocks = some_chunks(query_block_tokens, DEVICE)
+    pooled = scores_triton.chunk_queries(query, blocks)
+    expected = reference.chunk_queries(query, blocks)
+    assert pooled.shape == expected.shape
+    assert float((pooled - expected).norm() / expected.norm()) < 1e-6, f"seed {seed}"
+
+
+@needs_triton
+@pytest.mark.parametrize(("heads", "key_heads", "tile"), [(4, 2, 64), (3, 1, 16)])
+def test_page_scores_of_several_chunks_equal_the_reference(
+    heads: int, key_heads: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Key blocks past a context may be anything; with small tiles, a chunk has more than one and others have fewer."""
+    from vllm_sparse.kernels.block_scores import triton as scores_triton
+
+    monkeypatch.setattr(scores_triton, "BLOCK_TILE", tile)
+    seed, generator = fresh()
+    blocks = some_chunks(16, DEVICE)
+    pages = -(-blocks.longest_seq_len // 32)
+    queries = torch.randn(heads, blocks.blocks, 48, generator=generator).to(DEVICE)
+    shape = key_heads, len(blocks.spans), 2 * pages, 48
+    representation = torch.randn(shape, generator=generator)
+    edges = torch.empty(2, len(blocks.spans), pages, dtype=torch.int32)
+    edges[0], edges[1] = 1, 0
+    for chunk, span in enumerate(blocks.spans):
+        start = torch.arange(0, span.seq_len, 32)
+        edges[0, chunk, : start.shape[0]] = start // 16
+        edges[1, chunk, : start.shape[0]] = (start + 31).clamp(max=span.seq_len - 1) // 16
+        representation[:, chunk, -(-span.seq_len // 16) :] = float("nan")
+    rows = queries, representation.to(DEVICE), *edges.to(DEVICE), blocks
+    scores, expected = scores_triton.chunk_scores(*rows), reference.chunk_scores(*rows)
+    reached = expected > float("-inf")
+    assert not bool(scores.isnan().any()), f"seed {seed}"
+    assert float((scores - expected)[reached].norm() / expected[reached].norm()) < 1e-5, f"seed {seed}"
+
+
+@needs_triton
 @pytest.mark.parametrize(
     ("pages", "sink_pages", "budget_pages"),
     [(1, 0, 1), (60, 4, 20), (60, 100, 3), (70, 1, 1 << 19), (2500, 0, 300), (40000, 9, 11000)],
@@ -111,7 +155,9 @@ def assert_selection_equals_the_reference(pages: int, sink_pages: int, budget_pa
     # A row in the middle, one with all of it forced, one with all of it but its end free.
     last = torch.tensor([int(torch.randint(0, pages, (), generator=generator)), pages - 1, pages - 1]).int()
     band = torch.tensor([int(last[0]) * 2 // 3, 0, max(pages - 3, 0)]).int()
-    rows = scores.to(DEVICE), sink_pages, band.to(DEVICE), last.to(DEVICE), budget_pages
+    # Each row has a budget of its own.
+    budgets = torch.tensor([budget_pages, budget_pages // 2, budget_pages + 1]).int()
+    rows = scores.to(DEVICE), sink_pages, band.to(DEVICE), last.to(DEVICE), budgets.to(DEVICE)
     assert torch.equal(scores_triton.select_pages(*rows), reference.select_pages(*rows)), f"seed {seed}"
 
 
@@ -125,7 +171,8 @@ def test_kernels_compile_for_hopper(head_size: int) -> None:
         {
             "query_pointer": "*bf16",
             "pooled_pointer": "*fp32",
-            **dict.fromkeys(("query_tokens", "query_block_count", "query_row_stride", "query_head_stride"), "i32"),
+            **dict.fromkeys(("first_token_pointer", "first_query_pointer", "last_query_pointer"), "*i32"),
+            **dict.fromkeys(("query_block_count", "query_row_stride", "query_head_stride"), "i32"),
         },
         {"HEAD_SIZE": head_size, "HEAD_TILE": 1 << (head_size - 1).bit_length(), "BLOCK": 128},
         num_warps=8,
@@ -134,8 +181,8 @@ def test_kernels_compile_for_hopper(head_size: int) -> None:
         scores_triton.page_scores_kernel,
         {
             **dict.fromkeys(("query_pointer", "representation_pointer", "score_pointer"), "*fp32"),
-            **dict.fromkeys(("first_key_block_pointer", "last_key_block_pointer"), "*i32"),
-            **dict.fromkeys(("query_block_count", "key_blocks", "pages"), "i32"),
+            **dict.fromkeys(("first_key_block_pointer", "last_key_block_pointer", "chunk_start_pointer"), "*i32"),
+            **dict.fromkeys(("chunks", "query_block_count", "key_blocks", "pages"), "i32"),
         },
         {
             "HEAD_SIZE": head_size,
@@ -159,8 +206,8 @@ def test_selection_compiles_for_hopper(pages: int, tmp_path: Path) -> None:
         {
             "score_pointer": "*fp32",
             "kept_pointer": "*u8",
-            **dict.fromkeys(("band_page_pointer", "last_page_pointer"), "*i32"),
-            **dict.fromkeys(("query_block_count", "pages", "sink_pages", "budget_pages"), "i32"),
+            **dict.fromkeys(("band_page_pointer", "last_page_pointer", "budget_pages_pointer"), "*i32"),
+            **dict.fromkeys(("query_block_count", "pages", "sink_pages"), "i32"),
         },
         {"ROW_TILE": entries, "TILE": scores_triton.SELECT_TILE},
         num_warps=num_warps,

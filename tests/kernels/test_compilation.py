@@ -6,6 +6,7 @@ noted as if on a Hopper GPU, over zeros.
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -16,12 +17,17 @@ from vllm_sparse.backend.decode_batch import BatchLayer, DecodeStep
 from vllm_sparse.backend.decode_buffers import DecodeBuffers
 from vllm_sparse.backend.decode_graphs import DENSE_ROW, DecodeGraphs, captured_sizes
 from vllm_sparse.backend.warm_up import warm_up_chunks
+from vllm_sparse.kernels.page_list import launch_lists
+from vllm_sparse.kernels.row_queries import gather_rows, scatter_rows
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.methods.decode import BatchDecodeMethod
+from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.prefill import Layer, PrefillMethod
 from vllm_sparse.methods.registry import DECODE_METHODS, PREFILL_METHODS
+from vllm_sparse.pages import empty_lists
+from vllm_sparse.step.chunks import PromptChunks, launch_rows, prompt_blocks
 from vllm_sparse.step.launch import Executor, Launch, LayerLaunches
-from vllm_sparse.step.plan import layer_roles
+from vllm_sparse.step.plan import RowSpan, layer_roles
 from vllm_sparse.step.requests import RowSetting
 from vllm_sparse.step.rows import ServerSize, padded_rows
 
@@ -70,28 +76,48 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (7, 1), (8, 2)])
-@pytest.mark.parametrize("name", PREFILL_METHODS)
+@pytest.mark.parametrize("name", [*PREFILL_METHODS, "dhsa in two stages"])
 def test_no_chunk_waits_for_the_compiler(name: str, heads: int, kv_heads: int, launched: set[tuple[str, str]]) -> None:
-    method: Any = PREFILL_METHODS[name]()
+    two_stages = Dhsa(bound_weight=0.5, candidate_factor=2.0)
+    method: Any = PREFILL_METHODS[name]() if name in PREFILL_METHODS else two_stages
     assert isinstance(method, PrefillMethod)
     cache = torch.zeros(LONGEST // BLOCK, kv_heads, BLOCK, 2 * HEAD_SIZE, dtype=torch.bfloat16)
-    table = torch.arange(cache.shape[0], dtype=torch.int32)
 
-    def select(tokens: int, seq_len: int) -> None:
-        query = torch.zeros(tokens, heads, HEAD_SIZE, dtype=torch.bfloat16)
-        keys = PlainKeys(cache, table[: -(-seq_len // BLOCK)], seq_len)
+    def serve(*sizes: tuple[int, int]) -> None:
+        """Chunks of so many tokens of so long contexts, in one step."""
+        starts = itertools.accumulate((tokens for tokens, _ in sizes), initial=0)
+        spans = [RowSpan(row, start, *size) for row, (start, size) in enumerate(zip(starts, sizes, strict=False))]
+        query = torch.zeros(sum(tokens for tokens, _ in sizes), heads, HEAD_SIZE, dtype=torch.bfloat16)
+        table = torch.arange(cache.shape[0], dtype=torch.int32).expand(len(sizes), -1).contiguous()
+        keys = tuple(PlainKeys(cache, table[row], seq_len) for row, (_, seq_len) in enumerate(sizes))
+        blocks = prompt_blocks(spans, method.query_block_tokens, query.device)
         page_size_tokens = min(BLOCK, method.page_tokens)
-        method.select(query, keys, HEAD_SIZE**-0.5, page_size_tokens, Layer(method.dense_layers, 0))
+        list_heads = method.list_heads(heads, kv_heads)
+        lists = empty_lists(
+            list_heads * blocks.blocks, -(-blocks.longest_seq_len // page_size_tokens), page_size_tokens, query.device
+        )
+        layers = [Layer(method.dense_layers, 0)] * len(sizes)
+        chunks = PromptChunks(blocks, query, keys, table, HEAD_SIZE**-0.5)
+        method.select_chunks(chunks, layers, method.prepare(blocks, [None] * len(sizes)), lists)
+        rows = launch_rows([blocks], list_heads, kv_heads, query.device)
+        launch_lists(lists, rows, table, BLOCK, kv_heads)
+        scatter_rows(gather_rows(query, rows), rows, torch.zeros_like(query))
 
     for chunk in warm_up_chunks(method, STEP, SHORTEST, LONGEST):
-        select(chunk.tokens, chunk.seq_len)
+        serve((chunk.tokens, chunk.seq_len))
     at_start = set(launched)
     assert at_start
     for _ in range(CHUNKS):
-        tokens = random.choice((STEP, random.randint(method.min_query_tokens, STEP)))
-        seq_len = random.randint(SHORTEST, LONGEST)
-        select(tokens, seq_len)
-        assert launched <= at_start, f"{tokens} of {seq_len} tokens"
+        count = random.randint(1, 3)
+        sizes = [
+            (
+                random.choice((STEP // count, random.randint(method.min_query_tokens, STEP // count))),
+                random.randint(SHORTEST, LONGEST),
+            )
+            for _ in range(count)
+        ]
+        serve(*sizes)
+        assert launched <= at_start, f"tokens and contexts {sizes}"
 
 
 class Nothing(Executor):

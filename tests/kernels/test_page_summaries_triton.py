@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from tests import oracle
+from tests.kernels.chunks import SPANS, some_chunks
 from tests.kernels.hopper import compile_for_hopper, spilled_bytes
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
 from tests.oracle import Paged, Platform
 from vllm_sparse.kernels.page_summaries import SummaryContent, SummaryKind, reference
 from vllm_sparse.keys import PlainKeys
+from vllm_sparse.step.chunks import PromptChunks
 from vllm_sparse.step.rows import DecodeRows
 
 pytest.importorskip("triton")
@@ -21,7 +23,7 @@ pytest.importorskip("triton")
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=24)
+    run_under_the_interpreter(__file__, passing=28)
 
 
 @needs_triton
@@ -58,6 +60,28 @@ def test_equals_reference(
     # The short last page on its own: many others would hide it.
     assert oracle.relative_error(actual[:, -1], expected[:, -1]) < 1e-6, f"seed {seed}"
     assert oracle.relative_error(actual, expected) < 1e-6, f"seed {seed}"
+
+
+@needs_triton
+@pytest.mark.parametrize(("block_size", "page_tokens"), [(32, 16), (16, 64)])
+@pytest.mark.parametrize("bounds", [False, True], ids=["mean", "bounds"])
+def test_several_requests_equal_the_reference(block_size: int, page_tokens: int, bounds: bool) -> None:
+    """Each by its own row of the block table."""
+    from vllm_sparse.kernels.page_summaries import triton as summaries_triton
+
+    seed = random.randrange(1 << 30)
+    generator = torch.Generator().manual_seed(seed)
+    contexts = [next((span.seq_len for span in SPANS if span.row == row), 1) for row in range(8)]
+    data = paged(generator, contexts, 2, 80, block_size, page_tokens)
+    keys = tuple(data.reader(span.row) for span in SPANS)
+    chunks = PromptChunks(some_chunks(64, DEVICE), torch.empty(0, device=DEVICE), keys, data.block_table, 1.0)
+    kind = SummaryKind(page_tokens, "bounds" if bounds else "mean")
+    expected, actual = reference.chunk_summaries(chunks, kind), summaries_triton.chunk_summaries(chunks, kind)
+    assert actual.shape == expected.shape
+    for chunk, span in enumerate(SPANS):
+        pages = -(-span.seq_len // page_tokens)
+        error = oracle.relative_error(actual[:, chunk, :pages], expected[:, chunk, :pages])
+        assert error < 1e-6, f"chunk {chunk}, seed {seed}"
 
 
 def paged(
@@ -169,6 +193,20 @@ def test_kernel_compiles_for_hopper(
         )
         for summary in (("*fp32", "*bf16", "*fp8e4nv") if stores else ("*fp32",))
     ]
+    kernels.append(
+        compile_for_hopper(
+            summaries_triton.chunk_summaries_kernel,
+            {
+                **pointers,
+                "summary_pointer": "*fp32",
+                **dict.fromkeys(("table_row_pointer", "context_pointer"), "*i32"),
+                **dict.fromkeys(("pages", "table_row_stride"), "i32"),
+                **strides,
+            },
+            constants,
+            num_warps,
+        )
+    )
     if stores:
         types = {
             **pointers,

@@ -99,6 +99,12 @@ PREFILL = [
         ),
         keeps_sink=False,
     ),
+    PrefillCase("dhsa-bounds", Dhsa(bound_weight=1.0, key_block_tokens=64, dense_tail_tokens=0)),
+    PrefillCase("dhsa-two-stages", Dhsa(bound_weight=0.5, candidate_factor=4.0, sink_tokens=32, recent_tokens=64)),
+    PrefillCase(
+        "dhsa-two-stages-layer",
+        Dhsa(candidate_factor=1.5, budget_tokens=250, scores_per="layer", query_block_tokens=64, dense_tail_tokens=0),
+    ),
     PrefillCase("sale-sparse", Sale(tau=0.25)),
     PrefillCase("sale-4-bits", Sale(tau=0.25, bits=4, page_bounds=False)),
     PrefillCase(
@@ -147,6 +153,10 @@ PREFILL_DENSE = [
     PrefillCase("flex-gamma-1-faithful", FlexPrefill(gamma=1.0, faithful=True)),
     PrefillCase("flex-min-budget", FlexPrefill(gamma=0.1, divergence_threshold=0.0, min_budget_tokens=1 << 24)),
     PrefillCase("dhsa-density-1", Dhsa(density=1.0, sink_tokens=0, recent_tokens=0, dense_tail_tokens=0)),
+    PrefillCase(
+        "dhsa-two-stages",
+        Dhsa(density=1.0, bound_weight=0.5, candidate_factor=2.0, sink_tokens=0, recent_tokens=0, dense_tail_tokens=0),
+    ),
     PrefillCase(
         "dhsa-budget",
         Dhsa(key_blocks="adaptive", budget_tokens=700, scores_per="layer", list_per="kv_head", dense_tail_tokens=0),

@@ -1,4 +1,4 @@
-"""DHSA: the properties D1 to D9 of the notes. D10 is about lists shared by layers, which this method does not offer."""
+"""DHSA: the properties D1 to D9 and D11 to D13; D10 is about lists shared by layers, which are not offered."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from tests import oracle
 from tests.methods.lists import FIRST_LAYER, attend_chunk, chunk_allowed, same_lists
@@ -19,6 +20,7 @@ from vllm_sparse.kernels.block_scores import KeyBlocks
 from vllm_sparse.kernels.page_list import query_blocks
 from vllm_sparse.methods.dhsa import PAGE_TOKENS, Dhsa
 from vllm_sparse.methods.knobs import UNBOUNDED_TOKENS
+from vllm_sparse.methods.prefill import Layer
 
 SCALE = 0.11
 # Whole prompts and chunks; chunk starts on the key grid and off it.
@@ -82,8 +84,13 @@ def to_pages(tokens: torch.Tensor) -> torch.Tensor:
     return torch.stack([page.any(-1) for page in torch.split(tokens, PAGE_TOKENS, dim=-1)], dim=-1)
 
 
-def assert_best(mask: torch.Tensor, scores: torch.Tensor, must: torch.Tensor, last: torch.Tensor, budget: int) -> None:
-    """A row keeps the forced pages and the best others in its past, exactly as many as the budget leaves."""
+def budget_of(method: Dhsa, last_query: int) -> int:
+    """Pages that a query block may keep."""
+    return math.ceil((method.budget_tokens or method.density * (last_query + 1)) / PAGE_TOKENS)
+
+
+def assert_best(method: Dhsa, mask: torch.Tensor, scores: torch.Tensor, must: torch.Tensor, last: torch.Tensor) -> None:
+    """A row keeps the forced pages and the best others in its past, exactly as many as its budget leaves."""
     pages = torch.arange(mask.shape[-1])
     for head in range(mask.shape[0]):
         for row in range(mask.shape[1]):
@@ -92,7 +99,7 @@ def assert_best(mask: torch.Tensor, scores: torch.Tensor, must: torch.Tensor, la
             kept, required = mask[head, row], must[row]
             assert bool(kept[required].all()), f"{where}: forced pages are missing"
             assert not bool(kept[~causal].any()), f"{where}: pages of the future"
-            wanted = min(max(budget, int(required.sum())), int(causal.sum()))
+            wanted = min(max(budget_of(method, int(last[row])), int(required.sum())), int(causal.sum()))
             assert int(kept.sum()) == wanted, where
             others, dropped = scores[head, row][kept & ~required], scores[head, row][causal & ~kept]
             if len(others) and len(dropped):
@@ -258,13 +265,12 @@ def test_d4_and_d5_forced_pages_and_the_best_of_the_past_fill_the_budget(
         keys = keys.mean(0, keepdim=True)
     scores = torch.einsum("hqd,hcd->hqc", queries, keys.repeat_interleave(queries.shape[0] // keys.shape[0], dim=0))
     _, last = query_blocks(chunk, context, method.query_block_tokens, torch.device("cpu"))
-    budget = math.ceil((method.budget_tokens or method.density * context) / PAGE_TOKENS)
     assert_best(
+        method,
         page_mask(method, query, data),
         page_scores(scores, chunks.start, context),
         to_pages(forced(method, chunks, chunk, context)),
         last,
-        budget,
     )
 
 
@@ -401,10 +407,113 @@ def test_d9_the_tail_is_dense(platform: Platform, chunks: str, generator: torch.
 def test_the_budget_replaces_the_density(generator: torch.Generator) -> None:
     query, data = changing(PLAIN, generator, 256, 1000, 1, 1)
 
-    def kept(density: float, budget: int) -> int:
+    def kept(density: float, budget: int) -> list[int]:
         mask = page_mask(nothing_forced(density=density, budget_tokens=budget), query, data)
-        assert int(mask[0, 0].sum()) == int(mask[0, 1].sum())
-        return int(mask[0, 0].sum())
+        return [int(row.sum()) for row in mask[0]]
 
-    assert kept(0.25, 0) == math.ceil(250 / PAGE_TOKENS)
-    assert kept(0.25, 417) == kept(0.9, 417) == math.ceil(417 / PAGE_TOKENS)
+    # Each query block has the density of its own reach.
+    assert kept(0.25, 0) == [math.ceil(218 / PAGE_TOKENS), math.ceil(250 / PAGE_TOKENS)]
+    assert kept(0.25, 417) == kept(0.9, 417) == [math.ceil(417 / PAGE_TOKENS)] * 2
+
+
+TWO_STAGES = [
+    nothing_forced(density=0.2, bound_weight=0.5, candidate_factor=2.0, sink_tokens=32),
+    nothing_forced(budget_tokens=224, candidate_factor=1.5, recent_tokens=40, query_block_tokens=64),
+    nothing_forced(density=0.25, bound_weight=1.0, candidate_factor=4.0, scores_per="kv_head", key_block_tokens=64),
+    nothing_forced(density=0.3, key_blocks="adaptive", candidate_factor=2.0, scores_per="layer"),
+]
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+@pytest.mark.parametrize("method", TWO_STAGES, ids=["mixed", "mean", "bounds-kv-head", "adaptive-layer"])
+@pytest.mark.parametrize(("chunk", "context"), CHUNKS[2:4])
+def test_d11_the_second_stage_keeps_the_candidates_with_most_mass(
+    platform: Platform, method: Dhsa, chunk: int, context: int, generator: torch.Generator
+) -> None:
+    """Against float64. Candidates are what the first stage alone keeps of a larger budget, a KV head's heads as one."""
+    query, data = changing(platform, generator, chunk, context, 4, 2)
+    first, last = query_blocks(chunk, context, method.query_block_tokens, torch.device("cpu"))
+    mass = torch.full((4, len(first), -(-context // PAGE_TOKENS)), -1.0, dtype=torch.double)
+    for row, (start, stop) in enumerate(zip(first.tolist(), (last + 1).tolist(), strict=True)):
+        larger = dataclasses.replace(
+            method,
+            candidate_factor=1.0,
+            scores_per="layer" if method.scores_per == "layer" else "kv_head",
+            budget_tokens=math.ceil(budget_of(method, stop - 1) * method.candidate_factor) * PAGE_TOKENS,
+        )
+        candidates = page_mask(larger, query, data)[:, row]
+        positions = torch.tensor([start + (2 * sample + 1) * (stop - start) // 32 for sample in range(16)])
+        past = torch.arange(context) <= positions.unsqueeze(1)
+        for head in range(4):
+            pages = candidates[head * len(candidates) // 4]
+            readable = past & pages.repeat_interleave(PAGE_TOKENS)[:context]
+            queries = query.double().cpu()[positions - context + chunk, head]
+            products = queries @ data.keys[0][head // 2].double().cpu().T * SCALE
+            weight = products.masked_fill(~readable, float("-inf")).softmax(1).sum(0)
+            by_page = torch.stack([page.sum() for page in torch.split(weight, PAGE_TOKENS)])
+            mass[head, row] = by_page.masked_fill(~pages, -1)
+    shared = mass.view({"query_head": 4, "kv_head": 2, "layer": 1}[method.scores_per], -1, *mass.shape[1:]).sum(1)
+    must = to_pages(forced(method, method.key_chunks(data.reader(0)), chunk, context))
+    assert_best(method, page_mask(method, query, data), shared, must, last)
+
+
+@pytest.mark.parametrize("key_block_tokens", [32, 64, 128])
+@pytest.mark.parametrize(("bound_weight", "candidate_factor"), [(1.0, 1.0), (0.5, 1.0), (0.5, 2.0)])
+def test_d12_bounds_find_one_strong_key_in_a_long_key_block(
+    key_block_tokens: int, bound_weight: float, candidate_factor: float, generator: torch.Generator
+) -> None:
+    """The key that means lose in D7."""
+    query = torch.nn.functional.one_hot(torch.tensor(0), 32).float().expand(128, 1, -1)
+    keys = torch.zeros(1, 2048, 32)
+    keys[:, 1024:] = query[0] / 24
+    keys[:, 300] = query[0]
+    data = oracle.paged(PLAIN, [keys], [keys], 64, generator)
+    knobs = {"key_block_tokens": key_block_tokens, "budget_tokens": 512}
+    found = nothing_forced(**knobs, bound_weight=bound_weight, candidate_factor=candidate_factor)
+    # With this scale the key has more attention than the others of its page together.
+    mask = found.block_mask(query, data.reader(0), 10.0, FIRST_LAYER)
+    assert bool(mask[0, 0, 300 // PAGE_TOKENS])
+    assert not bool(page_mask(nothing_forced(**knobs), query, data)[0, 0, 300 // PAGE_TOKENS])
+
+
+INVARIANT = [
+    Dhsa(density=0.2, sink_tokens=32, recent_tokens=40, dense_tail_tokens=100),
+    Dhsa(density=0.2, sink_tokens=0, recent_tokens=0, bound_weight=0.5, candidate_factor=2.0, query_block_tokens=64),
+    Dhsa(budget_tokens=224, sink_tokens=0, key_blocks="adaptive", candidate_factor=1.5, dense_tail_tokens=300),
+]
+
+
+@given(
+    length=st.integers(300, 1300),
+    cuts=st.sets(st.integers(1, 10), max_size=4),
+    method=st.sampled_from(INVARIANT),
+    seed=st.integers(0, 1 << 30),
+)
+def test_d13_lists_are_the_same_for_every_chunking(length: int, cuts: set[int], method: Dhsa, seed: int) -> None:
+    """Of prompt chunks that begin at multiples of a query block; the prompt's dense tail included."""
+    query, data = changing(PLAIN, torch.Generator().manual_seed(seed), length, length, 2, 1)
+    layer = Layer(0, 0, length)
+    whole = method.block_mask(query, data.reader(0), SCALE, layer)
+    edges = [0, *(cut * 128 for cut in sorted(cuts) if cut * 128 < length), length]
+    for start, stop in itertools.pairwise(edges):
+        reader = PLAIN.keys_of(data.kv_cache, data.block_table[0], stop)
+        part = method.block_mask(query[start:stop], reader, SCALE, layer)
+        rows = slice(start // method.query_block_tokens, -(-stop // method.query_block_tokens))
+        assert torch.equal(part, whole[:, rows, : part.shape[2]]), f"queries {start} to {stop} of {length}"
+
+
+def test_outputs_that_are_computed_again_belong_to_the_dense_tail(generator: torch.Generator) -> None:
+    """A preempted request's chunk reaches beyond its prompt."""
+    query, data = changing(PLAIN, generator, 1000, 1000, 2, 1)
+    dense = {}
+    for tail in (0, 64):
+        mask = nothing_forced(dense_tail_tokens=tail).block_mask(query, data.reader(0), SCALE, Layer(0, 0, 600))
+        dense[tail] = [bool(mask[:, row, : 4 * row + 4].all()) for row in range(1, 8)]
+    assert dense[0] == [False] * 7
+    # The prompt's last 64 tokens, 536 to 599, lie in the fifth query block.
+    assert dense[64] == [False] * 3 + [True] * 4
+
+
+def test_adaptive_key_blocks_have_no_bounds() -> None:
+    with pytest.raises(ValidationError, match="adaptive key blocks are scored by their mean key; set it to 0"):
+        Dhsa(key_blocks="adaptive", bound_weight=0.5)

@@ -157,7 +157,7 @@ def test_recall_equals_a_float64_softmax(records: list[RecallRecord]) -> None:
         for start in range(0, count, CHUNK):
             stop = min(start + CHUNK, count)
             chosen = dhsa.select(
-                query[:, start:stop].transpose(0, 1), plain_keys(key[:, :stop]), scale, 32, Layer(layer, 0)
+                query[:, start:stop].transpose(0, 1), plain_keys(key[:, :stop]), scale, 32, Layer(layer, 0, count)
             )
             pages = page_mask(chosen, -(-count // 32)).view(HEADS, -1, -(-count // 32))
             by_query = pages.repeat_interleave(128, dim=1)[:, : stop - start]

@@ -23,13 +23,13 @@ from vllm_sparse.backend.decode_buffers import DecodeBuffers
 from vllm_sparse.backend.decode_graphs import DecodeGraphs, set_graphs
 from vllm_sparse.backend.execution import StepExecution
 from vllm_sparse.backend.executors.flash_attention import FlashAttentionExecutor
-from vllm_sparse.backend.host_copy import indices_on, to_device
 from vllm_sparse.backend.impl import SparseAttentionImpl
 from vllm_sparse.backend.metadata import SparseMetadataBuilder
 from vllm_sparse.backend.support import SparseDeclarations
 from vllm_sparse.backend.warm_up import PrefillWarmUp
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.server import server_config
+from vllm_sparse.host_copy import indices_on, to_device
 from vllm_sparse.keys import PagedKeys, PlainKeys
 from vllm_sparse.methods.decode import BatchDecodeMethod
 from vllm_sparse.methods.method import Method

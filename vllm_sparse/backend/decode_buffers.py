@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeGuard
 import numpy as np
 import torch
 
-from vllm_sparse.backend.host_copy import copy_to
+from vllm_sparse.host_copy import copy_to
 from vllm_sparse.kernels.decode_roles import LayerContexts
 from vllm_sparse.step.launch import LayerLaunches
 from vllm_sparse.step.roles import Role

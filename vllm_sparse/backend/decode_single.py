@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_sparse.backend.execution import DecodeLaunch, gather_index
-from vllm_sparse.backend.host_copy import indices_on
+from vllm_sparse.host_copy import indices_on
 from vllm_sparse.kernels.page_list import to_physical
 from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.metrics.recall import RecallSample

@@ -10,11 +10,12 @@ import torch
 
 from vllm_sparse.backend.decode_batch import BatchStep, DecodeStep
 from vllm_sparse.backend.guard import NO_GUARD
-from vllm_sparse.backend.host_copy import indices_on
+from vllm_sparse.host_copy import indices_on
 
 if TYPE_CHECKING:
     from vllm_sparse.backend.decode_buffers import DecodeBuffers
     from vllm_sparse.backend.guard import StepGuard
+    from vllm_sparse.backend.prefill import ChunkLaunch
     from vllm_sparse.metrics import StepRecord
     from vllm_sparse.pages import PageList
     from vllm_sparse.step.launch import Launch
@@ -44,9 +45,10 @@ class LayerWork:
         writing: decode rows that write a list.
         reading: decode rows that read a list.
         dense: rows for the stock kernel.
-        dense_metadata: int64 places of the dense rows' tokens in the step's queries, and the stock kernel's metadata
-            for them; made on first use.
+        dense_metadata: places of the dense rows' tokens in the step's queries, a slice where they are adjacent, else
+            int64, and the stock kernel's metadata for them; made on first use.
         launches: what the reading rows need, made on first use after a list was written.
+        chunk_launches: what the sparse prompt chunks need that no layer changes, made on first use.
     """
 
     summarising: list[SummaryRow]
@@ -54,8 +56,9 @@ class LayerWork:
     writing: list[DecodeRow]
     reading: list[DecodeRow]
     dense: list[RowSpan]
-    dense_metadata: tuple[torch.Tensor, Any] | None = None
+    dense_metadata: tuple[slice | torch.Tensor, Any] | None = None
     launches: list[DecodeLaunch] | None = None
+    chunk_launches: list[ChunkLaunch] | None = None
 
 
 class StepExecution:

@@ -1,8 +1,8 @@
 """The guard (`sparse_min_recall`): measures the recall of guarded rows and sends layers dense that keep too little.
 
 It bounds how long a bad selection lasts; it does not repair what was computed. Results are copied from the device
-without waiting for it and count from when they have arrived, which is before the second layer of a prompt's next chunk
-where its method waits for the device in each layer, and one or two steps later in decoding.
+without waiting for it and count from when they have arrived: one or two steps later, if not in a later layer of the
+same step.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -10,10 +12,11 @@ from vllm.distributed import get_tensor_model_parallel_rank
 
 from vllm_sparse.backend import decode_batch, decode_single, prefill
 from vllm_sparse.backend.execution import LayerWork, StepExecution
-from vllm_sparse.backend.host_copy import to_device
 from vllm_sparse.backend.layer import LayerCall, LayerPlatform
 from vllm_sparse.backend.summaries import StoredSummaries
 from vllm_sparse.backend.support import check_layer
+from vllm_sparse.host_copy import to_device
+from vllm_sparse.step.plan import RowSpan
 
 
 class SparseAttentionImpl(LayerPlatform):
@@ -56,8 +59,10 @@ class SparseAttentionImpl(LayerPlatform):
         if step.serves_at_once:
             batch = step.batch(attn_metadata.seq_lens, attn_metadata.block_table)
             decode_batch.serve_rows(self, call, batch, step.record, step.guard)
-        for row in work.prefill:
-            prefill.serve_row(self, call, row, step.record, step.guard)
+        if work.prefill:
+            if work.chunk_launches is None:
+                work.chunk_launches = prefill.plan_launches(self, call, work.prefill)
+            prefill.serve_chunks(self, call, work.chunk_launches, step.record, step.guard)
         decode_single.serve_rows(self, call, step, work)
         if index == step.plan.num_layers - 1:
             step.record.finish()
@@ -71,14 +76,25 @@ class SparseAttentionImpl(LayerPlatform):
     def _forward_dense(self, call: LayerCall, work: LayerWork) -> None:
         """The dense rows of a mixed step, gathered, through the stock kernel."""
         if work.dense_metadata is None:
-            ranges = [torch.arange(span.query_start, span.query_start + span.query_tokens) for span in work.dense]
-            tokens = to_device(torch.cat(ranges), call.query.device)
+            tokens = gather_tokens(work.dense, call.query.device)
             work.dense_metadata = tokens, self.dense_subset(call.layer, call.query, call.metadata, work.dense)
         tokens, metadata = work.dense_metadata
         queries = call.query[tokens]
+        if isinstance(tokens, slice):
+            # Adjacent rows: the kernel writes in place.
+            self.stock_forward(call, queries, metadata, call.output[tokens])
+            return
         gathered = torch.empty_like(queries, dtype=call.output.dtype)
         self.stock_forward(call, queries, metadata, gathered)
         call.output[tokens] = gathered
+
+
+def gather_tokens(spans: Sequence[RowSpan], device: torch.device) -> slice | torch.Tensor:
+    """Tokens of some rows, to gather by: a slice where the rows are adjacent, which copies nothing, else int64."""
+    ranges = [range(span.query_start, span.query_start + span.query_tokens) for span in spans]
+    if all(first.stop == second.start for first, second in itertools.pairwise(ranges)):
+        return slice(ranges[0].start, ranges[-1].stop)
+    return to_device(torch.cat([torch.arange(tokens.start, tokens.stop) for tokens in ranges]), device)
 
 
 @lru_cache(maxsize=4096)

@@ -80,7 +80,7 @@ class PrefillWarmUp(VllmJitKernel[WarmUpChunk]):
         call = LayerCall(layer, 0, query, query, query, kv_cache, metadata, torch.empty_like(query))
         # Nothing of it is counted: the step never finishes.
         record = StepRecord(WorkerMetrics.get(), StepPlan(1, (span,), prefill=(row,)))
-        prefill.serve_row(layer.impl, call, row, record)
+        prefill.serve_chunks(layer.impl, call, prefill.plan_launches(layer.impl, call, [row]), record)
 
 
 def warm_up_chunks(method: PrefillMethod, step_tokens: int, min_tokens: int, longest_tokens: int) -> list[WarmUpChunk]:

@@ -21,6 +21,7 @@ class SparseParamsProcessor(LogitsProcessor):
     """Feeds `TABLE`; leaves logits alone. One class for both runners, whose constructors and hooks differ."""
 
     def __init__(self, vllm_config: VllmConfig, state_or_device: Any, is_pin_memory: bool | None = None) -> None:
+        self._requests = state_or_device if is_pin_memory is None else None
         TABLE.attach(slots_in_metadata=is_pin_memory is None)
         if is_pin_memory is None:
             # Imported here: only runner V2 has these classes' graphs.
@@ -35,7 +36,8 @@ class SparseParamsProcessor(LogitsProcessor):
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Runner V2. False: this processor modifies no logits, so the fast path stays."""
-        TABLE.set(req_idx, sampling_params)
+        prompt_tokens = None if self._requests is None else int(self._requests.prompt_len.np[req_idx])
+        TABLE.set(req_idx, sampling_params, prompt_tokens)
         return False
 
     def update_state(self, batch_update: Any) -> None:
@@ -44,8 +46,8 @@ class SparseParamsProcessor(LogitsProcessor):
             return
         for index in batch_update.removed:
             TABLE.take(index)
-        for index, sampling_params, *_ in batch_update.added:
-            TABLE.set(index, sampling_params)
+        for index, sampling_params, prompt, _ in batch_update.added:
+            TABLE.set(index, sampling_params, None if prompt is None else len(prompt))
         for source, target, direction in batch_update.moved:
             moved = TABLE.take(source)
             displaced = TABLE.take(target)

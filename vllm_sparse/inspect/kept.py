@@ -123,7 +123,7 @@ class PromptInspection:
                 found.append(torch.ones(having, blocks, pages, dtype=torch.bool, device=query.device))
                 continue
             chunk = query[:, start:stop].transpose(0, 1)
-            lists = self.method.select(chunk, plain_keys(key[:, :stop]), scale, page, Layer(index, 0))
+            lists = self.method.select(chunk, plain_keys(key[:, :stop]), scale, page, Layer(index, 0, tokens))
             found.append(page_mask(lists, pages).view(having, blocks, pages))
         return torch.cat(found, dim=1)
 

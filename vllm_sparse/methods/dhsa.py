@@ -1,18 +1,28 @@
-"""DHSA (arXiv 2510.24606): per query block, the key blocks whose mean key is most like its mean query."""
+"""DHSA (arXiv 2510.24606): per query block, the key blocks whose keys are most like its mean query."""
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass as plain_dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vllm_sparse.kernels.adaptive_blocks import adaptive_blocks
-from vllm_sparse.kernels.block_scores import KeyBlocks, PageSelection, kept_pages
-from vllm_sparse.kernels.page_list import query_blocks
-from vllm_sparse.kernels.page_summaries import SummaryKind, page_summaries
+from vllm_sparse.kernels.block_scores import (
+    KeyBlocks,
+    PageSelection,
+    best_pages,
+    chunk_page_scores,
+    page_scores,
+    select_pages,
+)
+from vllm_sparse.kernels.candidate_mass import candidate_mass, chunk_mass
+from vllm_sparse.kernels.page_list import ListGrid, block_lists, query_blocks, write_lists
+from vllm_sparse.kernels.page_summaries import SummaryKind, chunk_summaries, page_summaries
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.knobs import (
     COMPILES,
@@ -20,39 +30,73 @@ from vllm_sparse.methods.knobs import (
     LIMITED_BUDGET,
     UNBOUNDED_TOKENS,
     DenseLayers,
-    DenseTailTokens,
+    KnobError,
     ListPer,
     QueryBlockTokens,
     ScoresPer,
     SinkTokens,
     heads_with_scores,
 )
-from vllm_sparse.methods.prefill import Layer, PrefillMethod, tokens_with_dense_tail
+from vllm_sparse.methods.prefill import Layer, PrefillMethod, shared, tokens_with_dense_tail
+from vllm_sparse.pages import PageList, empty_lists
+from vllm_sparse.step.chunks import PromptBlocks, PromptChunks, int_tables
 
 # The key block of the paper's second version. Finer pages double the score map and the lists, while the executor gains
 # nothing: key blocks of 16 give each page the better of two.
 PAGE_TOKENS = 32
 
 
+@plain_dataclass(frozen=True)
+class PreparedChunks:
+    """What the choice for prompt chunks needs in every layer; key blocks are of fixed length.
+
+    Attributes:
+        band_page: int32 ``[blocks]`` page from which on a query block reads everything.
+        last_page: int32 ``[blocks]`` page of its last query.
+        budget_pages: int32 ``[blocks]`` pages that it may keep, forced ones included.
+        candidate_pages: int32 ``[blocks]`` pages whose mass is computed.
+        first_key_block: int32 ``[chunks, pages]`` as `chunk_page_scores` takes it.
+        last_key_block: likewise.
+        root_length: float32 ``[chunks, key_blocks, 1]`` square root of each key block's tokens, 1 past the context.
+    """
+
+    band_page: torch.Tensor
+    last_page: torch.Tensor
+    budget_pages: torch.Tensor
+    candidate_pages: torch.Tensor
+    first_key_block: torch.Tensor
+    last_key_block: torch.Tensor
+    root_length: torch.Tensor
+
+
 @dataclass(frozen=True, config=KNOBS)
 class Dhsa(PrefillMethod):
-    """Score key blocks by length-normalised means, give the scores to their tokens, keep the best up to a budget.
+    """Score key blocks by their mean key or a bound, give the scores to their tokens, keep the best up to a budget.
 
-    The budget of a query block is `budget_tokens`, or `density` of the context where `budget_tokens` is 0; it counts
-    the forced tokens and is rounded up to pages. Forced are the first `sink_tokens` and all tokens from
-    `recent_tokens` before the query block to its last token. Query blocks that hold one of the last
-    `dense_tail_tokens` queries of a prompt chunk read everything, and so do those whose whole past fits the budget.
+    The budget of a query block is `budget_tokens`, or `density` of the tokens that it can reach where `budget_tokens`
+    is 0; it counts the forced tokens and is rounded up to pages. Forced are the first `sink_tokens` and all tokens from
+    `recent_tokens` before the query block to its last token. Query blocks that hold one of the prompt's last
+    `dense_tail_tokens` tokens read everything, and so do those whose whole past fits the budget.
+
+    A key block's mean hides a single strong key in it. Its bound does not: the largest product with the mean query that
+    the least and the largest number of each channel allow. But where channels vary much, bounds rank key blocks by
+    their noise. `bound_weight` goes from the mean's score at 0 to the bound's at 1.
+
+    With `candidate_factor` above 1 the scores choose only candidates, that many times the budget, for all query heads
+    of a KV head together. Among these the budget is filled by attention mass: softmax probabilities over the
+    candidates, summed over 16 evenly spread queries of the query block. Heads that share scores share the sum of their
+    masses. This second stage is not the paper's.
 
     ``key_blocks="page"`` cuts the keys every `key_block_tokens`, as the paper's second version does; ``"adaptive"``
     cuts them where they change most, as the first version's trained predictor would (`boundary_threshold` is its
     knob, `key_block_tokens` the other's). A key block competes once it lies wholly in a query block's past and its end
-    is decided; until then it is forced. So later tokens change no choice, and with `budget_tokens`,
-    ``dense_tail_tokens=0`` and prompt chunks that start at multiples of `query_block_tokens`, the choice is the same
-    for every chunking, up to rounding of the scores.
+    is decided; until then it is forced. So later tokens change no choice, and the choice is the same for every chunking
+    whose prompt chunks start at multiples of `query_block_tokens`, up to rounding of the scores.
 
-    The paper's first version has one list for all heads of a layer: ``scores_per="layer"``, which scores mean queries
-    of all heads against mean keys of all heads. With tensor parallelism these are the heads of one rank, and so are
-    those that adaptive boundaries look at. Lists shared over layers are not offered.
+    The paper's form is ``bound_weight=0`` and ``candidate_factor=1``. Its first version has one list for all heads of a
+    layer: ``scores_per="layer"``, which scores mean queries of all heads against mean keys of all heads. With tensor
+    parallelism these are the heads of one rank, and so are those that adaptive boundaries look at. Lists shared over
+    layers are not offered.
     """
 
     name: ClassVar[str] = "dhsa"
@@ -78,9 +122,18 @@ class Dhsa(PrefillMethod):
     boundary_threshold: Annotated[
         float, Field(ge=0, le=2, allow_inf_nan=False, description="least 1 - cosine of the keys around a boundary")
     ] = 0.1
+    bound_weight: Annotated[
+        float,
+        Field(ge=0, le=1, allow_inf_nan=False, description="score of a key block: its mean key's (0) to its bound (1)"),
+    ] = 0.0
+    candidate_factor: Annotated[
+        float,
+        Field(ge=1, le=16, allow_inf_nan=False, description="pages whose mass is computed, in budgets; 1: none"),
+    ] = 1.0
     density: Annotated[
-        float, Field(gt=0, le=1, allow_inf_nan=False, description="share of the context that a query block reads")
-    ] = 0.125
+        float,
+        Field(gt=0, le=1, allow_inf_nan=False, description="share of the tokens in reach that a query block reads"),
+    ] = 0.16
     budget_tokens: Annotated[
         int,
         Field(ge=0, le=UNBOUNDED_TOKENS, description="tokens that a query block reads, in place of density; 0: off"),
@@ -90,11 +143,23 @@ class Dhsa(PrefillMethod):
     recent_tokens: Annotated[
         int, Field(ge=0, le=1 << 16, description="tokens before a query block, always read"), LIMITED_BUDGET
     ] = 128
-    dense_tail_tokens: DenseTailTokens = 64
+    dense_tail_tokens: Annotated[
+        int,
+        Field(ge=0, le=1 << 16, description="last tokens of the prompt, whose query blocks read everything"),
+        LIMITED_BUDGET,
+    ] = 64
     scores_per: ScoresPer = "query_head"
     dense_layers: DenseLayers = 0
     query_block_tokens: QueryBlockTokens = 128
     list_per: ListPer = "query_head"
+
+    def __post_init__(self) -> None:
+        if self.bound_weight and self.key_blocks == "adaptive":
+            raise KnobError(
+                "bound_weight",
+                self.bound_weight,
+                "adaptive key blocks are scored by their mean key; set it to 0, or key_blocks to page",
+            )
 
     @property
     def exactly_dense(self) -> bool:
@@ -107,27 +172,139 @@ class Dhsa(PrefillMethod):
         return tokens_with_dense_tail(kept, tail, query_tokens, seq_len)
 
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
-        context = keys.seq_len
-        key_chunks = self.key_chunks(keys)
+        context, query_heads = keys.seq_len, query.shape[1]
         first_query, last_query = query_blocks(query.shape[0], context, self.query_block_tokens, query.device)
-        decided = (last_query + 1 - key_chunks.look_ahead_tokens).clamp(min=0)
-        open_chunk = torch.searchsorted(key_chunks.start, decided, right=True) - 1
-        band_start = torch.minimum((first_query - self.recent_tokens).clamp(min=0), key_chunks.start[open_chunk])
+        budget_pages = self.budget_pages(last_query)
+        key_chunks = self.key_chunks(keys)
+        band_start = self.band_start(key_chunks, first_query, last_query, layer.prompt_tokens or context)
+        score_heads = heads_with_scores(self.scores_per, query_heads, keys.num_kv_heads)
+        rescored = self.candidate_factor > 1
         selection = PageSelection(
             self.query_block_tokens,
             PAGE_TOKENS,
-            heads_with_scores(self.scores_per, query.shape[1], keys.num_kv_heads),
+            min(score_heads, keys.num_kv_heads) if rescored else score_heads,
             self.sink_tokens,
-            self.budget_tokens or math.ceil(self.density * context),
         )
-        band_start = band_start.masked_fill(last_query >= context - self.dense_tail_tokens, 0)
-        return kept_pages(query, key_chunks, context, band_start, selection)
+        scores = page_scores(query, key_chunks, context, selection)
+        if not rescored:
+            return best_pages(scores, band_start, last_query, budget_pages, selection)
+        candidate_pages = (budget_pages.double() * self.candidate_factor).ceil()
+        mask = best_pages(scores, band_start, last_query, candidate_pages, selection)
+        grid = ListGrid(
+            query.shape[0], context, self.query_block_tokens, PAGE_TOKENS, PAGE_TOKENS, selection.score_heads
+        )
+        mass = candidate_mass(query, keys, scale, self.query_block_tokens, block_lists(mask, grid))
+        if score_heads < query_heads:
+            mass = mass.view(score_heads, -1, *mass.shape[1:]).sum(1)
+        return best_pages(mass, band_start, last_query, budget_pages, selection)
+
+    def prepare(self, blocks: PromptBlocks, prompt_tokens: Sequence[int | None]) -> PreparedChunks | None:
+        """As `block_mask` works it out for one chunk, on the host, since key blocks of fixed length are known there."""
+        if self.key_blocks == "adaptive":
+            return None
+        length = self.key_block_tokens
+        first_query, last_query = blocks.positions.astype(np.int64)
+        if self.budget_tokens:
+            budget_pages = np.full_like(last_query, -(-self.budget_tokens // PAGE_TOKENS))
+        else:
+            # In float64 `density` of what is in reach is not rounded up to a token more than that.
+            budget_pages = np.ceil((last_query + 1) * self.density / PAGE_TOKENS)
+        candidate_pages = np.ceil(budget_pages * self.candidate_factor)
+        # A key block that the query block's last token does not end is forced.
+        band = np.minimum(np.maximum(first_query - self.recent_tokens, 0), (last_query + 1) // length * length)
+        ends = [tokens or span.seq_len for tokens, span in zip(prompt_tokens, blocks.spans, strict=True)]
+        prompt_end = np.repeat(ends, np.diff(blocks.starts))
+        # Query blocks after the prompt's end, of outputs that are computed again, count as its end.
+        band[np.minimum(last_query, prompt_end - 1) >= prompt_end - self.dense_tail_tokens] = 0
+        seq_len = np.array([span.seq_len for span in blocks.spans])[:, None]
+        page_start = np.arange(0, blocks.longest_seq_len, PAGE_TOKENS)
+        page_end = np.minimum(page_start + PAGE_TOKENS, seq_len) - 1
+        in_context = page_start < seq_len
+        first_key_block = np.where(in_context, page_start // length, 1)
+        last_key_block = np.where(in_context, page_end // length, 0)
+        key_block_start = np.arange(0, blocks.longest_seq_len, length)
+        lengths = np.clip(seq_len - key_block_start, 1, length)
+        of_context = in_context.shape
+        band_page, last_page, budget, candidates, first, last, tokens = int_tables(
+            (
+                band // PAGE_TOKENS,
+                last_query // PAGE_TOKENS,
+                np.minimum(budget_pages, UNBOUNDED_TOKENS),
+                np.minimum(candidate_pages, UNBOUNDED_TOKENS),
+                first_key_block.ravel(),
+                last_key_block.ravel(),
+                lengths.ravel(),
+            ),
+            blocks.chunk.device,
+        )
+        root_length = tokens.view(*lengths.shape, 1).sqrt()
+        return PreparedChunks(
+            band_page, last_page, budget, candidates, first.view(of_context), last.view(of_context), root_length
+        )
+
+    def select_chunks(self, chunks: PromptChunks, layers: Sequence[Layer], prepared: Any, lists: PageList) -> None:
+        if prepared is None:
+            super().select_chunks(chunks, layers, prepared, lists)
+            return
+        blocks, query_heads, kv_heads = chunks.blocks, chunks.query.shape[1], chunks.keys[0].num_kv_heads
+        score_heads = heads_with_scores(self.scores_per, query_heads, kv_heads)
+        rescored = self.candidate_factor > 1
+        scores = chunk_page_scores(
+            chunks.query,
+            self._representation(chunks, prepared),
+            prepared.first_key_block,
+            prepared.last_key_block,
+            blocks,
+            min(score_heads, kv_heads) if rescored else score_heads,
+        )
+        sink_pages = -(-self.sink_tokens // PAGE_TOKENS)
+        first_pages = prepared.candidate_pages if rescored else prepared.budget_pages
+        mask = select_pages(scores, sink_pages, prepared.band_page, prepared.last_page, first_pages)
+        if rescored:
+            candidates = empty_lists(mask.shape[0] * blocks.blocks, mask.shape[2], PAGE_TOKENS, mask.device)
+            write_lists(mask, blocks, PAGE_TOKENS, mask.shape[0], candidates)
+            mass = chunk_mass(chunks, candidates)
+            if score_heads < query_heads:
+                mass = mass.view(score_heads, -1, *mass.shape[1:]).sum(1)
+            mask = select_pages(mass, sink_pages, prepared.band_page, prepared.last_page, prepared.budget_pages)
+        list_heads = lists.kept_tokens.shape[0] // blocks.blocks
+        write_lists(shared(mask, list_heads), blocks, PAGE_TOKENS, list_heads, lists)
+
+    def _representation(self, chunks: PromptChunks, prepared: PreparedChunks) -> torch.Tensor:
+        """What stands for the key blocks of each chunk, ``[kv_heads, chunks, key_blocks, ...]`` as in `KeyBlocks`."""
+        mean = chunk_summaries(chunks, SummaryKind(self.key_block_tokens, "mean"))
+        if self.bound_weight:
+            bounds = chunk_summaries(chunks, SummaryKind(self.key_block_tokens, "bounds"))
+            return torch.cat((mean, mean), dim=3).lerp(bounds, self.bound_weight)
+        return mean * prepared.root_length
+
+    def budget_pages(self, last_query: torch.Tensor) -> torch.Tensor:
+        """Pages that each query block may keep, forced ones included: int64, of the shape of `last_query`."""
+        if self.budget_tokens:
+            return torch.full_like(last_query, -(-self.budget_tokens // PAGE_TOKENS))
+        # In float64 `density` of what is in reach is not rounded up to a token more than that.
+        return ((last_query + 1).double() * self.density / PAGE_TOKENS).ceil().long()
+
+    def band_start(
+        self, key_chunks: KeyBlocks, first_query: torch.Tensor, last_query: torch.Tensor, prompt_tokens: int
+    ) -> torch.Tensor:
+        """Position from which on each query block reads everything: int64, of the shape of `first_query`."""
+        decided = (last_query + 1 - key_chunks.look_ahead_tokens).clamp(min=0)
+        open_chunk = torch.searchsorted(key_chunks.start, decided, right=True) - 1
+        band = torch.minimum((first_query - self.recent_tokens).clamp(min=0), key_chunks.start[open_chunk])
+        # Query blocks after the prompt's end, of outputs that are computed again, count as its end.
+        last_of_prompt = last_query.clamp(max=prompt_tokens - 1)
+        return band.masked_fill(last_of_prompt >= prompt_tokens - self.dense_tail_tokens, 0)
 
     def key_chunks(self, keys: PagedKeys) -> KeyBlocks:
         """The context's keys in key blocks, as the knobs say."""
         if self.key_blocks == "adaptive":
             return adaptive_blocks(keys, self.boundary_threshold)
-        mean = page_summaries(keys, SummaryKind(self.key_block_tokens, "mean"))
-        start = torch.arange(0, (mean.shape[1] + 1) * self.key_block_tokens, self.key_block_tokens, device=mean.device)
-        length = (keys.seq_len - start[:-1]).clamp(max=self.key_block_tokens)
+        block_tokens = self.key_block_tokens
+        mean = page_summaries(keys, SummaryKind(block_tokens, "mean"))
+        start = torch.arange(0, (mean.shape[1] + 1) * block_tokens, block_tokens, device=mean.device)
+        if self.bound_weight:
+            bounds = page_summaries(keys, SummaryKind(block_tokens, "bounds"))
+            return KeyBlocks(torch.cat((mean, mean), dim=2).lerp(bounds, self.bound_weight), start, 0)
+        length = (keys.seq_len - start[:-1]).clamp(max=block_tokens)
         return KeyBlocks(mean * length.sqrt().unsqueeze(1), start, 0)

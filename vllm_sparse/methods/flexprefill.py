@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, ClassVar
 
 import torch
@@ -89,9 +90,9 @@ class FlexPrefill(PrefillMethod):
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         chunk, heads, head_size = query.shape
         context = keys.seq_len
-        causal = self._causal(chunk, context, query.device)
+        future = future_blocks(chunk, context, self.query_block_tokens, query.device)
         if self.exactly_dense:
-            return causal.expand(heads, -1, -1)
+            return ~future.expand(heads, -1, -1)
 
         # The official code samples with 1/sqrt(head_size), whatever the model's scale.
         sample_scale = head_size**-0.5 if self.faithful else scale
@@ -104,22 +105,16 @@ class FlexPrefill(PrefillMethod):
         pooled: torch.Tensor | None = None
         # Few heads want the pooled map. On a GPU asking whether any does would wait for the device.
         if self.divergence_threshold > 0 and (query.is_cuda or bool(query_aware.any())):
-            pooled = self._pooled_map(query, estimate, causal, query_aware, sample_scale)
+            pooled = self._pooled_map(query, estimate, future, query_aware, sample_scale)
         if self.faithful:
             return self._faithful_map(query, keys, sample_scale, estimate, query_aware, pooled)
         # The pooled map's cut is global and may leave a query block next to nothing, not even its neighbours; as in
         # the official code its heads keep the least budget of lines.
-        gamma = torch.where(query_aware, 0.0, self.gamma)
+        gamma = ~query_aware * self.gamma
         low, high = self._budget_blocks
         lines = coverage_mask(estimate.line_mass.flatten(0, 1), gamma.repeat(2), low, high)
         columns, bands = lines.view(2, heads, -1)
         return line_map(columns, bands, pooled, BlockGrid(chunk, context, self.query_block_tokens, BLOCK_TOKENS))
-
-    def _causal(self, chunk: int, context: int, device: torch.device) -> torch.Tensor:
-        """Key blocks in reach of each query block: bool ``[query_blocks, key_blocks]``."""
-        _, last_query = query_blocks(chunk, context, self.query_block_tokens, device)
-        key_block = torch.arange(-(-context // BLOCK_TOKENS), device=device)
-        return key_block * BLOCK_TOKENS <= last_query.unsqueeze(1)
 
     @property
     def _budget_blocks(self) -> tuple[int, int]:
@@ -161,7 +156,7 @@ class FlexPrefill(PrefillMethod):
         self,
         query: torch.Tensor,
         estimate: FlexEstimate,
-        causal: torch.Tensor,
+        future: torch.Tensor,
         query_aware: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
@@ -171,17 +166,25 @@ class FlexPrefill(PrefillMethod):
         """
         chunk, heads, head_size = query.shape
         means = estimate.key_block_mean
-        blocks = causal.shape[0]
+        blocks = future.shape[0]
         pooled = pooled_queries(query, self.query_block_tokens)
         # Means, where DHSA wants them scaled by the square root of their length.
-        pooled[:, :-1] /= self.query_block_tokens**0.5
-        pooled[:, -1] /= (chunk - (blocks - 1) * self.query_block_tokens) ** 0.5
+        pooled[:, :-1].div_(self.query_block_tokens**0.5)
+        pooled[:, -1].div_((chunk - (blocks - 1) * self.query_block_tokens) ** 0.5)
         pooled = pooled.view(means.shape[0], -1, head_size)
         logits = torch.matmul(pooled, means.transpose(1, 2)).mul(scale).view(heads, blocks, -1)
-        weight = logits.masked_fill(~causal, float("-inf")).softmax(-1).flatten(1) / blocks
+        weight = logits.masked_fill(future, float("-inf")).softmax(-1).flatten(1) / blocks
         if self.faithful:
             ordered, order = weight.sort(dim=1, descending=True, stable=True)
             keep = (ordered.cumsum(1) <= self.gamma) & query_aware.unsqueeze(1)
             return torch.zeros_like(keep).scatter_(1, order, keep).view(heads, blocks, -1)
-        gamma = torch.where(query_aware, self.gamma, 0.0)
+        gamma = query_aware * self.gamma
         return coverage_mask(weight, gamma, 0, weight.shape[1]).view(heads, blocks, -1)
+
+
+@functools.lru_cache(maxsize=64)
+def future_blocks(chunk: int, context: int, query_block_tokens: int, device: torch.device) -> torch.Tensor:
+    """Key blocks out of reach of each query block: bool ``[query_blocks, key_blocks]``, the same for all layers."""
+    _, last_query = query_blocks(chunk, context, query_block_tokens, device)
+    key_block = torch.arange(-(-context // BLOCK_TOKENS), device=device)
+    return key_block * BLOCK_TOKENS > last_query.unsqueeze(1)

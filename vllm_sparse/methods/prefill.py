@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm_sparse.kernels.page_list import ListGrid, block_lists
+from vllm_sparse.kernels.page_list import ListGrid, block_lists, write_lists
 from vllm_sparse.methods.method import Method
+from vllm_sparse.step.chunks import one_chunk
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from vllm_sparse.keys import PagedKeys
     from vllm_sparse.pages import PageList
+    from vllm_sparse.step.chunks import PromptBlocks, PromptChunks
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Where in the model a prefill selection happens.
+    """Where in the model, and in which prompt, a prefill selection happens.
 
     Attributes:
         index: of the attention layer.
         first_query_head: the model's number of this process's first query head; not 0 under tensor parallelism.
+        prompt_tokens: of the whole prompt, of which the prompt chunk may be a part, or which it may reach beyond where
+            outputs are computed again after a preemption; None if the chunk's end is the prompt's, or that is unknown.
     """
 
     index: int
     first_query_head: int
+    prompt_tokens: int | None = None
 
 
 # Of the real texts of 8K tokens whose densities methods expect.
@@ -136,8 +143,42 @@ class PrefillMethod(Method):
         """
         chunk, query_heads, _ = query.shape
         having = self.list_heads(query_heads, keys.num_kv_heads)
-        mask = self.block_mask(query, keys, scale, layer)
-        if mask.shape[0] < having:
-            mask = mask.repeat_interleave(having // mask.shape[0], dim=0)
+        mask = shared(self.block_mask(query, keys, scale, layer), having)
         grid = ListGrid(chunk, keys.seq_len, self.query_block_tokens, self.page_tokens, page_size_tokens, having)
         return block_lists(mask, grid)
+
+    def prepare(self, blocks: PromptBlocks, prompt_tokens: Sequence[int | None]) -> Any:
+        """What `select_chunks` needs that no layer changes; asked once a step.
+
+        Args:
+            blocks: query blocks of the prompt chunks.
+            prompt_tokens: of each chunk's request, as in `Layer`.
+        """
+        return None
+
+    def select_chunks(self, chunks: PromptChunks, layers: Sequence[Layer], prepared: Any, lists: PageList) -> None:
+        """Choose pages for the prompt chunks of several requests, each as `select` would for it alone.
+
+        Here one chunk after another; methods whose kernels take several override it.
+
+        Args:
+            chunks: the prompt chunks.
+            layers: where, for each chunk.
+            prepared: of `prepare`, for these chunks.
+            lists: lists of all chunks in the order of `PromptBlocks`, written.
+        """
+        blocks = chunks.blocks
+        having = lists.kept_tokens.shape[0] // blocks.blocks
+        for number, (span, keys, layer) in enumerate(zip(blocks.spans, chunks.keys, layers, strict=True)):
+            mask = shared(self.block_mask(chunks.query_of(number), keys, chunks.scale, layer), having)
+            rows = blocks.lists_of(number, having)
+            alone = blocks
+            if len(blocks.spans) > 1:
+                alone = one_chunk(span.query_tokens, span.seq_len, self.query_block_tokens, mask.device)
+            of_chunk = replace(lists, pages=lists.pages[rows], kept_tokens=lists.kept_tokens[rows])
+            write_lists(mask, alone, self.page_tokens, having, of_chunk)
+
+
+def shared(mask: torch.Tensor, list_heads: int) -> torch.Tensor:
+    """A map of at least as many heads as have lists of their own."""
+    return mask if mask.shape[0] >= list_heads else mask.repeat_interleave(list_heads // mask.shape[0], dim=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, ClassVar
 
 import torch
@@ -67,12 +68,17 @@ class Streaming(PrefillMethod):
 
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         """Kept pages of 32 tokens, perhaps some of the future: bool ``[1, query_blocks, pages]``."""
-        context = keys.seq_len
-        first_query, _ = query_blocks(query.shape[0], context, self.query_block_tokens, query.device)
-        first_token = torch.arange(0, context, PAGE_TOKENS, device=query.device)
-        window_start = (first_query - (self.recent_tokens - 1)).unsqueeze(1)
-        kept = (first_token < self.sink_tokens) | (first_token + PAGE_TOKENS > window_start)
-        return kept.unsqueeze(0)
+        return _kept_pages(self, query.shape[0], keys.seq_len, query.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_pages(method: Streaming, chunk: int, context: int, device: torch.device) -> torch.Tensor:
+    """As `Streaming.block_mask` returns them, the same for all layers."""
+    first_query, _ = query_blocks(chunk, context, method.query_block_tokens, device)
+    first_token = torch.arange(0, context, PAGE_TOKENS, device=device)
+    window_start = (first_query - (method.recent_tokens - 1)).unsqueeze(1)
+    kept = (first_token < method.sink_tokens) | (first_token + PAGE_TOKENS > window_start)
+    return kept.unsqueeze(0)
 
 
 @dataclass(frozen=True, config=KNOBS)

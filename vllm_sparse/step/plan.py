@@ -51,11 +51,13 @@ class PrefillRow:
         span: its place.
         method: chooses its lists.
         guard: of the request, if it has one; written while the step runs.
+        prompt_tokens: as of `SparseRequest`.
     """
 
     span: RowSpan
     method: PrefillMethod
     guard: RequestGuard | None = None
+    prompt_tokens: int | None = None
 
     def is_sparse(self, layer: int) -> bool:
         """Whether it reads lists in a layer; asked when the layer runs."""
@@ -230,7 +232,7 @@ def plan_step(
                 params.prefill, params.min_tokens, span.query_tokens, span.seq_len, has_sparse_layers, costs
             )
             if reason is None:
-                prefill.append(PrefillRow(span, params.prefill, guard))
+                prefill.append(PrefillRow(span, params.prefill, guard, request.prompt_tokens))
                 reason = DenseReason.LOW_RECALL if len(still_sparse) < len(sparse) else None
             if reason is not None:
                 fallbacks["prefill", params.prefill.name, reason] += 1

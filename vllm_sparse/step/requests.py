@@ -52,6 +52,7 @@ class SparseRequest:
 
     Attributes:
         params: its resolved parameters.
+        prompt_tokens: of its prompt; None where vLLM does not say (runner V1 with prompt embeddings).
         slot: of this request alone while it is held, the lowest that was free.
         setting: of its row in the steps after its first sparse one in its slot.
         memory: what its decode method keeps from step to step, by layer, where it is served alone.
@@ -66,6 +67,7 @@ class SparseRequest:
     """
 
     params: SparseParams
+    prompt_tokens: int | None = None
     slot: int = 0
     setting: RowSetting | None = None
     memory: dict[int, LayerMemory] = field(default_factory=dict)
@@ -118,14 +120,15 @@ class RequestTable:
         self.attached = True
         self.slots_in_metadata = slots_in_metadata
 
-    def set(self, slot: int, sampling_params: SamplingParams) -> None:
-        """A request enters a slot, which may hold a former request."""
+    def set(self, slot: int, sampling_params: SamplingParams, prompt_tokens: int | None = None) -> None:
+        """A request enters a slot, which may hold a former request; arguments as of `SparseRequest`."""
         resolved = (sampling_params.extra_args or {}).get(RESOLVED_KEY)
         params = ALL_DENSE if resolved is None else deserialize(resolved)
         self.take(slot)
         if not params.is_dense:
             taken = {request.slot for request in self._requests.values()}
-            self.put(slot, SparseRequest(params, next(place for place in itertools.count() if place not in taken)))
+            free = next(place for place in itertools.count() if place not in taken)
+            self.put(slot, SparseRequest(params, prompt_tokens, free))
 
     def put(self, slot: int, request: SparseRequest | None) -> None:
         """Place a request in a slot, or none."""

@@ -43,7 +43,7 @@ from loadtest.benchmarks.kernels.decode import (
     this_device,
 )
 from loadtest.benchmarks.kernels.heads import Heads, synthetic_heads
-from loadtest.benchmarks.kernels.prefill import FIRST_LAYER
+from loadtest.benchmarks.kernels.prefill import selector
 from loadtest.benchmarks.kernels.timing import GRAPH_CALLS, median_seconds
 from vllm_sparse.backend.prefill import PromptChunk, attend_prompt_chunk
 from vllm_sparse.methods.decode import DecodeMethod
@@ -123,11 +123,10 @@ def host_seconds(call: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
-def serve_chunk(method: PrefillMethod, cache: Cache, chunk: PromptChunk) -> None:
-    """Choose and attend, as a layer does with a prompt chunk."""
-    page_size = cache.page_size(method.page_tokens)
-    lists = method.select(chunk.query, cache.keys, chunk.scale, page_size, FIRST_LAYER)
-    attend_prompt_chunk(cache.executor, method, lists, chunk)
+def serving(method: PrefillMethod, cache: Cache, chunk: PromptChunk) -> Callable[[], None]:
+    """Chooses and attends, as a layer does with a prompt chunk; what a step prepares is prepared."""
+    select = selector(method, cache)
+    return lambda: attend_prompt_chunk(cache.executor, method, select(), chunk)
 
 
 def decode_lines(arguments: argparse.Namespace, costs: StepCosts) -> Iterator[str]:
@@ -169,7 +168,7 @@ def chunk_lines(arguments: argparse.Namespace, costs: StepCosts) -> Iterator[str
         dense = median_seconds(cache.dense, arguments.repeats)
         for name in arguments.prompt_methods:
             method: PrefillMethod = PREFILL_METHODS[name]()
-            serve = functools.partial(serve_chunk, method, cache, chunk)
+            serve = serving(method, cache, chunk)
             sparse = median_seconds(serve, arguments.repeats)
             pays = costs.chunk_pays(method, query_tokens, seq_len)
             yield (

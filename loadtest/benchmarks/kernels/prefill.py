@@ -32,7 +32,8 @@ from vllm_sparse.methods.hip import Hip
 from vllm_sparse.methods.prefill import Layer, PrefillMethod
 from vllm_sparse.methods.sale import Sale
 from vllm_sparse.metrics import RowDensity
-from vllm_sparse.pages import PageList
+from vllm_sparse.pages import PageList, empty_lists
+from vllm_sparse.step.chunks import PromptChunks, one_chunk
 from vllm_sparse.step.plan import RowSpan
 
 BUNDLED_MODEL = Path(__file__).parents[2] / "model" / "weights"
@@ -47,8 +48,14 @@ FAMILIES: dict[str, Family] = {
     "flexprefill": lambda setting, context: FlexPrefill(gamma=max(setting, 1e-3), min_budget_tokens=128),
     "sale": lambda setting, context: Sale(tau=10 ** (2 - 8 * setting)),
     "dhsa": lambda setting, context: Dhsa(density=max(setting, 1e-3)),
+    "dhsa-two-stages-2x": lambda setting, context: _two_stages(setting, 2.0),
+    "dhsa-two-stages-4x": lambda setting, context: _two_stages(setting, 4.0),
     "hip": lambda setting, context: Hip(stage_budget_tokens=_stage_tokens(setting, context)),
 }
+
+
+def _two_stages(setting: float, candidate_factor: float) -> Dhsa:
+    return Dhsa(density=max(setting, 1e-3), bound_weight=0.5, candidate_factor=candidate_factor)
 
 
 def _stage_tokens(setting: float, context: int) -> tuple[int, ...]:
@@ -90,11 +97,25 @@ def density_of(method: PrefillMethod, lists: PageList, heads: Heads) -> float:
     return float(lists.kept_tokens.sum()) / (having * density.candidates)
 
 
+def selector(method: PrefillMethod, cache: Cache) -> Callable[[], PageList]:
+    """Chooses a method's lists for the cached chunk as a layer does; what a step prepares is prepared."""
+    heads, page_size = cache.heads, cache.page_size(method.page_tokens)
+    blocks = one_chunk(heads.chunk, heads.context, method.query_block_tokens, heads.query.device)
+    prepared = method.prepare(blocks, [None])
+    chunks = PromptChunks(blocks, heads.query, (cache.keys,), cache.block_table.unsqueeze(0), heads.scale)
+    rows = blocks.blocks * method.list_heads(heads.query.shape[1], heads.keys.shape[0])
+
+    def chosen() -> PageList:
+        lists = empty_lists(rows, -(-heads.context // page_size), page_size, heads.query.device)
+        method.select_chunks(chunks, [FIRST_LAYER], prepared, lists)
+        return lists
+
+    return chosen
+
+
 def select(method: PrefillMethod, cache: Cache) -> PageList:
     """A method's lists for the cached chunk."""
-    return method.select(
-        cache.heads.query, cache.keys, cache.heads.scale, cache.page_size(method.page_tokens), FIRST_LAYER
-    )
+    return selector(method, cache)()
 
 
 def at_density(family: Family, density: float, cache: Cache) -> PrefillMethod:
@@ -122,8 +143,8 @@ def measure(
     dense_output = cache.dense()
     executor = cache.executor
     for density in densities:
-        methods: list[PrefillMethod] = [at_density(family, density, cache) for family in families.values()]
-        for method in [*methods, TrueMass(mass, density)]:
+        methods = {label: at_density(family, density, cache) for label, family in families.items()}
+        for label, method in {**methods, TrueMass.name: TrueMass(mass, density)}.items():
             lists = select(method, cache)
             output = torch.empty_like(heads.query)
             chunk = PromptChunk(heads.query, output, cache.kv_cache, cache.block_table, heads.scale)
@@ -134,9 +155,9 @@ def measure(
                 name,
                 heads.context,
                 heads.chunk,
-                method.name,
+                label,
                 density_of(method, lists, heads),
-                median_seconds(functools.partial(select, method, cache), repeats),
+                median_seconds(selector(method, cache), repeats),
                 median_seconds(attend, repeats),
                 # Beside each method again: a card's clock falls while it works.
                 median_seconds(cache.dense, repeats),

@@ -8,9 +8,17 @@ import torch
 
 from vllm_sparse.kernels.block_scores import reference
 from vllm_sparse.kernels.block_scores.reference import KeyBlocks, PageSelection
-from vllm_sparse.kernels.page_list import query_blocks
+from vllm_sparse.step.chunks import PromptBlocks
 
-__all__ = ["KeyBlocks", "PageSelection", "kept_pages", "pooled_queries"]
+__all__ = [
+    "KeyBlocks",
+    "PageSelection",
+    "best_pages",
+    "chunk_page_scores",
+    "page_scores",
+    "pooled_queries",
+    "select_pages",
+]
 
 
 def _implementation(query: torch.Tensor) -> ModuleType:
@@ -35,19 +43,13 @@ def pooled_queries(query: torch.Tensor, query_block_tokens: int) -> torch.Tensor
     return pooled
 
 
-def kept_pages(
-    query: torch.Tensor,
-    key_blocks: KeyBlocks,
-    seq_len: int,
-    band_start: torch.Tensor,
-    selection: PageSelection,
-) -> torch.Tensor:
-    """Keep the forced pages of each query block, then the pages of the highest scores while the budget lasts.
+def page_scores(query: torch.Tensor, key_blocks: KeyBlocks, seq_len: int, selection: PageSelection) -> torch.Tensor:
+    """What each page is worth to each query block.
 
-    A query block and a key block are both represented by ``sqrt(length) * mean``. The score of a key block is the
-    product of the two (DHSA, arXiv 2510.24606), that of a page the largest among the key blocks that it overlaps (this
-    project's way to whole pages). Only the order of the scores counts, so there is no scale and no softmax. Of equal
-    scores the lower page wins.
+    A query block is represented by ``sqrt(length) * mean``, and a key block by the same or by bounds of its keys. The
+    score of a key block is the product of the two (with means: DHSA, arXiv 2510.24606), that of a page the largest
+    among the key blocks that it overlaps (this project's way to whole pages). Only the order of a query block's scores
+    counts, so there is no scale and no softmax.
 
     Runs in Triton on CUDA, else in PyTorch; without a device-to-host sync.
 
@@ -55,31 +57,106 @@ def kept_pages(
         query: ``[query_tokens, query_heads, head_size]`` of a prompt chunk, at the last positions of the context.
         key_blocks: the context's keys in key blocks.
         seq_len: tokens in the request's cache.
-        band_start: integer ``[query_blocks]`` position from which on, up to its last query, a query block's pages are
-            forced.
-        selection: sizes of query blocks and pages, the heads that share scores, sink and budget.
+        selection: sizes of query blocks and pages, and the heads that share scores.
 
     Returns:
-        bool ``[score_heads, ceil(query_tokens / query_block_tokens), ceil(context / page_tokens)]``.
+        float32 ``[score_heads, ceil(query_tokens / query_block_tokens), ceil(context / page_tokens)]``.
     """
-    implementation = _implementation(query)
-    page_tokens = selection.page_tokens
-    pages = -(-seq_len // page_tokens)
-    page_start = torch.arange(0, seq_len, page_tokens, device=query.device)
-    page_end = (page_start + (page_tokens - 1)).clamp(max=seq_len - 1)
+    page_start = torch.arange(0, seq_len, selection.page_tokens, device=query.device)
+    page_end = (page_start + (selection.page_tokens - 1)).clamp(max=seq_len - 1)
     edges = torch.searchsorted(key_blocks.start, torch.stack((page_start, page_end)), right=True, out_int32=True) - 1
     first_key_block, last_key_block = edges.unbind(0)
-    _, last_query = query_blocks(query.shape[0], seq_len, selection.query_block_tokens, query.device)
+    pooled = pooled_queries(query, selection.query_block_tokens)
+    queries, representation = _merged(pooled, key_blocks.representation, selection.score_heads)
+    scores: torch.Tensor = _implementation(query).page_scores(queries, representation, first_key_block, last_key_block)
+    return scores
 
-    queries = reference.merge_heads(pooled_queries(query, selection.query_block_tokens), selection.score_heads)
-    key_heads = min(key_blocks.representation.shape[0], selection.score_heads)
-    representation = reference.merge_heads(key_blocks.representation, key_heads)
-    scores = implementation.page_scores(queries, representation, first_key_block, last_key_block)
-    kept: torch.Tensor = implementation.select_pages(
+
+def chunk_page_scores(
+    query: torch.Tensor,
+    representation: torch.Tensor,
+    first_key_block: torch.Tensor,
+    last_key_block: torch.Tensor,
+    blocks: PromptBlocks,
+    score_heads: int,
+) -> torch.Tensor:
+    """`page_scores` of prompt chunks, of all in one launch on CUDA.
+
+    Args:
+        query: ``[step tokens, query_heads, head_size]``.
+        representation: of each chunk's key blocks as in `KeyBlocks`, ``[kv_heads, chunks, key_blocks, ...]``, anything
+            past a chunk's context.
+        first_key_block: int32 ``[chunks, pages]`` key block that holds each page's first token; 1 past the context.
+        last_key_block: int32 ``[chunks, pages]`` key block that holds each page's last token; 0 past the context.
+        blocks: query blocks of the chunks.
+        score_heads: as in `PageSelection`.
+
+    Returns:
+        float32 ``[score_heads, blocks, pages]``, not NaN, past a chunk's context anything else.
+    """
+    implementation = _implementation(query)
+    pooled = implementation.chunk_queries(query, blocks)
+    queries, representation = _merged(pooled, representation, score_heads)
+    scores: torch.Tensor = implementation.chunk_scores(queries, representation, first_key_block, last_key_block, blocks)
+    return scores
+
+
+def _merged(queries: torch.Tensor, representation: torch.Tensor, score_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pooled queries and key blocks of the heads with scores, in as many numbers as one another."""
+    queries = reference.merge_heads(queries, score_heads)
+    representation = reference.merge_heads(representation, min(representation.shape[0], score_heads))
+    if representation.shape[-1] != queries.shape[-1]:
+        queries = reference.for_bounds(queries)
+    return queries, representation
+
+
+def best_pages(
+    scores: torch.Tensor,
+    band_start: torch.Tensor,
+    last_query: torch.Tensor,
+    budget_pages: torch.Tensor,
+    selection: PageSelection,
+) -> torch.Tensor:
+    """Keep the forced pages of each query block, then the pages of the highest scores while its budget lasts.
+
+    Forced are the pages of the sink, and those from `band_start` to the query block's last token; they are kept even
+    beyond the budget. Of equal scores the lower page wins.
+
+    Runs in Triton on CUDA, else in PyTorch; without a device-to-host sync.
+
+    Args:
+        scores: float32 ``[heads, query_blocks, pages]``, none NaN.
+        band_start: integer ``[query_blocks]`` position from which on, up to its last query, a query block's pages are
+            forced.
+        last_query: integer ``[query_blocks]`` position of its last query.
+        budget_pages: integer ``[query_blocks]`` pages to keep, the forced ones included.
+        selection: size of pages, and the sink.
+
+    Returns:
+        bool, the shape of `scores`.
+    """
+    page_tokens = selection.page_tokens
+    return select_pages(
         scores,
-        min(-(-selection.sink_tokens // page_tokens), pages),
+        -(-selection.sink_tokens // page_tokens),
         (band_start // page_tokens).int(),
         (last_query // page_tokens).int(),
-        -(-selection.budget_tokens // page_tokens),
+        budget_pages.int(),
     )
+
+
+def select_pages(
+    scores: torch.Tensor, sink_pages: int, band_page: torch.Tensor, last_page: torch.Tensor, budget_pages: torch.Tensor
+) -> torch.Tensor:
+    """As `best_pages`, by pages.
+
+    Args:
+        scores: as there.
+        sink_pages: first pages, forced.
+        band_page: int32 ``[query_blocks]`` page from which on all pages up to `last_page` are forced.
+        last_page: int32 ``[query_blocks]`` last page that the query block may read; at least `band_page`.
+        budget_pages: int32 ``[query_blocks]`` pages to keep.
+    """
+    sink_pages = min(sink_pages, scores.shape[2])
+    kept: torch.Tensor = _implementation(scores).select_pages(scores, sink_pages, band_page, last_page, budget_pages)
     return kept

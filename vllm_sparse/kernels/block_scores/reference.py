@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_sparse.step.chunks import PromptBlocks
+
 
 @dataclass(frozen=True)
 class KeyBlocks:
@@ -13,7 +15,9 @@ class KeyBlocks:
 
     Attributes:
         representation: float32 ``[kv_heads, key_blocks, head_size]`` length-normalised mean ``sqrt(length) * mean`` of
-            the keys of each key block, because a plain mean of ``n`` noisy keys shrinks like ``1 / sqrt(n)``.
+            the keys of each key block, because a plain mean of ``n`` noisy keys shrinks like ``1 / sqrt(n)``; or
+            ``[kv_heads, key_blocks, 2 * head_size]``, in each channel what a negative and what a positive number of the
+            query is multiplied by, such as the least and the largest number of a key.
         start: int64 ``[key_blocks + 1]`` first position of each key block, ascending from 0, and the end of the last.
             Key blocks that start at the context's end do not exist.
         look_ahead_tokens: number of keys after a key block that decide where it ends.
@@ -34,15 +38,12 @@ class PageSelection:
         score_heads: heads with scores of their own. If they are fewer than the query heads, consecutive heads share the
             mean of their representations, for queries and for keys.
         sink_tokens: first tokens of the context, whose pages are forced.
-        budget_tokens: tokens to keep, the forced ones included; rounded up to pages. Forced pages are kept even beyond
-            it.
     """
 
     query_block_tokens: int
     page_tokens: int
     score_heads: int
     sink_tokens: int
-    budget_tokens: int
 
 
 def merge_heads(representation: torch.Tensor, heads: int) -> torch.Tensor:
@@ -56,6 +57,21 @@ def pooled_queries(query: torch.Tensor, query_block_tokens: int) -> torch.Tensor
     """``sqrt(length) * mean`` of each query block; arguments as in the public function."""
     blocks = torch.split(query, query_block_tokens)
     return torch.stack([block.sum(0, dtype=torch.float32) / block.shape[0] ** 0.5 for block in blocks], dim=1)
+
+
+def chunk_queries(query: torch.Tensor, blocks: PromptBlocks) -> torch.Tensor:
+    """`pooled_queries` of prompt chunks; arguments as in the public function."""
+    chunks = (query[span.query_start : span.query_start + span.query_tokens] for span in blocks.spans)
+    return torch.cat([pooled_queries(chunk, blocks.query_block_tokens) for chunk in chunks], dim=1)
+
+
+def for_bounds(queries: torch.Tensor) -> torch.Tensor:
+    """Queries' negative numbers, then their positive ones, so that a product with bounds of keys bounds all products.
+
+    Args:
+        queries: float32 ``[..., head_size]``; the result has twice as many numbers.
+    """
+    return torch.cat((queries.clamp(max=0), queries.clamp(min=0)), dim=-1)
 
 
 def page_scores(
@@ -79,8 +95,34 @@ def page_scores(
     return page
 
 
+def chunk_scores(
+    queries: torch.Tensor,
+    representation: torch.Tensor,
+    first_key_block: torch.Tensor,
+    last_key_block: torch.Tensor,
+    blocks: PromptBlocks,
+) -> torch.Tensor:
+    """`page_scores` of prompt chunks; here minus infinity for pages past a chunk's context.
+
+    Args:
+        queries: float32 ``[heads, blocks, head_size]``.
+        representation: float32 ``[key_heads, chunks, key_blocks, head_size]``, anything past a chunk's context.
+        first_key_block: int32 ``[chunks, pages]`` key block that holds each page's first token; 1 past the context.
+        last_key_block: int32 ``[chunks, pages]`` key block that holds each page's last token; 0 past the context.
+        blocks: query blocks of the chunks.
+    """
+    scores = queries.new_full((*queries.shape[:2], first_key_block.shape[1]), float("-inf"))
+    for chunk in range(len(blocks.spans)):
+        rows = slice(blocks.starts[chunk], blocks.starts[chunk + 1])
+        pages = int((first_key_block[chunk] <= last_key_block[chunk]).sum())
+        edges = first_key_block[chunk, :pages], last_key_block[chunk, :pages]
+        keys = representation[:, chunk, : int(edges[1].max()) + 1]
+        scores[:, rows, :pages] = page_scores(queries[:, rows].contiguous(), keys, *edges)
+    return scores
+
+
 def select_pages(
-    scores: torch.Tensor, sink_pages: int, band_page: torch.Tensor, last_page: torch.Tensor, budget_pages: int
+    scores: torch.Tensor, sink_pages: int, band_page: torch.Tensor, last_page: torch.Tensor, budget_pages: torch.Tensor
 ) -> torch.Tensor:
     """Forced pages, then those of the highest scores up to the budget; of equal scores the lower page wins.
 
@@ -89,7 +131,7 @@ def select_pages(
         sink_pages: first pages, forced.
         band_page: int32 ``[query_blocks]`` page from which on all pages up to `last_page` are forced.
         last_page: int32 ``[query_blocks]`` last page that the query block may read; at least `band_page`.
-        budget_pages: pages to keep; more if more are forced, fewer if fewer are in reach.
+        budget_pages: int32 ``[query_blocks]`` pages to keep; more if more are forced, fewer if fewer are in reach.
 
     Returns:
         bool, the shape of `scores`.
@@ -104,7 +146,7 @@ def select_pages(
     bits = (scores + 0.0).view(torch.int32)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
     rank = ((ordered << 32) - page).masked_fill_(~competes, torch.iinfo(torch.int64).min)
-    best = rank.topk(min(budget_pages, pages), dim=-1).indices
+    best = rank.topk(min(int(budget_pages.max()), pages), dim=-1).indices
     within = torch.arange(best.shape[-1], device=scores.device) < free.unsqueeze(1)
     chosen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     return forced | (chosen.scatter_(-1, best, within.expand_as(best)) & competes)

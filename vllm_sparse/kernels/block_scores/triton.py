@@ -17,6 +17,7 @@ from vllm_sparse.kernels.common.triton import (
     row_threshold,
     threshold_tile,
 )
+from vllm_sparse.step.chunks import PromptBlocks, one_chunk
 
 BLOCK_TILE, PAGE_TILE = 64, 64
 # Small, because the split of operands into TF32 parts takes registers.
@@ -25,11 +26,13 @@ SELECT_TILE = 1024
 
 
 # Lengths change with every prompt chunk; specialising on them would compile in the middle of serving.
-@triton.jit(do_not_specialize=["query_tokens", "query_block_count"])
+@triton.jit(do_not_specialize=["query_block_count"])
 def pooled_queries_kernel(
     query_pointer,
     pooled_pointer,
-    query_tokens,
+    first_token_pointer,
+    first_query_pointer,
+    last_query_pointer,
     query_block_count,
     query_row_stride,
     query_head_stride,
@@ -39,40 +42,48 @@ def pooled_queries_kernel(
 ):
     i_block = tl.program_id(0)
     i_head = tl.program_id(1)
-    o_row = i_block * BLOCK + tl.arange(0, BLOCK)
+    length = tl.load(last_query_pointer + i_block) - tl.load(first_query_pointer + i_block) + 1
+    o_offset = tl.arange(0, BLOCK)
+    o_token = (tl.load(first_token_pointer + i_block) + o_offset).to(tl.int64)
     o_dim = tl.arange(0, HEAD_TILE)
     in_head = o_dim < HEAD_SIZE
-    p_query = query_pointer + o_row.to(tl.int64)[:, None] * query_row_stride + i_head * query_head_stride
-    b_query = tl.load(p_query + o_dim[None, :], mask=(o_row < query_tokens)[:, None] & in_head[None, :], other=0.0)
-    length = tl.minimum(query_tokens - i_block * BLOCK, BLOCK).to(tl.float32)
-    b_pooled = tl.sum(b_query.to(tl.float32), axis=0) / tl.sqrt(length)
+    p_query = query_pointer + o_token[:, None] * query_row_stride + i_head * query_head_stride
+    b_query = tl.load(p_query + o_dim[None, :], mask=(o_offset < length)[:, None] & in_head[None, :], other=0.0)
+    b_pooled = tl.sum(b_query.to(tl.float32), axis=0) / tl.sqrt(length.to(tl.float32))
     tl.store(pooled_pointer + (i_head * query_block_count + i_block) * HEAD_SIZE + o_dim, b_pooled, mask=in_head)
 
 
-def pooled_queries(query: torch.Tensor, query_block_tokens: int) -> torch.Tensor:
-    """Equal to `reference.pooled_queries`; arguments as there, `query_block_tokens` a power of two."""
-    query_tokens, heads, head_size = query.shape
-    query_block_count = -(-query_tokens // query_block_tokens)
-    pooled = torch.empty(heads, query_block_count, head_size, dtype=torch.float32, device=query.device)
+def chunk_queries(query: torch.Tensor, blocks: PromptBlocks) -> torch.Tensor:
+    """Equal to `reference.chunk_queries`; arguments as there, query blocks a power of two."""
+    heads, head_size = query.shape[1:]
+    pooled = torch.empty(heads, blocks.blocks, head_size, dtype=torch.float32, device=query.device)
     assert query.stride(2) == 1
-    pooled_queries_kernel[(query_block_count, heads)](
+    pooled_queries_kernel[(blocks.blocks, heads)](
         query,
         pooled,
-        query_tokens,
-        query_block_count,
+        blocks.first_token,
+        blocks.first_query,
+        blocks.last_query,
+        blocks.blocks,
         query.stride(0),
         query.stride(1),
         HEAD_SIZE=head_size,
         HEAD_TILE=product_tile(head_size),
-        BLOCK=query_block_tokens,
+        BLOCK=blocks.query_block_tokens,
         num_warps=8,
     )
     return pooled
 
 
+def pooled_queries(query: torch.Tensor, query_block_tokens: int) -> torch.Tensor:
+    """Equal to `reference.pooled_queries`; arguments as there, `query_block_tokens` a power of two."""
+    tokens = query.shape[0]
+    return chunk_queries(query, one_chunk(tokens, tokens, query_block_tokens, query.device))
+
+
 # `last_key_block` follows `first_key_block` in one tensor, so its first address has any alignment.
 @triton.jit(
-    do_not_specialize=["query_block_count", "key_blocks", "pages"],
+    do_not_specialize=["chunks", "query_block_count", "key_blocks", "pages"],
     do_not_specialize_on_alignment=["first_key_block_pointer", "last_key_block_pointer"],
 )
 def page_scores_kernel(
@@ -81,6 +92,8 @@ def page_scores_kernel(
     first_key_block_pointer,
     last_key_block_pointer,
     score_pointer,
+    chunk_start_pointer,
+    chunks,
     query_block_count,
     key_blocks,
     pages,
@@ -91,44 +104,56 @@ def page_scores_kernel(
     PAGE_TILE: tl.constexpr,
 ):
     i_head = tl.program_id(1)
+    # Tiles of all chunks lie side by side; a tile holds query blocks of one chunk.
+    i_chunk = tl.program_id(2) % chunks
+    first_block = tl.load(chunk_start_pointer + i_chunk) + tl.program_id(2) // chunks * BLOCK_TILE
+    end_block = tl.load(chunk_start_pointer + i_chunk + 1)
     o_page = tl.program_id(0) * PAGE_TILE + tl.arange(0, PAGE_TILE)
-    o_block = tl.program_id(2) * BLOCK_TILE + tl.arange(0, BLOCK_TILE)
-    b_first = tl.load(first_key_block_pointer + o_page, mask=o_page < pages, other=0)
-    b_last = tl.load(last_key_block_pointer + o_page, mask=o_page < pages, other=0)
+    o_block = first_block + tl.arange(0, BLOCK_TILE)
+    b_first = tl.load(first_key_block_pointer + i_chunk * pages + o_page, mask=o_page < pages, other=1)
+    b_last = tl.load(last_key_block_pointer + i_chunk * pages + o_page, mask=o_page < pages, other=0)
     p_query = query_pointer + (i_head * query_block_count + o_block)[:, None] * HEAD_SIZE
-    p_representation = representation_pointer + (i_head // GROUP).to(tl.int64) * key_blocks * HEAD_SIZE
+    p_representation = representation_pointer
+    p_representation += ((i_head // GROUP) * chunks + i_chunk).to(tl.int64) * key_blocks * HEAD_SIZE
     b_best = tl.full([BLOCK_TILE, PAGE_TILE], float("-inf"), tl.float32)
-    for step in range(tl.max(b_last - b_first) + 1):
+    # Tiles past a chunk's context or its query blocks have nothing to do; pages past it read the first key block.
+    steps = tl.where(first_block < end_block, tl.max(b_last - b_first) + 1, 0)
+    for step in range(steps):
         o_key_block = tl.minimum(b_first + step, b_last)
         p_key_block = p_representation + o_key_block[:, None] * HEAD_SIZE
         b_score = tl.zeros([BLOCK_TILE, PAGE_TILE], tl.float32)
         for first_dim in range(0, HEAD_SIZE, DIM_TILE):
             o_dim = first_dim + tl.arange(0, DIM_TILE)[None, :]
-            b_query = tl.load(
-                p_query + o_dim, mask=(o_block < query_block_count)[:, None] & (o_dim < HEAD_SIZE), other=0.0
-            )
+            b_query = tl.load(p_query + o_dim, mask=(o_block < end_block)[:, None] & (o_dim < HEAD_SIZE), other=0.0)
             b_key_block = tl.load(p_key_block + o_dim, mask=o_dim < HEAD_SIZE, other=0.0)
             # Three TF32 products have the accuracy of a float32 one on tensor cores.
             b_score = tl.dot(b_query, tl.trans(b_key_block), b_score, input_precision="tf32x3")
         b_best = tl.maximum(b_best, b_score)
     p_score = score_pointer + (i_head * query_block_count + o_block).to(tl.int64)[:, None] * pages + o_page[None, :]
-    tl.store(p_score, b_best, mask=(o_block < query_block_count)[:, None] & (o_page < pages)[None, :])
+    tl.store(p_score, b_best, mask=(o_block < end_block)[:, None] & (o_page < pages)[None, :])
 
 
-def page_scores(
-    queries: torch.Tensor, representation: torch.Tensor, first_key_block: torch.Tensor, last_key_block: torch.Tensor
+def chunk_scores(
+    queries: torch.Tensor,
+    representation: torch.Tensor,
+    first_key_block: torch.Tensor,
+    last_key_block: torch.Tensor,
+    blocks: PromptBlocks,
 ) -> torch.Tensor:
-    """Equal to `reference.page_scores` but for rounding; arguments as there, all contiguous."""
+    """Equal to `reference.chunk_scores` in each context but for rounding; arguments as there, all contiguous."""
     heads, query_block_count, head_size = queries.shape
-    key_heads, key_blocks, _ = representation.shape
-    pages = first_key_block.shape[0]
+    key_heads, chunks, key_blocks, _ = representation.shape
+    pages = first_key_block.shape[1]
     scores = torch.empty(heads, query_block_count, pages, dtype=torch.float32, device=queries.device)
-    page_scores_kernel[(triton.cdiv(pages, PAGE_TILE), heads, triton.cdiv(query_block_count, BLOCK_TILE))](
+    tiles = triton.cdiv(blocks.most_blocks, BLOCK_TILE)
+    page_scores_kernel[(triton.cdiv(pages, PAGE_TILE), heads, chunks * tiles)](
         queries,
         representation,
         first_key_block,
         last_key_block,
         scores,
+        blocks.chunk_start,
+        chunks,
         query_block_count,
         key_blocks,
         pages,
@@ -142,28 +167,38 @@ def page_scores(
     return scores
 
 
-@triton.jit(do_not_specialize=["query_block_count", "pages", "sink_pages", "budget_pages"])
+def page_scores(
+    queries: torch.Tensor, representation: torch.Tensor, first_key_block: torch.Tensor, last_key_block: torch.Tensor
+) -> torch.Tensor:
+    """Equal to `reference.page_scores` but for rounding; arguments as there, all contiguous."""
+    blocks = one_chunk(queries.shape[1], queries.shape[1], 1, queries.device)
+    edges = first_key_block.unsqueeze(0), last_key_block.unsqueeze(0)
+    return chunk_scores(queries, representation.unsqueeze(1), *edges, blocks)
+
+
+@triton.jit(do_not_specialize=["query_block_count", "pages", "sink_pages"])
 def select_pages_kernel(
     score_pointer,
     band_page_pointer,
     last_page_pointer,
+    budget_pages_pointer,
     kept_pointer,
     query_block_count,
     pages,
     sink_pages,
-    budget_pages,
     ROW_TILE: tl.constexpr,
     TILE: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
     last = tl.load(last_page_pointer + i_row % query_block_count)
     band = tl.load(band_page_pointer + i_row % query_block_count)
+    budget = tl.load(budget_pages_pointer + i_row % query_block_count)
     p_score = score_pointer + i_row * pages
     p_kept = kept_pointer + i_row * pages
     # Pages from `first` to `stop` compete for what the forced ones leave of the budget.
     first = tl.minimum(sink_pages, last + 1)
     stop = tl.maximum(tl.minimum(band, last + 1), first)
-    free = tl.maximum(budget_pages - (first + last + 1 - stop), 0)
+    free = tl.maximum(budget - (first + last + 1 - stop), 0)
 
     least, above = row_threshold(p_score, first, stop, free, False, ROW_TILE, TILE)
     # Of the pages whose score equals the threshold, the lower ones win.
@@ -179,7 +214,7 @@ def select_pages_kernel(
 
 
 def select_pages(
-    scores: torch.Tensor, sink_pages: int, band_page: torch.Tensor, last_page: torch.Tensor, budget_pages: int
+    scores: torch.Tensor, sink_pages: int, band_page: torch.Tensor, last_page: torch.Tensor, budget_pages: torch.Tensor
 ) -> torch.Tensor:
     """Equal to `reference.select_pages` for the same scores; arguments as there, all contiguous."""
     heads, query_block_count, pages = scores.shape
@@ -189,11 +224,11 @@ def select_pages(
         scores,
         band_page,
         last_page,
+        budget_pages,
         kept.view(torch.uint8),
         query_block_count,
         pages,
         sink_pages,
-        budget_pages,
         ROW_TILE=entries,
         TILE=SELECT_TILE,
         num_warps=num_warps,

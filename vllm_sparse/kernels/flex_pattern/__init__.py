@@ -26,7 +26,7 @@ def pooled_distance(
     Returns:
         float32 ``[query_heads]``, 0 to sqrt(ln 2).
     """
-    pooled = sample.float().mean(0).view(key_block_mean.shape[0], -1, sample.shape[2])
+    pooled = sample.mean(0, dtype=torch.float32).view(key_block_mean.shape[0], -1, sample.shape[2])
     logits = torch.matmul(pooled * scale, key_block_mean.transpose(1, 2)).flatten(0, 1)
     if logits.is_cuda:
         from vllm_sparse.kernels.flex_pattern import triton

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_sparse.pages import PageList
+from vllm_sparse.step.chunks import LaunchRows, PromptBlocks
 
 
 def blocks_to_pages(
@@ -89,6 +90,26 @@ def block_lists(block_mask: torch.Tensor, grid: ListGrid) -> PageList:
     return compact_pages(page_mask.flatten(0, 1), last.repeat(grid.list_heads), page_size_tokens)
 
 
+def write_lists(
+    block_mask: torch.Tensor, blocks: PromptBlocks, key_block_tokens: int, list_heads: int, lists: PageList
+) -> None:
+    """Write the lists of prompt chunks; arguments as in the public function."""
+    for chunk, span in enumerate(blocks.spans):
+        grid = ListGrid(
+            span.query_tokens,
+            span.seq_len,
+            blocks.query_block_tokens,
+            key_block_tokens,
+            lists.page_size_tokens,
+            list_heads,
+        )
+        mask = block_mask[:, blocks.starts[chunk] : blocks.starts[chunk + 1], : -(-span.seq_len // key_block_tokens)]
+        found = block_lists(mask, grid)
+        rows = blocks.lists_of(chunk, list_heads)
+        lists.pages[rows, : found.pages.shape[1]] = found.pages
+        lists.kept_tokens[rows] = found.kept_tokens
+
+
 def compact_pages(page_mask: torch.Tensor, last_position: torch.Tensor, page_size_tokens: int) -> PageList:
     """Compact a map over pages into ascending lists.
 
@@ -121,3 +142,16 @@ def to_physical(
     block = block_table[logical_block] if block_table.dim() == 1 else block_table.gather(1, logical_block)
     head = row_kv_head.to(block.dtype).unsqueeze(1)
     return ((block * num_kv_heads + head) * pages_per_block + page_list.pages % pages_per_block).to(torch.int32)
+
+
+def launch_lists(
+    page_list: PageList, rows: LaunchRows, block_table: torch.Tensor, pages_per_block: int, num_kv_heads: int
+) -> PageList:
+    """Lists in the order of execution; arguments as in the public function."""
+    kept_tokens = page_list.kept_tokens[rows.lists]
+    # Past the live part there may be anything, which is no page.
+    live = torch.arange(page_list.pages.shape[1], device=kept_tokens.device) * page_list.page_size_tokens
+    pages = page_list.pages[rows.lists].masked_fill(live >= kept_tokens.unsqueeze(1), 0)
+    lists = PageList(pages, kept_tokens, page_list.page_size_tokens)
+    physical = to_physical(lists, block_table[rows.table_row], rows.kv_head, pages_per_block, num_kv_heads)
+    return PageList(physical, kept_tokens, page_list.page_size_tokens)

@@ -9,8 +9,17 @@ import torch
 from vllm_sparse.kernels.page_summaries import reference
 from vllm_sparse.kernels.page_summaries.reference import SummaryContent, SummaryKind, coded_keys
 from vllm_sparse.keys import PagedKeys, PlainKeys
+from vllm_sparse.step.chunks import PromptChunks
 
-__all__ = ["SummaryContent", "SummaryKind", "coded_keys", "page_summaries", "read_summaries", "store_summaries"]
+__all__ = [
+    "SummaryContent",
+    "SummaryKind",
+    "chunk_summaries",
+    "coded_keys",
+    "page_summaries",
+    "read_summaries",
+    "store_summaries",
+]
 
 
 def _implementation(keys: PagedKeys) -> ModuleType:
@@ -39,6 +48,20 @@ def page_summaries(keys: PagedKeys, kind: SummaryKind) -> torch.Tensor:
         last page may be short.
     """
     summaries: torch.Tensor = _implementation(keys).page_summaries(keys, kind)
+    return summaries
+
+
+def chunk_summaries(chunks: PromptChunks, kind: SummaryKind) -> torch.Tensor:
+    """`page_summaries` of the requests of prompt chunks, of all in one launch on CUDA.
+
+    Args:
+        chunks: the prompt chunks.
+        kind: page size and what a summary holds; no codes.
+
+    Returns:
+        float32 ``[kv_heads, chunks, pages of the longest context, kind.width(head_size)]``, anything past a context.
+    """
+    summaries: torch.Tensor = _implementation(chunks.keys[0]).chunk_summaries(chunks, kind)
     return summaries
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from vllm_sparse.keys import PagedKeys
+from vllm_sparse.step.chunks import PromptChunks
 
 # A multiple of every page size. Keys are read in tiles, so that memory never holds a copy of a whole long cache.
 TILE_TOKENS = 8192
@@ -78,6 +79,14 @@ def page_summaries(keys: PagedKeys, kind: SummaryKind, first_token: int = 0) -> 
         if whole < tile.shape[1]:
             summaries.append(_summary(tile[:, None, whole:], kind))
     return torch.cat(summaries, dim=1)
+
+
+def chunk_summaries(chunks: PromptChunks, kind: SummaryKind) -> torch.Tensor:
+    """Summaries of the pages of several requests, 0 past a context; arguments as in the public function."""
+    each = [page_summaries(keys, kind) for keys in chunks.keys]
+    pages = max(summaries.shape[1] for summaries in each)
+    padded = [torch.nn.functional.pad(summaries, (0, 0, 0, pages - summaries.shape[1])) for summaries in each]
+    return torch.stack(padded, dim=1)
 
 
 def _summary(pages: torch.Tensor, kind: SummaryKind) -> torch.Tensor:

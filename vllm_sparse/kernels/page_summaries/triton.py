@@ -15,6 +15,7 @@ from vllm_sparse.kernels.common.triton import load_key_block, product_tile
 from vllm_sparse.kernels.page_summaries import reference
 from vllm_sparse.kernels.page_summaries.reference import SummaryKind
 from vllm_sparse.keys import PlainKeys
+from vllm_sparse.step.chunks import PromptChunks
 from vllm_sparse.step.rows import DecodeRows
 
 # Numbers that a warp reads at once: 16 loads of 16 bytes per thread in bfloat16.
@@ -197,6 +198,53 @@ def page_summaries_kernel(
     )
 
 
+# Lengths change with every prompt chunk; specialising on them would compile in the middle of serving.
+@triton.jit(do_not_specialize=["pages", "table_row_stride"], do_not_specialize_on_alignment=["block_table_pointer"])
+def chunk_summaries_kernel(
+    cache_pointer,
+    block_table_pointer,
+    summary_pointer,
+    table_row_pointer,
+    context_pointer,
+    pages,
+    table_row_stride,
+    cache_block_stride,
+    cache_head_stride,
+    cache_token_stride,
+    CACHE_BLOCK: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    PAGE: tl.constexpr,
+    BOUNDS: tl.constexpr,
+    CODES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Summarise the pages of several requests by logical page."""
+    i_page = tl.program_id(0)
+    i_kv_head = tl.program_id(1)
+    i_chunk = tl.program_id(2)
+    context = tl.load(context_pointer + i_chunk)
+    if i_page * PAGE < context:
+        i_summary = ((i_kv_head * tl.num_programs(2) + i_chunk) * pages + i_page).to(tl.int64)
+        _summarise(
+            cache_pointer,
+            block_table_pointer + tl.load(table_row_pointer + i_chunk).to(tl.int64) * table_row_stride,
+            summary_pointer + i_summary * WIDTH,
+            context,
+            i_page,
+            i_kv_head,
+            cache_block_stride,
+            cache_head_stride,
+            cache_token_stride,
+            CACHE_BLOCK,
+            HEAD_SIZE,
+            HEAD_TILE,
+            PAGE,
+            BOUNDS,
+            CODES,
+        )
+
+
 # The rows of a step outside of graphs may begin at any row of vLLM's block table.
 @triton.jit(do_not_specialize_on_alignment=["block_table_pointer"])
 def newest_summaries_kernel(
@@ -294,6 +342,28 @@ def page_summaries(keys: PlainKeys, kind: SummaryKind) -> torch.Tensor:
     dtype = kind.dtype(torch.float32) if kind.content == "codes" else torch.float32
     summaries = torch.empty(shape, dtype=dtype, device=keys.kv_cache.device)
     _run(keys, kind, summaries, 0, stored=False)
+    return summaries
+
+
+def chunk_summaries(chunks: PromptChunks, kind: SummaryKind) -> torch.Tensor:
+    """Equal to `reference.chunk_summaries` up to float32 rounding, and anything past a context; arguments as there."""
+    blocks, cache = chunks.blocks, chunks.keys[0].kv_cache
+    pages = triton.cdiv(blocks.longest_seq_len, kind.page_tokens)
+    shape = cache.shape[1], len(blocks.spans), pages, kind.width(cache.shape[3] // 2)
+    summaries = torch.empty(shape, dtype=torch.float32, device=cache.device)
+    chunk_summaries_kernel[(pages, shape[0], shape[1])](
+        cache,
+        chunks.block_table,
+        summaries,
+        blocks.table_row,
+        blocks.seq_len,
+        pages,
+        chunks.block_table.stride(0),
+        cache.stride(0),
+        cache.stride(1),
+        cache.stride(2),
+        **_constants(cache, kind),
+    )
     return summaries
 
 

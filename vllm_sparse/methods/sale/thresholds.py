@@ -13,6 +13,7 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from vllm_sparse.host_copy import to_device
 from vllm_sparse.methods.file import MethodFile, read
 
 Threshold = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -65,4 +66,4 @@ def load(path: str) -> MethodFile[Calibration]:
 
 def log_thresholds(taus: list[float] | tuple[float, ...], device: torch.device) -> torch.Tensor:
     """Logarithms of thresholds, float32; minus infinity for 0."""
-    return torch.tensor([math.log(tau) if tau > 0 else -math.inf for tau in taus], device=device)
+    return to_device(torch.tensor([math.log(tau) if tau > 0 else -math.inf for tau in taus]), device)

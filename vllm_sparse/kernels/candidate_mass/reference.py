@@ -1,0 +1,68 @@
+"""Attention of sampled queries to listed pages in PyTorch: the specification, on any device."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparse.keys import PagedKeys
+from vllm_sparse.pages import PageList, page_mask
+from vllm_sparse.step.chunks import PromptChunks
+
+# Queries of a query block that vote. On two pretrained models pages chosen by 16 keep .98 to .99 of the far attention
+# that those chosen by all 128 keep; matrix products take no fewer rows than 16.
+SAMPLED_QUERIES = 16
+# Less than any mass.
+NOT_LISTED = -1.0
+
+
+def sampled_offsets(queries: int) -> list[int]:
+    """Queries of a query block that vote, by their place in it: evenly spread, some twice where there are fewer."""
+    return [(2 * sample + 1) * queries // (2 * SAMPLED_QUERIES) for sample in range(SAMPLED_QUERIES)]
+
+
+def candidate_mass(
+    query: torch.Tensor, keys: PagedKeys, scale: float, query_block_tokens: int, candidates: PageList
+) -> torch.Tensor:
+    """Mass of each listed page; arguments as in the public function.
+
+    Computes in float64 if the queries are float64, else in float32.
+    """
+    query_tokens, heads, head_size = query.shape
+    kv_heads, context, page_tokens = keys.num_kv_heads, keys.seq_len, candidates.page_size_tokens
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    transposed = keys.read(0, context).to(dtype).transpose(1, 2)
+    position = torch.arange(context, device=query.device)
+    blocks, pages = -(-query_tokens // query_block_tokens), -(-context // page_tokens)
+    listed = page_mask(candidates, pages).view(-1, blocks, pages)
+    listed = listed.repeat_interleave(kv_heads // listed.shape[0], dim=0)
+    mass = torch.full((heads, blocks, pages), NOT_LISTED, dtype=dtype, device=query.device)
+    for i_block, block in enumerate(torch.split(query, query_block_tokens)):
+        sampled = torch.tensor(sampled_offsets(block.shape[0]), device=query.device)
+        first = context - query_tokens + i_block * query_block_tokens
+        stop = first + block.shape[0]
+        reach = -(-stop // page_tokens)
+        in_list = listed[:, i_block, :reach]
+        grouped = block[sampled].to(dtype).transpose(0, 1).reshape(kv_heads, -1, head_size)
+        scores = torch.bmm(grouped, transposed[:, :, :stop]).mul_(scale).view(kv_heads, -1, SAMPLED_QUERIES, stop)
+        readable = in_list.repeat_interleave(page_tokens, dim=1)[:, None, None, :stop]
+        readable = readable & (position[:stop] <= (first + sampled).unsqueeze(1))
+        weight = scores.masked_fill_(~readable, float("-inf")).softmax(3).sum(2).flatten(0, 1)
+        padded = torch.nn.functional.pad(weight, (0, reach * page_tokens - stop))
+        found = padded.view(heads, reach, page_tokens).sum(2)
+        out_of_list = ~in_list.repeat_interleave(heads // kv_heads, dim=0)
+        mass[:, i_block, :reach] = found.masked_fill_(out_of_list, NOT_LISTED)
+    return mass
+
+
+def chunk_mass(chunks: PromptChunks, candidates: PageList) -> torch.Tensor:
+    """Mass of the listed pages of prompt chunks; arguments as in the public function."""
+    blocks, page_tokens = chunks.blocks, candidates.page_size_tokens
+    list_heads = candidates.pages.shape[0] // blocks.blocks
+    longest = -(-blocks.longest_seq_len // page_tokens)
+    each = []
+    for chunk, keys in enumerate(chunks.keys):
+        rows, pages = blocks.lists_of(chunk, list_heads), -(-keys.seq_len // page_tokens)
+        lists = PageList(candidates.pages[rows, :pages], candidates.kept_tokens[rows], page_tokens)
+        mass = candidate_mass(chunks.query_of(chunk), keys, chunks.scale, blocks.query_block_tokens, lists)
+        each.append(torch.nn.functional.pad(mass, (0, longest - pages), value=NOT_LISTED))
+    return torch.cat(each, dim=1)

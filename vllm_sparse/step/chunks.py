@@ -1,0 +1,268 @@
+"""Sparse prompt chunks as device kernels see them: those of several requests in one launch.
+
+A step's layers differ in queries and keys alone. So where its query blocks lie is told to the device once a step, in
+tables, and kernels that serve several chunks look there what differs between them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from vllm_sparse.host_copy import to_device
+from vllm_sparse.keys import PagedKeys
+
+# Of each head and chunk, so that the last queries lie in them where the very last block is short.
+LAST_BLOCKS = 2
+# Tables of int32 begin at multiples of 16 bytes, which Triton specialises on.
+TABLE_ENTRIES = 4
+
+
+class Span(Protocol):
+    """A request's place in a step's tensors (`vllm_sparse.step.plan.RowSpan`)."""
+
+    @property
+    def row(self) -> int:
+        """Index in the batch."""
+
+    @property
+    def query_start(self) -> int:
+        """Its first token in the step's queries."""
+
+    @property
+    def query_tokens(self) -> int:
+        """Its tokens in this step."""
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in its KV cache, this step's included."""
+
+
+@dataclass(frozen=True)
+class PromptBlocks:
+    """Query blocks of prompt chunks, in the order of the chunks.
+
+    Lists of the chunks lie one chunk after another, each head-major. With `h` heads that have lists of their own, that
+    of head ``i`` and query block ``b`` of chunk ``c`` is number ``h * chunk_start[c] + i * n + b - chunk_start[c]``,
+    where ``n = chunk_start[c + 1] - chunk_start[c]``. Maps have one axis for all query blocks instead.
+
+    Attributes:
+        spans: of the chunks.
+        query_block_tokens: query tokens of a query block.
+        starts: first query block of each chunk, and the number of all, on the host.
+        positions: int32 ``[2, blocks]`` position in its context of each query block's first and last query, on the
+            host.
+        first_query: the first of these, int32 ``[blocks]`` on the device, as are all that follow.
+        last_query: the second of these.
+        first_token: int32 ``[blocks]`` first token of each query block in the step's queries.
+        chunk: int32 ``[blocks]`` its chunk.
+        chunk_start: int32 ``[chunks + 1]`` as `starts`.
+        table_row: int32 ``[chunks]`` row of each chunk's request in the step's block table.
+        seq_len: int32 ``[chunks]`` tokens in its cache.
+    """
+
+    spans: tuple[Span, ...]
+    query_block_tokens: int
+    starts: tuple[int, ...]
+    positions: np.ndarray
+    first_query: torch.Tensor
+    last_query: torch.Tensor
+    first_token: torch.Tensor
+    chunk: torch.Tensor
+    chunk_start: torch.Tensor
+    table_row: torch.Tensor
+    seq_len: torch.Tensor
+
+    @property
+    def blocks(self) -> int:
+        """Query blocks of all chunks."""
+        return self.starts[-1]
+
+    @property
+    def longest_seq_len(self) -> int:
+        """Tokens in the longest context."""
+        return max(span.seq_len for span in self.spans)
+
+    @property
+    def most_blocks(self) -> int:
+        """Query blocks of the chunk that has most."""
+        return int(np.diff(self.starts).max())
+
+    def lists_of(self, chunk: int, list_heads: int) -> slice:
+        """The lists of a chunk."""
+        return slice(list_heads * self.starts[chunk], list_heads * self.starts[chunk + 1])
+
+
+def prompt_blocks(spans: Sequence[Span], query_block_tokens: int, device: torch.device) -> PromptBlocks:
+    """Tables of the query blocks of prompt chunks.
+
+    Args:
+        spans: of the chunks; at least one.
+        query_block_tokens: query tokens of a query block.
+        device: of the tables.
+    """
+    counts = [-(-span.query_tokens // query_block_tokens) for span in spans]
+    starts = np.cumsum([0, *counts])
+    chunk = np.repeat(np.arange(len(spans)), counts)
+    fields = np.array([(span.row, span.query_start, span.query_tokens, span.seq_len) for span in spans])
+    row, query_start, query_tokens, seq_len = fields.T
+    offset = (np.arange(starts[-1]) - starts[chunk]) * query_block_tokens
+    first_query = (seq_len - query_tokens)[chunk] + offset
+    last_query = np.minimum(first_query + query_block_tokens, seq_len[chunk]) - 1
+    tables = first_query, last_query, query_start[chunk] + offset, chunk, starts, row, seq_len
+    positions = np.stack([first_query, last_query]).astype(np.int32)
+    return PromptBlocks(
+        tuple(spans), query_block_tokens, tuple(starts.tolist()), positions, *int_tables(tables, device)
+    )
+
+
+def int_tables(tables: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """Integers of the host as int32 on a device, in one copy that does not wait for it."""
+    lengths = [-(-len(table) // TABLE_ENTRIES) * TABLE_ENTRIES for table in tables]
+    packed = np.zeros(sum(lengths), dtype=np.int32)
+    for end, length, table in zip(np.cumsum(lengths), lengths, tables, strict=True):
+        packed[end - length : end - length + len(table)] = table
+    parts = torch.split(to_device(torch.from_numpy(packed), device), lengths)
+    return [part[: len(table)] for part, table in zip(parts, tables, strict=True)]
+
+
+@dataclass(frozen=True)
+class _OneSpan:
+    """The only chunk of a step."""
+
+    query_tokens: int
+    seq_len: int
+    row: int = 0
+    query_start: int = 0
+
+
+@functools.lru_cache(maxsize=64)
+def one_chunk(query_tokens: int, seq_len: int, query_block_tokens: int, device: torch.device) -> PromptBlocks:
+    """Query blocks of one chunk alone, made once.
+
+    Args:
+        query_tokens: of the chunk, which ends the context.
+        seq_len: tokens in the cache.
+        query_block_tokens: query tokens of a query block.
+        device: of the tables.
+    """
+    return prompt_blocks([_OneSpan(query_tokens, seq_len)], query_block_tokens, device)
+
+
+@dataclass(frozen=True)
+class PromptChunks:
+    """Prompt chunks in one layer.
+
+    Attributes:
+        blocks: their query blocks.
+        query: ``[step tokens, query_heads, head_size]``, of all rows of the step.
+        keys: of each chunk's request, the chunk's included.
+        block_table: int32 ``[batch, blocks]`` of the step.
+        scale: softmax scale of the model; positive.
+    """
+
+    blocks: PromptBlocks
+    query: torch.Tensor
+    keys: tuple[PagedKeys, ...]
+    block_table: torch.Tensor
+    scale: float
+
+    def query_of(self, chunk: int) -> torch.Tensor:
+        """``[query_tokens, query_heads, head_size]`` of a chunk."""
+        span = self.blocks.spans[chunk]
+        return self.query[span.query_start : span.query_start + span.query_tokens]
+
+
+@dataclass(frozen=True)
+class LaunchRows:
+    """Rows of prompt chunks in the order of execution: each head's last query blocks, then the others head by head.
+
+    Methods that read everything for the last queries of a prompt make those rows many times longer than the others. A
+    kernel that met one at the end would leave all but one multiprocessor idle. For the same reason chunks of longer
+    contexts come first.
+
+    Attributes:
+        lists: int32 ``[rows]`` list of each row, of the lists of all chunks.
+        list_head: int32 ``[rows]`` head of the list, of those with lists of their own.
+        kv_head: int32 ``[rows]`` KV head that it reads.
+        table_row: int32 ``[rows]`` row of its request in the step's block table.
+        first_token: int32 ``[rows]`` its first token in the step's queries.
+        starts: int32 ``[rows + 1]`` its first token among those of all rows.
+        list_heads: heads that have lists of their own.
+        max_query_tokens: of the longest row.
+        tokens: of all rows.
+    """
+
+    lists: torch.Tensor
+    list_head: torch.Tensor
+    kv_head: torch.Tensor
+    table_row: torch.Tensor
+    first_token: torch.Tensor
+    starts: torch.Tensor
+    list_heads: int
+    max_query_tokens: int
+    tokens: int
+
+    @functools.cached_property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each token of all rows its token in the step's queries and its head of lists: two int64 ``[tokens]``."""
+        lengths = self.starts.diff()
+        row = torch.arange(lengths.shape[0], device=lengths.device).repeat_interleave(lengths, output_size=self.tokens)
+        token = torch.arange(self.tokens, device=lengths.device)
+        return token + (self.first_token - self.starts[:-1])[row], self.list_head[row].long()
+
+
+def launch_rows(groups: Sequence[PromptBlocks], list_heads: int, kv_heads: int, device: torch.device) -> LaunchRows:
+    """Rows of prompt chunks whose lists follow one another, group by group.
+
+    Args:
+        groups: the chunks.
+        list_heads: heads that have lists of their own; a multiple of the KV heads, or as many.
+        kv_heads: KV heads.
+        device: of the tables.
+    """
+    chunks = []
+    first_list = 0
+    for blocks in groups:
+        for number, span in enumerate(blocks.spans):
+            chunks.append((span.seq_len, first_list + list_heads * blocks.starts[number], span, blocks))
+        first_list += list_heads * blocks.blocks
+    chunks.sort(key=lambda chunk: -chunk[0])
+    last, others = [], []
+    for _, offset, span, blocks in chunks:
+        count = -(-span.query_tokens // blocks.query_block_tokens)
+        cut = max(count - LAST_BLOCKS, 0)
+        head, block = (axis.reshape(list_heads, count) for axis in np.divmod(np.arange(list_heads * count), count))
+        first = block * blocks.query_block_tokens
+        length = np.minimum(span.query_tokens - first, blocks.query_block_tokens)
+        rows = np.stack(
+            [
+                offset + head * count + block,
+                head,
+                head // (list_heads // kv_heads),
+                np.full_like(head, span.row),
+                span.query_start + first,
+                length,
+            ]
+        )
+        last.append(rows[:, :, cut:].reshape(6, -1))
+        others.append(rows[:, :, :cut].reshape(6, -1))
+    *tables, lengths = np.concatenate([*last, *others], axis=1)
+    starts = np.concatenate([[0], lengths.cumsum()])
+    lists, list_head, kv_head, table_row, first_token, first_of_row = int_tables([*tables, starts], device)
+    return LaunchRows(
+        lists,
+        list_head,
+        kv_head,
+        table_row,
+        first_token,
+        first_of_row,
+        list_heads,
+        max_query_tokens=int(lengths.max()),
+        tokens=int(starts[-1]),
+    )
