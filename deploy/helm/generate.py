@@ -21,6 +21,7 @@ from typing import Any, get_args
 
 import helm_python
 import yaml
+from pydantic import ValidationError
 from vllm.config.lora import MaxLoRARanks
 
 from vllm_sparse.backend.support import SALTED_CONNECTORS, SparseDeclarations
@@ -63,7 +64,7 @@ NUMBER_OR_SHARE: Schema = {"type": ["integer", "string"], "minimum": 0, "pattern
 PORT: Schema = {
     "minimum": 1,
     "maximum": 65535,
-    "pattern": "^[1-9][0-9]{0,3}$|^[1-5][0-9]{4}$|^6[0-4][0-9]{3}$|^65[0-4]",
+    "pattern": "^([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])$",
 }
 DURATION: Schema = {"pattern": "^([0-9]+(h|m|s|ms))*$"}
 CREATE: Schema = {"enum": ["auto", "always", "never"]}
@@ -71,7 +72,7 @@ RESOURCES: Schema = {
     "type": "object",
     "additionalProperties": False,
     "properties": {
-        name: {"type": "object", "additionalProperties": {"type": ["string", "integer"]}}
+        name: {"type": "object", "additionalProperties": {"type": ["string", "number"]}}
         for name in ("requests", "limits")
     },
 }
@@ -210,8 +211,8 @@ LIMITS: dict[str, Schema] = {
     "networkPolicy.egress.extra": OBJECTS,
     "extraObjects": OBJECTS,
 }
-# Arguments of vllm serve that have a setting of their own: an argument can be read by whoever may list pods, and a second
-# one would quarrel with what else follows from the setting.
+# Arguments of vllm serve that have a setting of their own: whoever may list pods can read an argument, and a second one
+# would quarrel with what else follows from the setting.
 SETTINGS_OF_ARGUMENTS = {
     "--additional-config": "sparse or additionalConfig",
     "--api-key": "apiKey",
@@ -386,11 +387,10 @@ def _refuses_small_budgets(method: Any) -> bool:
     """Whether a method wants a budget that holds its first and last tokens."""
     try:
         method(budget_tokens=16, sink_tokens=16, recent_tokens=16)
-    except KnobError as error:
-        return error.knob == "budget_tokens"
-    except ValueError:
-        # It has not all of these knobs.
-        return False
+    except ValidationError as error:
+        # Otherwise it has not all of these knobs.
+        reason = error.errors()[0].get("ctx", {}).get("error")
+        return isinstance(reason, KnobError) and reason.knob == "budget_tokens"
     return False
 
 

@@ -184,25 +184,31 @@ deploy/helm/generate.py writes.
 {{- end -}}
 {{- end }}
 
-{{/* What the plugin checks of its own settings when it starts, as far as that needs no model. */}}
-{{- define "vllm-sparse.checkSparse" -}}
-{{- $at := printf "models.%s.sparse" .name -}}
+{{/* Methods that the default preset needs, and those that the server enables. */}}
+{{- define "vllm-sparse.methods" -}}
 {{- $sparse := .model.sparse -}}
 {{- $checks := .root.Files.Get "files/checks.json" | fromJson -}}
 {{- $preset := default "dense" $sparse.preset -}}
 {{- $needed := list -}}
 {{- range $phase := list "prefill" "decode" -}}
-{{- if and (kindIs "invalid" (get $sparse $phase)) (ne $preset "dense") -}}
+{{- if and (not (get $sparse $phase)) (ne $preset "dense") -}}
 {{- $needed = concat $needed (get (get $checks.presets $preset) $phase) -}}
 {{- end -}}
 {{- end -}}
-{{- $enabled := $sparse.methods -}}
-{{- if kindIs "invalid" $enabled -}}
-{{- $enabled = concat $checks.enabled $needed -}}
-{{- end -}}
-{{- range $needed -}}
+{{- $enabled := ternary $sparse.methods (concat $checks.enabled $needed) (hasKey $sparse "methods") -}}
+{{- dict "needed" $needed "enabled" $enabled | toJson -}}
+{{- end }}
+
+{{/* What the plugin checks of its own settings when it starts, as far as that needs no model. */}}
+{{- define "vllm-sparse.checkSparse" -}}
+{{- $at := printf "models.%s.sparse" .name -}}
+{{- $sparse := .model.sparse -}}
+{{- $checks := .root.Files.Get "files/checks.json" | fromJson -}}
+{{- $methods := include "vllm-sparse.methods" . | fromJson -}}
+{{- $enabled := $methods.enabled -}}
+{{- range $methods.needed -}}
 {{- if not (has . $enabled) -}}
-{{- fail (printf "%s.preset is %s, which needs %s, and methods does not list that; add %s to methods, or leave methods out" $at $preset . .) -}}
+{{- fail (printf "%s.preset is %s, which needs %s, and methods does not list that; add %s to methods, or leave methods out" $at $sparse.preset . .) -}}
 {{- end -}}
 {{- end -}}
 {{- range $phase := list "prefill" "decode" -}}
@@ -278,7 +284,7 @@ deploy/helm/generate.py writes.
 {{- end -}}
 {{- if has $argument (list "--kv-transfer-config" "--kv-offloading-size") -}}
 {{- range $checks.summarising -}}
-{{- if has . (default list $.model.sparse.methods) -}}
+{{- if has . (get (include "vllm-sparse.methods" $ | fromJson) "enabled") -}}
 {{- fail (printf "%s: %s does not go with %s of %s.sparse.methods, which keeps summaries of the blocks that a server wrote itself; drop one of the two" $place $argument . $at) -}}
 {{- end -}}
 {{- end -}}
@@ -287,7 +293,7 @@ deploy/helm/generate.py writes.
 {{- if not (regexMatch "^-[0-9.]" $text) -}}
 {{- fail (printf "%s: %s is a short name; write the long one, such as --name=value (tensor and data parallelism: %s.parallelism)" $place ($text | splitList "=" | first) $at) -}}
 {{- end -}}
-{{- else if or (eq $index 0) (not (hasPrefix "--" (include "vllm-sparse.text" (index $arguments (max 0 (sub $index 1) | int))))) -}}
+{{- else -}}
 {{- $previous := "" -}}
 {{- range $earlier := slice $arguments 0 $index -}}
 {{- if hasPrefix "--" (include "vllm-sparse.text" $earlier) -}}

@@ -84,17 +84,17 @@
 {{- $_ := set $entries .name . -}}
 {{- end -}}
 {{- range $name, $value := $environment }}
-- name: {{ $name }}
+- name: {{ $name | quote }}
   value: {{ $value | quote }}
 {{- end }}
 {{- range $names }}
 {{- $entry := get $entries . }}
 {{- if hasKey $entry "valueFrom" }}
-- name: {{ . }}
+- name: {{ . | quote }}
   valueFrom:
     {{- toYaml $entry.valueFrom | nindent 4 }}
 {{- else if hasKey $entry "value" }}
-- name: {{ . }}
+- name: {{ . | quote }}
   value: {{ include "vllm-sparse.text" $entry.value | quote }}
 {{- end }}
 {{- end }}
