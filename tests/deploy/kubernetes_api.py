@@ -38,6 +38,7 @@ RESOURCES: dict[str, dict[str, str]] = {
     "leaderworkerset.x-k8s.io/v1": {"LeaderWorkerSet": "leaderworkersets"},
     "gateway.networking.k8s.io/v1": {"HTTPRoute": "httproutes"},
     "inference.networking.k8s.io/v1": {"InferencePool": "inferencepools"},
+    "networking.gke.io/v1": {"GCPBackendPolicy": "gcpbackendpolicies", "HealthCheckPolicy": "healthcheckpolicies"},
     "security.istio.io/v1": {"PeerAuthentication": "peerauthentications"},
 }
 

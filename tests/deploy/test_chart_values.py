@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import socket
+import subprocess
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +14,6 @@ import pytest
 import yaml
 
 from tests.deploy.chart import CHART, Manifest, example, find, manifest_text, one_model, pod_spec, render, server
-
 
 # Settings whose values the chart hands on as they are.
 FREE_FORM = ("env", "resources", "sparse", "test", "podSecurityContext")
@@ -354,3 +356,19 @@ def test_extras_of_the_test_may_be_taken_away() -> None:
     extras = yaml.safe_load(find(render(values), "Pod")["spec"]["containers"][0]["args"][2])
     assert extras["sparse_prefill"] == "dense"
     assert "flexprefill_min_budget_tokens" not in extras
+
+
+def test_the_helm_test_says_what_a_server_that_never_came_may_mean() -> None:
+    script = CHART / "files" / "completion.py"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, str(script), f"http://127.0.0.1:{port}", "m", "{}", "10", "5"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert f"http://127.0.0.1:{port} does not answer" in done.stderr
+    assert "init container `device`" in done.stderr
