@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.deploy.chart import CHART, Manifest, example, find, manifest_text, one_model, pod_spec, render, server
+from vllm_sparse.server.preset_header import PresetHeader
 
 # Settings whose values the chart hands on as they are.
 FREE_FORM = ("env", "resources", "sparse", "test", "podSecurityContext")
@@ -372,3 +373,9 @@ def test_the_helm_test_says_what_a_server_that_never_came_may_mean() -> None:
     assert done.returncode == 1
     assert f"http://127.0.0.1:{port} does not answer" in done.stderr
     assert "init container `device`" in done.stderr
+
+
+def test_the_preset_header_is_a_middleware_that_there_is() -> None:
+    (argument,) = set(server(one_model(presetHeader=True))["args"]) - set(server(one_model())["args"])
+    name, _, path = argument.partition("=")
+    assert (name, path) == ("--middleware", f"{PresetHeader.__module__}.{PresetHeader.__name__}")

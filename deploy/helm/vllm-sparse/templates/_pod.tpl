@@ -47,6 +47,9 @@
 {{- with $model.tracing.endpoint }}
 - --otlp-traces-endpoint={{ . }}
 {{- end }}
+{{- if $model.presetHeader }}
+- --middleware=vllm_sparse.server.preset_header.PresetHeader
+{{- end }}
 {{- with $model.lora.adapters }}
 - --enable-lora
 - --max-lora-rank={{ int $model.lora.maxRank }}
