@@ -182,6 +182,8 @@ WRONG_TOGETHER: list[tuple[dict[str, Any], str]] = [
         one_model(extraVolumeMounts=[{"name": "a", "mountPath": "/a"}, {"name": "b", "mountPath": "/a"}]),
         "models.m.extraVolumeMounts[1].mountPath is /a",
     ),
+    (one_model(sidecars=[{"name": "proxy"}, {"name": "server"}]), "models.m.sidecars[1].name is server"),
+    (one_model(initContainers=[{"name": "device"}]), "models.m.initContainers[0].name is device"),
     (one_model(extraVolumes=[{"name": "cache"}]), "models.m.extraVolumes[0].name is cache"),
     (one_model(rollout={"maxSurge": "0%", "maxUnavailable": "0"}), "models.m.rollout"),
     (one_model(rollout={"type": "Recreate"}, nodes=2), "models.m.rollout.type is Recreate"),

@@ -10,6 +10,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -263,6 +264,7 @@ def test_claims_bring_the_devices() -> None:
         assert container["resources"]["claims"] == [{"name": "gpus"}]
         assert "nvidia.com/gpu" not in container["resources"]["limits"]
     assert "--tensor-parallel-size=2" in pod["containers"][0]["args"]
+    kubernetes_validate.validate(find(render(values), "Deployment"), "1.34", strict=True)
 
 
 class TestDevices:

@@ -254,7 +254,7 @@ deploy/helm/generate.py writes.
 {{- if hasPrefix "--" $text -}}
 {{- $argument := $text | splitList "=" | first | splitList "." | first | replace "_" "-" | trimSuffix "+" -}}
 {{- range $known, $refusal := $checks.arguments -}}
-{{- if or (eq $argument $known) (and (hasPrefix $argument $known) (not (has $argument $checks.known))) -}}
+{{- if hasPrefix $argument $known -}}
 {{- if $refusal.setting -}}
 {{- fail (printf "%s: %s is not allowed; set %s.%s instead" $place $argument $at $refusal.setting) -}}
 {{- else -}}
@@ -336,12 +336,20 @@ deploy/helm/generate.py writes.
 {{- $at := printf "models.%s" .name -}}
 {{- $paths := dict "/var/cache/vllm-sparse" "the chart's cache" "/tmp" "the chart's temporary space" "/dev/shm" "the chart's shared memory" "/models" "the model" "/etc/vllm-sparse/files" "the model's files" "/etc/vllm-sparse/scripts" "the chart's scripts" -}}
 {{- range $index, $mount := .model.extraVolumeMounts -}}
-{{- $path := trimSuffix "/" $mount.mountPath -}}
+{{- $path := trimSuffix "/" (default "" $mount.mountPath) -}}
 {{- $place := printf "%s.extraVolumeMounts[%d].mountPath" $at $index -}}
 {{- with get $paths $path -}}
 {{- fail (printf "%s is %s, where %s is mounted; write another folder" $place $path .) -}}
 {{- end -}}
 {{- $_ := set $paths $path (printf "volume %s" $mount.name) -}}
+{{- end -}}
+{{- range list "initContainers" "sidecars" -}}
+{{- $setting := . -}}
+{{- range $index, $container := get $.model $setting -}}
+{{- if has $container.name (list "server" "device") -}}
+{{- fail (printf "%s.%s[%d].name is %s, which the chart has already; write another name" $at $setting $index $container.name) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- $names := dict -}}
 {{- range list "cache" "tmp" "shm" "model" "scripts" "files" -}}
