@@ -344,8 +344,9 @@ def schema_of(default: Any, path: str) -> Schema:
 def quotable(type_name: str, limits: Schema) -> Schema:
     """Schema of a number that may come as a text, as `--set-string` and other tools give it."""
     least = str(limits.get("minimum", 0))
-    pattern = "^(0|[1-9][0-9]*)$" if least == "0" else f"^[1-9][0-9]{{{len(least) - 1},}}$"
-    return {"type": [type_name, "string"], "pattern": pattern, **limits}
+    whole = "(0|[1-9][0-9]*)" if least == "0" else f"[1-9][0-9]{{{len(least) - 1},}}"
+    decimals = "([.][0-9]+)?" if type_name == "number" else ""
+    return {"type": [type_name, "string"], "pattern": f"^{whole}{decimals}$", **limits}
 
 
 def checks() -> dict[str, Any]:
