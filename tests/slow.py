@@ -15,6 +15,7 @@ SLOW = {
         "test_rows_in_any_order_equal_the_oracle",
         "test_t2_and_t4_a_mixed_step_equals_the_oracle_in_every_layer",
         "test_t9_steps_are_independent",
+        "test_tokens_before_the_minimum_read_everything",
     },
     "tests/backend/test_guard.py": {"test_neighbours_are_not_touched"},
     "tests/backend/test_summaries.py": {

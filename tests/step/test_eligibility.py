@@ -33,9 +33,15 @@ LAYERS = 7
 @pytest.mark.parametrize(
     ("min_tokens", "query_tokens", "seq_len", "reason"),
     [
-        (900, 256, 900, None),
+        (644, 256, 900, None),
+        (0, 256, 900, None),
+        # Tokens before the minimum are dense, and so are the others where they are too few.
+        (645, 256, 900, DenseReason.SHORT_PROMPT_CHUNK),
+        (644, 900, 900, None),
+        (645, 900, 900, DenseReason.SHORT_PROMPT_CHUNK),
+        (0, 255, 900, DenseReason.SHORT_PROMPT_CHUNK),
+        (900, 256, 900, DenseReason.SHORT_CONTEXT),
         (901, 256, 900, DenseReason.SHORT_CONTEXT),
-        (900, 255, 900, DenseReason.SHORT_PROMPT_CHUNK),
         (901, 255, 900, DenseReason.SHORT_CONTEXT),
     ],
 )

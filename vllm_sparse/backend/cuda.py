@@ -25,6 +25,7 @@ from vllm_sparse.backend.execution import StepExecution
 from vllm_sparse.backend.executors.flash_attention import FlashAttentionExecutor
 from vllm_sparse.backend.host_copy import indices_on, to_device
 from vllm_sparse.backend.impl import SparseAttentionImpl
+from vllm_sparse.backend.layer import seq_lens_of
 from vllm_sparse.backend.metadata import SparseMetadataBuilder
 from vllm_sparse.backend.support import SparseDeclarations
 from vllm_sparse.backend.warm_up import PrefillWarmUp
@@ -177,7 +178,7 @@ class SparseFlashAttentionImpl(SparseAttentionImpl, FlashAttentionImpl):
             max_query_len=max(span.query_tokens for span in spans),
             max_seq_len=max(span.seq_len for span in spans),
             query_start_loc=to_device(torch.tensor(starts, dtype=torch.int32), device),
-            seq_lens=metadata.seq_lens[rows],
+            seq_lens=seq_lens_of(metadata.seq_lens[rows], spans),
             block_table=metadata.block_table[rows],
         )
 

@@ -6,9 +6,11 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
+from vllm_sparse.backend.host_copy import to_device
+
+if TYPE_CHECKING:
     from vllm_sparse.backend.summaries import StoredSummaries
     from vllm_sparse.keys import PagedKeys
     from vllm_sparse.step.launch import Executor
@@ -49,6 +51,19 @@ class LayerCall:
     def block_size_tokens(self) -> int:
         """Tokens of a KV-cache block."""
         return self.kv_cache.shape[2]
+
+
+def seq_lens_of(seq_lens: torch.Tensor, spans: list[RowSpan]) -> torch.Tensor:
+    """Context of each span: of its row, without the tokens that follow it in the same step.
+
+    Args:
+        seq_lens: int32 ``[spans]`` of their rows.
+        spans: the spans.
+    """
+    later = [span.later_tokens for span in spans]
+    if not any(later):
+        return seq_lens
+    return seq_lens - to_device(torch.tensor(later, dtype=seq_lens.dtype), seq_lens.device)
 
 
 class LayerPlatform:

@@ -50,7 +50,7 @@ class StoredSummaries:
         return stored
 
     def summarise(self, row: SummaryRow, keys: PagedKeys, kv_cache: torch.Tensor) -> None:
-        """Summarise a row's new keys.
+        """Summarise a row's keys that have no summaries.
 
         Args:
             row: the row.
@@ -58,7 +58,7 @@ class StoredSummaries:
             kv_cache: as in `of`.
         """
         keys.summaries = self.of(row.kind, kv_cache)
-        store_summaries(keys, row.kind, row.span.seq_len - row.span.query_tokens)
+        store_summaries(keys, row.kind, row.first_token)
 
 
 @lru_cache

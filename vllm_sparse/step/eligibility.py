@@ -27,9 +27,12 @@ class DenseReason(StrEnum):
 
     SHORT_CONTEXT = (
         "short_context",
-        "its context is shorter than sparse_min_tokens, or no longer than what the method reads",
+        "its context is no longer than sparse_min_tokens, or than what the method reads",
     )
-    SHORT_PROMPT_CHUNK = "short_chunk", "the prompt chunk holds fewer tokens than the method needs"
+    SHORT_PROMPT_CHUNK = (
+        "short_chunk",
+        "the prompt chunk holds fewer tokens from sparse_min_tokens on than the method needs",
+    )
     NO_ROOM = "no_room", "other requests of the step left no room to score its cached tokens"
     SPECULATIVE = "speculative", "verification steps of speculative decoding are not supported yet"
     LOW_RECALL = (
@@ -62,6 +65,20 @@ class ScoringRoom:
         return self.left_tokens >= 0
 
 
+def dense_first_tokens(min_tokens: int, query_tokens: int, seq_len: int) -> int:
+    """First tokens of a prompt chunk that run dense because they lie before `min_tokens`, however long the prompt is.
+
+    So what a token's keys and values come from is told by its position, not by where the scheduler cuts the prompt, and
+    blocks of the KV cache before `min_tokens` are shared with dense requests.
+
+    Args:
+        min_tokens: the request's ``sparse_min_tokens``.
+        query_tokens: tokens of the prompt chunk.
+        seq_len: tokens in the request's cache, this step's included.
+    """
+    return min(max(min_tokens - (seq_len - query_tokens), 0), query_tokens)
+
+
 def why_prefill_is_dense(
     method: PrefillMethod,
     min_tokens: int,
@@ -70,7 +87,7 @@ def why_prefill_is_dense(
     has_sparse_layers: bool = True,
     costs: StepCosts | None = None,
 ) -> DenseReason | None:
-    """Why a prompt chunk runs dense; None if it is sparse.
+    """Why a prompt chunk runs dense; None if it is sparse, but for its first tokens (`dense_first_tokens`).
 
     Args:
         method: of the request's prompt.
@@ -80,7 +97,8 @@ def why_prefill_is_dense(
         has_sparse_layers: the guard has not sent all of the method's sparse layers dense.
         costs: of the server's GPU; None: the request is sparse whether or not it pays.
     """
-    if seq_len < min_tokens:
+    query_tokens -= dense_first_tokens(min_tokens, query_tokens, seq_len)
+    if query_tokens == 0:
         return DenseReason.SHORT_CONTEXT
     if query_tokens < method.min_query_tokens:
         return DenseReason.SHORT_PROMPT_CHUNK
