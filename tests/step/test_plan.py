@@ -12,17 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.backend.test_forward import Row, common_metadata
-from tests.step.measured import LLAMA_8B, tidal
+from tests.step.measured import LLAMA_8B, QWEN_HALF_B, tidal
 from vllm_sparse.config.request import ALL_DENSE, SparseParams
 from vllm_sparse.hooks import gpu_model_runner as hook
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.decode import DecodeMethod
 from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
-from vllm_sparse.methods.hip import HipDecode
-from vllm_sparse.step.costs import StepCosts
+from vllm_sparse.methods.hip import Hip, HipDecode
+from vllm_sparse.methods.oracle import Oracle
+from vllm_sparse.methods.prefill import PrefillMethod
+from vllm_sparse.methods.sale import Sale
+from vllm_sparse.step.costs import AttentionShape, StepCosts
 from vllm_sparse.step.eligibility import DenseReason
-from vllm_sparse.step.gpu_table import H200
+from vllm_sparse.step.gpu_table import GPUS, H200, GpuCosts
+from vllm_sparse.step.gpu_table import UNKNOWN as UNKNOWN_GPU
 from vllm_sparse.step.plan import PlanLimits, StepPlan, plan_step
 from vllm_sparse.step.requests import RequestTable, SparseRequest
 
@@ -91,6 +95,62 @@ def test_without_costs_and_as_asked_everything_is_sparse() -> None:
     forced = plan([Row(1, 9000, as_asked(TIDAL)), Row(300, 9000, as_asked(SparseParams(Dhsa())), prefilling=True)])
     assert sparse_rows(forced) == [0, 1]
     assert not forced.fallbacks
+
+
+DEAR: list[PrefillMethod] = [
+    FlexPrefill(gamma=0.999, query_block_tokens=64),
+    FlexPrefill(min_budget_tokens=1 << 20, max_budget_tokens=1 << 20),
+    Sale(tau=0.0001, list_per="query_head"),
+    Dhsa(density=0.99, query_block_tokens=64, list_per="query_head"),
+    Dhsa(dense_tail_tokens=1 << 16),
+    Hip(stage_budget_tokens=(1 << 20, 1 << 20, 1 << 20), query_stride=(1, 1, 1), list_per="query_head"),
+    Oracle(density=0.99),
+    Dhsa(),
+    Hip(),
+]
+
+
+@given(
+    method=st.sampled_from(DEAR),
+    chunk=st.sampled_from([512, 2048, 8192, 16384]),
+    chunks=st.integers(1, 24),
+    min_tokens=st.sampled_from([0, 1000, 8192]),
+    shape=st.sampled_from([LLAMA_8B, QWEN_HALF_B]),
+    gpu=st.sampled_from([*GPUS, UNKNOWN_GPU]),
+)
+def test_no_prompt_costs_much_more_than_a_dense_one(
+    method: PrefillMethod, chunk: int, chunks: int, min_tokens: int, shape: AttentionShape, gpu: GpuCosts
+) -> None:
+    """Whatever a request asks for, by the costs of the GPU: what would is dense, and counted."""
+    costs = StepCosts(gpu, shape, [])
+    limits = PlanLimits(LAYERS, costs=costs, prompt_cost=1.2)
+    params = SparseParams(method, None, min_tokens, unprofitable="sparse")
+    request, dense_seconds, seconds = SparseRequest(params), 0.0, 0.0
+    for seq_len in range(chunk, chunk * chunks + 1, chunk):
+        found = plan([Row(chunk, seq_len, params, prefilling=True)], limits, {0: request})
+        dense = costs.dense_chunk_seconds(chunk, seq_len) + chunk * shape.linear_flops / gpu.dense_flops
+        dense_seconds += dense
+        seconds += dense
+        if not found.prefill:
+            (fallback,) = found.fallbacks
+            assert fallback[2] in (DenseReason.TOO_EXPENSIVE, DenseReason.SHORT_CONTEXT, DenseReason.SHORT_PROMPT_CHUNK)
+            continue
+        tokens = found.prefill[0].span.query_tokens
+        cost = costs.chunk_cost(method, tokens, seq_len)
+        of_span = costs.dense_chunk_seconds(tokens, seq_len) + tokens * shape.linear_flops / gpu.dense_flops
+        seconds += (cost - 1) * of_span
+    assert seconds <= 1.2 * dense_seconds
+
+
+def test_a_prompt_that_would_cost_more_is_dense_and_counted() -> None:
+    """Lists of nearly the whole context are read at 0.7 of the dense kernel's speed."""
+    limits = replace(LIMITS, prompt_cost=1.2)
+    dear = as_asked(SparseParams(Dhsa(density=0.99)))
+    found = plan([Row(8192, 131072, dear, prefilling=True)], limits)
+    assert found.is_dense
+    assert found.fallbacks == {("prefill", "dhsa", DenseReason.TOO_EXPENSIVE): 1}
+    assert sparse_rows(plan([Row(8192, 131072, dear, prefilling=True)], replace(limits, prompt_cost=3))) == [0]
+    assert sparse_rows(plan([Row(8192, 131072, as_asked(SparseParams(Sale())), prefilling=True)], limits)) == [0]
 
 
 def test_rows_beside_one_that_runs_as_asked_share_its_launches() -> None:

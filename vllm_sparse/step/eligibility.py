@@ -40,6 +40,11 @@ class DenseReason(StrEnum):
         "at least one of its layers, because lists kept less of the attention mass there than its sparse_min_recall",
     )
     UNPROFITABLE = "unprofitable", "it would take longer sparse, by what the GPU's costs predict"
+    TOO_EXPENSIVE = (
+        "too_expensive",
+        "it would take longer sparse than this server's prompt_cost allows, by what the GPU's costs predict, and the "
+        "request asks for sparse_unprofitable 'sparse'",
+    )
 
     def __new__(cls, value: str, sentence: str) -> DenseReason:
         """A member."""
@@ -86,6 +91,7 @@ def why_prefill_is_dense(
     seq_len: int,
     has_sparse_layers: bool = True,
     costs: StepCosts | None = None,
+    most_cost: float | None = None,
 ) -> DenseReason | None:
     """Why a prompt chunk runs dense; None if it is sparse, but for its first tokens (`dense_first_tokens`).
 
@@ -95,7 +101,9 @@ def why_prefill_is_dense(
         query_tokens: tokens of the prompt chunk.
         seq_len: tokens in the request's cache, this step's included.
         has_sparse_layers: the guard has not sent all of the method's sparse layers dense.
-        costs: of the server's GPU; None: the request is sparse whether or not it pays.
+        costs: of the server's GPU; None: nothing is known.
+        most_cost: the longest that the chunk may take, in times of a dense one, where the request is to be sparse
+            whether or not it pays; None: it is not.
     """
     query_tokens -= dense_first_tokens(min_tokens, query_tokens, seq_len)
     if query_tokens == 0:
@@ -104,7 +112,12 @@ def why_prefill_is_dense(
         return DenseReason.SHORT_PROMPT_CHUNK
     if not has_sparse_layers:
         return DenseReason.LOW_RECALL
-    return None if costs is None or costs.chunk_pays(method, query_tokens, seq_len) else DenseReason.UNPROFITABLE
+    if costs is None:
+        return None
+    cost = costs.chunk_cost(method, query_tokens, seq_len)
+    if most_cost is None:
+        return None if cost < 1 else DenseReason.UNPROFITABLE
+    return None if cost <= most_cost else DenseReason.TOO_EXPENSIVE
 
 
 def longest_dense_seq_len(method: DecodeMethod, min_tokens: int) -> int:

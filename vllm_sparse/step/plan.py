@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -202,6 +203,8 @@ class PlanLimits:
         scored_tokens: tokens that there is room to score of decode rows that are served at once.
         serves_at_once: whether decode rows with a method are served at once.
         costs: of the server's GPU; None: rows are sparse whether or not it pays.
+        prompt_cost: the longest that a sparse prompt chunk may take by them, in times of a dense one, where its request
+            is to be sparse whether or not it pays.
         full_graph: the step replays a FULL CUDA graph.
         graphs_hold: whether CUDA graphs hold decode rows of requests in a step of so many rows.
         block_tokens: of a KV-cache block. A dense decode row's keys are summarised as it fills a block.
@@ -215,6 +218,7 @@ class PlanLimits:
     full_graph: bool = False
     graphs_hold: Callable[[Sequence[SparseRequest], int], bool] = lambda requests, rows: True
     block_tokens: int = 1
+    prompt_cost: float = math.inf
 
 
 def plan_step(
@@ -251,7 +255,8 @@ def plan_step(
         if request is None:
             continue
         params, guard = request.params, request.guard
-        costs = limits.costs if params.unprofitable == "dense" else None
+        as_asked = params.unprofitable == "sparse"
+        costs = None if as_asked else limits.costs
         in_prompt = span.row < len(prefilling) and prefilling[span.row]
         if in_prompt or (span.query_tokens > 1 and not limits.speculative):
             _summarise(summarising, span, request, limits)
@@ -261,7 +266,13 @@ def plan_step(
             still_sparse = sparse if guard is None else guard.sparse_layers(sparse)
             has_sparse_layers = guard is None or bool(still_sparse)
             reason = why_prefill_is_dense(
-                params.prefill, params.min_tokens, span.query_tokens, span.seq_len, has_sparse_layers, costs
+                params.prefill,
+                params.min_tokens,
+                span.query_tokens,
+                span.seq_len,
+                has_sparse_layers,
+                limits.costs,
+                limits.prompt_cost if as_asked else None,
             )
             if reason is None:
                 dense_tokens = dense_first_tokens(params.min_tokens, span.query_tokens, span.seq_len)
