@@ -77,6 +77,13 @@ class LayerPlatform:
     """The model's number of this process's first query head."""
     _executor: Executor | None = None
 
+    def take_selection_memory(self, query: torch.Tensor) -> None:
+        """Take what choosing for a prompt chunk takes at the most, for a moment, while vLLM measures memory.
+
+        Args:
+            query: as in `LayerCall`, of the largest step.
+        """
+
     @abstractmethod
     def make_executor(self, layer: Any) -> Executor:
         """The platform's executor for this layer."""

@@ -66,7 +66,7 @@ def _log_memory(kind: SummaryKind, summary_bytes: int, cache_bytes: int) -> None
     """Once, not for each layer."""
     logger.info(
         "Page summaries (%s of %d tokens) take %.1f MiB in each layer that chooses by them, beside its KV cache of "
-        "%.1f MiB; vLLM's memory settings do not count them.",
+        "%.1f MiB. On a GPU the cache leaves room for them, unless its size was set.",
         {"mean": "means", "bounds": "bounds", "float8_bounds": "8-bit bounds", "codes": "2-bit keys"}[kind.content],
         kind.page_tokens,
         summary_bytes / 2**20,
