@@ -216,7 +216,7 @@ CACHE_BLOCK_TOKENS = 32
 def test_conversations_of_all_kinds_share_a_system_prompt(sharing_server: Server, answers_known: None) -> None:
     """It is computed once, and each conversation's second turn finds its first one; answers are those without hits."""
     server = sharing_server
-    prompt = prompt_of(860, 1600)
+    prompt = prompt_of(861, 1600)
     tokens = tokens_of(server, prompt)
     system, question = tokens[:1000], tokens[1000:]
     before = server.metrics()

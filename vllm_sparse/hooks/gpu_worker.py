@@ -36,7 +36,7 @@ def install() -> None:
         left = beside.left_for_cache(available)
         self.available_kv_cache_memory_bytes = left
         logger.info(
-            "Sparse attention keeps beside the KV cache %.0f MiB of buffers, about %.0f MiB of CUDA graphs, and %.1f %% "
+            "Sparse attention keeps beside the KV cache %.0f MiB of buffers, about %.0f MiB of CUDA graphs and %.1f %% "
             "of the cache's size for page summaries and scores. The cache gets %.0f MiB of %.0f.",
             beside.buffer_bytes / MIB,
             beside.graph_bytes / MIB,
