@@ -27,7 +27,7 @@ class DenseReason(StrEnum):
 
     SHORT_CONTEXT = (
         "short_context",
-        "its context is no longer than sparse_min_tokens, or than what the method reads",
+        "its context is shorter than sparse_min_tokens or just as long, or no longer than what the method reads",
     )
     SHORT_PROMPT_CHUNK = (
         "short_chunk",
