@@ -20,6 +20,7 @@ SLOW = {
     "tests/backend/test_guard.py": {"test_neighbours_are_not_touched"},
     "tests/backend/test_summaries.py": {
         "test_a_prefix_in_the_cache",
+        "test_a_prefix_that_requests_without_summaries_wrote",
     },
     "tests/deploy/test_environment.py": {
         "test_serve_flags_are_ones_that_vllm_takes",

@@ -137,18 +137,18 @@ def tokens_of_sparse_steps(params: SparseParams, computed: int, prompt: int, las
 @settings(deadline=None)
 @given(
     methods=st.sampled_from(METHODS),
-    min_tokens=st.integers(0, 900),
     prompt_tokens=st.integers(1, 1000),
     max_tokens=st.integers(1, 60),
     data=st.data(),
 )
 def test_no_sparse_step_writes_a_block_of_dense_requests(
-    methods: SparseParams, min_tokens: int, prompt_tokens: int, max_tokens: int, data: st.DataObject
+    methods: SparseParams, prompt_tokens: int, max_tokens: int, data: st.DataObject
 ) -> None:
     """Whatever is in the prefix cache, wherever prompts are cut, and after preemptions."""
+    last = prompt_tokens + max_tokens
+    min_tokens = data.draw(st.integers(0, 900) | st.integers(prompt_tokens, last + 1))
     params = replace(methods, min_tokens=min_tokens)
     first = first_sparse_token(request_of(prompt_tokens, max_tokens), params)
-    last = prompt_tokens + max_tokens
 
     def draw(least: int, most: int) -> int:
         return data.draw(st.integers(least, most))
