@@ -10,6 +10,7 @@ from typing import Any
 import prometheus_client
 from prometheus_client import multiprocess
 
+from vllm_sparse.config.settings import MOST_PROMPT_COST
 from vllm_sparse.metrics import DIRECTORY_VARIABLE, announce_directory
 
 
@@ -26,6 +27,11 @@ def engine(model: str, backend: str, **arguments: Any) -> Iterator[Any]:
     from vllm import LLM
 
     settings = {"enable_prefix_caching": False, **arguments}
+    if backend == "SPARSE":
+        # What is measured runs as asked, whatever it costs.
+        config = settings.get("additional_config", {})
+        sparse = {"prompt_cost": MOST_PROMPT_COST, **config.get("sparse", {})}
+        settings["additional_config"] = {**config, "sparse": sparse}
     llm = LLM(model, attention_backend=backend, disable_log_stats=False, seed=0, **settings)
     try:
         yield llm

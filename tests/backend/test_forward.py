@@ -345,6 +345,36 @@ def test_t9_steps_are_independent(engine: Engine, generator: torch.Generator) ->
     assert all(torch.equal(one, other) for one, other in zip(alone, after, strict=True))
 
 
+@pytest.mark.parametrize("context", [700, 900])
+def test_tokens_before_the_minimum_read_everything(engine: Engine, context: int, generator: torch.Generator) -> None:
+    """Of a prompt chunk that passes it; the others read what a chunk does that begins there."""
+    minimum, tokens = 243, 700
+    whole = make_step(
+        [
+            Row(1, 640, SparseParams(FLEX, TIDAL)),
+            Row(tokens, context, SparseParams(FLEX, TIDAL, minimum + context - tokens), prefilling=True),
+            Row(30, 300, prefilling=True),
+        ],
+        generator,
+    )
+    outputs = run(engine, whole)
+    stock = run_stock(engine, whole)
+    span = whole.span(1)
+    before, after = slice(span.start, span.start + minimum), slice(span.start + minimum, span.stop)
+    rest = [
+        Paged(data.platform, data.kv_cache, data.block_table[1:2], data.keys[1:2], data.values[1:2])
+        for data in whole.data
+    ]
+    tail = [Row(tokens - minimum, context, SparseParams(FLEX), prefilling=True)]
+    queries = [query[after] for query in whole.queries]
+    alone = run(engine, Step(tail, rest, queries, common_metadata(tail, rest[0].block_table)))
+    for layer in range(LAYERS):
+        assert oracle.relative_error(outputs[layer][before], stock[layer][before]) < 2e-6
+        assert oracle.relative_error(outputs[layer][after], alone[layer]) < 2e-6
+        if layer >= FLEX.dense_layers:
+            assert oracle.relative_error(outputs[layer][after], stock[layer][after]) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [

@@ -40,16 +40,20 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     keys: list[torch.Tensor] = field(default_factory=lambda: [torch.empty(KV_HEADS, 0, HEAD_SIZE)] * LAYERS)
     values: list[torch.Tensor] = field(default_factory=lambda: [torch.empty(KV_HEADS, 0, HEAD_SIZE)] * LAYERS)
+    held: SparseRequest = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.held = SparseRequest(self.params)
 
     @property
     def context(self) -> int:
         return self.keys[0].shape[1]
 
-    def prefix(self, tokens: int) -> Request:
-        """A request with the same first tokens and settings, which finds them in the prefix cache."""
+    def prefix(self, tokens: int, params: SparseParams | None = None) -> Request:
+        """A request with the same first tokens, which finds them in the prefix cache; its settings too if None."""
         assert tokens % BLOCK == 0
         first = [[tensor[:, :tokens] for tensor in tensors] for tensors in (self.keys, self.values)]
-        return Request(self.params, self.blocks[: tokens // BLOCK], *first)
+        return Request(params or self.params, self.blocks[: tokens // BLOCK], *first)
 
 
 class Worker:
@@ -108,8 +112,8 @@ class Worker:
         for index, (request, _) in enumerate(work):
             table[index, : len(request.blocks)] = torch.tensor(request.blocks)
         TABLE.attach(slots_in_metadata=False)
-        for index, row in enumerate(rows):
-            TABLE.put(index, None if row.params.is_dense else SparseRequest(row.params))
+        for index, (request, _) in enumerate(work):
+            TABLE.put(index, None if request.params.is_dense else request.held)
         metadata = self.engine.builder.build(0, common_metadata(rows, table))
         for layer, module in enumerate(self.engine.layers):
             query = self.random(sum(row.tokens for row in rows), HEADS, HEAD_SIZE, spread=2)
@@ -187,6 +191,21 @@ def test_a_prefix_in_the_cache(worker: Worker, params: SparseParams, cached: int
         worker.step((first, 1))
     second = first.prefix(cached)
     worker.step((first, 1), (second, 2))
+    for _ in range(3):
+        worker.step((first, 1), (second, 1))
+
+
+@PARAMS
+@pytest.mark.parametrize("writer", [ALL_DENSE, SparseParams(None, TIDAL)], ids=["dense", "tidal"])
+@pytest.mark.parametrize("new", [1, 40])
+def test_a_prefix_that_requests_without_summaries_wrote(
+    worker: Worker, params: SparseParams, writer: SparseParams, new: int
+) -> None:
+    """The request's first step summarises it, be it a prompt chunk or a lone token, which is decoded."""
+    first = Request(writer)
+    worker.step((first, 310))
+    second = first.prefix(288, SparseParams(None, params.decode))
+    worker.step((first, 1), (second, new))
     for _ in range(3):
         worker.step((first, 1), (second, 1))
 

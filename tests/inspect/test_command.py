@@ -50,7 +50,7 @@ def test_a_page_is_written_and_progress_is_shown(prompt: Path, tmp_path: Path) -
 
 
 def test_settings_of_the_server_count(prompt: Path, tmp_path: Path) -> None:
-    additional = {"sparse": {"prefill": "dhsa", "min_tokens": 1000, "dhsa": {"density": 0.3}}}
+    additional = {"sparse": {"prefill": "dhsa", "min_tokens": 800, "dhsa": {"density": 0.3}}}
     output = tmp_path / "page.html"
     main(arguments_of(prompt, {}, output, "--additional-config", json.dumps(additional), "--attention-up-to", "1000"))
     text = output.read_text()

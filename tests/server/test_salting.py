@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.backend.test_forward import Row, common_metadata
 from vllm_sparse.config.request import SparseParams
 from vllm_sparse.config.salt import cache_salt, split_salt
 from vllm_sparse.hooks import kv_cache_utils as hook
@@ -17,6 +20,8 @@ from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.server.admission import first_sparse_token
 from vllm_sparse.step.eligibility import why_decode_is_dense
+from vllm_sparse.step.plan import PlanLimits, plan_step
+from vllm_sparse.step.requests import SparseRequest
 
 BLOCK_TOKENS = 16
 TIDAL, OTHER = SparseParams(decode=Tidal(), min_tokens=0), SparseParams(decode=Tidal(budget_tokens=99), min_tokens=0)
@@ -97,15 +102,102 @@ def test_no_sparse_step_writes_before_it(prompt_tokens: int, max_tokens: int, mi
     assert first == (sparse[0] if sparse else None)
 
 
+METHODS = (
+    SparseParams(FlexPrefill(), None),
+    SparseParams(FlexPrefill(), Tidal(budget_tokens=128)),
+    SparseParams(FlexPrefill(), BlockTopk(budget_tokens=700)),
+    SparseParams(None, Tidal(budget_tokens=128)),
+    SparseParams(None, BlockTopk(budget_tokens=256)),
+)
+PLANNED = PlanLimits(num_layers=8)
+
+
+def tokens_of_sparse_steps(params: SparseParams, computed: int, prompt: int, last: int, draw: Any) -> set[int]:
+    """Tokens that a request's sparse steps write, however vLLM cuts its prompt.
+
+    Args:
+        params: of the request.
+        computed: tokens found in the prefix cache.
+        prompt: tokens of its prompt; after a preemption with those that it had generated.
+        last: tokens when it ends.
+        draw: draws numbers of a range.
+    """
+    request, written = SparseRequest(params), set[int]()
+    while computed < last:
+        in_prompt = computed < prompt
+        tokens = draw(1, prompt - computed) if in_prompt else 1
+        computed += tokens
+        common = common_metadata([Row(tokens, computed, params, in_prompt)], torch.zeros(1, 1, dtype=torch.int32))
+        plan = plan_step(common, {0: request}, PLANNED)
+        for span in (*(row.span for row in plan.prefill), *(row.span for row in plan.decode)):
+            written |= set(range(span.seq_len - span.query_tokens, span.seq_len))
+    return written
+
+
+@settings(deadline=None)
+@given(
+    methods=st.sampled_from(METHODS),
+    prompt_tokens=st.integers(1, 1000),
+    max_tokens=st.integers(1, 60),
+    data=st.data(),
+)
+def test_no_sparse_step_writes_a_block_of_dense_requests(
+    methods: SparseParams, prompt_tokens: int, max_tokens: int, data: st.DataObject
+) -> None:
+    """Whatever is in the prefix cache, wherever prompts are cut, and after preemptions."""
+    last = prompt_tokens + max_tokens
+    min_tokens = data.draw(st.integers(0, 900) | st.integers(prompt_tokens, last + 1))
+    params = replace(methods, min_tokens=min_tokens)
+    first = first_sparse_token(request_of(prompt_tokens, max_tokens), params)
+
+    def draw(least: int, most: int) -> int:
+        return data.draw(st.integers(least, most))
+
+    written = tokens_of_sparse_steps(params, draw(0, prompt_tokens - 1), prompt_tokens, last, draw)
+    preempted = draw(prompt_tokens, last - 1)
+    written |= tokens_of_sparse_steps(params, draw(0, preempted - 1), preempted, last, draw)
+    if first is None:
+        assert not written
+    else:
+        assert min(written, default=first) >= first
+
+
+@given(
+    methods=st.sampled_from(METHODS[:3]),
+    min_tokens=st.integers(0, 900),
+    turns=st.lists(st.tuples(st.integers(1, 500), st.integers(1, 500)), min_size=2, max_size=5),
+)
+def test_a_conversation_with_a_prompt_method_finds_all_blocks_of_its_turns(
+    methods: SparseParams, min_tokens: int, turns: list[tuple[int, int]]
+) -> None:
+    """Turns before the minimum, across it and behind it; those before it are a dense request's too."""
+    params = replace(methods, min_tokens=min_tokens)
+    former: list[bytes] = []
+    tokens = 0
+    for question, answer in turns:
+        first = first_sparse_token(request_of(tokens + question, answer), params)
+        tokens += question + answer
+        keys = keys_of(list(range(tokens)), None if first is None else cache_salt(params, None, first))
+        dense = keys_of(list(range(tokens)), None)
+        assert shared(former, keys[: len(former)]) == len(former)
+        assert shared(keys, dense) == min((tokens if first is None else first) // BLOCK_TOKENS, len(dense))
+        former = keys
+
+
 @pytest.mark.parametrize(
     ("params", "request_", "first"),
     [
-        # After a preemption the prompt's method reaches tokens that were dense.
-        (SparseParams(FlexPrefill(), None, 1000), request_of(900, 200), 0),
-        (SparseParams(FlexPrefill(), None, 1000), request_of(900, 50), None),
-        (SparseParams(FlexPrefill(), None, 1000), request_of(900, None), 0),
-        # Dense requests write no summaries.
-        (SparseParams(None, BlockTopk(), 1000), request_of(900, 200), 0),
+        (SparseParams(FlexPrefill(), None, 1000), request_of(900, 200), 1000),
+        (SparseParams(FlexPrefill(), None, 1000), request_of(4000, 200), 1000),
+        (SparseParams(FlexPrefill(), None, 1000), request_of(900, 100), None),
+        (SparseParams(FlexPrefill(), None, 1000), request_of(900, None), 1000),
+        (SparseParams(FlexPrefill(), None, 0), request_of(900, 200), 0),
+        # The step with a context of 1000 tokens writes the token before.
+        (SparseParams(FlexPrefill(), Tidal(budget_tokens=128), 1000), request_of(900, 200), 999),
+        (SparseParams(FlexPrefill(), Tidal(budget_tokens=128), 1000), request_of(4000, 200), 999),
+        (SparseParams(FlexPrefill(), Tidal(), 1000), request_of(4000, 200), 1000),
+        (SparseParams(None, BlockTopk(), 1000), request_of(4000, 200), 4000),
+        (SparseParams(None, BlockTopk(), 1000), request_of(900, 200), None),
         (SparseParams(None, Tidal(), 1000), request_of(4000, 200), 4000),
         (SparseParams(None, Tidal(), 1000), request_of(4000, None), 4000),
         (SparseParams(None, Tidal(), 1000), request_of(4000, 200, resumable=True), 0),

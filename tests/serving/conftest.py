@@ -79,6 +79,14 @@ def configured_server(_keeper: ServerKeeper, spans: SpanReceiver) -> Server:
 
 
 @pytest.fixture
+def sharing_server(_keeper: ServerKeeper) -> Server:
+    """A server with methods of prompts, of generations, and such that keep something beside the cache."""
+    methods = {"sparse": {"methods": ["flexprefill", "tidal", "blocktopk", "tokentopk"]}}
+    arguments = ("--additional-config", json.dumps(methods), "--block-size", "32", "--enforce-eager")
+    return _keeper.get((*_COMMON, *arguments))
+
+
+@pytest.fixture
 def preset_server(_keeper: ServerKeeper) -> Server:
     """A server whose default is a preset, with the plugin's routes."""
     arguments = (*_COMMON, "--additional-config", json.dumps({"sparse": {"preset": "fast"}}), "--enforce-eager")

@@ -24,7 +24,7 @@ def run(
         block_size=32,
         enable_prefix_caching=False,
         # On a GPU sparse attention does not pay for prompts of this length.
-        additional_config={"sparse": {"unprofitable": "sparse"}},
+        additional_config={"sparse": {"unprofitable": "sparse", "prompt_cost": 1000}},
     )
     texts = []
     for chosen in extras:

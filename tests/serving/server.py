@@ -35,7 +35,7 @@ FLEXPREFILL: dict[str, Any] = {"sparse_prefill": "flexprefill"}
 TIDAL: dict[str, Any] = {"sparse_decode": "tidal"}
 BOTH: dict[str, Any] = {**FLEXPREFILL, **TIDAL}
 
-FOR_A_GPU = {"unprofitable": "sparse", "limits": {"new_kernels": "any"}}
+FOR_A_GPU = {"unprofitable": "sparse", "limits": {"new_kernels": "any"}, "prompt_cost": 1000}
 
 _TOKENIZER = build_tokenizer()
 

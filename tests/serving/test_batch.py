@@ -47,7 +47,7 @@ def test_short_mixed_requests_at_once(server: Server) -> None:
     prompts = [prompt_of(200 + number, 400) for number in range(4)]
 
     def ask(number: int) -> Reply:
-        extras: dict[str, Any] = {**EXTRAS[number % len(EXTRAS)], "sparse_min_tokens": 256}
+        extras: dict[str, Any] = {**EXTRAS[number % len(EXTRAS)], "sparse_min_tokens": 64}
         if "sparse_prefill" in extras:
             extras["flexprefill_min_budget_tokens"] = 128
         if "sparse_decode" in extras:

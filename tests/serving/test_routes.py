@@ -177,7 +177,8 @@ def test_changed_defaults_have_prefix_caches_of_their_own(changeable: Server) ->
     content = prompt_of(60, 1500).content
     assert changeable.chat(content).cached_tokens == 0
     put(changeable, {"flexprefill": {"gamma": 0.8}})
-    assert changeable.chat(content).cached_tokens == 0
+    # Tokens before the minimum are dense, whatever the defaults.
+    assert changeable.chat(content).cached_tokens <= 1024
     assert changeable.chat(content).cached_tokens > 1400
     put(changeable, {})
     assert changeable.chat(content).cached_tokens > 1400

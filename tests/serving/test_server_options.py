@@ -51,7 +51,8 @@ def test_defaults_and_the_same_settings_share_the_prefix_cache(configured_server
     }
     assert configured_server.chat(content).cached_tokens == 0
     assert configured_server.chat(content, written_out).cached_tokens > 1400
-    assert configured_server.chat(content, {"sparse_prefill": "dense"}).cached_tokens == 0
+    # Tokens before the minimum are dense in either.
+    assert 1024 - 32 <= configured_server.chat(content, {"sparse_prefill": "dense"}).cached_tokens <= 1024
 
 
 def test_a_prefix_hit_changes_no_answer(configured_server: Server, answers_known: None) -> None:

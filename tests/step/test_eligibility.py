@@ -33,9 +33,15 @@ LAYERS = 7
 @pytest.mark.parametrize(
     ("min_tokens", "query_tokens", "seq_len", "reason"),
     [
-        (900, 256, 900, None),
+        (644, 256, 900, None),
+        (0, 256, 900, None),
+        # Tokens before the minimum are dense, and so are the others where they are too few.
+        (645, 256, 900, DenseReason.SHORT_PROMPT_CHUNK),
+        (644, 900, 900, None),
+        (645, 900, 900, DenseReason.SHORT_PROMPT_CHUNK),
+        (0, 255, 900, DenseReason.SHORT_PROMPT_CHUNK),
+        (900, 256, 900, DenseReason.SHORT_CONTEXT),
         (901, 256, 900, DenseReason.SHORT_CONTEXT),
-        (900, 255, 900, DenseReason.SHORT_PROMPT_CHUNK),
         (901, 255, 900, DenseReason.SHORT_CONTEXT),
     ],
 )
@@ -80,8 +86,8 @@ class Never(StepCosts):
     def __init__(self) -> None:
         super().__init__(H200, LLAMA_8B, [])
 
-    def chunk_pays(self, method: PrefillMethod, query_tokens: int, seq_len: int) -> bool:
-        return False
+    def chunk_cost(self, method: PrefillMethod, query_tokens: int, seq_len: int) -> float:
+        return 1.3
 
 
 def test_what_does_not_pay_is_said_last_and_takes_no_room() -> None:
@@ -94,11 +100,14 @@ def test_what_does_not_pay_is_said_last_and_takes_no_room() -> None:
     assert why_prefill_is_dense(flexprefill, 0, 256, 900, costs=Never()) is DenseReason.UNPROFITABLE
     assert why_prefill_is_dense(flexprefill, 0, 255, 900, costs=Never()) is DenseReason.SHORT_PROMPT_CHUNK
     assert why_prefill_is_dense(flexprefill, 901, 256, 900, costs=Never()) is DenseReason.SHORT_CONTEXT
+    assert why_prefill_is_dense(flexprefill, 0, 256, 900, costs=Never(), most_cost=1.3) is None
+    assert why_prefill_is_dense(flexprefill, 0, 256, 900, costs=Never(), most_cost=1.2) is DenseReason.TOO_EXPENSIVE
+    assert why_prefill_is_dense(flexprefill, 0, 255, 900, costs=Never(), most_cost=1) is DenseReason.SHORT_PROMPT_CHUNK
 
 
 def test_reasons_have_their_labels() -> None:
     assert [str(reason) for reason in DenseReason] == [
-        "short_context", "short_chunk", "no_room", "speculative", "low_recall", "unprofitable",
+        "short_context", "short_chunk", "no_room", "speculative", "low_recall", "unprofitable", "too_expensive",
     ]  # fmt: skip
     assert all(reason.sentence for reason in DenseReason)
 

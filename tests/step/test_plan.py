@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.backend.test_forward import Row, common_metadata
-from tests.step.measured import LLAMA_8B, tidal
+from tests.step.measured import LLAMA_8B, QWEN_HALF_B, tidal
 from vllm_sparse.config.request import ALL_DENSE, SparseParams
+from vllm_sparse.hooks import gpu_model_runner as hook
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.decode import DecodeMethod
 from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
-from vllm_sparse.methods.hip import HipDecode
-from vllm_sparse.step.costs import StepCosts
+from vllm_sparse.methods.hip import Hip, HipDecode
+from vllm_sparse.methods.oracle import Oracle
+from vllm_sparse.methods.prefill import PrefillMethod
+from vllm_sparse.methods.sale import Sale
+from vllm_sparse.step.costs import AttentionShape, StepCosts
 from vllm_sparse.step.eligibility import DenseReason
-from vllm_sparse.step.gpu_table import H200
+from vllm_sparse.step.gpu_table import GPUS, H200, GpuCosts
+from vllm_sparse.step.gpu_table import UNKNOWN as UNKNOWN_GPU
 from vllm_sparse.step.plan import PlanLimits, StepPlan, plan_step
-from vllm_sparse.step.requests import SparseRequest
+from vllm_sparse.step.requests import RequestTable, SparseRequest
 
 LAYERS, BLOCK = 32, 128
 SERVED = [tidal(2048), HipDecode(), BlockTopk()]
@@ -46,8 +54,8 @@ UNKNOWN = replace(LIMITS, costs=None)
 
 
 def held(*params: SparseParams) -> dict[int, SparseRequest]:
-    """Requests in slots, as steps find them."""
-    return {row: SparseRequest(of, row) for row, of in enumerate(params) if not of.is_dense}
+    """Requests in slots, as steps find them that are not their first."""
+    return {row: SparseRequest(of, row, summarised=True) for row, of in enumerate(params) if not of.is_dense}
 
 
 def plan(rows: list[Row], limits: PlanLimits = LIMITS, requests: dict[int, SparseRequest] | None = None) -> StepPlan:
@@ -87,6 +95,62 @@ def test_without_costs_and_as_asked_everything_is_sparse() -> None:
     forced = plan([Row(1, 9000, as_asked(TIDAL)), Row(300, 9000, as_asked(SparseParams(Dhsa())), prefilling=True)])
     assert sparse_rows(forced) == [0, 1]
     assert not forced.fallbacks
+
+
+DEAR: list[PrefillMethod] = [
+    FlexPrefill(gamma=0.999, query_block_tokens=64),
+    FlexPrefill(min_budget_tokens=1 << 20, max_budget_tokens=1 << 20),
+    Sale(tau=0.0001, list_per="query_head"),
+    Dhsa(density=0.99, query_block_tokens=64, list_per="query_head"),
+    Dhsa(dense_tail_tokens=1 << 16),
+    Hip(stage_budget_tokens=(1 << 20, 1 << 20, 1 << 20), query_stride=(1, 1, 1), list_per="query_head"),
+    Oracle(density=0.99),
+    Dhsa(),
+    Hip(),
+]
+
+
+@given(
+    method=st.sampled_from(DEAR),
+    chunk=st.sampled_from([512, 2048, 8192, 16384]),
+    chunks=st.integers(1, 24),
+    min_tokens=st.sampled_from([0, 1000, 8192]),
+    shape=st.sampled_from([LLAMA_8B, QWEN_HALF_B]),
+    gpu=st.sampled_from([*GPUS, UNKNOWN_GPU]),
+)
+def test_no_prompt_costs_much_more_than_a_dense_one(
+    method: PrefillMethod, chunk: int, chunks: int, min_tokens: int, shape: AttentionShape, gpu: GpuCosts
+) -> None:
+    """Whatever a request asks for, by the costs of the GPU: what would is dense, and counted."""
+    costs = StepCosts(gpu, shape, [])
+    limits = PlanLimits(LAYERS, costs=costs, prompt_cost=1.2)
+    params = SparseParams(method, None, min_tokens, unprofitable="sparse")
+    request, dense_seconds, seconds = SparseRequest(params), 0.0, 0.0
+    for seq_len in range(chunk, chunk * chunks + 1, chunk):
+        found = plan([Row(chunk, seq_len, params, prefilling=True)], limits, {0: request})
+        dense = costs.dense_chunk_seconds(chunk, seq_len) + chunk * shape.linear_flops / gpu.dense_flops
+        dense_seconds += dense
+        seconds += dense
+        if not found.prefill:
+            (fallback,) = found.fallbacks
+            assert fallback[2] in (DenseReason.TOO_EXPENSIVE, DenseReason.SHORT_CONTEXT, DenseReason.SHORT_PROMPT_CHUNK)
+            continue
+        tokens = found.prefill[0].span.query_tokens
+        cost = costs.chunk_cost(method, tokens, seq_len)
+        of_span = costs.dense_chunk_seconds(tokens, seq_len) + tokens * shape.linear_flops / gpu.dense_flops
+        seconds += (cost - 1) * of_span
+    assert seconds <= 1.2 * dense_seconds
+
+
+def test_a_prompt_that_would_cost_more_is_dense_and_counted() -> None:
+    """Lists of nearly the whole context are read at 0.7 of the dense kernel's speed."""
+    limits = replace(LIMITS, prompt_cost=1.2)
+    dear = as_asked(SparseParams(Dhsa(density=0.99)))
+    found = plan([Row(8192, 131072, dear, prefilling=True)], limits)
+    assert found.is_dense
+    assert found.fallbacks == {("prefill", "dhsa", DenseReason.TOO_EXPENSIVE): 1}
+    assert sparse_rows(plan([Row(8192, 131072, dear, prefilling=True)], replace(limits, prompt_cost=3))) == [0]
+    assert sparse_rows(plan([Row(8192, 131072, as_asked(SparseParams(Sale())), prefilling=True)], limits)) == [0]
 
 
 def test_rows_beside_one_that_runs_as_asked_share_its_launches() -> None:
@@ -130,6 +194,7 @@ def test_a_dense_row_takes_no_slot_and_no_room() -> None:
 
 def test_keys_of_dense_rows_are_summarised_when_they_fill_a_block() -> None:
     request = SparseRequest(BLOCKTOPK)
+    assert plan([Row(100, 8200, BLOCKTOPK, prefilling=True)], LIMITS, {0: request}).summarising[0].first_token == 0
     summarised = [
         seq_len
         for seq_len in range(8200, 8200 + 2 * BLOCK)
@@ -137,11 +202,70 @@ def test_keys_of_dense_rows_are_summarised_when_they_fill_a_block() -> None:
     ]
     assert summarised == [8320, 8448]
     short = replace(BLOCKTOPK, min_tokens=1 << 20)
-    assert [bool(plan([Row(1, seq_len, short)]).summarising) for seq_len in (255, 256, 257)] == [False, True, False]
+    request = SparseRequest(short, summarised=True)
+    summarised = [seq_len for seq_len in (255, 256, 257) if plan([Row(1, seq_len)], LIMITS, {0: request}).summarising]
+    assert summarised == [256]
     sparse = plan([Row(1, 131073, BLOCKTOPK)])
     assert sparse_rows(sparse) == [row.span.row for row in sparse.summarising] == [0], "each step of a sparse row"
     prompt = plan([Row(100, 8300, BLOCKTOPK, prefilling=True)])
     assert len(prompt.summarising) == 1, "each prompt chunk"
+
+
+def test_the_first_step_of_a_request_summarises_what_it_found_in_the_cache() -> None:
+    """Whether it is a prompt chunk, or its last token, which runs as a decode step does; dense or sparse."""
+    for row in (Row(300, 900), Row(1, 900, prefilling=True), Row(1, 900), Row(1, 131073)):
+        request = SparseRequest(BLOCKTOPK)
+        (first,) = plan([row], LIMITS, {0: request}).summarising
+        assert (first.first_token, first.is_first_step) == (0, True)
+        (second,) = plan([Row(128, 131200 + row.context, prefilling=True)], LIMITS, {0: request}).summarising
+        assert (second.first_token, second.is_first_step) == (131072 + row.context, False)
+
+
+def test_no_graph_is_replayed_for_the_first_step_of_a_request_with_summaries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Graphs would leave the blocks without summaries that it found in the prefix cache."""
+    request, other = SparseRequest(BLOCKTOPK, 0), SparseRequest(TIDAL, 1)
+    table = RequestTable()
+    for slot, one in enumerate((request, other)):
+        table.put(slot, one)
+    graphs = SimpleNamespace(holds=lambda requests, rows: True, may_replay=False)
+    monkeypatch.setattr(hook, "TABLE", table)
+    monkeypatch.setattr(hook, "current_graphs", lambda: graphs)
+    assert not hook.graphs_hold(np.array([0, 1]))
+    assert not graphs.may_replay
+    assert hook.graphs_hold(np.array([1]))
+    plan([Row(1, 900, prefilling=True)], LIMITS, {0: request})
+    assert hook.graphs_hold(np.array([0, 1]))
+
+
+@given(
+    computed=st.integers(0, 2000),
+    tokens=st.integers(1, 2000),
+    min_tokens=st.integers(0, 3000),
+)
+def test_tokens_before_the_minimum_are_dense_wherever_prompts_are_cut(
+    computed: int, tokens: int, min_tokens: int
+) -> None:
+    """So what wrote a block of the cache is told by its position."""
+    params = SparseParams(FlexPrefill(), None, min_tokens)
+    rows = [Row(1, 50), Row(tokens, computed + tokens, params, prefilling=True), Row(7, 900, prefilling=True)]
+    found = plan(rows, UNKNOWN)
+    first = max(computed, min_tokens)
+    if computed + tokens - first < FlexPrefill().min_query_tokens:
+        assert found.is_dense
+        return
+    (sparse,) = found.prefill
+    assert sparse.span.seq_len == computed + tokens
+    assert sparse.span.seq_len - sparse.span.query_tokens == first
+    # The spans cover the step's tokens, in order.
+    starts = [span.query_start for span in found.spans]
+    ends = [span.query_start + span.query_tokens for span in found.spans]
+    assert starts == [0, *ends[:-1]]
+    assert ends[-1] == 1 + tokens + 7
+    if first > computed:
+        dense = found.spans[1]
+        assert (dense.row, dense.seq_len, dense.later_tokens) == (1, min_tokens, sparse.span.query_tokens)
 
 
 def test_steps_outside_of_graphs_have_to_gain_more() -> None:
@@ -181,7 +305,7 @@ def test_rows_that_graphs_hold_stay_in_them_beside_one_that_they_do_not() -> Non
 
 def test_a_row_that_graphs_do_not_summarise_stays_outside() -> None:
     params = SparseParams(None, BlockTopk(budget_tokens=8192))
-    request = SparseRequest(params)
+    request = SparseRequest(params, summarised=True)
     assert plan([Row(1, 33001, params)], MIXED, {0: request}).is_dense
     assert request.leaves_graphs
 
@@ -189,7 +313,7 @@ def test_a_row_that_graphs_do_not_summarise_stays_outside() -> None:
 def test_a_row_that_is_served_alone_pays_for_its_step() -> None:
     params = SparseParams(None, tidal(2048))
     alone = replace(MIXED, serves_at_once=lambda method: False)
-    request = SparseRequest(params)
+    request = SparseRequest(params, summarised=True)
     assert plan([Row(1, 131072, params)], alone, {0: request}).is_dense
     assert not request.leaves_graphs
     assert not plan([Row(1, 1 << 20, params)], replace(alone, full_graph=True), {0: request}).decode
@@ -214,7 +338,7 @@ def test_every_nth_step_is_dense_and_no_fallback(every: int, first: int, name: s
     methods: dict[str, DecodeMethod] = {"tidal": tidal(2048), "blocktopk": BlockTopk(), "hip": HipDecode()}
     row = Row(1, first, SparseParams(None, replace(methods[name], dense_every_steps=every)))
     limits = replace(UNKNOWN, serves_at_once=(lambda method: False) if alone else is_served)
-    request = SparseRequest(row.params)
+    request = SparseRequest(row.params, summarised=True)
     dense_steps = []
     for seq_len in range(first, first + 2 * every):
         found = plan([replace(row, context=seq_len)], limits, {0: request})

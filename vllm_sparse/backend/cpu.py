@@ -17,6 +17,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from vllm_sparse.backend.executors.cpu import CpuExecutor
 from vllm_sparse.backend.impl import SparseAttentionImpl
+from vllm_sparse.backend.layer import seq_lens_of
 from vllm_sparse.backend.metadata import SparseMetadataBuilder
 from vllm_sparse.backend.support import SparseDeclarations, check_packing
 from vllm_sparse.keys import InterleavedPairKeys, PagedKeys, TransposedKeys
@@ -63,7 +64,7 @@ class SparseCpuImpl(SparseAttentionImpl, CPUAttentionBackendImpl):
         rows = torch.tensor([span.row for span in spans])
         lengths = torch.tensor([0, *(span.query_tokens for span in spans)])
         query_starts = lengths.cumsum(0).to(torch.int32)
-        seq_lens = metadata.seq_lens[rows]
+        seq_lens = seq_lens_of(metadata.seq_lens[rows], spans)
         schedule = ops.cpu_attn_get_scheduler_metadata(
             num_reqs=len(spans),
             num_heads=self.num_heads,

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import (
@@ -24,16 +25,16 @@ from vllm_sparse.backend.decode_graphs import DecodeGraphs, set_graphs
 from vllm_sparse.backend.execution import StepExecution
 from vllm_sparse.backend.executors.flash_attention import FlashAttentionExecutor
 from vllm_sparse.backend.impl import SparseAttentionImpl
+from vllm_sparse.backend.layer import seq_lens_of
+from vllm_sparse.backend.memory import SelectionMemory, configured_decode_methods, methods_at_once
 from vllm_sparse.backend.metadata import SparseMetadataBuilder
 from vllm_sparse.backend.support import SparseDeclarations
 from vllm_sparse.backend.warm_up import PrefillWarmUp
-from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.server import server_config
 from vllm_sparse.host_copy import indices_on, to_device
 from vllm_sparse.keys import PagedKeys, PlainKeys
 from vllm_sparse.methods.decode import BatchDecodeMethod
 from vllm_sparse.methods.method import Method
-from vllm_sparse.methods.registry import DECODE_METHODS
 from vllm_sparse.step.costs import StepCosts
 from vllm_sparse.step.gpu_table import costs_of
 from vllm_sparse.step.launch import Executor
@@ -55,18 +56,14 @@ class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionM
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         config = server_config(vllm_config)
-        configured = [configured_method(config, "decode", name) for name in DECODE_METHODS if name in config.methods]
+        configured = configured_decode_methods(config)
         size = ServerSize(
             vllm_config.scheduler_config.max_num_seqs,
             vllm_config.model_config.max_model_len,
             len(layer_names),
             kv_cache_spec.num_kv_heads,
         )
-        methods = [
-            method
-            for method in configured
-            if isinstance(method, BatchDecodeMethod) and method.serves(method, size.max_seq_len)
-        ]
+        methods = methods_at_once(configured, size.max_seq_len)
         if config.decode_in_batches:
             _warn_of_rows_without_graphs(configured, methods, config.decode_list_tokens)
         if vllm_config.kernel_config.enable_jit_warmup:
@@ -151,6 +148,13 @@ class SparseFlashAttentionImpl(SparseAttentionImpl, FlashAttentionImpl):
 
     supports_dcp = False
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._selection_memory = SelectionMemory(get_current_vllm_config())
+
+    def take_selection_memory(self, query: torch.Tensor) -> None:
+        self._selection_memory.take(query)
+
     def make_executor(self, layer: Any) -> Executor:
         return FlashAttentionExecutor(self.vllm_flash_attn_version)
 
@@ -177,7 +181,7 @@ class SparseFlashAttentionImpl(SparseAttentionImpl, FlashAttentionImpl):
             max_query_len=max(span.query_tokens for span in spans),
             max_seq_len=max(span.seq_len for span in spans),
             query_start_loc=to_device(torch.tensor(starts, dtype=torch.int32), device),
-            seq_lens=metadata.seq_lens[rows],
+            seq_lens=seq_lens_of(metadata.seq_lens[rows], spans),
             block_table=metadata.block_table[rows],
         )
 

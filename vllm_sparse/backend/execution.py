@@ -107,16 +107,20 @@ class StepExecution:
         if roles not in self._work:
             prefill = [row for row in plan.prefill if row.is_sparse(layer)]
             reading = [row for row in plan.decode if row.roles[layer].reads_list]
-            at_once = {row.span.row for row in plan.batch}
             choosing = {row.span.row for row in plan.batch if row.setting.roles[layer].writes_list}
-            sparse = {row.span.row for row in prefill} | {row.span.row for row in reading} | at_once
+            # By their first tokens: a prompt chunk may have two spans.
+            sparse = {row.span.query_start for rows in (prefill, reading, plan.batch) for row in rows}
             self._work[roles] = LayerWork(
-                # Those that are served at once do so as they choose.
-                [row for row in plan.summarising if row.roles[layer].writes_list and row.span.row not in choosing],
+                # Those that are served at once summarise their newest block as they choose.
+                [
+                    row
+                    for row in plan.summarising
+                    if row.roles[layer].writes_list and (row.is_first_step or row.span.row not in choosing)
+                ],
                 prefill,
                 [row for row in plan.decode if row.roles[layer].writes_list],
                 reading,
-                [span for span in plan.spans if span.row not in sparse],
+                [span for span in plan.spans if span.query_start not in sparse],
             )
         return self._work[roles]
 

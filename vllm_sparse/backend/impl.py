@@ -43,6 +43,8 @@ class SparseAttentionImpl(LayerPlatform):
         """Attend. The arguments are vLLM's: query and output ``[tokens, query_heads, head_size]``."""
         step: StepExecution | None = getattr(attn_metadata, "sparse_step", None)
         if step is None:
+            if attn_metadata is None and kv_cache.numel() == 0:
+                self.take_selection_memory(query)
             return super().forward(  # type: ignore[misc, no-any-return]
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )

@@ -6,9 +6,11 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
+from vllm_sparse.backend.host_copy import to_device
+
+if TYPE_CHECKING:
     from vllm_sparse.backend.summaries import StoredSummaries
     from vllm_sparse.keys import PagedKeys
     from vllm_sparse.step.launch import Executor
@@ -51,6 +53,19 @@ class LayerCall:
         return self.kv_cache.shape[2]
 
 
+def seq_lens_of(seq_lens: torch.Tensor, spans: list[RowSpan]) -> torch.Tensor:
+    """Context of each span: of its row, without the tokens that follow it in the same step.
+
+    Args:
+        seq_lens: int32 ``[spans]`` of their rows.
+        spans: the spans.
+    """
+    later = [span.later_tokens for span in spans]
+    if not any(later):
+        return seq_lens
+    return seq_lens - to_device(torch.tensor(later, dtype=seq_lens.dtype), seq_lens.device)
+
+
 class LayerPlatform:
     """What differs between the platforms, and what a layer keeps; a mixin before a stock implementation."""
 
@@ -61,6 +76,13 @@ class LayerPlatform:
     first_query_head: int
     """The model's number of this process's first query head."""
     _executor: Executor | None = None
+
+    def take_selection_memory(self, query: torch.Tensor) -> None:
+        """Take what choosing for a prompt chunk takes at the most, for a moment, while vLLM measures memory.
+
+        Args:
+            query: as in `LayerCall`, of the largest step.
+        """
 
     @abstractmethod
     def make_executor(self, layer: Any) -> Executor:

@@ -44,6 +44,7 @@ class SparseMetadataBuilder:
         token_bytes = kv_cache_spec.page_size_bytes // (kv_cache_spec.block_size * kv_cache_spec.num_kv_heads)
         query_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
         config = server_config(vllm_config)
+        self._sparse_prompt_cost = config.prompt_cost
         self._sparse_metrics.start_serving(
             Geometry(self._sparse_num_layers, query_heads, kv_cache_spec.num_kv_heads, token_bytes),
             Sampling(config.timing_interval_steps, config.recall_interval_steps),
@@ -84,6 +85,7 @@ class SparseMetadataBuilder:
             TABLE.full_graph,
             self.graphs_hold,
             self.kv_cache_spec.block_size,  # type: ignore[attr-defined]
+            self._sparse_prompt_cost,
         )
 
     step_costs: StepCosts | None = None

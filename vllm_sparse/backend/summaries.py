@@ -50,7 +50,7 @@ class StoredSummaries:
         return stored
 
     def summarise(self, row: SummaryRow, keys: PagedKeys, kv_cache: torch.Tensor) -> None:
-        """Summarise a row's new keys.
+        """Summarise a row's keys that have no summaries.
 
         Args:
             row: the row.
@@ -58,7 +58,7 @@ class StoredSummaries:
             kv_cache: as in `of`.
         """
         keys.summaries = self.of(row.kind, kv_cache)
-        store_summaries(keys, row.kind, row.span.seq_len - row.span.query_tokens)
+        store_summaries(keys, row.kind, row.first_token)
 
 
 @lru_cache
@@ -66,7 +66,7 @@ def _log_memory(kind: SummaryKind, summary_bytes: int, cache_bytes: int) -> None
     """Once, not for each layer."""
     logger.info(
         "Page summaries (%s of %d tokens) take %.1f MiB in each layer that chooses by them, beside its KV cache of "
-        "%.1f MiB; vLLM's memory settings do not count them.",
+        "%.1f MiB. On a GPU the cache leaves room for them, unless its size was set.",
         {"mean": "means", "bounds": "bounds", "float8_bounds": "8-bit bounds", "codes": "2-bit keys"}[kind.content],
         kind.page_tokens,
         summary_bytes / 2**20,

@@ -169,10 +169,10 @@ SUMMARY_REFUSALS: tuple[Refusal[Summarised], ...] = (
     Refusal(
         lambda cache: cache.config.kv_transfer_config is not None,
         lambda cache: (
-            f"{cache.method} keeps summaries of the blocks that this process writes, and blocks that the configured KV "
-            f"connector {cache.config.kv_transfer_config.kv_connector} loads would have none; serve without the "
-            f'connector (or KV offloading), or without {cache.method} in "methods" of --additional-config, object '
-            "sparse"
+            f"{cache.method} keeps summaries of blocks, and that the first step of a request finds all blocks to "
+            f"summarise which the KV connector {cache.config.kv_transfer_config.kv_connector} loads was not tested; "
+            f'serve without the connector (or KV offloading), or without {cache.method} in "methods" of '
+            "--additional-config, object sparse"
         ),
     ),
     Refusal(

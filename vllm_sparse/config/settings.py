@@ -11,6 +11,9 @@ from vllm_sparse.config.names import DENSE, METHODS
 from vllm_sparse.methods.knobs import UNBOUNDED_TOKENS
 from vllm_sparse.methods.registry import DEFAULT_METHODS
 
+# Of a dense prompt chunk's time; a server that measures bounds nothing.
+MOST_PROMPT_COST = 1000.0
+
 
 class ServerSettings(BaseModel):
     """What the ``"sparse"`` object holds whichever methods there are.
@@ -26,6 +29,8 @@ class ServerSettings(BaseModel):
             sampled row keeps less, the request's layer goes dense; 0: nothing is checked.
         unprofitable: what runs where the costs of the GPU say that sparse would take longer than dense, unless the
             request says otherwise: ``dense``, or ``sparse`` as asked. On a CPU nothing is known of costs.
+        prompt_cost: the longest that a sparse prompt chunk may take by the costs of the GPU, in times of a dense one;
+            what would take longer runs dense, whatever the request says, and is counted.
         decode_in_batches: on a GPU, serve the sparse decode rows of a step at once, inside CUDA graphs; false saves
             their memory and start-up time, and serves one request after the other between PIECEWISE graphs.
         decode_list_tokens: tokens of the longest decode list that a GPU server keeps room for and CUDA graphs hold;
@@ -45,6 +50,7 @@ class ServerSettings(BaseModel):
     min_tokens: int = Field(default=8192, ge=0, le=UNBOUNDED_TOKENS)
     min_recall: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
     unprofitable: Literal["dense", "sparse"] = "dense"
+    prompt_cost: float = Field(default=1.2, ge=1, le=MOST_PROMPT_COST, allow_inf_nan=False)
     decode_in_batches: bool = True
     decode_list_tokens: int = Field(default=4352, ge=16, le=1 << 24)
     timing_interval_steps: int = Field(default=100, ge=0)

@@ -23,6 +23,13 @@ class SparseParamsProcessor(LogitsProcessor):
     def __init__(self, vllm_config: VllmConfig, state_or_device: Any, is_pin_memory: bool | None = None) -> None:
         self._requests = state_or_device if is_pin_memory is None else None
         TABLE.attach(slots_in_metadata=is_pin_memory is None)
+        # Imported here: the worker's class, and the platform, are not to be chosen while plugins are loaded.
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cuda():
+            from vllm_sparse.hooks import gpu_worker
+
+            gpu_worker.install()
         if is_pin_memory is None:
             # Imported here: only runner V2 has these classes' graphs.
             from vllm_sparse.hooks import gpu_model_runner, model_cuda_graph_manager

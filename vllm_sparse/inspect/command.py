@@ -187,8 +187,8 @@ def prompt_inspection(
     chunks = inspection.chunks(tokens)
     dense = [chunk for chunk in chunks if inspection.runs_dense(*chunk)]
     reason = (
-        f"shorter than sparse_min_tokens {params.min_tokens} or of fewer than {method.min_query_tokens} tokens in the "
-        f"last chunk, which {method.name} leaves dense"
+        f"shorter than sparse_min_tokens {params.min_tokens} or of fewer than {method.min_query_tokens} tokens from "
+        f"there on in the last chunk, which {method.name} leaves dense"
     )
     if len(dense) == len(chunks):
         return None, (

@@ -12,7 +12,7 @@ from vllm_sparse.keys import plain_keys
 from vllm_sparse.methods.decode import DecodeMethod, LayerMemory
 from vllm_sparse.methods.prefill import Layer, PrefillMethod
 from vllm_sparse.pages import page_mask
-from vllm_sparse.step.eligibility import why_prefill_is_dense
+from vllm_sparse.step.eligibility import dense_first_tokens, why_prefill_is_dense
 from vllm_sparse.step.roles import Role
 
 # Tokens of a prompt chunk are a multiple of this, which every query block divides.
@@ -62,7 +62,7 @@ class PromptInspection:
 
     Attributes:
         method: the method.
-        min_tokens: chunks whose context is shorter run dense.
+        min_tokens: tokens before this run dense, up to the query block that holds it.
         chunk_tokens: the prompt is computed in chunks of this size, a multiple of `CHUNK_UNIT_TOKENS`.
         true_attention: compute it.
     """
@@ -118,11 +118,16 @@ class PromptInspection:
         pages = -(-tokens // page)
         found = []
         for start, stop in self.chunks(tokens):
-            blocks = -(-(stop - start) // self.method.query_block_tokens)
-            if self.runs_dense(start, stop):
-                found.append(torch.ones(having, blocks, pages, dtype=torch.bool, device=query.device))
+            block = self.method.query_block_tokens
+            blocks = -(-(stop - start) // block)
+            dense_tokens = dense_first_tokens(self.min_tokens, stop - start, stop)
+            dense_blocks = blocks if self.runs_dense(start, stop) else -(-dense_tokens // block)
+            if dense_blocks:
+                found.append(torch.ones(having, dense_blocks, pages, dtype=torch.bool, device=query.device))
+            if dense_blocks == blocks:
                 continue
-            chunk = query[:, start:stop].transpose(0, 1)
+            blocks -= dense_blocks
+            chunk = query[:, start + dense_blocks * block : stop].transpose(0, 1)
             lists = self.method.select(chunk, plain_keys(key[:, :stop]), scale, page, Layer(index, 0, tokens))
             found.append(page_mask(lists, pages).view(having, blocks, pages))
         return torch.cat(found, dim=1)

@@ -112,6 +112,16 @@ class PrefillMethod(Method):
         rows = self.list_heads(query_heads, kv_heads) * -(-query_tokens // self.query_block_tokens)
         return rows * -(-seq_len // self.page_tokens) * PAGE_ENTRY_BYTES
 
+    def selection_work(self, seq_len: int, query_heads: int, kv_heads: int) -> float:
+        """What choosing costs with these knobs; only its ratio to that of other knobs of the method means something.
+
+        Args:
+            seq_len: tokens in the request's cache, those of the prompt chunk included.
+            query_heads: of this process.
+            kv_heads: of this process.
+        """
+        return self.list_heads(query_heads, kv_heads) / self.query_block_tokens
+
     def list_heads(self, query_heads: int, kv_heads: int) -> int:
         """Number of heads that have lists of their own."""
         return kv_heads if self.list_per == "kv_head" else query_heads

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_sparse.config.settings import ServerConfig
+from vllm_sparse.config.settings import MOST_PROMPT_COST, ServerConfig
 from vllm_sparse.server_process import running
 
 LOG_NAME = "server.log"
@@ -39,8 +39,12 @@ class Launch:
 
     def command(self, port: int) -> list[str]:
         """The command line."""
-        # Nobody waits here for what variants with other shapes compile.
-        settings: dict[str, Any] = {"methods": list(self.methods), "limits": {"new_kernels": "any"}}
+        # Nobody waits here for what variants with other shapes compile, or for what takes long.
+        settings: dict[str, Any] = {
+            "methods": list(self.methods),
+            "limits": {"new_kernels": "any"},
+            "prompt_cost": MOST_PROMPT_COST,
+        }
         if self.list_tokens > ServerConfig().decode_list_tokens:
             settings["decode_list_tokens"] = self.list_tokens
         config = {"sparse": settings}

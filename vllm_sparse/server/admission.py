@@ -132,9 +132,10 @@ def _prompt_tokens(request: Any) -> int:
 def first_sparse_token(request: Any, resolved: SparseParams) -> int | None:
     """Index of the first token that a sparse step may write; None: each of the request's steps is dense.
 
-    Where the prompt has a method it is 0, however short the prompt is: a preempted request comes back with what it
-    generated as part of its prompt, and the chunk that reaches `min_tokens` is sparse from its first token on. It is 0
-    also where the decode method keeps summaries of keys, which dense requests do not write.
+    Prompts are dense before `min_tokens`. Where the prompt has a method it is told by the settings alone, so that all
+    requests with these settings share blocks, whatever their prompts: a preempted request comes back with what it
+    generated as part of its prompt, and the next turn of a conversation with all of the turn before. Where the
+    generation alone is sparse it is not before the prompt's end.
 
     Args:
         request: vLLM's engine request.
@@ -144,9 +145,11 @@ def first_sparse_token(request: Any, resolved: SparseParams) -> int | None:
         return 0
     prompt_tokens, max_tokens = len(request.prompt_token_ids), request.sampling_params.max_tokens
     longest = None if max_tokens is None else prompt_tokens + max_tokens
-    if longest is not None and longest < resolved.min_tokens:
-        return None
-    if resolved.prefill is not None or resolved.decode is None or resolved.decode.summaries is not None:
-        return 0
-    first = max(prompt_tokens, longest_dense_seq_len(resolved.decode, resolved.min_tokens))
+    # A step with a context of so many tokens and one more writes the token of this index.
+    decoded = None if resolved.decode is None else longest_dense_seq_len(resolved.decode, resolved.min_tokens)
+    if resolved.prefill is not None:
+        first = resolved.min_tokens if decoded is None else min(resolved.min_tokens, decoded)
+    else:
+        assert decoded is not None, "something of the request is sparse"
+        first = max(prompt_tokens, decoded)
     return None if longest is not None and first >= longest else first

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from vllm_sparse.methods.decode import BatchDecodeMethod
@@ -199,8 +200,8 @@ class StepCosts:
                     best, found = net, choice
         return frozenset(found), best if found else 0.0
 
-    def chunk_pays(self, method: PrefillMethod, query_tokens: int, seq_len: int) -> bool:
-        """Whether a sparse prompt chunk is faster than a dense one.
+    def chunk_cost(self, method: PrefillMethod, query_tokens: int, seq_len: int) -> float:
+        """Time of a sparse prompt chunk, in times of a dense one; below 1 it is faster.
 
         Args:
             method: of the request's prompt.
@@ -211,19 +212,31 @@ class StepCosts:
         sparse = linear + self.chunk_seconds(method, query_tokens, seq_len)
         # The device waits for the host where it is done sooner.
         sparse = max(sparse, self.gpu.prompt_us * MICROSECOND)
-        return sparse < linear + self.dense_chunk_seconds(query_tokens, seq_len)
+        return sparse / (linear + self.dense_chunk_seconds(query_tokens, seq_len))
 
     def dense_chunk_seconds(self, query_tokens: int, seq_len: int) -> float:
-        """Dense attention of a prompt chunk in one layer; arguments as of `chunk_pays`."""
+        """Dense attention of a prompt chunk in one layer; arguments as of `chunk_cost`."""
         pairs = query_tokens * mean_reach(query_tokens, seq_len)
         return 4 * pairs * self.shape.query_heads * self.shape.head_size / self.gpu.dense_flops
 
     def chunk_seconds(self, method: PrefillMethod, query_tokens: int, seq_len: int) -> float:
-        """Choosing and attending of a sparse prompt chunk in one sparse layer; arguments as of `chunk_pays`."""
+        """Choosing and attending of a sparse prompt chunk in one sparse layer; arguments as of `chunk_cost`."""
         shape, selection = self.shape, self.gpu.selection_of(method.name)
         dense = self.dense_chunk_seconds(query_tokens, seq_len)
         sharing = shape.query_heads // method.list_heads(shape.query_heads, shape.kv_heads)
         full = method.query_block_tokens * sharing >= FULL_TILE_ROWS
         density = min(method.read_tokens(query_tokens, seq_len) / mean_reach(query_tokens, seq_len), 1.0)
         attention = density * dense / (FULL_TILE_EFFICIENCY if full else HALF_TILE_EFFICIENCY)
-        return selection.launches_us * MICROSECOND + selection.dense_share * dense + attention
+        choosing = selection.dense_share * dense * self._work_of_knobs(method, seq_len)
+        return selection.launches_us * MICROSECOND + choosing + attention
+
+    def _work_of_knobs(self, method: PrefillMethod, seq_len: int) -> float:
+        """What choosing costs with a method's knobs, in times of the defaults, which were measured; never less."""
+        heads = self.shape.query_heads, self.shape.kv_heads
+        default = _with_default_knobs(type(method))
+        return max(method.selection_work(seq_len, *heads) / default.selection_work(seq_len, *heads), 1.0)
+
+
+@lru_cache
+def _with_default_knobs(method: type[PrefillMethod]) -> PrefillMethod:
+    return method()

@@ -27,9 +27,12 @@ class DenseReason(StrEnum):
 
     SHORT_CONTEXT = (
         "short_context",
-        "its context is shorter than sparse_min_tokens, or no longer than what the method reads",
+        "its context is shorter than sparse_min_tokens or just as long, or no longer than what the method reads",
     )
-    SHORT_PROMPT_CHUNK = "short_chunk", "the prompt chunk holds fewer tokens than the method needs"
+    SHORT_PROMPT_CHUNK = (
+        "short_chunk",
+        "the prompt chunk holds fewer tokens from sparse_min_tokens on than the method needs",
+    )
     NO_ROOM = "no_room", "other requests of the step left no room to score its cached tokens"
     SPECULATIVE = "speculative", "verification steps of speculative decoding are not supported yet"
     LOW_RECALL = (
@@ -37,6 +40,11 @@ class DenseReason(StrEnum):
         "at least one of its layers, because lists kept less of the attention mass there than its sparse_min_recall",
     )
     UNPROFITABLE = "unprofitable", "it would take longer sparse, by what the GPU's costs predict"
+    TOO_EXPENSIVE = (
+        "too_expensive",
+        "it would take longer sparse than this server's prompt_cost allows, by what the GPU's costs predict, and the "
+        "request asks for sparse_unprofitable 'sparse'",
+    )
 
     def __new__(cls, value: str, sentence: str) -> DenseReason:
         """A member."""
@@ -62,6 +70,20 @@ class ScoringRoom:
         return self.left_tokens >= 0
 
 
+def dense_first_tokens(min_tokens: int, query_tokens: int, seq_len: int) -> int:
+    """First tokens of a prompt chunk that run dense because they lie before `min_tokens`, however long the prompt is.
+
+    So what a token's keys and values come from is told by its position, not by where the scheduler cuts the prompt, and
+    blocks of the KV cache before `min_tokens` are shared with dense requests.
+
+    Args:
+        min_tokens: the request's ``sparse_min_tokens``.
+        query_tokens: tokens of the prompt chunk.
+        seq_len: tokens in the request's cache, this step's included.
+    """
+    return min(max(min_tokens - (seq_len - query_tokens), 0), query_tokens)
+
+
 def why_prefill_is_dense(
     method: PrefillMethod,
     min_tokens: int,
@@ -69,8 +91,9 @@ def why_prefill_is_dense(
     seq_len: int,
     has_sparse_layers: bool = True,
     costs: StepCosts | None = None,
+    most_cost: float | None = None,
 ) -> DenseReason | None:
-    """Why a prompt chunk runs dense; None if it is sparse.
+    """Why a prompt chunk runs dense; None if it is sparse, but for its first tokens (`dense_first_tokens`).
 
     Args:
         method: of the request's prompt.
@@ -78,15 +101,23 @@ def why_prefill_is_dense(
         query_tokens: tokens of the prompt chunk.
         seq_len: tokens in the request's cache, this step's included.
         has_sparse_layers: the guard has not sent all of the method's sparse layers dense.
-        costs: of the server's GPU; None: the request is sparse whether or not it pays.
+        costs: of the server's GPU; None: nothing is known.
+        most_cost: the longest that the chunk may take, in times of a dense one, where the request is to be sparse
+            whether or not it pays; None: it is not.
     """
-    if seq_len < min_tokens:
+    query_tokens -= dense_first_tokens(min_tokens, query_tokens, seq_len)
+    if query_tokens == 0:
         return DenseReason.SHORT_CONTEXT
     if query_tokens < method.min_query_tokens:
         return DenseReason.SHORT_PROMPT_CHUNK
     if not has_sparse_layers:
         return DenseReason.LOW_RECALL
-    return None if costs is None or costs.chunk_pays(method, query_tokens, seq_len) else DenseReason.UNPROFITABLE
+    if costs is None:
+        return None
+    cost = costs.chunk_cost(method, query_tokens, seq_len)
+    if most_cost is None:
+        return None if cost < 1 else DenseReason.UNPROFITABLE
+    return None if cost <= most_cost else DenseReason.TOO_EXPENSIVE
 
 
 def longest_dense_seq_len(method: DecodeMethod, min_tokens: int) -> int:

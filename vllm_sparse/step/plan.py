@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from vllm_sparse.step.eligibility import DenseReason, ScoringRoom, why_decode_is_dense, why_prefill_is_dense
+from vllm_sparse.step.eligibility import (
+    DenseReason,
+    ScoringRoom,
+    dense_first_tokens,
+    why_decode_is_dense,
+    why_prefill_is_dense,
+)
 from vllm_sparse.step.roles import reading_layers
 
 if TYPE_CHECKING:
@@ -35,12 +42,22 @@ class RowSpan(NamedTuple):
         query_start: its first token in the step's query tensor.
         query_tokens: its tokens in this step.
         seq_len: tokens in its KV cache, this step's included.
+        later_tokens: tokens of the request that follow in the same step, in another span, and are not counted above.
     """
 
     row: int
     query_start: int
     query_tokens: int
     seq_len: int
+    later_tokens: int = 0
+
+    def split(self, tokens: int) -> tuple[RowSpan, RowSpan]:
+        """The first tokens of the step, so many, and the others."""
+        rest = self.query_tokens - tokens
+        return (
+            RowSpan(self.row, self.query_start, tokens, self.seq_len - rest, rest),
+            RowSpan(self.row, self.query_start + tokens, rest, self.seq_len),
+        )
 
 
 @dataclass(frozen=True)
@@ -119,16 +136,31 @@ class DenseStepRow(NamedTuple):
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """A request whose new keys are summarised in the layers in which its decode method chooses.
+    """A request whose keys are summarised in the layers in which its decode method chooses.
 
-    A sparse decode row's are in each step. A dense one's are when they fill a block, all of them: until then nobody
-    reads its summaries, and a row that becomes sparse summarises the block that it is in.
+    The first step of a request summarises all of its keys, because requests that keep no summaries may have written
+    the blocks that it found in the prefix cache. Later ones summarise what is new. A sparse decode row's keys are
+    summarised in each step. A dense one's are when they fill a block, all of them: until then nobody reads its
+    summaries, and a row that becomes sparse summarises the block that it is in.
+
+    Attributes:
+        span: its place.
+        method: of its decoding.
+        kind: of summary.
+        roles: role of each layer.
+        first_token: first token whose summary is missing.
     """
 
     span: RowSpan
     method: DecodeMethod
     kind: SummaryKind
     roles: tuple[Role, ...]
+    first_token: int
+
+    @property
+    def is_first_step(self) -> bool:
+        """Keys of earlier steps are summarised too."""
+        return self.first_token < self.span.seq_len - self.span.query_tokens
 
 
 @dataclass(frozen=True)
@@ -137,7 +169,8 @@ class StepPlan:
 
     Attributes:
         num_layers: attention layers of the model.
-        spans: all rows that hold tokens, in batch order.
+        spans: all rows that hold tokens, in batch order; two of a prompt chunk whose first tokens alone are dense,
+            because they lie before its request's `min_tokens`.
         summarising: rows whose new keys are summarised.
         prefill: sparse prompt chunks.
         decode: sparse decode rows that are served one by one.
@@ -172,6 +205,8 @@ class PlanLimits:
         scored_tokens: tokens that there is room to score of decode rows that are served at once.
         serves_at_once: whether decode rows with a method are served at once.
         costs: of the server's GPU; None: rows are sparse whether or not it pays.
+        prompt_cost: the longest that a sparse prompt chunk may take by them, in times of a dense one, where its request
+            is to be sparse whether or not it pays.
         full_graph: the step replays a FULL CUDA graph.
         graphs_hold: whether CUDA graphs hold decode rows of requests in a step of so many rows.
         block_tokens: of a KV-cache block. A dense decode row's keys are summarised as it fills a block.
@@ -185,6 +220,7 @@ class PlanLimits:
     full_graph: bool = False
     graphs_hold: Callable[[Sequence[SparseRequest], int], bool] = lambda requests, rows: True
     block_tokens: int = 1
+    prompt_cost: float = math.inf
 
 
 def plan_step(
@@ -204,7 +240,8 @@ def plan_step(
     seq_lens = common.seq_lens_cpu_upper_bound.tolist()
     prefilling = [] if common.is_prefilling is None else common.is_prefilling.tolist()
     lengths = [end - start for start, end in itertools.pairwise(starts)]
-    spans = tuple(map(RowSpan._make, zip(range(common.num_reqs), starts, lengths, seq_lens, strict=False)))
+    places = zip(range(common.num_reqs), starts, lengths, seq_lens, itertools.repeat(0), strict=False)
+    spans = tuple(map(RowSpan._make, places))
     if 0 in lengths:
         spans = tuple(span for span in spans if span.query_tokens > 0)
     summarising: list[SummaryRow] = []
@@ -214,12 +251,14 @@ def plan_step(
     gains = _Gains()
     fallbacks: Counter[Fallback] = Counter()
     room = ScoringRoom(limits.scored_tokens)
+    split: dict[int, tuple[RowSpan, RowSpan]] = {}
     for span in spans:
         request = sparse_rows.get(span.row)
         if request is None:
             continue
         params, guard = request.params, request.guard
-        costs = limits.costs if params.unprofitable == "dense" else None
+        as_asked = params.unprofitable == "sparse"
+        costs = None if as_asked else limits.costs
         in_prompt = span.row < len(prefilling) and prefilling[span.row]
         if in_prompt or (span.query_tokens > 1 and not limits.speculative):
             _summarise(summarising, span, request, limits)
@@ -229,10 +268,20 @@ def plan_step(
             still_sparse = sparse if guard is None else guard.sparse_layers(sparse)
             has_sparse_layers = guard is None or bool(still_sparse)
             reason = why_prefill_is_dense(
-                params.prefill, params.min_tokens, span.query_tokens, span.seq_len, has_sparse_layers, costs
+                params.prefill,
+                params.min_tokens,
+                span.query_tokens,
+                span.seq_len,
+                has_sparse_layers,
+                limits.costs,
+                limits.prompt_cost if as_asked else None,
             )
             if reason is None:
-                prefill.append(PrefillRow(span, params.prefill, guard, request.prompt_tokens))
+                dense_tokens = dense_first_tokens(params.min_tokens, span.query_tokens, span.seq_len)
+                if dense_tokens:
+                    split[span.row] = span.split(dense_tokens)
+                sparse_span = split[span.row][1] if dense_tokens else span
+                prefill.append(PrefillRow(sparse_span, params.prefill, guard, request.prompt_tokens))
                 reason = DenseReason.LOW_RECALL if len(still_sparse) < len(sparse) else None
             if reason is not None:
                 fallbacks["prefill", params.prefill.name, reason] += 1
@@ -268,7 +317,7 @@ def plan_step(
                 dense_steps.append(DenseStepRow(span, params.decode, roles))
             else:
                 fallbacks["decode", params.decode.name, reason] += 1
-            if span.seq_len % limits.block_tokens == 0:
+            if span.seq_len % limits.block_tokens == 0 or not request.summarised:
                 _summarise(summarising, span, request, limits)
     decode: list[DecodeRow] = []
     batch: list[BatchRow] = []
@@ -279,7 +328,7 @@ def plan_step(
         assert method is not None
         if paying is not None and at_once and gain is not None and (method.name, request.in_graph) not in paying:
             fallbacks["decode", method.name, DenseReason.UNPROFITABLE] += 1
-            if span.seq_len % limits.block_tokens == 0:
+            if span.seq_len % limits.block_tokens == 0 or not request.summarised:
                 _summarise(summarising, span, request, limits)
             continue
         _summarise(summarising, span, request, limits)
@@ -290,6 +339,8 @@ def plan_step(
         of_method = request.roles
         if roles is not of_method and len(reading_layers(roles)) < len(reading_layers(of_method or ())):
             fallbacks["decode", method.name, DenseReason.LOW_RECALL] += 1
+    if split:
+        spans = tuple(part for span in spans for part in split.get(span.row, (span,)))
     return StepPlan(
         limits.num_layers,
         spans,
@@ -368,12 +419,14 @@ class _Gains:
 
 
 def _summarise(rows: list[SummaryRow], span: RowSpan, request: SparseRequest, limits: PlanLimits) -> None:
-    """Add a row to those whose new keys are summarised, if its decode method asks for that."""
+    """Add a row to those whose keys are summarised, if its decode method asks for that."""
     if request.summaries is not None and not limits.speculative:
         assert request.params.decode is not None
         if request.roles is None:
             request.roles = layer_roles(request.params.decode, limits.num_layers)
-        rows.append(SummaryRow(span, request.params.decode, request.summaries, request.roles))
+        first_token = span.seq_len - span.query_tokens if request.summarised else 0
+        request.summarised = True
+        rows.append(SummaryRow(span, request.params.decode, request.summaries, request.roles, first_token))
 
 
 def _learn_gain(

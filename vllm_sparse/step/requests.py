@@ -64,6 +64,7 @@ class SparseRequest:
             does and the rows are dense.
         guard: what the guard knows of it; None unless it asks for one.
         summaries: what its decode method asks to be kept of each page's keys.
+        summarised: a step has summarised the keys that the request had then; later ones summarise their own.
     """
 
     params: SparseParams
@@ -75,6 +76,7 @@ class SparseRequest:
     gain: RowGain | None = None
     in_graph: bool | None = None
     leaves_graphs: bool = True
+    summarised: bool = False
     guard: RequestGuard | None = field(init=False)
     summaries: SummaryKind | None = field(init=False)
 

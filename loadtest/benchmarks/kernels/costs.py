@@ -170,7 +170,7 @@ def chunk_lines(arguments: argparse.Namespace, costs: StepCosts) -> Iterator[str
             method: PrefillMethod = PREFILL_METHODS[name]()
             serve = serving(method, cache, chunk)
             sparse = median_seconds(serve, arguments.repeats)
-            pays = costs.chunk_pays(method, query_tokens, seq_len)
+            pays = costs.chunk_cost(method, query_tokens, seq_len) < 1
             yield (
                 f"| {query_tokens} | {seq_len} | {name} | {1e3 * sparse:.3f} "
                 f"| {1e3 * costs.chunk_seconds(method, query_tokens, seq_len):.3f} | {1e3 * dense:.3f} "

@@ -101,6 +101,14 @@ class Hip(PrefillMethod):
         tail = -(-self.dense_tail_tokens // block) * block
         return tokens_with_dense_tail(kept, tail, query_tokens, seq_len)
 
+    def selection_work(self, seq_len: int, query_heads: int, kv_heads: int) -> float:
+        # Each stage scores a key of each block of what the stage before it kept, with the averaged queries.
+        reached = [seq_len, *(min(tokens, seq_len) for tokens in self.stage_budget_tokens)]
+        stages = zip(reached, self.stage_block_tokens, self.query_stride, strict=False)
+        scores = sum(tokens / length / stride for tokens, length, stride in stages)
+        heads = heads_with_scores(self.scores_per, query_heads, kv_heads), self.list_heads(query_heads, kv_heads)
+        return scores * max(heads) / self.query_block_tokens
+
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         stages = zip(self.stage_block_tokens, self.stage_budget_tokens, self.query_stride, strict=True)
         arguments = DescentArguments(
