@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_sparse.backend.host_copy import to_device
+from vllm_sparse.host_copy import to_device
 
 if TYPE_CHECKING:
     from vllm_sparse.backend.summaries import StoredSummaries
