@@ -83,6 +83,21 @@ class PlainKeys(PagedKeys):
         return self.kv_cache[..., : self.head_size][block, head, offset]
 
 
+def readable_dtype(cache_dtype: torch.dtype) -> torch.dtype:
+    """In which products take a cache's numbers: those of an FP8 cache in bfloat16, which holds each of them exactly."""
+    return torch.bfloat16 if cache_dtype == torch.float8_e4m3fn else cache_dtype
+
+
+class Float8Keys(PlainKeys):
+    """Keys of an FP8 cache in the plain packing, read in bfloat16, which holds each of them exactly."""
+
+    def _unpack(self, blocks: torch.Tensor) -> torch.Tensor:
+        return super()._unpack(blocks).to(torch.bfloat16)
+
+    def _pick(self, block: torch.Tensor, head: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        return super()._pick(block, head, offset).to(torch.bfloat16)
+
+
 def plain_keys(key: torch.Tensor) -> PlainKeys:
     """Copy keys into a paged cache with blocks of `PLAIN_BLOCK_TOKENS` in order, for tools that run without a server.
 

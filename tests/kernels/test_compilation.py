@@ -7,27 +7,36 @@ noted as if on a Hopper GPU, over zeros.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 
-from vllm_sparse.backend.decode_batch import BatchLayer, DecodeStep
+from tests.kernels.launches import (
+    BLOCK_TOKENS as BLOCK,
+)
+from tests.kernels.launches import (
+    HOPPER,
+    DecodeRoom,
+    Noted,
+    choose_for_chunk,
+    note_launches,
+    served_at_once,
+)
 from vllm_sparse.backend.decode_buffers import DecodeBuffers
 from vllm_sparse.backend.decode_graphs import DENSE_ROW, DecodeGraphs, captured_sizes
 from vllm_sparse.backend.warm_up import warm_up_chunks
-from vllm_sparse.keys import PlainKeys
 from vllm_sparse.methods.decode import BatchDecodeMethod
-from vllm_sparse.methods.prefill import Layer, PrefillMethod
+from vllm_sparse.methods.prefill import PrefillMethod
 from vllm_sparse.methods.registry import DECODE_METHODS, PREFILL_METHODS
-from vllm_sparse.step.launch import Executor, Launch, LayerLaunches
 from vllm_sparse.step.plan import layer_roles
 from vllm_sparse.step.requests import RowSetting
 from vllm_sparse.step.rows import ServerSize, padded_rows
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-HEAD_SIZE, BLOCK = 128, 128
+HEAD_SIZE = 128
 # So that at start-up everything begins at multiples of 16 bytes, which Triton specialises on.
 STEP, SHORTEST, LONGEST = 2048, 4096, 16384
 CHUNKS, STEPS = 60, 60
@@ -36,52 +45,24 @@ LAYERS, BLOCKS, LIST_TOKENS = 6, 40, 4352
 GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 40, 48)
 
 
-class Hopper:
-    """What Triton asks its driver for before it launches."""
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> str:
-        return "nowhere"
-
-    def get_current_stream(self, device: str) -> None:
-        return None
-
-
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> Mapping[tuple[str, str], Noted]:
     """Kernels with what they are specialised on."""
-    found: set[tuple[str, str]] = set()
-
-    def note(*, key: str, fn: Any, **_: object) -> bool:
-        found.add((fn.name, key))
-        # "Do not compile it", nor launch it.
-        return True
-
-    monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
-    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", note)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    monkeypatch.setattr(torch, "empty", torch.zeros)
-    return found
+    return note_launches(monkeypatch, HOPPER)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (7, 1), (8, 2)])
 @pytest.mark.parametrize("name", PREFILL_METHODS)
-def test_no_chunk_waits_for_the_compiler(name: str, heads: int, kv_heads: int, launched: set[tuple[str, str]]) -> None:
+def test_no_chunk_waits_for_the_compiler(
+    name: str, heads: int, kv_heads: int, launched: Mapping[tuple[str, str], Noted]
+) -> None:
     method: Any = PREFILL_METHODS[name]()
     assert isinstance(method, PrefillMethod)
     cache = torch.zeros(LONGEST // BLOCK, kv_heads, BLOCK, 2 * HEAD_SIZE, dtype=torch.bfloat16)
-    table = torch.arange(cache.shape[0], dtype=torch.int32)
 
     def select(tokens: int, seq_len: int) -> None:
         query = torch.zeros(tokens, heads, HEAD_SIZE, dtype=torch.bfloat16)
-        keys = PlainKeys(cache, table[: -(-seq_len // BLOCK)], seq_len)
-        page_size_tokens = min(BLOCK, method.page_tokens)
-        method.select(query, keys, HEAD_SIZE**-0.5, page_size_tokens, Layer(method.dense_layers, 0))
+        choose_for_chunk(method, query, cache, seq_len)
 
     for chunk in warm_up_chunks(method, STEP, SHORTEST, LONGEST):
         select(chunk.tokens, chunk.seq_len)
@@ -91,16 +72,7 @@ def test_no_chunk_waits_for_the_compiler(name: str, heads: int, kv_heads: int, l
         tokens = random.choice((STEP, random.randint(method.min_query_tokens, STEP)))
         seq_len = random.randint(SHORTEST, LONGEST)
         select(tokens, seq_len)
-        assert launched <= at_start, f"{tokens} of {seq_len} tokens"
-
-
-class Nothing(Executor):
-    """Leaves the output alone."""
-
-    def run(
-        self, launch: Launch, query: torch.Tensor, output: torch.Tensor, kv_cache: torch.Tensor, scale: float
-    ) -> None:
-        pass
+        assert set(launched) <= at_start, f"{tokens} of {seq_len} tokens"
 
 
 def test_rows_are_padded_as_in_graphs() -> None:
@@ -121,38 +93,24 @@ def test_rows_are_padded_as_in_graphs() -> None:
     ],
 )
 def test_no_decode_step_waits_for_the_compiler(
-    heads: int, kv_heads: int, knobs: dict[str, dict[str, Any]], launched: set[tuple[str, str]]
+    heads: int, kv_heads: int, knobs: dict[str, dict[str, Any]], launched: Mapping[tuple[str, str], Noted]
 ) -> None:
     """Steps outside of graphs, beside a chunk of another request, after the graphs were captured."""
     most_rows, longest = GRAPH_ROWS[-1], 16000
     methods = [method(**knobs.get(name, {})) for name, method in DECODE_METHODS.items() if not knobs or name in knobs]
-    served = [method for method in methods if isinstance(method, BatchDecodeMethod)]
+    served = served_at_once(methods)
     size = ServerSize(most_rows, longest, LAYERS, kv_heads)
     buffers = DecodeBuffers(most_rows, size, served, LIST_TOKENS, torch.device("cpu"))
     cache = torch.zeros(BLOCKS, kv_heads, BLOCK, 2 * HEAD_SIZE, dtype=torch.bfloat16)
-    kinds = {method.summaries for method in served if method.summaries is not None}
-    summaries = {
-        kind: torch.zeros(
-            BLOCKS, kv_heads, BLOCK // kind.page_tokens, kind.width(HEAD_SIZE), dtype=kind.dtype(cache.dtype)
-        )
-        for kind in kinds
-    }
     # Of an odd number of blocks, so that rows begin anywhere.
     contexts = torch.full((most_rows,), longest, dtype=torch.int32)
     table = torch.zeros(most_rows, longest // BLOCK, dtype=torch.int32)
     assert table.shape[1] % 2
 
+    room = DecodeRoom(buffers, cache, heads, cache.dtype, contexts, table)
+
     def setting(method: BatchDecodeMethod, slot: int) -> RowSetting:
         return RowSetting(method, 0, layer_roles(method, LAYERS), slot, False)
-
-    def serve(launches: list[LayerLaunches], rows: slice | torch.Tensor, capacity_tokens: int) -> None:
-        seq_len = contexts[rows]
-        count = seq_len.shape[0]
-        step = DecodeStep(buffers, count, launches, seq_len, table[rows], capacity_tokens)
-        for layer in range(LAYERS):
-            query = torch.zeros(count, heads, HEAD_SIZE, dtype=cache.dtype)
-            output = torch.zeros_like(query)
-            step.attend(BatchLayer(layer, query, cache, 0.1, output, Nothing(), lambda *_: None, summaries))
 
     mixtures = [[method] for method in served] + [served]
     graphs = DecodeGraphs(buffers, served, LAYERS, speculative=False)
@@ -160,7 +118,7 @@ def test_no_decode_step_waits_for_the_compiler(
     for name, launches in graphs.launches.items():
         for count in graphs.sizes_of(name):
             buffers.tell([DENSE_ROW] * count)
-            serve(launches, slice(0, count), most_rows * longest)
+            room.serve(launches, slice(0, count), most_rows * longest)
     captured = set(launched)
     assert captured
     for _ in range(STEPS):
@@ -170,5 +128,5 @@ def test_no_decode_step_waits_for_the_compiler(
         buffers.tell(settings)
         first = random.randint(0, most_rows - count)
         rows = random.choice((slice(first, first + count), torch.randperm(most_rows)[:count]))
-        serve(buffers.launches(settings, all_sparse=True), rows, random.randint(count * 5000, count * longest))
-        assert launched <= captured, f"{count} rows of {[method.name for method in mixture]}"
+        room.serve(buffers.launches(settings, all_sparse=True), rows, random.randint(count * 5000, count * longest))
+        assert set(launched) <= captured, f"{count} rows of {[method.name for method in mixture]}"

@@ -28,6 +28,7 @@ class LayerCall:
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]``, head-major (LBHNC).
         metadata: vLLM's attention metadata of the step.
         output: as the query, written.
+        scale: softmax scale of queries and keys as `query` and `kv_cache` hold them.
     """
 
     layer: Any
@@ -38,6 +39,7 @@ class LayerCall:
     kv_cache: torch.Tensor
     metadata: Any
     output: torch.Tensor
+    scale: float
 
     @property
     def block_table(self) -> torch.Tensor:
@@ -61,6 +63,10 @@ class LayerPlatform:
     first_query_head: int
     """The model's number of this process's first query head."""
     _executor: Executor | None = None
+
+    def as_read(self, call: LayerCall) -> LayerCall:
+        """A call as methods and the executor read it."""
+        return call
 
     @abstractmethod
     def make_executor(self, layer: Any) -> Executor:

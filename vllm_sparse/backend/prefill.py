@@ -60,18 +60,16 @@ def serve_row(
     """
     span, method = row.span, row.method
     tokens = slice(span.query_start, span.query_start + span.query_tokens)
-    chunk = PromptChunk(
-        call.query[tokens], call.output[tokens], call.kv_cache, call.block_table[span.row], platform.scale
-    )
+    chunk = PromptChunk(call.query[tokens], call.output[tokens], call.kv_cache, call.block_table[span.row], call.scale)
     keys = platform.row_keys(call, span)
     page_size = platform.prefill_page_size(method.page_tokens, call.block_size_tokens)
     with record.timer.serving("prefill", [method.name]):
         layer = Layer(call.index, platform.first_query_head)
-        lists = method.select(chunk.query, keys, platform.scale, page_size, layer)
+        lists = method.select(chunk.query, keys, call.scale, page_size, layer)
         attend_prompt_chunk(record.timer.executor(platform.executor(call.layer)), method, lists, chunk)
     list_heads = method.list_heads(platform.num_heads, platform.num_kv_heads)
     record.count(call.index, span, lists.kept_tokens, method.query_block_tokens, list_heads)
-    sample = RecallSample(chunk.query, keys, lists, method.query_block_tokens, platform.scale)
+    sample = RecallSample(chunk.query, keys, lists, method.query_block_tokens, call.scale)
     if record.measures_recall(call.index, span):
         record.metrics.observe_recall("prefill", method.name, sample)
     if row.guard is not None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from vllm import envs
 from vllm.v1.attention.backend import AttentionType
 
+from vllm_sparse.backend.executors.rule import FLASH_ATTENTION
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.server import server_config
 from vllm_sparse.kernels.top_coded_tokens.cuda import PAGES
@@ -198,11 +199,12 @@ LAYER_REFUSALS: tuple[Refusal[Any], ...] = (
         ),
     ),
     Refusal(
-        lambda impl: getattr(impl, "vllm_flash_attn_version", FLASH_ATTENTION_VERSION) != FLASH_ATTENTION_VERSION,
+        lambda impl: getattr(impl, "vllm_flash_attn_version", FLASH_ATTENTION_VERSION) not in FLASH_ATTENTION,
         lambda impl: (
-            f"attention backend sparse needs FlashAttention {FLASH_ATTENTION_VERSION} on CUDA, this configuration "
-            f"resolves to version {impl.vllm_flash_attn_version}; set --attention-config.flash_attn_version "
-            f"{FLASH_ATTENTION_VERSION} or serve without it"
+            f"attention backend sparse needs FlashAttention {', '.join(map(str, FLASH_ATTENTION))} or vLLM's Triton "
+            f"attention on a GPU, this configuration resolves to version {impl.vllm_flash_attn_version} of the former; "
+            'set "executor": "triton" in --additional-config, object sparse, or another '
+            "--attention-config.flash_attn_version, or serve without it"
         ),
     ),
 )

@@ -77,10 +77,11 @@ class PrefillWarmUp(VllmJitKernel[WarmUpChunk]):
         span = RowSpan(0, 0, compile_key.tokens, compile_key.seq_len)
         row = PrefillRow(span, compile_key.method)
         metadata = SimpleNamespace(block_table=block_table.unsqueeze(0))
-        call = LayerCall(layer, 0, query, query, query, kv_cache, metadata, torch.empty_like(query))
+        output = torch.empty_like(query)
+        call = LayerCall(layer, 0, query, query, query, kv_cache, metadata, output, layer.impl.scale)
         # Nothing of it is counted: the step never finishes.
         record = StepRecord(WorkerMetrics.get(), StepPlan(1, (span,), prefill=(row,)))
-        prefill.serve_row(layer.impl, call, row, record)
+        prefill.serve_row(layer.impl, layer.impl.as_read(call), row, record)
 
 
 def warm_up_chunks(method: PrefillMethod, step_tokens: int, min_tokens: int, longest_tokens: int) -> list[WarmUpChunk]:

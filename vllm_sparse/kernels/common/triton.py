@@ -18,6 +18,14 @@ def product_tile(count: int) -> int:
 
 
 @triton.jit
+def readable(b_key):
+    """Keys in numbers that products take: those of an FP8 cache in bfloat16, which holds each of them exactly."""
+    if b_key.dtype == tl.float8e4nv:
+        b_key = b_key.to(tl.bfloat16)
+    return b_key
+
+
+@triton.jit
 def load_keys(
     cache_pointer,
     block_table_pointer,
@@ -35,7 +43,7 @@ def load_keys(
     physical = tl.load(block_table_pointer + o_key // CACHE_BLOCK, mask=live, other=0).to(tl.int64)
     p_key = cache_pointer + physical * cache_block_stride + i_kv_head * cache_head_stride
     p_key += (o_key % CACHE_BLOCK) * cache_token_stride
-    return tl.load(p_key[:, None] + o_dim[None, :], mask=live[:, None] & in_head[None, :], other=0.0)
+    return readable(tl.load(p_key[:, None] + o_dim[None, :], mask=live[:, None] & in_head[None, :], other=0.0))
 
 
 @triton.jit
@@ -64,7 +72,7 @@ def load_key_block(
         p_key = cache_pointer + physical * cache_block_stride + i_kv_head * cache_head_stride
         p_key += first_key % CACHE_BLOCK * cache_token_stride
         p_key = p_key + o_offset[:, None] * cache_token_stride + o_dim[None, :]
-        b_key = tl.load(p_key, mask=live[:, None] & in_head[None, :], other=0.0)
+        b_key = readable(tl.load(p_key, mask=live[:, None] & in_head[None, :], other=0.0))
     else:
         b_key = load_keys(
             cache_pointer,

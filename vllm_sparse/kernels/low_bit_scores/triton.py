@@ -23,7 +23,7 @@ from vllm_sparse.kernels.low_bit_scores.reference import (
     middle_end,
     top_level,
 )
-from vllm_sparse.keys import PlainKeys
+from vllm_sparse.keys import PlainKeys, readable_dtype
 
 # Rows and pages of one tile of scores. With more rows each key is read less often.
 SCORED_ROWS, PAGE_TILE = 128, 64
@@ -122,7 +122,7 @@ def quantise_keys(keys: PlainKeys, pages: int, bits: int) -> tuple[torch.Tensor,
     levels = torch.empty(
         *shape, KEY_GROUPS, PAGE_TOKENS // KEY_GROUPS, head_tile, dtype=torch.int8, device=cache.device
     )
-    mean = torch.empty(*shape, head_tile, dtype=cache.dtype, device=cache.device)
+    mean = torch.empty(*shape, head_tile, dtype=readable_dtype(cache.dtype), device=cache.device)
     numbers = torch.empty(keys.num_kv_heads, KEY_GROUPS + 2, pages, dtype=torch.float32, device=cache.device)
     quantise_keys_kernel[(pages, keys.num_kv_heads)](
         cache,

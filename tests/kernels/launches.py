@@ -1,0 +1,194 @@
+"""What kernels methods launch, and how, noted where there is no GPU: nothing is compiled or launched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_sparse.backend.decode_batch import BatchLayer, DecodeStep
+from vllm_sparse.backend.decode_buffers import DecodeBuffers
+from vllm_sparse.keys import Float8Keys, PlainKeys
+from vllm_sparse.methods.decode import BatchDecodeMethod
+from vllm_sparse.methods.prefill import Layer, PrefillMethod
+from vllm_sparse.step.launch import Executor, Launch, LayerLaunches
+
+BLOCK_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU that Triton compiles for.
+
+    Attributes:
+        backend: ``cuda`` or ``hip``.
+        architecture: compute capability without its point, or AMD's name.
+        shared_memory_bytes: that a program may have at most.
+    """
+
+    backend: str
+    architecture: int | str
+    shared_memory_bytes: int
+
+    @property
+    def name(self) -> str:
+        """As compilers call it."""
+        return f"sm_{self.architecture}" if self.backend == "cuda" else str(self.architecture)
+
+    @property
+    def triton(self) -> Any:
+        """As Triton has it."""
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(self.backend, self.architecture, 32 if self.backend == "cuda" else 64)
+
+
+HOPPER = Target("cuda", 90, 227 * 1024)
+
+
+class _Driver:
+    """What Triton asks its driver for before it launches."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target.triton
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> str:
+        return f"nowhere, {self._target.arch}"
+
+    def get_current_stream(self, device: str) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A kernel as it was about to be compiled.
+
+    Attributes:
+        kernel: the function under `triton.jit`.
+        signature: Triton's type of each parameter.
+        constants: values of those that are constant.
+        attributes: what is known of arguments, such as alignments.
+        options: warps, stages and so on.
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[Any, Any]
+    attributes: dict[Any, Any]
+    options: dict[str, Any]
+
+    def compile(self, target: Target) -> Any:
+        """Triton's compiled kernel."""
+        import triton
+        from triton.compiler import ASTSource
+
+        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+        return triton.compile(source, target=target.triton, options=self.options)
+
+
+def note_launches(monkeypatch: pytest.MonkeyPatch, target: Target) -> dict[tuple[str, str], Noted]:
+    """Note all launches from now on as if on a GPU, over zeros.
+
+    Args:
+        monkeypatch: of the test.
+        target: that GPU.
+
+    Returns:
+        Kernels by their name and what they are specialised on; filled as they are launched.
+    """
+    import triton
+
+    found: dict[tuple[str, str], Noted] = {}
+
+    def note(*, key: str, fn: Any, compile: dict[str, Any], **_: object) -> bool:  # noqa: A002 (Triton's name)
+        options = json.loads(compile["specialization_data"])["options"]
+        attributes = compile["configs"][0]
+        found[fn.name, key] = Noted(fn.jit_function, compile["signature"], compile["constants"], attributes, options)
+        # "Do not compile it", nor launch it.
+        return True
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Driver(target))
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", note)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch, "empty", torch.zeros)
+    return found
+
+
+def choose_for_chunk(method: PrefillMethod, query: torch.Tensor, cache: torch.Tensor, seq_len: int) -> None:
+    """Let a method choose for a prompt's last chunk.
+
+    Args:
+        method: the method.
+        query: ``[tokens, query_heads, head_size]``.
+        cache: ``[blocks, kv_heads, BLOCK_TOKENS, 2 * head_size]``, of the prompt's blocks in order.
+        seq_len: of the prompt.
+    """
+    table = torch.arange(-(-seq_len // BLOCK_TOKENS), dtype=torch.int32)
+    keys = (Float8Keys if cache.dtype == torch.float8_e4m3fn else PlainKeys)(cache, table, seq_len)
+    layer = Layer(method.dense_layers, 0)
+    method.select(query, keys, query.shape[2] ** -0.5, min(BLOCK_TOKENS, method.page_tokens), layer)
+
+
+class Nothing(Executor):
+    """Leaves the output alone."""
+
+    def run(
+        self, launch: Launch, query: torch.Tensor, output: torch.Tensor, kv_cache: torch.Tensor, scale: float
+    ) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class DecodeRoom:
+    """Buffers and a cache of zeros for decode rows that are served at once.
+
+    Attributes:
+        buffers: of the rows.
+        cache: ``[blocks, kv_heads, BLOCK_TOKENS, 2 * head_size]``.
+        query_heads: of the model.
+        dtype: of queries.
+        contexts: int32 ``[most rows]`` lengths.
+        table: int32 ``[most rows, blocks of a row]``.
+    """
+
+    buffers: DecodeBuffers
+    cache: torch.Tensor
+    query_heads: int
+    dtype: torch.dtype
+    contexts: torch.Tensor
+    table: torch.Tensor
+
+    def serve(self, launches: list[LayerLaunches], rows: slice | torch.Tensor, capacity_tokens: int) -> None:
+        """Serve some of the rows, all layers."""
+        seq_len = self.contexts[rows]
+        count, head_size = seq_len.shape[0], self.cache.shape[3] // 2
+        step = DecodeStep(self.buffers, count, launches, seq_len, self.table[rows], capacity_tokens)
+        blocks, kv_heads = self.cache.shape[:2]
+        kinds = {method.summaries for method in self.buffers.methods if method.summaries is not None}
+        summaries = {
+            kind: torch.zeros(
+                *(blocks, kv_heads, BLOCK_TOKENS // kind.page_tokens, kind.width(head_size)),
+                dtype=kind.dtype(self.cache.dtype),
+            )
+            for kind in kinds
+        }
+        for layer in range(len(launches)):
+            query = torch.zeros(count, self.query_heads, head_size, dtype=self.dtype)
+            output = torch.zeros_like(query)
+            step.attend(BatchLayer(layer, query, self.cache, 0.1, output, Nothing(), lambda *_: None, summaries))
+
+
+Serve = Callable[[list[LayerLaunches], "slice | torch.Tensor", int], None]
+
+
+def served_at_once(methods: list[Any]) -> list[BatchDecodeMethod]:
+    """Those of decode methods that serve rows at once."""
+    return [method for method in methods if isinstance(method, BatchDecodeMethod)]
