@@ -66,6 +66,11 @@ class _Driver:
         return None
 
 
+def _hashed(value: Any) -> Any:
+    """A value as JSON has it, with tuples for lists."""
+    return tuple(map(_hashed, value)) if isinstance(value, list) else value
+
+
 @dataclass(frozen=True)
 class Noted:
     """A kernel as it was about to be compiled.
@@ -108,7 +113,9 @@ def note_launches(monkeypatch: pytest.MonkeyPatch, target: Target) -> dict[tuple
     found: dict[tuple[str, str], Noted] = {}
 
     def note(*, key: str, fn: Any, compile: dict[str, Any], **_: object) -> bool:  # noqa: A002 (Triton's name)
-        options = json.loads(compile["specialization_data"])["options"]
+        options = {
+            name: _hashed(value) for name, value in json.loads(compile["specialization_data"])["options"].items()
+        }
         attributes = compile["configs"][0]
         found[fn.name, key] = Noted(fn.jit_function, compile["signature"], compile["constants"], attributes, options)
         # "Do not compile it", nor launch it.

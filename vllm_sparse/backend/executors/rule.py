@@ -88,6 +88,11 @@ class Device:
         return f"a device of vLLM's platform {self.platform}"
 
     @property
+    def has_float8(self) -> bool:
+        """Triton converts numbers of `torch.float8_e4m3fn` there."""
+        return self.platform == "cuda" and self.capability >= (8, 9)
+
+    @property
     def tried(self) -> bool:
         """Something of this package has run on such a device."""
         return self.platform == "cuda" and self.capability in TRIED

@@ -17,6 +17,11 @@ def product_tile(count: int) -> int:
     return tile
 
 
+def register_limit(registers: int) -> dict[str, int]:
+    """Options of a launch that leave each thread at most so many registers; AMD's compiler has no such option."""
+    return {"maxnreg": registers} if triton.runtime.driver.active.get_current_target().backend == "cuda" else {}
+
+
 @triton.jit
 def readable(b_key):
     """Keys in numbers that products take: those of an FP8 cache in bfloat16, which holds each of them exactly."""

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.common.triton import load_key_block, product_tile
+from vllm_sparse.kernels.common.triton import load_key_block, product_tile, register_limit
 from vllm_sparse.kernels.flex_estimate.reference import BlockMasses, FlexEstimate
 from vllm_sparse.kernels.page_summaries import SummaryKind
 from vllm_sparse.kernels.page_summaries.triton import page_summaries
@@ -118,7 +118,7 @@ def block_masses(sample: torch.Tensor, keys: PlainKeys, scale: float, block_size
         # Registers for two programs on a multiprocessor, so that one multiplies while the other sums.
         num_warps=8,
         num_stages=2,
-        maxnreg=128,
+        **register_limit(128),
     )
     maximum, total, nearer = masses.transpose(2, 3).unbind(0)
     return BlockMasses(maximum, total, nearer, page_summaries(keys, SummaryKind(block_size_tokens, "mean")))
