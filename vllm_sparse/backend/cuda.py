@@ -24,10 +24,9 @@ from vllm_sparse.backend.decode_buffers import DecodeBuffers
 from vllm_sparse.backend.decode_graphs import DecodeGraphs, set_graphs
 from vllm_sparse.backend.device import gpu
 from vllm_sparse.backend.execution import StepExecution
-from vllm_sparse.backend.executors.flash_attention import ByPageSize, FlashAttentionExecutor
 from vllm_sparse.backend.executors.float8 import ValueScale
+from vllm_sparse.backend.executors.lists import list_executor
 from vllm_sparse.backend.executors.rule import FLASH_ATTENTION, StockKernels
-from vllm_sparse.backend.executors.triton_attention import TritonExecutor
 from vllm_sparse.backend.host_copy import indices_on, to_device
 from vllm_sparse.backend.impl import SparseAttentionImpl
 from vllm_sparse.backend.metadata import SparseMetadataBuilder
@@ -176,7 +175,6 @@ class GpuAttentionImpl(SparseAttentionImpl):
 
     supports_dcp = False
     kv_cache_dtype: str
-    vllm_flash_attn_version: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -209,13 +207,7 @@ class GpuAttentionImpl(SparseAttentionImpl):
         kernels = self.stock_kernels
         _log_kernels(kernels, self.has_float8_cache)
         value_scale = ValueScale(layer._v_scale) if self.has_float8_cache else None
-        page_lists, token_lists = (
-            TritonExecutor(value_scale)
-            if kernel == "triton"
-            else FlashAttentionExecutor(self.vllm_flash_attn_version, value_scale)
-            for kernel in (kernels.page_lists, kernels.token_lists)
-        )
-        return page_lists if kernels.page_lists == kernels.token_lists else ByPageSize(page_lists, token_lists)
+        return list_executor(kernels, value_scale)
 
     def keys_of(self, layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_len: int) -> PagedKeys:
         return (Float8Keys if self.has_float8_cache else PlainKeys)(kv_cache, block_table, seq_len)
@@ -290,6 +282,8 @@ def _log_kernels(kernels: StockKernels, float8_cache: bool) -> None:
 
 class SparseFlashAttentionImpl(GpuAttentionImpl, FlashAttentionImpl):
     """FlashAttention's implementation with a path for sparse rows."""
+
+    vllm_flash_attn_version: int
 
     @property
     def stock_kernels(self) -> StockKernels:

@@ -21,6 +21,7 @@ class StockKernels:
 
     Attributes:
         name: of the kernel that reads whole contexts, for messages.
+        flash_attn_version: of that kernel; None: it is no FlashAttention.
         dense: what reads whole contexts.
         page_lists: what reads lists of pages of 16 tokens and multiples.
         token_lists: what reads lists of smaller pages and of single tokens.
@@ -28,6 +29,7 @@ class StockKernels:
     """
 
     name: str
+    flash_attn_version: int | None
     dense: Kernel
     page_lists: Kernel
     token_lists: Kernel
@@ -42,13 +44,13 @@ class StockKernels:
         )
 
 
-TRITON = StockKernels("vLLM's Triton attention", "triton", "triton", "triton", (8, 9))
+TRITON = StockKernels("vLLM's Triton attention", None, "triton", "triton", "triton", (8, 9))
 
 # By version, as vLLM resolves it for the device, the model and --attention-config.flash_attn_version.
 FLASH_ATTENTION: Mapping[int, StockKernels] = {
-    2: StockKernels("FlashAttention 2", "flash_attention", "flash_attention", "triton", None),
-    3: StockKernels("FlashAttention 3", "flash_attention", "flash_attention", "flash_attention", (9, 0)),
-    4: StockKernels("FlashAttention 4", "flash_attention", "triton", "triton", (10, 0)),
+    2: StockKernels("FlashAttention 2", 2, "flash_attention", "flash_attention", "triton", None),
+    3: StockKernels("FlashAttention 3", 3, "flash_attention", "flash_attention", "flash_attention", (9, 0)),
+    4: StockKernels("FlashAttention 4", 4, "flash_attention", "triton", "triton", (10, 0)),
 }
 
 # NVIDIA GPUs by compute capability. Those that are not named here run vLLM's Triton attention.
