@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from vllm_sparse.backend.decode_buffers import DecodeBuffers
 from vllm_sparse.keys import Float8Keys, PlainKeys
 from vllm_sparse.methods.decode import BatchDecodeMethod
 from vllm_sparse.methods.prefill import Layer, PrefillMethod
+from vllm_sparse.pages import PageList
 from vllm_sparse.step.launch import Executor, Launch, LayerLaunches
 
 BLOCK_TOKENS = 128
@@ -129,7 +129,7 @@ def note_launches(monkeypatch: pytest.MonkeyPatch, target: Target) -> dict[tuple
     return found
 
 
-def choose_for_chunk(method: PrefillMethod, query: torch.Tensor, cache: torch.Tensor, seq_len: int) -> None:
+def choose_for_chunk(method: PrefillMethod, query: torch.Tensor, cache: torch.Tensor, seq_len: int) -> PageList:
     """Let a method choose for a prompt's last chunk.
 
     Args:
@@ -138,10 +138,10 @@ def choose_for_chunk(method: PrefillMethod, query: torch.Tensor, cache: torch.Te
         cache: ``[blocks, kv_heads, BLOCK_TOKENS, 2 * head_size]``, of the prompt's blocks in order.
         seq_len: of the prompt.
     """
-    table = torch.arange(-(-seq_len // BLOCK_TOKENS), dtype=torch.int32)
+    table = torch.arange(-(-seq_len // BLOCK_TOKENS), dtype=torch.int32, device=cache.device)
     keys = (Float8Keys if cache.dtype == torch.float8_e4m3fn else PlainKeys)(cache, table, seq_len)
     layer = Layer(method.dense_layers, 0)
-    method.select(query, keys, query.shape[2] ** -0.5, min(BLOCK_TOKENS, method.page_tokens), layer)
+    return method.select(query, keys, query.shape[2] ** -0.5, min(BLOCK_TOKENS, method.page_tokens), layer)
 
 
 class Nothing(Executor):
@@ -173,8 +173,14 @@ class DecodeRoom:
     contexts: torch.Tensor
     table: torch.Tensor
 
-    def serve(self, launches: list[LayerLaunches], rows: slice | torch.Tensor, capacity_tokens: int) -> None:
-        """Serve some of the rows, all layers."""
+    def serve(
+        self,
+        launches: list[LayerLaunches],
+        rows: slice | torch.Tensor,
+        capacity_tokens: int,
+        query: torch.Tensor | None = None,
+    ) -> None:
+        """Serve some of the rows, all layers, with the same queries ``[rows, query_heads, head_size]`` or zeros."""
         seq_len = self.contexts[rows]
         count, head_size = seq_len.shape[0], self.cache.shape[3] // 2
         step = DecodeStep(self.buffers, count, launches, seq_len, self.table[rows], capacity_tokens)
@@ -184,16 +190,15 @@ class DecodeRoom:
             kind: torch.zeros(
                 *(blocks, kv_heads, BLOCK_TOKENS // kind.page_tokens, kind.width(head_size)),
                 dtype=kind.dtype(self.cache.dtype),
+                device=self.cache.device,
             )
             for kind in kinds
         }
-        for layer in range(len(launches)):
+        if query is None:
             query = torch.zeros(count, self.query_heads, head_size, dtype=self.dtype)
+        for layer in range(len(launches)):
             output = torch.zeros_like(query)
             step.attend(BatchLayer(layer, query, self.cache, 0.1, output, Nothing(), lambda *_: None, summaries))
-
-
-Serve = Callable[[list[LayerLaunches], "slice | torch.Tensor", int], None]
 
 
 def served_at_once(methods: list[Any]) -> list[BatchDecodeMethod]:
