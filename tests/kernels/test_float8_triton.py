@@ -31,6 +31,15 @@ from vllm_sparse.step.rows import ServerSize
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 64
 QUERY_TOKENS, SEQ_LEN, LAYERS, LIST_TOKENS = 130, 700, 3, 512
 
+BLOCKS: dict[str, Any] = {"budget_tokens": 96, "sink_tokens": 5, "recent_tokens": 20, "dense_layers": 0}
+STAGES: dict[str, Any] = {
+    "stage_block_tokens": (64, 32),
+    "stage_budget_tokens": (256, 64),
+    "refresh_steps": (4, 2),
+    "sink_tokens": 16,
+    "recent_tokens": 20,
+    "dense_layers": 0,
+}
 PREFILL: dict[str, Any] = {
     "sale": Sale(tau=0.25),
     "dhsa": Dhsa(key_blocks="adaptive", budget_tokens=200, sink_tokens=0, recent_tokens=0, dense_tail_tokens=16),
@@ -74,10 +83,10 @@ def test_prompt_chunks(name: str, generator: torch.Generator, monkeypatch: pytes
     "method",
     [
         pytest.param(Tidal(budget_tokens=64, dense_layers=0, sink_tokens=4, recent_tokens=8), id="tidal"),
-        pytest.param(TokenTopk(budget_tokens=64), id="tokentopk"),
-        pytest.param(BlockTopk(budget_tokens=64, dense_layers=0), id="blocktopk-bounds"),
-        pytest.param(BlockTopk(budget_tokens=64, dense_layers=0, scores="mean"), id="blocktopk-mean"),
-        pytest.param(HipDecode(), id="hip"),
+        pytest.param(TokenTopk(budget_tokens=64, sink_tokens=4, recent_tokens=8), id="tokentopk"),
+        pytest.param(BlockTopk(**BLOCKS), id="blocktopk-bounds"),
+        pytest.param(BlockTopk(**BLOCKS, scores="mean"), id="blocktopk-mean"),
+        pytest.param(HipDecode(**STAGES), id="hip"),
     ],
 )
 def test_decode_rows(method: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:

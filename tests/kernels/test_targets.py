@@ -6,6 +6,7 @@ shared memory that a program may have there; compute capabilities 8.6 and 8.9 ha
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -70,6 +71,18 @@ def test_kernels_compile(target: Target, monkeypatch: pytest.MonkeyPatch) -> Non
         shared_bytes = one.compile(target).metadata.shared
         room = target.shared_memory_bytes
         assert shared_bytes <= room, f"{one.kernel.__name__} needs {shared_bytes} of {room} bytes of shared memory"
+
+
+def test_the_clock_compiles_for_amd() -> None:
+    """And is waited for by the counter that the instruction raises."""
+    from triton import compile as compile_kernel
+    from triton.compiler import ASTSource
+
+    from vllm_sparse.kernels.device_clock.triton import stamp_kernel
+
+    source = ASTSource(stamp_kernel, {"time_pointer": "*i64", "CLOCK": "constexpr"}, {(1,): "gfx9"})
+    compiled = compile_kernel(source, target=GFX942.triton, options={"num_warps": 1})
+    assert re.search(r"s_memrealtime s\[\d+:\d+\]\s+s_waitcnt lgkmcnt\(0\)", compiled.asm["amdgcn"])
 
 
 @pytest.mark.parametrize("target", [SM89], ids=lambda target: target.name)
