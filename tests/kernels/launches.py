@@ -11,7 +11,7 @@ import torch
 
 from vllm_sparse.backend.decode_batch import BatchLayer, DecodeStep
 from vllm_sparse.backend.decode_buffers import DecodeBuffers
-from vllm_sparse.keys import Float8Keys, PlainKeys
+from vllm_sparse.keys import PlainKeys
 from vllm_sparse.methods.decode import BatchDecodeMethod
 from vllm_sparse.methods.prefill import Layer, PrefillMethod
 from vllm_sparse.pages import PageList
@@ -139,7 +139,7 @@ def choose_for_chunk(method: PrefillMethod, query: torch.Tensor, cache: torch.Te
         seq_len: of the prompt.
     """
     table = torch.arange(-(-seq_len // BLOCK_TOKENS), dtype=torch.int32, device=cache.device)
-    keys = (Float8Keys if cache.dtype == torch.float8_e4m3fn else PlainKeys)(cache, table, seq_len)
+    keys = PlainKeys(cache, table, seq_len)
     layer = Layer(method.dense_layers, 0)
     return method.select(query, keys, query.shape[2] ** -0.5, min(BLOCK_TOKENS, method.page_tokens), layer)
 

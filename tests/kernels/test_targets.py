@@ -23,6 +23,7 @@ from tests.kernels.launches import (
     served_at_once,
 )
 from vllm_sparse.backend.decode_buffers import DecodeBuffers
+from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.prefill import PrefillMethod
 from vllm_sparse.methods.registry import DECODE_METHODS, PREFILL_METHODS
 from vllm_sparse.step.plan import layer_roles
@@ -48,8 +49,8 @@ def noted(monkeypatch: pytest.MonkeyPatch, target: Target, cache_dtype: torch.dt
         found = note_launches(patch, target)
         cache = torch.zeros(SEQ_LEN // BLOCK_TOKENS, KV_HEADS, BLOCK_TOKENS, 2 * HEAD_SIZE).to(cache_dtype)
         query = torch.zeros(QUERY_TOKENS, HEADS, HEAD_SIZE, dtype=torch.bfloat16)
-        for made in PREFILL_METHODS.values():
-            method: Any = made()
+        chunks: list[Any] = [made() for made in PREFILL_METHODS.values()]
+        for method in (*chunks, Dhsa(key_blocks="adaptive")):
             assert isinstance(method, PrefillMethod)
             choose_for_chunk(method, query, cache, SEQ_LEN)
         decoding = served_at_once([method() for method in DECODE_METHODS.values()])

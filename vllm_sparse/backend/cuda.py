@@ -34,7 +34,7 @@ from vllm_sparse.backend.support import SparseDeclarations
 from vllm_sparse.backend.warm_up import PrefillWarmUp
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.server import server_config
-from vllm_sparse.keys import Float8Keys, PagedKeys, PlainKeys
+from vllm_sparse.keys import PagedKeys, PlainKeys
 from vllm_sparse.methods.decode import BatchDecodeMethod
 from vllm_sparse.methods.method import Method
 from vllm_sparse.methods.registry import DECODE_METHODS
@@ -74,6 +74,8 @@ class GpuMetadataBuilder(SparseMetadataBuilder):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
+        _log_kernels(impl.stock_kernels, impl.has_float8_cache)
         config = server_config(vllm_config)
         configured = [configured_method(config, "decode", name) for name in DECODE_METHODS if name in config.methods]
         size = ServerSize(
@@ -203,14 +205,16 @@ class GpuAttentionImpl(SparseAttentionImpl):
             query = query.to(torch.float8_e4m3fn)
         super().stock_forward(call, query, metadata, output)
 
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Sparse rows write outputs as they are; vLLM's Triton attention could round them."""
+        return False
+
     def make_executor(self, layer: Any) -> Executor:
-        kernels = self.stock_kernels
-        _log_kernels(kernels, self.has_float8_cache)
         value_scale = ValueScale(layer._v_scale) if self.has_float8_cache else None
-        return list_executor(kernels, value_scale)
+        return list_executor(self.stock_kernels, value_scale)
 
     def keys_of(self, layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_len: int) -> PagedKeys:
-        return (Float8Keys if self.has_float8_cache else PlainKeys)(kv_cache, block_table, seq_len)
+        return PlainKeys(kv_cache, block_table, seq_len)
 
     def prefill_page_size(self, wanted_tokens: int, block_size_tokens: int) -> int:
         # The kernel is as efficient with small pages as with large ones; they have to divide a block.
@@ -264,7 +268,7 @@ def _of_other_rows(metadata: Any, **rows: Any) -> Any:
 
 @lru_cache
 def _log_kernels(kernels: StockKernels, float8_cache: bool) -> None:
-    """Once, not for each layer."""
+    """Once, though vLLM makes several builders."""
     logger.info("Sparse attention: %s", kernels.describe())
     if float8_cache:
         logger.info(
