@@ -5,6 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# That a program may have, by compute capability of NVIDIA's GPUs.
+SHARED_MEMORY_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
+AMD_SHARED_MEMORY_KIB = 64
 LEAST_KEY = tl.constexpr(-(1 << 31))
 # Entries of a row that a program holds in registers. More would need more than 16 warps; fewer than 4 warps gain
 # nothing.
@@ -28,6 +31,14 @@ def is_amd() -> bool:
 def register_limit(registers: int) -> dict[str, int]:
     """Options of a launch that leave each thread at most so many registers; AMD's compiler has no such option."""
     return {} if is_amd() else {"maxnreg": registers}
+
+
+def shared_memory_kib() -> int:
+    """Shared memory that a program may have on the current device, in KiB; the least that any has if it is unknown."""
+    if triton.knobs.runtime.interpret:
+        return max(SHARED_MEMORY_KIB.values())
+    target = triton.runtime.driver.active.get_current_target()
+    return AMD_SHARED_MEMORY_KIB if target.backend == "hip" else SHARED_MEMORY_KIB.get(target.arch, 99)
 
 
 def float32_precision() -> str:
