@@ -36,7 +36,7 @@ def test_the_backend_is_the_devices(gpu: Device, expected: type, monkeypatch: py
     monkeypatch.setattr(backend, "current_platform", SimpleNamespace(is_cpu=lambda: False))
     monkeypatch.setattr(device, "gpu", lambda: gpu)
     assert backend.SparseAttentionBackend is expected
-    assert expected.get_name() == "SPARSE"  # type: ignore[attr-defined]
+    assert expected.get_name() == "SPARSE"
 
 
 def test_a_refused_device_is_told_what_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +52,16 @@ def test_fp8_caches_are_e4m3(stock: Any) -> None:
     assert stock.supports_kv_cache_dtype("fp8_e4m3")
     assert not any(map(stock.supports_kv_cache_dtype, ("fp8_e5m2", "nvfp4", "fp8_per_token_head")))
     assert not stock.supports_per_head_quant_scales()
+
+
+def test_wide_heads_are_refused_where_tiles_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_sparse.backend import cuda
+
+    monkeypatch.setattr(cuda, "gpu", lambda: Device("rocm", (9, 4)))
+    assert SparseTritonBackend.supports_head_size(128)
+    assert not SparseTritonBackend.supports_head_size(256)
+    monkeypatch.setattr(cuda, "gpu", lambda: Device("cuda", (8, 9)))
+    assert SparseTritonBackend.supports_head_size(256)
 
 
 class Noting(Executor):

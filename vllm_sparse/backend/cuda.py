@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.sparse")
 
 PREFERRED_BLOCK_TOKENS = 128
+LARGEST_HEAD_ON_AMD = 128
 
 
 # What of a step's metadata holds for other rows of the step, too, by vLLM's class.
@@ -272,8 +273,8 @@ def _log_kernels(kernels: StockKernels, float8_cache: bool) -> None:
     logger.info("Sparse attention: %s", kernels.describe())
     if float8_cache:
         logger.info(
-            "Sparse attention: the KV cache is FP8, which the CUDA kernels of csrc/ do not read; their Triton twins "
-            "choose in their place, which takes longer"
+            "Sparse attention: the KV cache is FP8, which no CUDA kernel of csrc/ reads; the Triton twins of sale's and "
+            "tokentopk's choose in their place, which takes longer"
         )
     if not gpu().tried:
         logger.warning(
@@ -298,6 +299,12 @@ class GpuDeclarations(SparseDeclarations):
     """Mixin before a stock backend of GPUs."""
 
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16", "fp8", "fp8_e4m3"]
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        """Wider heads' tiles do not fit the shared memory of AMD's GPUs (tests/kernels/test_targets.py)."""
+        widest = LARGEST_HEAD_ON_AMD if gpu().platform == "rocm" else head_size
+        return head_size <= widest and bool(super().supports_head_size(head_size))
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
