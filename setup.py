@@ -69,8 +69,8 @@ def build_libraries(nvcc: str, folder: Path) -> None:
         print(f"compiling csrc/ for {name} with {nvcc}")
         if subprocess.run([*command, "-o", str(folder / f"{name}.so"), *sources], check=False).returncode:
             sys.exit(
-                f"{nvcc} does not compile csrc/ for {name}; what it says is above. CUDA 12.3 or newer is needed. To install "
-                "without the CUDA kernels, which Triton then replaces, take nvcc off PATH and unset CUDA_HOME."
+                f"{nvcc} does not compile csrc/ for {name}; what it says is above. CUDA 12.3 or newer is needed. To "
+                "install without the CUDA kernels, which Triton then replaces, take nvcc off PATH and unset CUDA_HOME."
             )
 
 

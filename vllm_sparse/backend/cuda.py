@@ -304,7 +304,7 @@ class GpuDeclarations(SparseDeclarations):
     def supports_head_size(cls, head_size: int) -> bool:
         """Wider heads' tiles do not fit the shared memory of AMD's GPUs (tests/kernels/test_targets.py)."""
         widest = LARGEST_HEAD_ON_AMD if gpu().platform == "rocm" else head_size
-        return head_size <= widest and bool(super().supports_head_size(head_size))
+        return head_size <= widest and bool(super().supports_head_size(head_size))  # type: ignore[misc]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
