@@ -1,7 +1,8 @@
-"""An FP8 cache is read as its numbers stand: lists are those of a bfloat16 cache that holds the same numbers.
+"""An FP8 cache is read as its numbers stand: lists are those of a wider cache that holds the same numbers.
 
-Both go through the Triton kernels, interpreted where there is no GPU. What a layer's scales do to them lies in the
-softmax scale, of which no kernel knows more.
+Both go through the Triton kernels, which have tests of their own against float64. Where there is no GPU they are
+interpreted, in float32 instead of bfloat16, which the interpreter does not multiply. What a layer's scales do to numbers
+lies in the softmax scale, of which no kernel knows more.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from vllm_sparse.step.rows import ServerSize
 
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 64
 QUERY_TOKENS, SEQ_LEN, LAYERS, LIST_TOKENS = 130, 700, 3, 512
+WIDE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 BLOCKS: dict[str, Any] = {"budget_tokens": 96, "sink_tokens": 5, "recent_tokens": 20, "dense_layers": 0}
 STAGES: dict[str, Any] = {
@@ -54,24 +56,40 @@ def test_under_the_interpreter() -> None:
     run_under_the_interpreter(__file__, passing=len(PREFILL) + 6)
 
 
+@pytest.fixture(autouse=True)
+def multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers that the interpreter multiplies."""
+    if not CAN_RUN or DEVICE == "cuda":
+        return
+    import triton.language as tl
+
+    from vllm_sparse.kernels.adaptive_blocks import triton as adaptive_blocks
+    from vllm_sparse.kernels.common import triton as common
+    from vllm_sparse.kernels.low_bit_scores import triton as low_bit_scores
+
+    for module in (common, adaptive_blocks):
+        monkeypatch.setattr(module, "READABLE", tl.constexpr(tl.float32))
+    monkeypatch.setattr(low_bit_scores, "readable_dtype", lambda _: torch.float32)
+
+
 def caches(generator: torch.Generator, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A cache in FP8, and the same numbers in bfloat16."""
+    """A cache in FP8, and the same numbers in `WIDE`."""
     shape = blocks, KV_HEADS, BLOCK_TOKENS, 2 * HEAD_SIZE
     float8 = torch.randn(shape, generator=generator).to(torch.float8_e4m3fn)
-    return float8.to(DEVICE), float8.to(torch.bfloat16).to(DEVICE)
+    return float8.to(DEVICE), float8.to(WIDE).to(DEVICE)
 
 
 @needs_triton
 @pytest.mark.parametrize("name", PREFILL)
 def test_prompt_chunks(name: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     method: PrefillMethod = PREFILL[name]
-    float8, bfloat16 = caches(generator, -(-SEQ_LEN // BLOCK_TOKENS))
-    query = torch.randn(QUERY_TOKENS, HEADS, HEAD_SIZE, generator=generator).bfloat16().to(DEVICE)
+    float8, wide = caches(generator, -(-SEQ_LEN // BLOCK_TOKENS))
+    query = torch.randn(QUERY_TOKENS, HEADS, HEAD_SIZE, generator=generator).to(WIDE).to(DEVICE)
     # So that methods take their Triton kernels.
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     lists = choose_for_chunk(method, query, float8, SEQ_LEN)
-    expected = choose_for_chunk(method, query, bfloat16, SEQ_LEN)
+    expected = choose_for_chunk(method, query, wide, SEQ_LEN)
     assert torch.equal(lists.kept_tokens, expected.kept_tokens)
     assert int(lists.kept_tokens.sum()) > 0
     for row, pages in enumerate(lists.kept_pages.tolist()):
@@ -93,7 +111,7 @@ def test_decode_rows(method: Any, generator: torch.Generator, monkeypatch: pytes
     rows = 2
     blocks = -(-SEQ_LEN // BLOCK_TOKENS)
     both = caches(generator, rows * blocks)
-    query = torch.randn(rows, HEADS, HEAD_SIZE, generator=generator).bfloat16().to(DEVICE)
+    query = torch.randn(rows, HEADS, HEAD_SIZE, generator=generator).to(WIDE).to(DEVICE)
     contexts = torch.tensor([SEQ_LEN, SEQ_LEN - 150], dtype=torch.int32, device=DEVICE)
     table = torch.randperm(rows * blocks, generator=generator).int().view(rows, blocks).to(DEVICE)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)

@@ -8,6 +8,8 @@ import triton.language as tl
 # That a program may have, by compute capability of NVIDIA's GPUs.
 SHARED_MEMORY_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 AMD_SHARED_MEMORY_KIB = 64
+# Of keys of an FP8 cache, in products: holds each of them exactly.
+READABLE = tl.constexpr(tl.bfloat16)
 LEAST_KEY = tl.constexpr(-(1 << 31))
 # Entries of a row that a program holds in registers. More would need more than 16 warps; fewer than 4 warps gain
 # nothing.
@@ -48,9 +50,9 @@ def float32_precision() -> str:
 
 @triton.jit
 def readable(b_key):
-    """Keys in numbers that products take: those of an FP8 cache in bfloat16, which holds each of them exactly."""
+    """Keys in numbers that products take: those of an FP8 cache in `READABLE`."""
     if b_key.dtype == tl.float8e4nv:
-        b_key = b_key.to(tl.bfloat16)
+        b_key = b_key.to(READABLE)
     return b_key
 
 
