@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from vllm_sparse.backend.decode_batch import BatchLayer, DecodeStep
 from vllm_sparse.backend.decode_buffers import DecodeBuffers
+from vllm_sparse.kernels.page_summaries import SummaryKind
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.methods.decode import BatchDecodeMethod
 from vllm_sparse.methods.prefill import Layer, PrefillMethod
@@ -113,11 +115,12 @@ def note_launches(monkeypatch: pytest.MonkeyPatch, target: Target) -> dict[tuple
     found: dict[tuple[str, str], Noted] = {}
 
     def note(*, key: str, fn: Any, compile: dict[str, Any], **_: object) -> bool:  # noqa: A002 (Triton's name)
-        options = {
-            name: _hashed(value) for name, value in json.loads(compile["specialization_data"])["options"].items()
-        }
-        attributes = compile["configs"][0]
-        found[fn.name, key] = Noted(fn.jit_function, compile["signature"], compile["constants"], attributes, options)
+        if (fn.name, key) not in found:
+            options = json.loads(compile["specialization_data"])["options"]
+            options = {name: _hashed(value) for name, value in options.items()}
+            attributes = compile["configs"][0]
+            signature, constants = compile["signature"], compile["constants"]
+            found[fn.name, key] = Noted(fn.jit_function, signature, constants, attributes, options)
         # "Do not compile it", nor launch it.
         return True
 
@@ -173,6 +176,20 @@ class DecodeRoom:
     contexts: torch.Tensor
     table: torch.Tensor
 
+    @functools.cached_property
+    def summaries(self) -> dict[SummaryKind, torch.Tensor]:
+        """Of the cache's pages, of each kind that a method asks for."""
+        blocks, kv_heads, _, double_head_size = self.cache.shape
+        kinds = {method.summaries for method in self.buffers.methods if method.summaries is not None}
+        return {
+            kind: torch.zeros(
+                *(blocks, kv_heads, BLOCK_TOKENS // kind.page_tokens, kind.width(double_head_size // 2)),
+                dtype=kind.dtype(self.cache.dtype),
+                device=self.cache.device,
+            )
+            for kind in kinds
+        }
+
     def serve(
         self,
         launches: list[LayerLaunches],
@@ -184,21 +201,11 @@ class DecodeRoom:
         seq_len = self.contexts[rows]
         count, head_size = seq_len.shape[0], self.cache.shape[3] // 2
         step = DecodeStep(self.buffers, count, launches, seq_len, self.table[rows], capacity_tokens)
-        blocks, kv_heads = self.cache.shape[:2]
-        kinds = {method.summaries for method in self.buffers.methods if method.summaries is not None}
-        summaries = {
-            kind: torch.zeros(
-                *(blocks, kv_heads, BLOCK_TOKENS // kind.page_tokens, kind.width(head_size)),
-                dtype=kind.dtype(self.cache.dtype),
-                device=self.cache.device,
-            )
-            for kind in kinds
-        }
         if query is None:
             query = torch.zeros(count, self.query_heads, head_size, dtype=self.dtype)
         for layer in range(len(launches)):
             output = torch.zeros_like(query)
-            step.attend(BatchLayer(layer, query, self.cache, 0.1, output, Nothing(), lambda *_: None, summaries))
+            step.attend(BatchLayer(layer, query, self.cache, 0.1, output, Nothing(), lambda *_: None, self.summaries))
 
 
 def served_at_once(methods: list[Any]) -> list[BatchDecodeMethod]:

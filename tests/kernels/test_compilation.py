@@ -14,9 +14,7 @@ import pytest
 import torch
 
 from tests.kernels.launches import (
-    BLOCK_TOKENS as BLOCK,
-)
-from tests.kernels.launches import (
+    BLOCK_TOKENS,
     HOPPER,
     DecodeRoom,
     Noted,
@@ -58,7 +56,7 @@ def test_no_chunk_waits_for_the_compiler(
 ) -> None:
     method: Any = PREFILL_METHODS[name]()
     assert isinstance(method, PrefillMethod)
-    cache = torch.zeros(LONGEST // BLOCK, kv_heads, BLOCK, 2 * HEAD_SIZE, dtype=torch.bfloat16)
+    cache = torch.zeros(LONGEST // BLOCK_TOKENS, kv_heads, BLOCK_TOKENS, 2 * HEAD_SIZE, dtype=torch.bfloat16)
 
     def select(tokens: int, seq_len: int) -> None:
         query = torch.zeros(tokens, heads, HEAD_SIZE, dtype=torch.bfloat16)
@@ -101,10 +99,10 @@ def test_no_decode_step_waits_for_the_compiler(
     served = served_at_once(methods)
     size = ServerSize(most_rows, longest, LAYERS, kv_heads)
     buffers = DecodeBuffers(most_rows, size, served, LIST_TOKENS, torch.device("cpu"))
-    cache = torch.zeros(BLOCKS, kv_heads, BLOCK, 2 * HEAD_SIZE, dtype=torch.bfloat16)
+    cache = torch.zeros(BLOCKS, kv_heads, BLOCK_TOKENS, 2 * HEAD_SIZE, dtype=torch.bfloat16)
     # Of an odd number of blocks, so that rows begin anywhere.
     contexts = torch.full((most_rows,), longest, dtype=torch.int32)
-    table = torch.zeros(most_rows, longest // BLOCK, dtype=torch.int32)
+    table = torch.zeros(most_rows, longest // BLOCK_TOKENS, dtype=torch.int32)
     assert table.shape[1] % 2
 
     room = DecodeRoom(buffers, cache, heads, cache.dtype, contexts, table)
