@@ -15,7 +15,7 @@ from vllm_sparse.step.launch import Executor, Launch
 MOST_DIVIDED_ROWS = 128
 PARTS = 16
 # Keys that a program of the kernel reads together, at most; it looks up their pages without asking where a row ends.
-TILE_TOKENS = 32
+TILE_TOKENS = 128
 
 
 class TritonExecutor(Executor):
@@ -68,7 +68,9 @@ def whole_tiles(pages: torch.Tensor, page_size_tokens: int) -> torch.Tensor:
         pages: int32 ``[rows, width]``.
         page_size_tokens: tokens of a page.
     """
-    missing = -pages.shape[1] % max(TILE_TOKENS // page_size_tokens, 1)
+    width = pages.shape[1]
+    tiles = -(-width * page_size_tokens // TILE_TOKENS)
+    missing = -(-tiles * TILE_TOKENS // page_size_tokens) - width
     return torch.nn.functional.pad(pages, (0, missing)) if missing else pages
 
 
