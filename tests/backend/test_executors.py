@@ -31,7 +31,7 @@ ROWS = [pytest.param(6, 1, id="few-rows"), pytest.param(130, 1, id="many-rows"),
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=18)
+    run_under_the_interpreter(__file__, passing=19)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,9 @@ def vllm_with_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         del sys.modules[name]
 
 
-def expected(launch: Launch, query: torch.Tensor, cache: torch.Tensor, value_scale: float = 1.0) -> torch.Tensor:
+def expected(
+    launch: Launch, query: torch.Tensor, cache: torch.Tensor, value_scale: float = 1.0, soft_cap: float = 0.0
+) -> torch.Tensor:
     """Softmax in float64 over each row's list, its own positions last; NaN for rows without keys."""
     out = torch.full(query.shape, float("nan"), dtype=torch.float64)
     pages = cache.double().cpu().view(-1, launch.page_size_tokens, cache.shape[3])
@@ -67,6 +69,8 @@ def expected(launch: Launch, query: torch.Tensor, cache: torch.Tensor, value_sca
         numbers = pages[launch.pages[row].long().cpu()].flatten(0, 1)[: kept[row]]
         keys, values = numbers.chunk(2, dim=1)
         logits = torch.einsum("qhd,kd->qhk", query[first:stop].double().cpu(), keys) * SCALE
+        if soft_cap:
+            logits = soft_cap * (logits / soft_cap).tanh()
         position = kept[row] - (stop - first) + torch.arange(stop - first)
         logits.masked_fill_(torch.arange(kept[row]) > position[:, None, None], float("-inf"))
         out[first:stop] = torch.einsum("qhk,kd->qhd", logits.softmax(2), values * value_scale)
@@ -124,3 +128,17 @@ def test_an_fp8_cache_is_read(
     live = ~truth.isnan()
     # Probabilities are rounded to FP8 too; the interpreter cuts them off.
     assert oracle.relative_error(output.cpu()[live], truth[live]) < (0.05 if DEVICE == "cuda" else 0.1)
+
+
+@pytest.mark.parametrize("kernels", [FLASH3, FLASH2, ANY_DEVICE])
+def test_logits_are_capped(kernels: StockKernels, generator: torch.Generator) -> None:
+    launch = random_launch(generator, 3, 1, 16)
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    cache = 3 * numbers(generator, dtype, BLOCKS, KV_HEADS, BLOCK_TOKENS, 2 * HEAD_SIZE)
+    query = numbers(generator, dtype, 3, 4, HEAD_SIZE)
+    output = torch.empty_like(query)
+    list_executor(kernels, soft_cap=1.5).run(launch, query, output, cache, SCALE)
+    live = ~expected(launch, query, cache).isnan()
+    truth, uncapped = expected(launch, query, cache, soft_cap=1.5)[live], expected(launch, query, cache)[live]
+    assert oracle.relative_error(output.cpu()[live], truth) < 0.01
+    assert oracle.relative_error(truth, uncapped) > 0.1

@@ -178,6 +178,7 @@ class GpuAttentionImpl(SparseAttentionImpl):
 
     supports_dcp = False
     kv_cache_dtype: str
+    logits_soft_cap: float
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -212,7 +213,7 @@ class GpuAttentionImpl(SparseAttentionImpl):
 
     def make_executor(self, layer: Any) -> Executor:
         value_scale = ValueScale(layer._v_scale) if self.has_float8_cache else None
-        return list_executor(self.stock_kernels, value_scale)
+        return list_executor(self.stock_kernels, value_scale, self.logits_soft_cap)
 
     def keys_of(self, layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_len: int) -> PagedKeys:
         return PlainKeys(kv_cache, block_table, seq_len)

@@ -18,10 +18,12 @@ class FlashAttentionExecutor(Executor):
     Args:
         fa_version: of FlashAttention.
         value_scale: of an FP8 cache; the scales of queries and keys are in the softmax scale.
+        soft_cap: on the layer's logits; 0: none.
     """
 
-    def __init__(self, fa_version: int, value_scale: ValueScale | None = None) -> None:
+    def __init__(self, fa_version: int, value_scale: ValueScale | None = None, soft_cap: float = 0.0) -> None:
         self.fa_version = fa_version
+        self.soft_cap = soft_cap
         self._value_scale = value_scale
         self._pages = HeadPages()
 
@@ -44,6 +46,7 @@ class FlashAttentionExecutor(Executor):
             softmax_scale=scale,
             causal=True,
             block_table=launch.pages,
+            softcap=self.soft_cap,
             fa_version=self.fa_version,
             **scales,
         )

@@ -13,19 +13,20 @@ if TYPE_CHECKING:
     from vllm_sparse.step.launch import Executor
 
 
-def list_executor(kernels: StockKernels, value_scale: ValueScale | None = None) -> Executor:
+def list_executor(kernels: StockKernels, value_scale: ValueScale | None = None, soft_cap: float = 0.0) -> Executor:
     """What reads lists on a GPU.
 
     Args:
         kernels: that serve it.
         value_scale: of an FP8 cache.
+        soft_cap: on the layer's logits; 0: none.
     """
 
     def executor(kernel: Kernel) -> Executor:
         if kernel == "triton":
-            return TritonExecutor(value_scale)
+            return TritonExecutor(value_scale, soft_cap)
         assert kernels.flash_attn_version is not None
-        return FlashAttentionExecutor(kernels.flash_attn_version, value_scale)
+        return FlashAttentionExecutor(kernels.flash_attn_version, value_scale, soft_cap)
 
     page_lists = executor(kernels.page_lists)
     if kernels.page_lists == kernels.token_lists:

@@ -23,9 +23,11 @@ class TritonExecutor(Executor):
 
     Args:
         value_scale: of an FP8 cache; the scales of queries and keys are in the softmax scale.
+        soft_cap: on the layer's logits; 0: none.
     """
 
-    def __init__(self, value_scale: ValueScale | None = None) -> None:
+    def __init__(self, value_scale: ValueScale | None = None, soft_cap: float = 0.0) -> None:
+        self.soft_cap = soft_cap
         self._value_scale = value_scale
         self._pages = HeadPages()
 
@@ -54,7 +56,7 @@ class TritonExecutor(Executor):
             causal=True,
             window_size=(-1, -1),
             block_table=whole_tiles(launch.pages, launch.page_size_tokens),
-            softcap=0.0,
+            softcap=self.soft_cap,
             kv_quant_mode=KVQuantMode.NONE if self._value_scale is None else KVQuantMode.FP8_PER_TENSOR,
             **scales,
             **divided,
