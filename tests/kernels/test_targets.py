@@ -75,6 +75,9 @@ def noted(
 def test_kernels_compile(target: Target, head_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = noted(monkeypatch, target, torch.bfloat16, head_size)
     assert len({one.kernel.__name__ for one in kernels}) > 25
+    if target is not SM89:
+        # With one set of constants each, which takes half the time.
+        kernels = list({one.kernel: one for one in kernels}.values())
     for one in kernels:
         shared_bytes = one.compile(target).metadata.shared
         room = target.shared_memory_bytes
