@@ -279,9 +279,8 @@ def _log_kernels(kernels: StockKernels, float8_cache: bool) -> None:
         )
     if not gpu().tried:
         logger.warning(
-            "Sparse attention has never run on %s: its kernels compile for it, their speed and answers were not "
-            "measured, and nothing is known of its costs, so that prompts and decode rows are sparse even where dense "
-            "ones are faster",
+            "Sparse attention has never run on %s: its speed and answers there were not measured. Dense steps count as "
+            'on the fastest GPU known and choosing as slower than on any, unless "unprofitable" is "sparse"',
             gpu().name,
         )
 
