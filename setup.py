@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,8 +15,26 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-# Folder of csrc/ by the machine code that its kernels need; each becomes one library.
-ARCHITECTURES = {"sm90": "arch=compute_90a,code=sm_90a"}
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library of kernels.
+
+    Attributes:
+        code: machine code, as nvcc has it.
+        sources: files of csrc/sm90, by a pattern each.
+    """
+
+    code: str
+    sources: tuple[str, ...]
+
+
+# By name of the library. What needs Hopper's tensor cores is Hopper's alone; on others Triton runs in its place.
+ARCHITECTURES = {
+    "sm90": Library("arch=compute_90a,code=sm_90a", ("*.cu",)),
+    "sm100": Library("arch=compute_100,code=sm_100", ("top_tokens.cu", "top_coded_tokens.cu")),
+}
 
 
 def find_nvcc() -> str | None:
@@ -30,20 +49,28 @@ def find_nvcc() -> str | None:
 
 def nvcc_command(nvcc: str, architecture: str) -> list[str]:
     """The compiler with what every compilation for an architecture has in common."""
-    return [nvcc, "-std=c++17", "-O3", f"-gencode={ARCHITECTURES[architecture]}"]
+    return [nvcc, "-std=c++17", "-O3", f"-gencode={ARCHITECTURES[architecture].code}"]
+
+
+def architectures_of(nvcc: str) -> list[str]:
+    """Libraries that a compiler knows the machine code of: 12.8 is the first that has Blackwell's."""
+    command = [nvcc, "--list-gpu-arch"]
+    known = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    return [name for name in ARCHITECTURES if name == "sm90" or f"compute_{name.removeprefix('sm')}" in known]
 
 
 def build_libraries(nvcc: str, folder: Path) -> None:
     """Compile each architecture's sources into ``folder/<architecture>.so``."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ARCHITECTURES:
-        sources = [str(source) for source in sorted((ROOT / "csrc" / name).glob("*.cu"))]
+    for name in architectures_of(nvcc):
+        patterns = ARCHITECTURES[name].sources
+        sources = [str(source) for pattern in patterns for source in sorted((ROOT / "csrc" / "sm90").glob(pattern))]
         command = [*nvcc_command(nvcc, name), "-shared", "-Xcompiler=-fPIC", "--cudart=static"]
-        print(f"compiling csrc/{name} with {nvcc}")
+        print(f"compiling csrc/ for {name} with {nvcc}")
         if subprocess.run([*command, "-o", str(folder / f"{name}.so"), *sources], check=False).returncode:
             sys.exit(
-                f"{nvcc} does not compile csrc/{name}; what it says is above. CUDA 12.3 or newer is needed. To install "
-                "without the CUDA kernels, which Triton then replaces, take nvcc off PATH and unset CUDA_HOME."
+                f"{nvcc} does not compile csrc/ for {name}; what it says is above. CUDA 12.3 or newer is needed. To "
+                "install without the CUDA kernels, which Triton then replaces, take nvcc off PATH and unset CUDA_HOME."
             )
 
 

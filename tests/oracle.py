@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from vllm_sparse.backend.executors.cpu import CpuExecutor
-from vllm_sparse.backend.executors.flash_attention import FlashAttentionExecutor
+from vllm_sparse.backend.executors.lists import list_executor
+from vllm_sparse.backend.executors.rule import FLASH_ATTENTION, TRITON, StockKernels
 from vllm_sparse.keys import InterleavedPairKeys, PagedKeys, PlainKeys, TransposedKeys
 from vllm_sparse.pages import PageList
 from vllm_sparse.step.launch import Executor
@@ -100,6 +101,7 @@ class Platform:
         dtype: of queries, keys and values.
         isa: packing of vLLM's CPU kernel, or None for the plain layout.
         executes: there is a stock kernel here for it.
+        kernels: on a GPU, the stock kernels that execute.
     """
 
     name: str
@@ -107,10 +109,11 @@ class Platform:
     dtype: torch.dtype
     isa: str | None
     executes: bool = True
+    kernels: StockKernels = FLASH_ATTENTION[3]
 
     def executor(self) -> Executor:
         """The stock kernel."""
-        return FlashAttentionExecutor(3) if self.isa is None else CpuExecutor(self.isa, "auto")
+        return list_executor(self.kernels) if self.isa is None else CpuExecutor(self.isa, "auto")
 
     def keys_of(self, kv_cache: torch.Tensor, block_table: torch.Tensor, context: int) -> PagedKeys:
         """The adapter that reads this packing."""
@@ -277,6 +280,8 @@ _EXECUTING = [
     (Platform("cpu-vec16-float32", "cpu", torch.float32, "vec16"), needs_cpu_kernel),
     (Platform("flash-bfloat16", "cuda", torch.bfloat16, None), needs_cuda),
     (Platform("flash-float16", "cuda", torch.float16, None), needs_cuda),
+    (Platform("flash2-bfloat16", "cuda", torch.bfloat16, None, kernels=FLASH_ATTENTION[2]), needs_cuda),
+    (Platform("triton-bfloat16", "cuda", torch.bfloat16, None, kernels=TRITON), needs_cuda),
 ]
 EXECUTING = [pytest.param(platform, marks=mark, id=platform.name) for platform, mark in _EXECUTING]
 # Selection needs no executor: the plain layout on every machine, on the device where there is one.

@@ -67,6 +67,10 @@ SLOW = {
     "tests/kernels/test_page_summaries_triton.py": {
         "test_kernel_compiles_for_hopper",
     },
+    "tests/kernels/test_targets.py": {
+        "test_kernels_compile",
+        "test_kernels_that_read_an_fp8_cache_compile",
+    },
     "tests/loadtest/test_harness.py": {
         "test_a_sweep_ends_where_the_slo_breaks",
         "test_a_thousand_streams",

@@ -72,15 +72,28 @@ class PagedKeys(ABC):
         """Keys by physical block, KV head and offset in the block, int64 of one shape: ``[..., head_size]``."""
 
 
+def readable_dtype(cache_dtype: torch.dtype) -> torch.dtype:
+    """In which products take a cache's numbers: those of an FP8 cache in bfloat16, which holds each of them exactly."""
+    return torch.bfloat16 if cache_dtype == torch.float8_e4m3fn else cache_dtype
+
+
 class PlainKeys(PagedKeys):
-    """Keys as FlashAttention stores them: each token's value follows its key."""
+    """Keys as FlashAttention stores them: a token's value follows its key. Those of an FP8 cache come in bfloat16."""
 
     def _unpack(self, blocks: torch.Tensor) -> torch.Tensor:
-        keys = self.kv_cache[..., : self.head_size][blocks]
-        return keys.transpose(0, 1).flatten(1, 2)
+        return self._readable(self._stored()[blocks]).transpose(0, 1).flatten(1, 2)
 
     def _pick(self, block: torch.Tensor, head: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        return self.kv_cache[..., : self.head_size][block, head, offset]
+        return self._readable(self._stored()[block, head, offset])
+
+    def _stored(self) -> torch.Tensor:
+        keys = self.kv_cache[..., : self.head_size]
+        # PyTorch does not index FP8 on every device.
+        return keys.view(torch.uint8) if keys.dtype == torch.float8_e4m3fn else keys
+
+    def _readable(self, stored: torch.Tensor) -> torch.Tensor:
+        dtype = self.kv_cache.dtype
+        return stored if stored.dtype == dtype else stored.view(dtype).to(readable_dtype(dtype))
 
 
 def plain_keys(key: torch.Tensor) -> PlainKeys:

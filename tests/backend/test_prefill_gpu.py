@@ -81,7 +81,8 @@ def make_call(seed: int) -> LayerCall:
     projected = torch.randn(tokens, HEADS + 2 * KV_HEADS, HEAD_SIZE, generator=generator, device="cuda").bfloat16() * 2
     query = projected[:, :HEADS]
     output = torch.full(query.shape, oracle.NAN, dtype=query.dtype, device="cuda")
-    return LayerCall(None, 0, query, query, query, cache, SimpleNamespace(block_table=table), output)
+    metadata = SimpleNamespace(block_table=table)
+    return LayerCall(None, 0, query, query, query, cache, metadata, output, HEAD_SIZE**-0.5)
 
 
 def make_rows(methods: list[PrefillMethod]) -> list[PrefillRow]:

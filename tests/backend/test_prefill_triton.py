@@ -111,8 +111,9 @@ def serve(methods: list[PrefillMethod], seed: int) -> list[tuple[Launch, torch.T
         WorkerMetrics(recording=False), StepPlan(1, tuple(row.span for row in rows), prefill=tuple(rows))
     )
     output = torch.zeros(query.shape)
-    call = LayerCall(None, 0, query, query, query, cache, SimpleNamespace(block_table=table), output)
     platform = OneLayer()
+    metadata = SimpleNamespace(block_table=table)
+    call = LayerCall(None, 0, query, query, query, cache, metadata, output, platform.scale)
     prefill.serve_chunks(platform, call, prefill.plan_launches(platform, call, rows), record)
     assert torch.equal(output[OTHER_TOKENS:], 2 * query[OTHER_TOKENS:]), f"seed {seed}"
     assert not bool(output[:OTHER_TOKENS].any()), f"seed {seed}"

@@ -190,6 +190,7 @@ def test_kernels_compile_for_hopper(head_size: int) -> None:
             "BLOCK_TILE": scores_triton.BLOCK_TILE,
             "PAGE_TILE": scores_triton.PAGE_TILE,
             "DIM_TILE": scores_triton.DIM_TILE,
+            "PRECISION": "tf32x3",
         },
     )
 

@@ -6,14 +6,14 @@ import ctypes
 from pathlib import Path
 
 import pytest
+import torch
 
-from setup import ARCHITECTURES, build_libraries, find_nvcc
+from setup import ARCHITECTURES, architectures_of, build_libraries, find_nvcc
 from vllm_sparse.kernels import cuda_library
 
-FUNCTIONS = (
-    *("vllm_sparse_quantise_keys", "vllm_sparse_low_bit_scores"),
-    *("vllm_sparse_top_tokens", "vllm_sparse_top_coded_tokens"),
-)
+OF_ANY = ("vllm_sparse_top_tokens", "vllm_sparse_top_coded_tokens")
+# Of the library of each architecture.
+FUNCTIONS = {"sm90": ("vllm_sparse_quantise_keys", "vllm_sparse_low_bit_scores", *OF_ANY), "sm100": OF_ANY}
 
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc, or no g++ for it")
 
@@ -25,7 +25,9 @@ def test_without_a_host_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyP
 
 @needs_nvcc
 def test_the_installed_package_has_the_library() -> None:
-    for architecture in ARCHITECTURES:
+    nvcc = find_nvcc()
+    assert nvcc is not None
+    for architecture in architectures_of(nvcc):
         assert (cuda_library.FOLDER / f"{architecture}.so").exists(), "make setup builds it where nvcc is"
 
 
@@ -34,6 +36,17 @@ def test_sources_compile_with_nvcc_alone_and_load_without_a_gpu(tmp_path: Path) 
     nvcc = find_nvcc()
     assert nvcc is not None
     build_libraries(nvcc, tmp_path)
-    library = ctypes.CDLL(str(tmp_path / "sm90.so"))
-    for function in FUNCTIONS:
-        assert getattr(library, function)
+    for architecture in architectures_of(nvcc):
+        library = ctypes.CDLL(str(tmp_path / f"{architecture}.so"))
+        assert [name for name in FUNCTIONS["sm90"] if hasattr(library, name)] == list(FUNCTIONS[architecture])
+
+
+def test_every_library_is_some_devices() -> None:
+    assert set(cuda_library.ARCHITECTURES.values()) == set(ARCHITECTURES) == set(FUNCTIONS)
+
+
+def test_amds_gpus_have_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch calls them "cuda", and a capability of 9.0 has an AMD GPU too."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert cuda_library.cuda_library.__wrapped__(torch.device("cuda")) is None

@@ -78,7 +78,7 @@ def test_the_stamp_compiles_for_hopper() -> None:
     pytest.importorskip("triton")
     from vllm_sparse.kernels.device_clock.triton import stamp_kernel
 
-    compiled = compile_for_hopper(stamp_kernel, {"time_pointer": "*i64"}, {}, num_warps=1)
+    compiled = compile_for_hopper(stamp_kernel, {"time_pointer": "*i64"}, {"CLOCK": "nvidia"}, num_warps=1)
     assert re.search(r"mov\.u64 \S+, %globaltimer;", compiled.asm["ptx"])
 
 

@@ -1,29 +1,33 @@
-"""The backend on CUDA: FlashAttention 3, its paged kernel as executor."""
+"""The backend on GPUs whose whole contexts FlashAttention reads, and what all GPUs have in common."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
-    FlashAttentionMetadata,
     FlashAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import KVCacheLayout
+from vllm.v1.kv_cache_interface import KVCacheLayout, is_quantized_kv_cache
 
 from vllm_sparse.backend.attention_shape import attention_shape
 from vllm_sparse.backend.decode_buffers import DecodeBuffers
 from vllm_sparse.backend.decode_graphs import DecodeGraphs, set_graphs
+from vllm_sparse.backend.device import gpu
 from vllm_sparse.backend.execution import StepExecution
-from vllm_sparse.backend.executors.flash_attention import FlashAttentionExecutor
+from vllm_sparse.backend.executors.float8 import ValueScale
+from vllm_sparse.backend.executors.lists import list_executor
+from vllm_sparse.backend.executors.rule import FLASH_ATTENTION, StockKernels
 from vllm_sparse.backend.impl import SparseAttentionImpl
 from vllm_sparse.backend.layer import seq_lens_of
 from vllm_sparse.backend.memory import SelectionMemory, configured_decode_methods, methods_at_once
@@ -42,19 +46,38 @@ from vllm_sparse.step.plan import RowSpan
 from vllm_sparse.step.requests import SparseRequest
 from vllm_sparse.step.rows import ServerSize
 
+if TYPE_CHECKING:
+    from vllm_sparse.backend.layer import LayerCall
+
 logger = logging.getLogger("vllm.sparse")
 
 PREFERRED_BLOCK_TOKENS = 128
+LARGEST_HEAD_ON_AMD = 128
 
 
-class SparseFlashAttentionMetadataBuilder(SparseMetadataBuilder, FlashAttentionMetadataBuilder):
-    """FlashAttention's builder with a plan for sparse rows."""
+# What of a step's metadata holds for other rows of the step, too, by vLLM's class.
+OF_ANY_ROWS: Mapping[str, tuple[str, ...]] = {
+    "FlashAttentionMetadata": ("slot_mapping", "max_num_splits", "causal"),
+    "TritonAttentionMetadata": (
+        *("slot_mapping", "causal", "seq_threshold_3D", "num_par_softmax_segments"),
+        *("softmax_segm_output", "softmax_segm_max", "softmax_segm_expsum"),
+    ),
+}
+
+
+class GpuMetadataBuilder(SparseMetadataBuilder):
+    """Mixin before a stock builder of GPUs: decode rows at once, and their CUDA graphs."""
+
+    vllm_config: Any
+    kv_cache_spec: Any
 
     # Decode batches run in FULL graphs: vLLM's own hold dense attention only, others sparse steps (decode_graphs.py).
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
+        _log_kernels(impl.stock_kernels, impl.has_float8_cache)
         config = server_config(vllm_config)
         configured = configured_decode_methods(config)
         size = ServerSize(
@@ -143,20 +166,55 @@ def _warn_of_rows_without_graphs(
         )
 
 
-class SparseFlashAttentionImpl(SparseAttentionImpl, FlashAttentionImpl):
-    """FlashAttention's implementation with a path for sparse rows."""
+class SparseFlashAttentionMetadataBuilder(GpuMetadataBuilder, FlashAttentionMetadataBuilder):
+    """FlashAttention's builder with a plan for sparse rows."""
+
+
+class GpuAttentionImpl(SparseAttentionImpl):
+    """Mixin before a stock implementation of GPUs."""
 
     supports_dcp = False
+    kv_cache_dtype: str
+    logits_soft_cap: float
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.has_float8_cache = is_quantized_kv_cache(self.kv_cache_dtype)
         self._selection_memory = SelectionMemory(get_current_vllm_config())
+
+    @property
+    @abstractmethod
+    def stock_kernels(self) -> StockKernels:
+        """What serves this layer."""
+
+    def as_read(self, call: LayerCall) -> LayerCall:
+        """With an FP8 cache, queries come in FP8 too.
+
+        They are read in the output's dtype, which holds them exactly; so are keys. What both were divided by goes into
+        the softmax scale.
+        """
+        if not self.has_float8_cache:
+            return call
+        layer = call.layer
+        scale = call.scale * layer._q_scale_float * layer._k_scale_float
+        query, kv_cache = call.query.to(call.output.dtype), call.kv_cache.view(torch.float8_e4m3fn)
+        return replace(call, query=query, kv_cache=kv_cache, scale=scale)
+
+    def stock_forward(self, call: LayerCall, query: torch.Tensor, metadata: Any, output: torch.Tensor) -> None:
+        if self.has_float8_cache:
+            query = query.to(torch.float8_e4m3fn)
+        super().stock_forward(call, query, metadata, output)
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Sparse rows write outputs as they are; vLLM's Triton attention could round them."""
+        return False
 
     def take_selection_memory(self, query: torch.Tensor) -> None:
         self._selection_memory.take(query)
 
     def make_executor(self, layer: Any) -> Executor:
-        return FlashAttentionExecutor(self.vllm_flash_attn_version)
+        value_scale = ValueScale(layer._v_scale) if self.has_float8_cache else None
+        return list_executor(self.stock_kernels, value_scale, self.logits_soft_cap)
 
     def keys_of(self, layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_len: int) -> PagedKeys:
         return PlainKeys(kv_cache, block_table, seq_len)
@@ -166,12 +224,10 @@ class SparseFlashAttentionImpl(SparseAttentionImpl, FlashAttentionImpl):
         return min(wanted_tokens, block_size_tokens & -block_size_tokens)
 
     def decode_page_size(self, block_size_tokens: int) -> int:
-        # Token lists cost FlashAttention 3 no more than page lists.
+        # Token lists cost FlashAttention 3 no more than page lists; of the other kernels that was not measured.
         return 1
 
-    def dense_subset(
-        self, layer: Any, query: torch.Tensor, metadata: FlashAttentionMetadata, spans: list[RowSpan]
-    ) -> FlashAttentionMetadata:
+    def dense_subset(self, layer: Any, query: torch.Tensor, metadata: Any, spans: list[RowSpan]) -> Any:
         device = metadata.seq_lens.device
         rows = indices_on(device, [span.row for span in spans])
         starts = [0, *accumulate(span.query_tokens for span in spans)]
@@ -186,12 +242,8 @@ class SparseFlashAttentionImpl(SparseAttentionImpl, FlashAttentionImpl):
         )
 
     def dense_rows(
-        self,
-        metadata: FlashAttentionMetadata,
-        seq_lens: torch.Tensor,
-        block_table: torch.Tensor,
-        query_starts: torch.Tensor,
-    ) -> FlashAttentionMetadata:
+        self, metadata: Any, seq_lens: torch.Tensor, block_table: torch.Tensor, query_starts: torch.Tensor
+    ) -> Any:
         return _of_other_rows(
             metadata,
             num_actual_tokens=seq_lens.shape[0],
@@ -203,7 +255,7 @@ class SparseFlashAttentionImpl(SparseAttentionImpl, FlashAttentionImpl):
         )
 
 
-def _of_other_rows(metadata: FlashAttentionMetadata, **rows: Any) -> FlashAttentionMetadata:
+def _of_other_rows(metadata: Any, **rows: Any) -> Any:
     """Metadata of other rows than a step's.
 
     Made anew, not copied: whatever else the step's holds, such as the kernel's schedule or a prefix of all rows, is of
@@ -213,21 +265,47 @@ def _of_other_rows(metadata: FlashAttentionMetadata, **rows: Any) -> FlashAttent
         metadata: of the whole step.
         rows: what describes the rows.
     """
-    return FlashAttentionMetadata(
-        slot_mapping=metadata.slot_mapping, max_num_splits=metadata.max_num_splits, causal=metadata.causal, **rows
-    )
+    kind = type(metadata)
+    return kind(**{name: getattr(metadata, name) for name in OF_ANY_ROWS[kind.__name__]}, **rows)
 
 
-class SparseFlashAttentionBackend(SparseDeclarations, FlashAttentionBackend):
-    """``--attention-backend sparse`` on CUDA."""
+@lru_cache
+def _log_kernels(kernels: StockKernels, float8_cache: bool) -> None:
+    """Once, though vLLM makes several builders."""
+    logger.info("Sparse attention: %s", kernels.describe())
+    if float8_cache:
+        logger.info(
+            "Sparse attention: the KV cache is FP8, which no CUDA kernel of csrc/ reads; the Triton twins of sale's "
+            "and tokentopk's choose in their place, which takes longer"
+        )
+    if not gpu().tried:
+        logger.warning(
+            "Sparse attention has never run on %s: its speed and answers there were not measured. Dense steps count as "
+            'on the fastest GPU known and choosing as slower than on any, unless "unprofitable" is "sparse"',
+            gpu().name,
+        )
 
-    @staticmethod
-    def get_impl_cls() -> type[SparseFlashAttentionImpl]:
-        return SparseFlashAttentionImpl
 
-    @staticmethod
-    def get_builder_cls() -> type[SparseFlashAttentionMetadataBuilder]:
-        return SparseFlashAttentionMetadataBuilder
+class SparseFlashAttentionImpl(GpuAttentionImpl, FlashAttentionImpl):
+    """FlashAttention's implementation with a path for sparse rows."""
+
+    vllm_flash_attn_version: int
+
+    @property
+    def stock_kernels(self) -> StockKernels:
+        return FLASH_ATTENTION[self.vllm_flash_attn_version]
+
+
+class GpuDeclarations(SparseDeclarations):
+    """Mixin before a stock backend of GPUs."""
+
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16", "fp8", "fp8_e4m3"]
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        """Wider heads' tiles do not fit the shared memory of AMD's GPUs (tests/kernels/test_targets.py)."""
+        widest = LARGEST_HEAD_ON_AMD if gpu().platform == "rocm" else head_size
+        return head_size <= widest and bool(super().supports_head_size(head_size))  # type: ignore[misc]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -238,7 +316,14 @@ class SparseFlashAttentionBackend(SparseDeclarations, FlashAttentionBackend):
     def get_preferred_block_size(cls, default_block_size: int) -> int:
         return PREFERRED_BLOCK_TOKENS
 
-    @classmethod
-    def supports_compute_capability(cls, capability: DeviceCapability) -> bool:
-        """FlashAttention 3 runs on Hopper."""
-        return bool(capability == DeviceCapability(9, 0))
+
+class SparseFlashAttentionBackend(GpuDeclarations, FlashAttentionBackend):
+    """``--attention-backend sparse`` where FlashAttention reads whole contexts."""
+
+    @staticmethod
+    def get_impl_cls() -> type[SparseFlashAttentionImpl]:
+        return SparseFlashAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SparseFlashAttentionMetadataBuilder]:
+        return SparseFlashAttentionMetadataBuilder

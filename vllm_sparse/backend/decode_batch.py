@@ -219,7 +219,7 @@ def serve_rows(
         call.index,
         call.query[batch.tokens],
         call.kv_cache,
-        platform.scale,
+        call.scale,
         target,
         platform.executor(call.layer),
         dense,

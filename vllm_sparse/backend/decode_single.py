@@ -44,7 +44,7 @@ def serve_rows(platform: LayerPlatform, call: LayerCall, step: StepExecution, wo
             observers.append(step.guard.observer(call.index))
         for observed in observers:
             newest = call.query[row.span.query_start].unsqueeze(0)
-            sample = RecallSample(newest, platform.row_keys(call, row.span), lists, 1, platform.scale)
+            sample = RecallSample(newest, platform.row_keys(call, row.span), lists, 1, call.scale)
             observed("decode", row.method.name, sample)
     if work.reading:
         with record.timer.serving("decode", [row.method.name for row in work.reading]):
@@ -60,7 +60,7 @@ def _write_list(platform: LayerPlatform, call: LayerCall, step: StepExecution, r
     page_size = platform.decode_page_size(call.block_size_tokens)
     memory = row.memory.setdefault(call.index, LayerMemory(layer=call.index))
     with step.record.timer.serving("decode", [row.method.name]):
-        lists = row.method.select(call.query[row.span.query_start], keys, platform.scale, page_size, memory)
+        lists = row.method.select(call.query[row.span.query_start], keys, call.scale, page_size, memory)
     step.write_list(row, lists)
 
 
@@ -98,8 +98,8 @@ def _read_lists(platform: LayerPlatform, call: LayerCall, launches: list[DecodeL
         if isinstance(part.tokens, slice):
             # Adjacent rows: the kernel writes in place.
             target = call.output[part.tokens].view(rows, -1, head_size)
-            executor.run(part.launch, queries, target, call.kv_cache, platform.scale)
+            executor.run(part.launch, queries, target, call.kv_cache, call.scale)
         else:
             target = torch.empty_like(queries)
-            executor.run(part.launch, queries, target, call.kv_cache, platform.scale)
+            executor.run(part.launch, queries, target, call.kv_cache, call.scale)
             call.output[part.tokens] = target.view(-1, platform.num_heads, head_size)

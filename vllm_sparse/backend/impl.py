@@ -50,14 +50,14 @@ class SparseAttentionImpl(LayerPlatform):
             )
         index = _layer_index(layer.layer_name)
         heads = output.view(-1, self.num_heads, query.shape[-1])
-        call = LayerCall(layer, index, query, key, value, kv_cache, attn_metadata, heads)
+        call = self.as_read(LayerCall(layer, index, query, key, value, kv_cache, attn_metadata, heads, self.scale))
         work = step.work(index)
         if work.dense and len(work.dense) == len(step.plan.spans):
-            self.stock_forward(call, query, attn_metadata, output)
+            self.stock_forward(call, call.query, attn_metadata, output)
         elif work.dense:
             self._forward_dense(call, work)
         for summary in work.summarising:
-            self.summaries.summarise(summary, self.row_keys(call, summary.span), kv_cache)
+            self.summaries.summarise(summary, self.row_keys(call, summary.span), call.kv_cache)
         if step.serves_at_once:
             batch = step.batch(attn_metadata.seq_lens, attn_metadata.block_table)
             decode_batch.serve_rows(self, call, batch, step.record, step.guard)

@@ -30,6 +30,7 @@ class LayerCall:
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]``, head-major (LBHNC).
         metadata: vLLM's attention metadata of the step.
         output: as the query, written.
+        scale: softmax scale of queries and keys as `query` and `kv_cache` hold them.
     """
 
     layer: Any
@@ -40,6 +41,7 @@ class LayerCall:
     kv_cache: torch.Tensor
     metadata: Any
     output: torch.Tensor
+    scale: float
 
     @property
     def block_table(self) -> torch.Tensor:
@@ -83,6 +85,10 @@ class LayerPlatform:
         Args:
             query: as in `LayerCall`, of the largest step.
         """
+
+    def as_read(self, call: LayerCall) -> LayerCall:
+        """A call as methods and the executor read it."""
+        return call
 
     @abstractmethod
     def make_executor(self, layer: Any) -> Executor:

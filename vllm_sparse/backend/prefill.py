@@ -118,7 +118,7 @@ def serve_chunks(
         served = []
         for group in launch.groups:
             keys = tuple(platform.row_keys(call, row.span) for row in group.rows)
-            chunks = PromptChunks(group.blocks, call.query, keys, call.block_table, platform.scale)
+            chunks = PromptChunks(group.blocks, call.query, keys, call.block_table, call.scale)
             layers = [Layer(call.index, platform.first_query_head, row.prompt_tokens) for row in group.rows]
             of_group = _part(lists, slice(first, first + list_heads * group.blocks.blocks))
             first += list_heads * group.blocks.blocks
@@ -136,7 +136,7 @@ def serve_chunks(
                 call.output,
                 call.kv_cache,
                 call.block_table,
-                platform.scale,
+                call.scale,
             )
         for group, chunks, of_group in served:
             _observe(call, group, chunks, of_group, record, guard)

@@ -10,9 +10,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+import torch
 from vllm import envs
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
+from vllm_sparse.backend.device import gpu
+from vllm_sparse.backend.executors.rule import FLASH_ATTENTION
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.server import server_config
 from vllm_sparse.kernels.top_coded_tokens.cuda import PAGES
@@ -143,6 +148,23 @@ SERVER_REFUSALS: tuple[Refusal[Server], ...] = (
         ),
     ),
     Refusal(
+        lambda server: current_platform.is_cpu() and server_config(server.config).executor != "auto",
+        lambda server: (
+            f'executor is "{server_config(server.config).executor}" in --additional-config, object sparse, and on a '
+            'CPU there is one only; set "auto" or leave it out'
+        ),
+    ),
+    Refusal(
+        lambda server: (
+            is_quantized_kv_cache(server.config.cache_config.cache_dtype)
+            and server.config.model_config.dtype != torch.bfloat16
+        ),
+        lambda server: (
+            f"attention backend sparse reads an FP8 KV cache for models in bfloat16, this one runs in "
+            f"{server.config.model_config.dtype}; set --dtype bfloat16 or --kv-cache-dtype auto"
+        ),
+    ),
+    Refusal(
         lambda server: envs.VLLM_USE_RUST_FRONTEND,
         lambda server: (
             "attention backend sparse checks and resolves requests in vLLM's Python frontend; "
@@ -176,6 +198,13 @@ SUMMARY_REFUSALS: tuple[Refusal[Summarised], ...] = (
         ),
     ),
     Refusal(
+        lambda cache: cache.kind.content == "float8_bounds" and not current_platform.is_cpu() and not gpu().has_float8,
+        lambda cache: (
+            f"{cache.method} is to keep bounds in FP8, which {gpu().name} does not have; leave out scores, or set "
+            f'"bounds", in --additional-config, object sparse.{cache.method}'
+        ),
+    ),
+    Refusal(
         lambda cache: cache.block_size_tokens % cache.kind.page_tokens != 0,
         lambda cache: (
             f"{cache.method} scores pages of {cache.kind.page_tokens} tokens, which do not divide a KV-cache block of "
@@ -198,11 +227,12 @@ LAYER_REFUSALS: tuple[Refusal[Any], ...] = (
         ),
     ),
     Refusal(
-        lambda impl: getattr(impl, "vllm_flash_attn_version", FLASH_ATTENTION_VERSION) != FLASH_ATTENTION_VERSION,
+        lambda impl: getattr(impl, "vllm_flash_attn_version", FLASH_ATTENTION_VERSION) not in FLASH_ATTENTION,
         lambda impl: (
-            f"attention backend sparse needs FlashAttention {FLASH_ATTENTION_VERSION} on CUDA, this configuration "
-            f"resolves to version {impl.vllm_flash_attn_version}; set --attention-config.flash_attn_version "
-            f"{FLASH_ATTENTION_VERSION} or serve without it"
+            f"attention backend sparse needs FlashAttention {', '.join(map(str, FLASH_ATTENTION))} or vLLM's Triton "
+            f"attention on a GPU, this configuration resolves to version {impl.vllm_flash_attn_version} of the former; "
+            'set "executor": "triton" in --additional-config, object sparse, or another '
+            "--attention-config.flash_attn_version, or serve without it"
         ),
     ),
 )

@@ -77,9 +77,11 @@ class PrefillWarmUp(VllmJitKernel[WarmUpChunk]):
         span = RowSpan(0, 0, compile_key.tokens, compile_key.seq_len)
         row = PrefillRow(span, compile_key.method)
         metadata = SimpleNamespace(block_table=block_table.unsqueeze(0))
-        call = LayerCall(layer, 0, query, query, query, kv_cache, metadata, torch.empty_like(query))
+        output = torch.empty_like(query)
+        call = LayerCall(layer, 0, query, query, query, kv_cache, metadata, output, layer.impl.scale)
         # Nothing of it is counted: the step never finishes.
         record = StepRecord(WorkerMetrics.get(), StepPlan(1, (span,), prefill=(row,)))
+        call = layer.impl.as_read(call)
         prefill.serve_chunks(layer.impl, call, prefill.plan_launches(layer.impl, call, [row]), record)
 
 

@@ -35,6 +35,9 @@ class ServerSettings(BaseModel):
             their memory and start-up time, and serves one request after the other between PIECEWISE graphs.
         decode_list_tokens: tokens of the longest decode list that a GPU server keeps room for and CUDA graphs hold;
             requests that ask for longer ones are refused.
+        executor: on a GPU, the stock kernel that reads lists and whole contexts: ``auto``, the device's own
+            (`backend.executors.rule`), ``flash_attention`` or ``triton``. Which FlashAttention:
+            ``--attention-config.flash_attn_version``.
         timing_interval_steps: in one of so many steps with sparse rows, selection and attention are timed; 0: never.
         recall_interval_steps: in one of so many with sparse rows of a phase, the recall of one row in one layer is
             measured; 0: never.
@@ -53,6 +56,7 @@ class ServerSettings(BaseModel):
     prompt_cost: float = Field(default=1.2, ge=1, le=MOST_PROMPT_COST, allow_inf_nan=False)
     decode_in_batches: bool = True
     decode_list_tokens: int = Field(default=4352, ge=16, le=1 << 24)
+    executor: Literal["auto", "flash_attention", "triton"] = "auto"
     timing_interval_steps: int = Field(default=100, ge=0)
     recall_interval_steps: int = Field(default=200, ge=0)
     limits: Limits = Limits()

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent / "libraries"
 # Name of the library for each compute capability that has one.
-ARCHITECTURES = {(9, 0): "sm90"}
+ARCHITECTURES = {(9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}
 
 
 class CudaError(RuntimeError):
@@ -26,7 +26,8 @@ def cuda_library(device: torch.device) -> ctypes.CDLL | None:
 
     A missing library for an architecture that csrc/ supports is logged once.
     """
-    if device.type != "cuda":
+    # AMD's GPUs are "cuda" to PyTorch, and some have capability 9.0.
+    if device.type != "cuda" or torch.version.hip is not None:
         return None
     architecture = ARCHITECTURES.get(torch.cuda.get_device_capability(device))
     if architecture is None:
@@ -42,6 +43,12 @@ def cuda_library(device: torch.device) -> ctypes.CDLL | None:
         )
         return None
     return ctypes.CDLL(str(path))
+
+
+def has_kernel(name: str, device: torch.device) -> bool:
+    """Whether the library for a device is there and holds a function of this name."""
+    library = cuda_library(device)
+    return library is not None and hasattr(library, name)
 
 
 def launch(name: str, device: torch.device, *arguments: object) -> None:

@@ -85,7 +85,8 @@ def random_call(heads: tuple[int, int, int], sizes: Sequence[Case], block_size: 
     cache = torch.randn(blocks, kv_heads, block_size, 2 * head_size, generator=generator, device=device).to(dtype)
     tokens = sum(size.requests for size in sizes)
     query = torch.randn(tokens, query_heads, head_size, generator=generator, device=device).to(dtype)
-    return LayerCall(None, 0, query, query, query, cache, SimpleNamespace(block_table=table), torch.empty_like(query))
+    metadata = SimpleNamespace(block_table=table)
+    return LayerCall(None, 0, query, query, query, cache, metadata, torch.empty_like(query), head_size**-0.5)
 
 
 def rows_of(methods: Sequence[PrefillMethod], sizes: Sequence[Case]) -> list[PrefillRow]:

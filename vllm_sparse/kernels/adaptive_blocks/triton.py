@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.adaptive_blocks.reference import SHORTEST_TOKENS, WINDOW_TOKENS
-from vllm_sparse.kernels.common.triton import load_keys, product_tile
+from vllm_sparse.kernels.common.triton import READABLE, load_keys, product_tile
 from vllm_sparse.keys import PlainKeys
 
 SCORE_TILE, MEAN_TILE = 128, 32
@@ -40,7 +40,7 @@ def boundary_scores_kernel(
     live = (o_key >= 0) & (o_key < context)
     ahead = o_row[None, :] - o_row[:, None]
     # Sums of keys are products with matrices of zeros and ones, which tensor cores compute exactly.
-    dtype = cache_pointer.dtype.element_ty
+    dtype = READABLE if cache_pointer.dtype.element_ty == tl.float8e4nv else cache_pointer.dtype.element_ty
     b_before = ((ahead >= 0) & (ahead < WINDOW)).to(dtype)
     b_after = ((ahead >= WINDOW) & (ahead < 2 * WINDOW)).to(dtype)
     b_product = tl.zeros([TILE], tl.float32)

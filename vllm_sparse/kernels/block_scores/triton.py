@@ -12,6 +12,7 @@ import triton.language as tl
 
 from vllm_sparse.kernels.common.triton import (
     chosen_entries,
+    float32_precision,
     ordered_scores,
     product_tile,
     row_threshold,
@@ -102,6 +103,7 @@ def page_scores_kernel(
     DIM_TILE: tl.constexpr,
     BLOCK_TILE: tl.constexpr,
     PAGE_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     i_head = tl.program_id(1)
     # Tiles of all chunks lie side by side; a tile holds query blocks of one chunk.
@@ -126,8 +128,7 @@ def page_scores_kernel(
             o_dim = first_dim + tl.arange(0, DIM_TILE)[None, :]
             b_query = tl.load(p_query + o_dim, mask=(o_block < end_block)[:, None] & (o_dim < HEAD_SIZE), other=0.0)
             b_key_block = tl.load(p_key_block + o_dim, mask=o_dim < HEAD_SIZE, other=0.0)
-            # Three TF32 products have the accuracy of a float32 one on tensor cores.
-            b_score = tl.dot(b_query, tl.trans(b_key_block), b_score, input_precision="tf32x3")
+            b_score = tl.dot(b_query, tl.trans(b_key_block), b_score, input_precision=PRECISION)
         b_best = tl.maximum(b_best, b_score)
     p_score = score_pointer + (i_head * query_block_count + o_block).to(tl.int64)[:, None] * pages + o_page[None, :]
     tl.store(p_score, b_best, mask=(o_block < end_block)[:, None] & (o_page < pages)[None, :])
@@ -162,6 +163,7 @@ def chunk_scores(
         DIM_TILE=DIM_TILE,
         BLOCK_TILE=BLOCK_TILE,
         PAGE_TILE=PAGE_TILE,
+        PRECISION=float32_precision(),
         num_warps=4,
     )
     return scores

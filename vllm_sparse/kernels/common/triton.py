@@ -5,6 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# That a program may have, by compute capability of NVIDIA's GPUs.
+SHARED_MEMORY_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
+AMD_SHARED_MEMORY_KIB = 64
+# Of keys of an FP8 cache, in products: holds each of them exactly.
+READABLE = tl.constexpr(tl.bfloat16)
 LEAST_KEY = tl.constexpr(-(1 << 31))
 # Entries of a row that a program holds in registers. More would need more than 16 warps; fewer than 4 warps gain
 # nothing.
@@ -15,6 +20,40 @@ def product_tile(count: int) -> int:
     """Rows, columns or channels of a tile that holds `count` of them: a power of two, as matrix products need 16."""
     tile: int = max(triton.next_power_of_2(count), 16)
     return tile
+
+
+def is_amd() -> bool:
+    """Whether kernels are compiled by AMD's compiler."""
+    if triton.knobs.runtime.interpret:
+        return False
+    backend: str = triton.runtime.driver.active.get_current_target().backend
+    return backend == "hip"
+
+
+def register_limit(registers: int) -> dict[str, int]:
+    """Options of a launch that leave each thread at most so many registers; AMD's compiler has no such option."""
+    return {} if is_amd() else {"maxnreg": registers}
+
+
+def shared_memory_kib() -> int:
+    """Shared memory that a program may have on the current device, in KiB; the least that any has if it is unknown."""
+    if triton.knobs.runtime.interpret:
+        return max(SHARED_MEMORY_KIB.values())
+    target = triton.runtime.driver.active.get_current_target()
+    return AMD_SHARED_MEMORY_KIB if target.backend == "hip" else SHARED_MEMORY_KIB.get(target.arch, 99)
+
+
+def float32_precision() -> str:
+    """Of products of float32 numbers, as accurate as they are: three in TF32 on NVIDIA's tensor cores."""
+    return "ieee" if is_amd() else "tf32x3"
+
+
+@triton.jit
+def readable(b_key):
+    """Keys in numbers that products take: those of an FP8 cache in `READABLE`."""
+    if b_key.dtype == tl.float8e4nv:
+        b_key = b_key.to(READABLE)
+    return b_key
 
 
 @triton.jit
@@ -35,7 +74,7 @@ def load_keys(
     physical = tl.load(block_table_pointer + o_key // CACHE_BLOCK, mask=live, other=0).to(tl.int64)
     p_key = cache_pointer + physical * cache_block_stride + i_kv_head * cache_head_stride
     p_key += (o_key % CACHE_BLOCK) * cache_token_stride
-    return tl.load(p_key[:, None] + o_dim[None, :], mask=live[:, None] & in_head[None, :], other=0.0)
+    return readable(tl.load(p_key[:, None] + o_dim[None, :], mask=live[:, None] & in_head[None, :], other=0.0))
 
 
 @triton.jit
@@ -64,7 +103,7 @@ def load_key_block(
         p_key = cache_pointer + physical * cache_block_stride + i_kv_head * cache_head_stride
         p_key += first_key % CACHE_BLOCK * cache_token_stride
         p_key = p_key + o_offset[:, None] * cache_token_stride + o_dim[None, :]
-        b_key = tl.load(p_key, mask=live[:, None] & in_head[None, :], other=0.0)
+        b_key = readable(tl.load(p_key, mask=live[:, None] & in_head[None, :], other=0.0))
     else:
         b_key = load_keys(
             cache_pointer,

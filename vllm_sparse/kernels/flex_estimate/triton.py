@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.common.triton import load_key_block, product_tile
+from vllm_sparse.kernels.common.triton import load_key_block, product_tile, register_limit, shared_memory_kib
 from vllm_sparse.kernels.flex_estimate.reference import BlockMasses, FlexEstimate
 from vllm_sparse.kernels.page_summaries import SummaryKind
 from vllm_sparse.kernels.page_summaries.triton import page_summaries
@@ -91,7 +91,7 @@ def block_masses(sample: torch.Tensor, keys: PlainKeys, scale: float, block_size
     rows, heads, head_size = sample.shape
     blocks = -(-keys.seq_len // block_size_tokens)
     sample = sample if sample.stride(2) == 1 else sample.contiguous()
-    cache = keys.kv_cache
+    cache, head_tile = keys.kv_cache, product_tile(head_size)
     # The rows of a block are adjacent in memory, so that a program writes whole cache lines.
     masses = torch.empty(3, heads, blocks, rows, dtype=torch.float32, device=sample.device)
     block_masses_kernel[(heads, triton.cdiv(blocks, SEGMENT_BLOCKS))](
@@ -111,14 +111,15 @@ def block_masses(sample: torch.Tensor, keys: PlainKeys, scale: float, block_size
         CACHE_BLOCK=keys.block_size_tokens,
         GROUP=heads // keys.num_kv_heads,
         HEAD_SIZE=head_size,
-        HEAD_TILE=product_tile(head_size),
+        HEAD_TILE=head_tile,
         ROW_TILE=product_tile(rows),
         BLOCK=block_size_tokens,
         SEGMENT=SEGMENT_BLOCKS,
         # Registers for two programs on a multiprocessor, so that one multiplies while the other sums.
         num_warps=8,
-        num_stages=2,
-        maxnreg=128,
+        # Of wide heads two blocks of keys would need 129 KiB.
+        num_stages=2 if head_tile <= 128 or shared_memory_kib() > 129 else 1,
+        **register_limit(128),
     )
     maximum, total, nearer = masses.transpose(2, 3).unbind(0)
     return BlockMasses(maximum, total, nearer, page_summaries(keys, SummaryKind(block_size_tokens, "mean")))

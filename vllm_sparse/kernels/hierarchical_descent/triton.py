@@ -16,6 +16,7 @@ from vllm_sparse.kernels.common.triton import (
     chosen_entries,
     ordered_scores,
     product_tile,
+    readable,
     row_threshold,
     threshold_tile,
 )
@@ -331,7 +332,7 @@ def key_block_scores_kernel(
             for i_member in range(PARTS):
                 i_part = i_head * PARTS + i_member
                 p_part = p_key + i_part // LISTS_PER_KV_HEAD * cache_head_stride
-                b_key = tl.load(p_part[:, None] + o_dim[None, :], mask=in_head[None, :], other=0.0)
+                b_key = readable(tl.load(p_part[:, None] + o_dim[None, :], mask=in_head[None, :], other=0.0))
                 for row_start in range(0, BLOCK_ROWS * MEMBERS, ROW_TILE):
                     if not resident:
                         b_query = _queries(

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.common.triton import load_keys, product_tile
+from vllm_sparse.kernels.common.triton import load_keys, product_tile, readable
 from vllm_sparse.kernels.hierarchical_descent.reference import LEAF_TOKENS
 from vllm_sparse.kernels.hierarchical_descent.triton import (
     descent_bounds,
@@ -274,7 +274,7 @@ def stage_kernel(
                 middle, p_key = midpoint_keys(
                     p_head, p_table, low, high, is_left, cache_block_stride, cache_token_stride, CACHE_BLOCK, TILE
                 )
-                b_key = tl.load(p_key[:, None] + o_dim[None, :], mask=in_head[None, :], other=0.0)
+                b_key = readable(tl.load(p_key[:, None] + o_dim[None, :], mask=in_head[None, :], other=0.0))
                 # "ieee", because Triton would round float32 inputs to TF32.
                 b_score = tl.max(tl.dot(b_key, b_query, input_precision="ieee"), axis=1)
                 low, high, b_best = enter_better_half(b_score, b_best, low, middle, high, is_left, TILE)

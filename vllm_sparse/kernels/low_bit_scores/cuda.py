@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from vllm_sparse.kernels.cuda_library import cuda_library, launch
+from vllm_sparse.kernels.cuda_library import has_kernel, launch
 from vllm_sparse.kernels.low_bit_scores.reference import (
     KEY_GROUPS,
     PAGE_TOKENS,
@@ -37,7 +37,7 @@ def can_run(query: torch.Tensor, keys: PlainKeys) -> bool:
         and query.stride(2) == 1
         and query.data_ptr() % 16 == 0
         and all(stride % 8 == 0 for stride in query.stride()[:2])
-        and cuda_library(query.device) is not None
+        and has_kernel("vllm_sparse_low_bit_scores", query.device)
     )
 
 

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.common.triton import load_keys
+from vllm_sparse.kernels.common.triton import load_keys, shared_memory_kib
 from vllm_sparse.kernels.low_bit_scores.reference import (
     KEY_GROUPS,
     PAGE_TOKENS,
@@ -23,7 +23,7 @@ from vllm_sparse.kernels.low_bit_scores.reference import (
     middle_end,
     top_level,
 )
-from vllm_sparse.keys import PlainKeys
+from vllm_sparse.keys import PlainKeys, readable_dtype
 
 # Rows and pages of one tile of scores. With more rows each key is read less often.
 SCORED_ROWS, PAGE_TILE = 128, 64
@@ -122,7 +122,7 @@ def quantise_keys(keys: PlainKeys, pages: int, bits: int) -> tuple[torch.Tensor,
     levels = torch.empty(
         *shape, KEY_GROUPS, PAGE_TOKENS // KEY_GROUPS, head_tile, dtype=torch.int8, device=cache.device
     )
-    mean = torch.empty(*shape, head_tile, dtype=cache.dtype, device=cache.device)
+    mean = torch.empty(*shape, head_tile, dtype=readable_dtype(cache.dtype), device=cache.device)
     numbers = torch.empty(keys.num_kv_heads, KEY_GROUPS + 2, pages, dtype=torch.float32, device=cache.device)
     quantise_keys_kernel[(pages, keys.num_kv_heads)](
         cache,
@@ -430,6 +430,8 @@ def kept_map(
     query_levels, row_numbers = quantise_rows(query, keys, scale, log_tau, scoring)
     kept = torch.empty(shape, dtype=torch.bool, device=query.device)
     blocks = SCORED_ROWS // query_block_tokens
+    # Of wide heads several tiles of keys at once would need 128 KiB.
+    stages = {"num_stages": 1} if head_size > 128 and shared_memory_kib() < 128 else {}
     scores_kernel[(triton.cdiv(query_block_count, blocks), triton.cdiv(key_blocks, SEGMENT_PAGES), heads)](
         query,
         query_levels,
@@ -459,6 +461,7 @@ def kept_map(
         SEGMENT=SEGMENT_PAGES,
         PAGE_BOUNDS=scoring.page_bounds,
         num_warps=8,
+        **stages,
     )
     return kept
 

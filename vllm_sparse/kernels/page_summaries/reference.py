@@ -28,7 +28,7 @@ class SummaryKind:
         page_tokens: tokens of a page; a power of two.
         content: one of
 
-            - ``mean``: the mean key, in the cache's numbers;
+            - ``mean``: the mean key, in the cache's numbers, but in bfloat16 beside an FP8 cache;
             - ``bounds``: the least numbers of each channel, then the largest ones, in the cache's numbers;
             - ``float8_bounds``: the same in 8-bit floats, rounded to the nearest and to `LARGEST_FLOAT8` at most;
             - ``codes``: every key in 2 bits a number, in steps of its channel from the page's least number to its
@@ -54,11 +54,15 @@ class SummaryKind:
         """Of stored summaries beside a cache of this dtype."""
         if self.content == "codes":
             return torch.uint8
-        return torch.float8_e4m3fn if self.content == "float8_bounds" else cache_dtype
+        if self.content == "float8_bounds":
+            return torch.float8_e4m3fn
+        return torch.bfloat16 if self.content == "mean" and cache_dtype.itemsize == 1 else cache_dtype
 
     def bytes_per_token(self, head_size: int, number_bytes: int) -> float:
         """Of a KV head, beside a cache whose numbers have so many bytes."""
         in_bytes = self.content in ("float8_bounds", "codes")
+        if self.content == "mean":
+            number_bytes = max(number_bytes, 2)
         return self.width(head_size) * (1 if in_bytes else number_bytes) / self.page_tokens
 
     def stored(self, summaries: torch.Tensor, cache_dtype: torch.dtype) -> torch.Tensor:
