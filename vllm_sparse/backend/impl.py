@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -43,10 +42,10 @@ class SparseAttentionImpl(LayerPlatform):
             return super().forward(  # type: ignore[misc, no-any-return]
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
-        index = _layer_index(layer.layer_name)
+        index = self.layer_number
         heads = output.view(-1, self.num_heads, query.shape[-1])
         call = LayerCall(layer, index, query, key, value, kv_cache, attn_metadata, heads)
-        work = step.work(index)
+        work = step.work(index, call.block_table)
         if work.dense and len(work.dense) == len(step.plan.spans):
             self.stock_forward(call, query, attn_metadata, output)
         elif work.dense:
@@ -79,10 +78,3 @@ class SparseAttentionImpl(LayerPlatform):
         gathered = torch.empty_like(queries, dtype=call.output.dtype)
         self.stock_forward(call, queries, metadata, gathered)
         call.output[tokens] = gathered
-
-
-@lru_cache(maxsize=4096)
-def _layer_index(layer_name: str) -> int:
-    from vllm.model_executor.models.utils import extract_layer_index
-
-    return int(extract_layer_index(layer_name))
