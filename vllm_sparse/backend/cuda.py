@@ -157,7 +157,7 @@ class SparseFlashAttentionImpl(SparseAttentionImpl, FlashAttentionImpl):
     supports_dcp = False
 
     def make_executor(self, layer: Any) -> Executor:
-        return FlashAttentionExecutor(self.vllm_flash_attn_version)
+        return FlashAttentionExecutor(self.vllm_flash_attn_version, self.logits_soft_cap)
 
     def keys_of(self, layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_len: int) -> PagedKeys:
         return PlainKeys(kv_cache, block_table, seq_len)

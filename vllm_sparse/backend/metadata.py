@@ -55,8 +55,10 @@ class SparseMetadataBuilder:
     ) -> None:
         check_server(vllm_config)
         layers = sparse_layer_names(vllm_config)
-        for number, name in enumerate(layers):
-            vllm_config.compilation_config.static_forward_context[name].impl.layer_number = number
+        impls = [vllm_config.compilation_config.static_forward_context[name].impl for name in layers]
+        for number, impl in enumerate(impls):
+            impl.layer_number = number
+        self._sparse_soft_cap = any(impl.logits_soft_cap for impl in impls)
         self._sparse_num_layers = len(layers)
         self._sparse_one_group = set(layers) <= set(layer_names)
         log_layer_table(vllm_config)
@@ -124,6 +126,7 @@ class SparseMetadataBuilder:
             TABLE.full_graph,
             self.graphs_hold,
             self.kv_cache_spec.block_size,  # type: ignore[attr-defined]
+            self._sparse_soft_cap,
         )
 
     step_costs: StepCosts | None = None

@@ -95,7 +95,9 @@ def attend_prompt_chunk(executor: Executor, method: PrefillMethod, lists: PageLi
     pages = to_physical(lists, chunk.request_blocks, rows.kv_head, block_size, kv_heads)
     queries = rows.gather(chunk.query)
     attended = torch.empty_like(queries)
-    launch = Launch(rows.starts, method.query_block_tokens, pages, lists.kept_tokens, lists.page_size_tokens)
+    launch = Launch(
+        rows.starts, method.query_block_tokens, pages, lists.kept_tokens, lists.page_size_tokens, rows.list_head
+    )
     executor.run(launch, queries, attended, chunk.kv_cache, chunk.scale)
     rows.scatter(attended, chunk.output)
 
@@ -110,6 +112,7 @@ class PromptChunkRows:
     Attributes:
         lists: int64 ``[rows]`` which list, head-major, belongs to each row.
         kv_head: int64 ``[rows]`` which KV head it reads.
+        list_head: int64 ``[rows]`` which of the heads that have lists of their own it has.
         starts: int32 ``[rows + 1]`` first query token of each row in what `gather` returns.
         list_heads: heads that have lists of their own.
         first_last: token of the prompt chunk that begins the last query blocks.
@@ -117,6 +120,7 @@ class PromptChunkRows:
 
     lists: torch.Tensor
     kv_head: torch.Tensor
+    list_head: torch.Tensor
     starts: torch.Tensor
     list_heads: int
     first_last: int
@@ -168,6 +172,7 @@ def prompt_chunk_rows(
     lists = torch.cat([lists[:, cut:].flatten(), lists[:, :cut].flatten()])
     lengths = (tokens - lists % blocks * query_block).clamp(max=query_block)
     starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    kv_head = lists // blocks // (list_heads // kv_heads)
-    lists, kv_head = to_device(torch.stack([lists, kv_head]), device)
-    return PromptChunkRows(lists, kv_head, to_device(starts, device), list_heads, cut * query_block)
+    list_head = lists // blocks
+    kv_head = list_head // (list_heads // kv_heads)
+    lists, kv_head, list_head = to_device(torch.stack([lists, kv_head, list_head]), device)
+    return PromptChunkRows(lists, kv_head, list_head, to_device(starts, device), list_heads, cut * query_block)

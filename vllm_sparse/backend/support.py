@@ -177,12 +177,6 @@ LAYER_REFUSALS: tuple[Refusal[Any], ...] = (
         lambda impl: "attention backend sparse does not support ALiBi; serve this model without it",
     ),
     Refusal(
-        lambda impl: bool(getattr(impl, "logits_soft_cap", 0)),
-        lambda impl: (
-            "attention backend sparse does not support a soft cap on attention logits; serve this model without it"
-        ),
-    ),
-    Refusal(
         lambda impl: getattr(impl, "vllm_flash_attn_version", FLASH_ATTENTION_VERSION) != FLASH_ATTENTION_VERSION,
         lambda impl: (
             f"attention backend sparse needs FlashAttention {FLASH_ATTENTION_VERSION} on CUDA, this configuration "

@@ -36,6 +36,7 @@ class DenseReason(StrEnum):
         "low_recall",
         "at least one of its layers, because lists kept less of the attention mass there than its sparse_min_recall",
     )
+    SOFT_CAP = "soft_cap", "the method weighs attention masses, which this model's soft cap on logits changes"
     UNPROFITABLE = "unprofitable", "it would take longer sparse, by what the GPU's costs predict"
 
     def __new__(cls, value: str, sentence: str) -> DenseReason:
@@ -69,6 +70,7 @@ def why_prefill_is_dense(
     seq_len: int,
     has_sparse_layers: bool = True,
     costs: StepCosts | None = None,
+    soft_cap: bool = False,
 ) -> DenseReason | None:
     """Why a prompt chunk runs dense; None if it is sparse.
 
@@ -79,7 +81,10 @@ def why_prefill_is_dense(
         seq_len: tokens in the request's cache, this step's included.
         has_sparse_layers: the guard has not sent all of the method's sparse layers dense.
         costs: of the server's GPU; None: the request is sparse whether or not it pays.
+        soft_cap: the model caps its attention logits.
     """
+    if soft_cap and method.weighs_masses:
+        return DenseReason.SOFT_CAP
     if seq_len < min_tokens:
         return DenseReason.SHORT_CONTEXT
     if query_tokens < method.min_query_tokens:
@@ -107,6 +112,7 @@ def why_decode_is_dense(
     room: ScoringRoom | None = None,
     has_sparse_layers: bool = True,
     pays: bool = True,
+    soft_cap: bool = False,
 ) -> DenseReason | None:
     """Why a decode row runs dense; None if it is sparse.
 
@@ -118,9 +124,12 @@ def why_decode_is_dense(
         room: of rows that are served at once, asked in their order; None for a row that is served alone.
         has_sparse_layers: the guard has not sent all layers dense that read lists.
         pays: the row by itself is not slower than dense.
+        soft_cap: the model caps its attention logits.
     """
     if speculative:
         return DenseReason.SPECULATIVE
+    if soft_cap and method.weighs_masses:
+        return DenseReason.SOFT_CAP
     if seq_len <= longest_dense_seq_len(method, min_tokens):
         return DenseReason.SHORT_CONTEXT
     if not has_sparse_layers:

@@ -173,6 +173,7 @@ class PlanLimits:
         full_graph: the step replays a FULL CUDA graph.
         graphs_hold: whether CUDA graphs hold decode rows of requests in a step of so many rows.
         block_tokens: of a KV-cache block. A dense decode row's keys are summarised as it fills a block.
+        soft_cap: the model caps its attention logits.
     """
 
     num_layers: int
@@ -183,6 +184,7 @@ class PlanLimits:
     full_graph: bool = False
     graphs_hold: Callable[[Sequence[SparseRequest], int], bool] = lambda requests, rows: True
     block_tokens: int = 1
+    soft_cap: bool = False
 
 
 def plan_step(
@@ -227,7 +229,13 @@ def plan_step(
             still_sparse = sparse if guard is None else guard.sparse_layers(sparse)
             has_sparse_layers = guard is None or bool(still_sparse)
             reason = why_prefill_is_dense(
-                params.prefill, params.min_tokens, span.query_tokens, span.seq_len, has_sparse_layers, costs
+                params.prefill,
+                params.min_tokens,
+                span.query_tokens,
+                span.seq_len,
+                has_sparse_layers,
+                costs,
+                limits.soft_cap,
             )
             if reason is None:
                 prefill.append(PrefillRow(span, params.prefill, guard))
@@ -256,6 +264,7 @@ def plan_step(
                 room if at_once and not is_dense_step else None,
                 roles is of_method or bool(reading_layers(roles)),
                 pays,
+                limits.soft_cap,
             )
             if reason is None and not is_dense_step:
                 candidates.append((span, request, roles, at_once, gain))

@@ -8,10 +8,16 @@ from vllm_sparse.step.launch import Executor, Launch
 
 
 class FlashAttentionExecutor(Executor):
-    """FlashAttention's paged variable-length kernel, as vLLM's FLASH_ATTN backend calls it (CUDA)."""
+    """FlashAttention's paged variable-length kernel, as vLLM's FLASH_ATTN backend calls it (CUDA).
 
-    def __init__(self, fa_version: int) -> None:
+    Args:
+        fa_version: of FlashAttention.
+        soft_cap: on the layer's logits; 0: none.
+    """
+
+    def __init__(self, fa_version: int, soft_cap: float = 0.0) -> None:
         self.fa_version = fa_version
+        self.soft_cap = soft_cap
         # Making views costs more host time than launching the kernel; a layer's cache does not move.
         self._views: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -43,6 +49,7 @@ class FlashAttentionExecutor(Executor):
             seqused_k=launch.kept_tokens,
             max_seqlen_k=launch.pages.shape[1] * launch.page_size_tokens,
             softmax_scale=scale,
+            softcap=self.soft_cap,
             causal=True,
             block_table=launch.pages,
             fa_version=self.fa_version,
