@@ -44,7 +44,8 @@ def serve_rows(platform: LayerPlatform, call: LayerCall, step: StepExecution, wo
             observers.append(step.guard.observer(call.index))
         for observed in observers:
             newest = call.query[row.span.query_start].unsqueeze(0)
-            sample = RecallSample(newest, platform.row_keys(call, row.span), lists, 1, platform.scale)
+            keys = platform.row_keys(call, row.span)
+            sample = RecallSample(newest, keys, lists, 1, platform.scale, platform.logits_soft_cap)
             observed("decode", row.method.name, sample)
     if work.reading:
         with record.timer.serving("decode", [row.method.name for row in work.reading]):

@@ -57,6 +57,8 @@ class LayerPlatform:
     num_heads: int
     num_kv_heads: int
     scale: float
+    logits_soft_cap: float
+    """0: none."""
     summaries: StoredSummaries
     layer_number: int
     """Of the layer among those of the model that may be sparse, from 0; the metadata builder tells it."""

@@ -71,7 +71,7 @@ def serve_row(
         attend_prompt_chunk(record.timer.executor(platform.executor(call.layer)), method, lists, chunk)
     list_heads = method.list_heads(platform.num_heads, platform.num_kv_heads)
     record.count(call.index, span, lists.kept_tokens, method.query_block_tokens, list_heads)
-    sample = RecallSample(chunk.query, keys, lists, method.query_block_tokens, platform.scale)
+    sample = RecallSample(chunk.query, keys, lists, method.query_block_tokens, platform.scale, platform.logits_soft_cap)
     if record.measures_recall(call.index, span):
         record.metrics.observe_recall("prefill", method.name, sample)
     if row.guard is not None:
