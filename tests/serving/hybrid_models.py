@@ -26,6 +26,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_COMMON, **_GEMMA, "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text",
         "num_hidden_layers": 8, "layer_types": [_WINDOW, _WINDOW, _FULL, _WINDOW, _WINDOW, _FULL, _WINDOW, _FULL],
     },
+    # So many full layers that they lie in two cache groups.
+    "mostly_full": {
+        **_COMMON, **_GEMMA, "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text",
+        "num_hidden_layers": 6, "layer_types": [_FULL, _FULL, _WINDOW] * 2,
+    },
     "gemma2": {
         **_COMMON, **_GEMMA, "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "num_hidden_layers": 6,
         "layer_types": [_WINDOW, _FULL] * 3, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 30.0,

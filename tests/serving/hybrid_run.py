@@ -10,10 +10,12 @@ from typing import Any
 GENERATED = 8
 # Each step is made to choose it, so that all runs see the same text.
 FORCED_TOKEN = 5
+# Log probabilities of a step; the model is sure that the forced token comes again.
+TOP = 5
 
 
 def run(model_folder: str, backend: str, prompts: list[list[int]], extras: list[dict[str, Any]]) -> list[Any]:
-    """Log probabilities, one list per extras, one per prompt: of the prompt's tokens, then of the generated ones."""
+    """Log probabilities, one list per extras, one per prompt: of the prompt's tokens, then the largest of each step."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -33,7 +35,7 @@ def run(model_folder: str, backend: str, prompts: list[list[int]], extras: list[
             max_tokens=GENERATED,
             ignore_eos=True,
             allowed_token_ids=[FORCED_TOKEN],
-            logprobs=0,
+            logprobs=TOP,
             prompt_logprobs=0,
             extra_args=chosen or None,
         )
@@ -43,9 +45,15 @@ def run(model_folder: str, backend: str, prompts: list[list[int]], extras: list[
 
 
 def _logprobs(output: Any) -> list[float]:
-    generated = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
-    tokens = [*output.prompt_token_ids[1:], *output.outputs[0].token_ids]
-    return [of_token[token].logprob for of_token, token in zip(generated, tokens, strict=True)]
+    tokens = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+    of_prompt = [of_token[token].logprob for of_token, token in tokens]
+    steps = [[found.logprob for found in of_token.values()] for of_token in output.outputs[0].logprobs]
+    return [*of_prompt, *(logprob for step in steps for logprob in largest(step))]
+
+
+def largest(logprobs: list[float]) -> list[float]:
+    """Of a step, falling."""
+    return sorted(logprobs, reverse=True)[:TOP]
 
 
 if __name__ == "__main__":

@@ -15,17 +15,19 @@ import httpx
 import pytest
 
 from tests.serving.hybrid_models import CONFIGS, WINDOW_TOKENS, full_layers, write_model
-from tests.serving.hybrid_run import FORCED_TOKEN, GENERATED
+from tests.serving.hybrid_run import FORCED_TOKEN, GENERATED, TOP, largest
 from tests.serving.server import Server
 
 SHORT_TOKENS, LONG_TOKENS = 300, 1000
-# Methods that choose by order alone, so that models with a soft cap run them too; lists of nearly everything.
-NEAR: dict[str, Any] = {
-    "sparse_prefill": "dhsa", "dhsa_density": 0.999,
-    "sparse_decode": "tidal", "tidal_budget_tokens": 990, "tidal_dense_layers": 0, "tidal_list_per": "query_head",
+# Methods that choose by order alone, so that models with a soft cap run them too. Lists hold everything: a budget that
+# the context has passed is rounded up to the block that it ends in.
+EVERYTHING: dict[str, Any] = {
+    "sparse_prefill": "dhsa", "dhsa_budget_tokens": 4096,
+    "sparse_decode": "tidal", "tidal_budget_tokens": LONG_TOKENS, "tidal_dense_layers": 0,
+    "tidal_list_per": "query_head",
     "sparse_min_tokens": SHORT_TOKENS + GENERATED + 1,
 }  # fmt: skip
-FEW = {**NEAR, "dhsa_density": 0.1, "tidal_budget_tokens": 128}
+FEW = {**EVERYTHING, "dhsa_budget_tokens": 128, "tidal_budget_tokens": 128}
 # Of log probabilities in float32: rounding, and more than rounding.
 SAME, OTHER = 2e-3, 2e-2
 
@@ -69,8 +71,8 @@ def model_of(folder: Path, name: str) -> Path:
 @functools.cache
 def sparse_runs(folder: Path, name: str) -> dict[str, list[list[float]]]:
     """Log probabilities of both prompts with the sparse backend, by what the request asks for."""
-    dense, near, few = run_offline(model_of(folder, name), "SPARSE", [{}, NEAR, FEW])
-    return {"dense": dense, "near": near, "few": few}
+    dense, everything, few = run_offline(model_of(folder, name), "SPARSE", [{}, EVERYTHING, FEW])
+    return {"dense": dense, "everything": everything, "few": few}
 
 
 def largest_difference(left: list[float], right: list[float]) -> float:
@@ -85,10 +87,10 @@ class TestModel:
         stock = run_offline(model_of(folder, name), "", [{}])[0]
         assert sparse_runs(folder, name)["dense"] == stock
 
-    def test_lists_of_nearly_everything_give_nearly_the_same(self, folder: Path, name: str) -> None:
+    def test_lists_of_everything_give_the_same(self, folder: Path, name: str) -> None:
         """Only if the lists are of the right cache group, the layers of the right number, and caps and sinks kept."""
         runs = sparse_runs(folder, name)
-        assert largest_difference(runs["near"][0], runs["dense"][0]) < SAME
+        assert largest_difference(runs["everything"][0], runs["dense"][0]) < SAME
 
     def test_few_keys_change_the_prompt_and_the_generation(self, folder: Path, name: str) -> None:
         runs = sparse_runs(folder, name)
@@ -120,13 +122,15 @@ def gemma(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 def complete(
     server: Server, tokens: list[int], extras: dict[str, Any], generated: int = GENERATED
 ) -> tuple[list[float], int]:
-    """Log probabilities of a forced generation, and how many prompt tokens were in the cache."""
+    """The largest log probabilities of each forced step, and how many prompt tokens were in the cache."""
     body = {
-        "prompt": tokens, "max_tokens": generated, "ignore_eos": True, "logprobs": 0,
+        "prompt": tokens, "max_tokens": generated, "ignore_eos": True, "logprobs": TOP,
         "allowed_token_ids": [FORCED_TOKEN], "vllm_xargs": extras,
     }  # fmt: skip
     reply = server.post("/v1/completions", body)
-    return reply.logprobs, reply.cached_tokens
+    assert reply.status == 200, reply.raw
+    steps = reply.body["choices"][0]["logprobs"]["top_logprobs"]
+    return [logprob for step in steps for logprob in largest(list(step.values()))], reply.cached_tokens
 
 
 @pytest.mark.usefixtures("no_server")
@@ -170,17 +174,18 @@ class TestServer:
             assert cached > LONG_TOKENS - 64
             # What is left of the prompt after a hit is shorter than a chunk that may be sparse.
             assert extras or largest_difference(found, alone) < SAME
-        assert complete(gemma, prompt, {**FEW, "dhsa_density": 0.2})[1] == 0
+        assert complete(gemma, prompt, {**FEW, "dhsa_budget_tokens": 256})[1] == 0
 
     def test_a_generation_is_sparse_after_a_dense_prompt_and_shared_up_to_there(self, gemma: Server) -> None:
         extras = {**FEW, "sparse_prefill": "dense"}
-        extras.pop("dhsa_density")
+        extras.pop("dhsa_budget_tokens")
         prompt = random_prompt(6, LONG_TOKENS)
         dense, _ = complete(gemma, prompt, {})
         sparse, cached = complete(gemma, prompt, extras, generated=80)
         assert cached > LONG_TOKENS - 64
-        assert largest_difference(sparse[1:GENERATED], dense[1:]) > OTHER
-        assert abs(sparse[0] - dense[0]) < SAME
+        # The prompt's last token is a step of the prompt.
+        assert largest_difference(sparse[:TOP], dense[:TOP]) < SAME
+        assert largest_difference(sparse[TOP : GENERATED * TOP], dense[TOP:]) > OTHER
         continued = [*prompt, *[FORCED_TOKEN] * 80, 6]
         assert complete(gemma, continued, {})[1] <= LONG_TOKENS
         assert complete(gemma, continued, extras)[1] <= LONG_TOKENS + 81

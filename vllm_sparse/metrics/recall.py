@@ -58,7 +58,7 @@ class RecallSample:
 def attention_recall(
     query: torch.Tensor, keys: PagedKeys, lists: PageList, query_block: int, scale: float, soft_cap: float = 0.0
 ) -> torch.Tensor:
-    """Softmax mass of the keys in a query's list over that of all keys in its reach; sinks, which all lists keep, aside.
+    """Softmax mass of the keys in a query's list over that of all keys in its reach; sinks take no part.
 
     Measured on `SAMPLED_QUERIES` query tokens that are spread evenly over the chunk, in each query head.
 
