@@ -30,6 +30,7 @@ def install(name: str) -> None:
 
     sparse = AttentionBackendEnum.__members__[name]
     choose = selector._cached_get_attn_backend
+    # vLLM's own function is wrapped too, by the cache.
     if hasattr(choose, "__sparse__"):
         return
 
