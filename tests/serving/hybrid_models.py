@@ -47,10 +47,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_local_experts": 2, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2,
         "tie_word_embeddings": False,
     },
+    # vLLM makes blocks no smaller than a linear layer's state, so that is small and a token's keys are large.
     "qwen3_next": {
-        **_COMMON, "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "num_hidden_layers": 12,
-        "layer_types": [_LINEAR, _LINEAR, _LINEAR, _FULL] * 3, "sliding_window": None, "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "num_experts": 4,
+        **_COMMON, "head_dim": 128, "num_key_value_heads": 4,
+        "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "num_hidden_layers": 12,
+        "layer_types": [_LINEAR, _LINEAR, _LINEAR, _FULL] * 3, "sliding_window": None, "linear_num_value_heads": 2,
+        "linear_num_key_heads": 1, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "num_experts": 4,
         "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
         "tie_word_embeddings": False,
     },

@@ -14,14 +14,16 @@ FORCED_TOKEN = 5
 TOP = 5
 
 
-def run(model_folder: str, backend: str, prompts: list[list[int]], extras: list[dict[str, Any]]) -> list[Any]:
+def run(
+    model_folder: str, backend: str, prompts: list[list[int]], extras: list[dict[str, Any]], dtype: str
+) -> list[Any]:
     """Log probabilities, one list per extras, one per prompt: of the prompt's tokens, then the largest of each step."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
         model_folder,
         attention_backend=backend or None,
-        dtype="float32",
+        dtype=dtype,
         enforce_eager=True,
         kv_cache_memory_bytes=1 << 28,
         max_num_batched_tokens=512,

@@ -29,6 +29,8 @@ EVERYTHING: dict[str, Any] = {
     "sparse_min_tokens": SHORT_TOKENS + GENERATED + 1,
 }  # fmt: skip
 FEW = {**EVERYTHING, "dhsa_budget_tokens": 128, "tidal_budget_tokens": 128}
+# vLLM's linear attention on CPUs takes no other.
+DTYPES = {"qwen3_next": "bfloat16"}
 # Of log probabilities in float32: rounding, and more than rounding.
 SAME, OTHER = 2e-3, 2e-2
 
@@ -44,7 +46,8 @@ PROMPTS = [random_prompt(1, LONG_TOKENS), random_prompt(2, SHORT_TOKENS)]
 def run_offline(model: Path, backend: str, extras: list[dict[str, Any]]) -> list[list[list[float]]]:
     """Results of `hybrid_run.run` in a child process; an empty backend is vLLM's own choice."""
     task, result = model / f"task{backend}.json", model / f"result{backend}.json"
-    task.write_text(json.dumps({"model_folder": str(model), "backend": backend, "prompts": PROMPTS, "extras": extras}))
+    settings = {"model_folder": str(model), "backend": backend, "prompts": PROMPTS, "extras": extras}
+    task.write_text(json.dumps({**settings, "dtype": DTYPES.get(model.name, "float32")}))
     ended = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("hybrid_run.py")), str(task), str(result)],
         stdout=subprocess.PIPE,
