@@ -33,6 +33,8 @@ FEW = {**EVERYTHING, "dhsa_budget_tokens": 128, "tidal_budget_tokens": 128}
 DTYPES = {"qwen3_next": "bfloat16"}
 # Of log probabilities in float32: rounding, and more than rounding.
 SAME, OTHER = 2e-3, 2e-2
+# Mean of the differences in bfloat16, whose rounding sends single tokens to other experts.
+SAME_IN_MEAN = 0.05
 
 
 def random_prompt(seed: int, tokens: int) -> list[int]:
@@ -86,6 +88,10 @@ def largest_difference(left: list[float], right: list[float]) -> float:
     return max(abs(one - other) for one, other in zip(left, right, strict=True))
 
 
+def mean_difference(left: list[float], right: list[float]) -> float:
+    return sum(abs(one - other) for one, other in zip(left, right, strict=True)) / len(left)
+
+
 @pytest.mark.usefixtures("no_server")
 @pytest.mark.parametrize("name", CONFIGS)
 class TestModel:
@@ -96,7 +102,11 @@ class TestModel:
     def test_lists_of_everything_give_the_same(self, folder: Path, name: str) -> None:
         """Only if the lists are of the right cache group, the layers of the right number, and caps and sinks kept."""
         runs = sparse_runs(folder, name)
-        assert largest_difference(runs["everything"][0], runs["dense"][0]) < SAME
+        everything, dense = runs["everything"][0], runs["dense"][0]
+        if name in DTYPES:
+            assert mean_difference(everything, dense) < SAME_IN_MEAN < mean_difference(runs["few"][0], dense)
+        else:
+            assert largest_difference(everything, dense) < SAME
 
     def test_few_keys_change_the_prompt_and_the_generation(self, folder: Path, name: str) -> None:
         runs = sparse_runs(folder, name)
