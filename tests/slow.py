@@ -5,6 +5,9 @@ put in; `tests/test_markers.py` finds names that no longer exist.
 """
 
 SLOW = {
+    "tests/backend/test_cache_groups.py": {
+        "test_a_mixed_step_equals_the_oracle_in_every_layer",
+    },
     "tests/backend/test_decode_steps.py": {
         "test_a_request_reads_the_same_with_and_without_others",
         "test_every_step_equals_the_oracle_in_every_layer",
@@ -19,6 +22,10 @@ SLOW = {
         "test_tokens_before_the_minimum_read_everything",
     },
     "tests/backend/test_guard.py": {"test_neighbours_are_not_touched"},
+    "tests/backend/test_soft_cap_and_sinks.py": {
+        "test_a_mixed_step_equals_the_oracle",
+        "test_the_executor_equals_the_oracle",
+    },
     "tests/backend/test_summaries.py": {
         "test_a_prefix_in_the_cache",
         "test_a_prefix_that_requests_without_summaries_wrote",

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_sparse.hooks import (
     attention_backend_enum,
+    attention_selector,
     cpu_platform,
     engine_args,
     input_processor,
@@ -27,6 +28,7 @@ def register() -> None:
     """
     _check_version()
     attention_backend_enum.install(BACKEND_NAME, BACKEND_PATH, restore_backend)
+    attention_selector.install(BACKEND_NAME)
     cpu_platform.install(BACKEND_NAME)
     input_processor.install()
     kv_cache_utils.install()

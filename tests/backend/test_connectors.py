@@ -44,7 +44,7 @@ def configuration(connector: str, **settings: Any) -> VllmConfig:
 
 def refuse(config: VllmConfig) -> None:
     """Check a server, all of whose layers the backend serves."""
-    check_server(config, [str(layer) for layer in range(config.model_config.get_total_num_hidden_layers())])
+    check_server(config)
 
 
 def scheduler_side(config: VllmConfig) -> Any:

@@ -424,8 +424,9 @@ def test_a_row_whose_layer_went_dense_is_summarised_all_the_same() -> None:
         summarising=tuple(SummaryRow(span, method, method.summaries, roles, 999) for span in plan.spans),
     )
     step = step_of(plan)
+    table = torch.zeros(2, 1, dtype=torch.int32)
     assert roles[3:5] == (Role.WRITE_AND_READ,) * 2
-    assert [[row.span.row for row in step.work(layer).summarising] for layer in (3, 4, 5)] == [[], [1], []]
+    assert [[row.span.row for row in step.work(layer, table).summarising] for layer in (3, 4, 5)] == [[], [1], []]
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,16 @@ def make_keys(context: int, kv_heads: int, generator: torch.Generator) -> PlainK
     return PlainKeys(cache, table, context)
 
 
-def true_recall(query: torch.Tensor, keys: PlainKeys, allowed: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+def true_recall(
+    query: torch.Tensor, keys: PlainKeys, allowed: torch.Tensor, tokens: list[int], soft_cap: float = 0.0
+) -> torch.Tensor:
     """Per query head, mean over query tokens; `allowed` is bool ``[list_heads, chunk, context]``."""
     chunk, query_heads, _ = query.shape
     context = keys.seq_len
     every = keys.read(0, context).double().repeat_interleave(query_heads // keys.num_kv_heads, dim=0)
     logits = torch.einsum("thd,hnd->htn", query.double(), every) * SCALE
+    if soft_cap:
+        logits = soft_cap * (logits / soft_cap).tanh()
     future = torch.arange(context) > (context - chunk + torch.arange(chunk)).unsqueeze(1)
     shares = logits.masked_fill(future, float("-inf")).softmax(2)
     allowed = allowed.repeat_interleave(query_heads // allowed.shape[0], dim=0)
@@ -77,6 +81,18 @@ def test_chunk(
     assert found.shape == (query_heads,)
     assert (found - expected).abs().max() < 1e-5
     assert 0.05 < float(expected.mean()) < 0.95
+
+
+def test_a_soft_cap_flattens_the_mass() -> None:
+    generator = torch.Generator().manual_seed(3)
+    keys = make_keys(300, 2, generator)
+    query = torch.randn(1, 4, HEAD_SIZE, generator=generator) * 4
+    mask = torch.rand(4, 1, 10, generator=generator) < 0.5
+    lists = block_lists(mask, ListGrid(1, 300, 1, 32, 32, 4))
+    allowed = allowed_by(lists, 1, 300, 1)
+    capped, plain = (true_recall(query, keys, allowed, [0], cap) for cap in (1.0, 0.0))
+    assert (capped - plain).abs().max() > 1e-2
+    assert (attention_recall(query, keys, lists, 1, SCALE, 1.0) - capped).abs().max() < 1e-5
 
 
 def test_decode_row_reads_the_same_list_in_all_heads_of_a_group() -> None:

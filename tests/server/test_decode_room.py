@@ -22,6 +22,7 @@ def server(**settings: Any) -> Any:
     from vllm.config.compilation import CUDAGraphMode
 
     model = SimpleNamespace(
+        hf_text_config=SimpleNamespace(),
         get_total_num_hidden_layers=lambda: LAYERS,
         model_arch_config=SimpleNamespace(total_num_attention_heads=4),
         max_model_len=32768,

@@ -47,7 +47,7 @@ class SparseCpuImpl(SparseAttentionImpl, CPUAttentionBackendImpl):
     """The CPU implementation with a path for sparse rows."""
 
     def make_executor(self, layer: Any) -> Executor:
-        return CpuExecutor(layer.isa, self.kv_cache_dtype)
+        return CpuExecutor(layer.isa, self.kv_cache_dtype, self.logits_soft_cap, self.sinks)
 
     def keys_of(self, layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_len: int) -> PagedKeys:
         return PACKINGS[layer.isa](kv_cache, block_table, seq_len)
@@ -103,6 +103,10 @@ class SparseCpuBackend(SparseDeclarations, CPUAttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[SparseCpuMetadataBuilder]:
         return SparseCpuMetadataBuilder
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:

@@ -83,7 +83,7 @@ class GpuMetadataBuilder(SparseMetadataBuilder):
         size = ServerSize(
             vllm_config.scheduler_config.max_num_seqs,
             vllm_config.model_config.max_model_len,
-            len(layer_names),
+            self._sparse_num_layers,
             kv_cache_spec.num_kv_heads,
         )
         methods = methods_at_once(configured, size.max_seq_len)
@@ -94,12 +94,17 @@ class GpuMetadataBuilder(SparseMetadataBuilder):
         self.step_costs = StepCosts(
             costs_of(torch.cuda.get_device_name(device)),
             attention_shape(vllm_config, kv_cache_spec, size.num_layers),
-            methods if config.decode_in_batches else [],
+            methods if config.decode_in_batches and self._sparse_one_group else [],
         )
         self._graphs: DecodeGraphs | None = None
         # vLLM makes a builder to measure memory with, too; its buffers are not needed beside these.
         set_graphs(None)
-        if methods and config.decode_in_batches:
+        if config.decode_in_batches and not self._sparse_one_group:
+            logger.warning(
+                "Sparse attention: layers with full attention lie in several KV-cache groups, so sparse decode rows "
+                "are served one by one, without FULL CUDA graphs"
+            )
+        if methods and config.decode_in_batches and self._sparse_one_group:
             self.decode_buffers = DecodeBuffers(
                 size.requests,
                 size,
@@ -110,7 +115,7 @@ class GpuMetadataBuilder(SparseMetadataBuilder):
             self._graphs = DecodeGraphs(
                 self.decode_buffers,
                 methods,
-                len(layer_names),
+                self._sparse_num_layers,
                 self._sparse_speculative,
                 guards=config.min_recall > 0,
             )

@@ -54,6 +54,7 @@ class BatchLayer:
         dense: the stock kernel over whole contexts.
         summaries: of the layer's pages, by physical block, of each kind that a method asks for.
         mark: of the layer, where it is timed; attention over whole contexts counts for nothing.
+        soft_cap: on logits; 0: none.
     """
 
     index: int
@@ -65,6 +66,7 @@ class BatchLayer:
     dense: DenseAttention
     summaries: Mapping[SummaryKind, torch.Tensor]
     mark: Mark = ignore
+    soft_cap: float = 0.0
 
 
 class DecodeStep:
@@ -172,7 +174,7 @@ class DecodeStep:
 
     def layer_lists(self, at: BatchLayer) -> tuple[DecodeRows, TokenLists]:
         """The rows in a layer that has attended, and the lists that they have read there."""
-        rows = DecodeRows(at.query, at.kv_cache, self.block_table, self.seq_lens, at.scale)
+        rows = DecodeRows(at.query, at.kv_cache, self.block_table, self.seq_lens, at.scale, at.soft_cap)
         return rows, TokenLists(self.lists.slots, self.contexts.kept_tokens[at.index])
 
 
@@ -225,6 +227,7 @@ def serve_rows(
         dense,
         platform.summaries.by_kind,
         record.timer.marks(call.index, batch.method_names),
+        platform.logits_soft_cap,
     )
     step.attend(at)
     if not isinstance(batch.tokens, slice):

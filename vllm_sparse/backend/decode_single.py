@@ -44,7 +44,8 @@ def serve_rows(platform: LayerPlatform, call: LayerCall, step: StepExecution, wo
             observers.append(step.guard.observer(call.index))
         for observed in observers:
             newest = call.query[row.span.query_start].unsqueeze(0)
-            sample = RecallSample(newest, platform.row_keys(call, row.span), lists, 1, call.scale)
+            keys = platform.row_keys(call, row.span)
+            sample = RecallSample(newest, keys, lists, 1, call.scale, platform.logits_soft_cap)
             observed("decode", row.method.name, sample)
     if work.reading:
         with record.timer.serving("decode", [row.method.name for row in work.reading]):
@@ -65,7 +66,7 @@ def _write_list(platform: LayerPlatform, call: LayerCall, step: StepExecution, r
 
 
 def _launches(platform: LayerPlatform, call: LayerCall, step: StepExecution, work: LayerWork) -> list[DecodeLaunch]:
-    """Launches over the lists of a layer's reading rows; all layers share a block table."""
+    """Launches over the lists of a layer's reading rows; layers of a cache group share a block table."""
     by_lists: dict[int, list[DecodeRow]] = {}
     for row in work.reading:
         by_lists.setdefault(step.list_of(row).pages.shape[0], []).append(row)
@@ -74,17 +75,17 @@ def _launches(platform: LayerPlatform, call: LayerCall, step: StepExecution, wor
     for lists_per_request, members in by_lists.items():
         page_list = concatenate([step.list_of(row) for row in members])
         batch_rows = indices_on(device, [row.span.row for row in members])
-        heads = torch.arange(lists_per_request, device=device) // (lists_per_request // kv_heads)
+        list_head = torch.arange(lists_per_request, device=device).repeat(len(members))
         pages = to_physical(
             page_list,
             call.block_table[batch_rows].repeat_interleave(lists_per_request, dim=0),
-            heads.repeat(len(members)),
+            list_head // (lists_per_request // kv_heads),
             call.block_size_tokens,
             kv_heads,
         )
         starts = torch.arange(page_list.kept_tokens.shape[0] + 1, dtype=torch.int32, device=device)
         tokens = gather_index([row.span.query_start for row in members], device)
-        launch = Launch(starts, 1, pages, page_list.kept_tokens, page_list.page_size_tokens)
+        launch = Launch(starts, 1, pages, page_list.kept_tokens, page_list.page_size_tokens, list_head)
         launches.append(DecodeLaunch(tokens, launch))
     return launches
 

@@ -37,7 +37,7 @@ class DecodeLaunch:
 
 @dataclass
 class LayerWork:
-    """Who does what in a layer; layers in which all rows have the same roles share one.
+    """Who does what in a layer; layers of a cache group in which all rows have the same roles share one.
 
     Attributes:
         summarising: rows whose new keys are summarised.
@@ -85,6 +85,7 @@ class StepExecution:
         self.guard = guard
         self._buffers = buffers
         self._batch = batch
+        # Layers of several cache groups have a block table each.
         self._work: dict[tuple[Any, ...], LayerWork] = {}
         # By the row's index in the batch.
         self._lists: dict[int, PageList] = {}
@@ -94,11 +95,17 @@ class StepExecution:
         """The step has rows that are served at once."""
         return self._batch is not None or bool(self.plan.batch)
 
-    def work(self, layer: int) -> LayerWork:
-        """Who does what in a layer."""
+    def work(self, layer: int, block_table: torch.Tensor) -> LayerWork:
+        """Who does what in a layer.
+
+        Args:
+            layer: index of the layer among those that may be sparse.
+            block_table: int32 ``[batch, blocks]`` of the layer's cache group, the step's own object.
+        """
         plan = self.plan
         self.guard.collect()
         roles = (
+            id(block_table),
             tuple(row.roles[layer] for row in plan.summarising),
             tuple(row.is_sparse(layer) for row in plan.prefill),
             tuple(row.roles[layer] for row in plan.decode),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -48,10 +47,10 @@ class SparseAttentionImpl(LayerPlatform):
             return super().forward(  # type: ignore[misc, no-any-return]
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
-        index = _layer_index(layer.layer_name)
+        index = self.layer_number
         heads = output.view(-1, self.num_heads, query.shape[-1])
         call = self.as_read(LayerCall(layer, index, query, key, value, kv_cache, attn_metadata, heads, self.scale))
-        work = step.work(index)
+        work = step.work(index, call.block_table)
         if work.dense and len(work.dense) == len(step.plan.spans):
             self.stock_forward(call, call.query, attn_metadata, output)
         elif work.dense:
@@ -97,10 +96,3 @@ def gather_tokens(spans: Sequence[RowSpan], device: torch.device) -> slice | tor
     if all(first.stop == second.start for first, second in itertools.pairwise(ranges)):
         return slice(ranges[0].start, ranges[-1].stop)
     return to_device(torch.cat([torch.arange(tokens.start, tokens.stop) for tokens in ranges]), device)
-
-
-@lru_cache(maxsize=4096)
-def _layer_index(layer_name: str) -> int:
-    from vllm.model_executor.models.utils import extract_layer_index
-
-    return int(extract_layer_index(layer_name))

@@ -23,7 +23,7 @@ class LayerCall:
 
     Attributes:
         layer: vLLM's attention layer.
-        index: of the layer in the model.
+        index: of the layer among those of the model that may be sparse.
         query: ``[tokens, query_heads, head_size]``.
         key: ``[tokens, kv_heads, head_size]``; the stock paged kernels read the cache and only pass this through.
         value: likewise.
@@ -74,7 +74,11 @@ class LayerPlatform:
     num_heads: int
     num_kv_heads: int
     scale: float
+    logits_soft_cap: float
+    """0: none."""
     summaries: StoredSummaries
+    layer_number: int
+    """Of the layer among those of the model that may be sparse, from 0; the metadata builder tells it."""
     first_query_head: int
     """The model's number of this process's first query head."""
     _executor: Executor | None = None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm_sparse.backend.execution import StepExecution
 from vllm_sparse.backend.guard import RecallGuard
+from vllm_sparse.backend.layer_table import log_layer_table, sparse_layer_names
 from vllm_sparse.backend.support import check_server, check_summaries
 from vllm_sparse.config.server import server_config
 from vllm_sparse.metrics import Geometry, Sampling, WorkerMetrics
@@ -24,20 +26,45 @@ if TYPE_CHECKING:
     from vllm_sparse.step.requests import SparseRequest
 
 
+@dataclass(frozen=True)
+class StartedStep:
+    """The last step of a model whose sparse layers lie in several cache groups.
+
+    Attributes:
+        builder: of the group that started it.
+        query_starts: of vLLM's description of the step, which tells it from other steps.
+        step: its execution; None if all its rows are dense.
+    """
+
+    builder: SparseMetadataBuilder
+    query_starts: torch.Tensor
+    step: StepExecution | None
+
+
 class SparseMetadataBuilder:
     """Mixin before a stock builder. A step without sparse rows gets the stock metadata and nothing else.
 
     The step's execution is attached to the stock metadata object as ``sparse_step``; dense steps do not have it.
+    Layers that may be sparse can lie in several cache groups, each with a builder; they share a step's execution.
     """
+
+    _started: ClassVar[StartedStep | None] = None
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
-        check_server(vllm_config, layer_names)
+        check_server(vllm_config)
+        layers = sparse_layer_names(vllm_config)
+        impls = [vllm_config.compilation_config.static_forward_context[name].impl for name in layers]
+        for number, impl in enumerate(impls):
+            impl.layer_number = number
+        self._sparse_soft_cap = any(impl.logits_soft_cap for impl in impls)
+        self._sparse_num_layers = len(layers)
+        self._sparse_one_group = set(layers) <= set(layer_names)
+        log_layer_table(vllm_config)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         # Checked here too: a configuration need not come from vLLM's arguments.
         check_summaries(vllm_config, kv_cache_spec.block_size)
-        self._sparse_num_layers = vllm_config.model_config.get_total_num_hidden_layers()
         self._sparse_speculative = vllm_config.speculative_config is not None
         self._sparse_metrics = WorkerMetrics.get(vllm_config.parallel_config.data_parallel_index)
         self._sparse_guard = RecallGuard(self._sparse_metrics)
@@ -55,6 +82,21 @@ class SparseMetadataBuilder:
     ) -> Any:
         """The stock metadata, with a plan if a row of the step is sparse."""
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+        step = self._start_step(common_attn_metadata) if self._sparse_one_group else self._shared(common_attn_metadata)
+        if step is not None:
+            metadata.sparse_step = step
+        return metadata
+
+    def _shared(self, common: CommonAttentionMetadata) -> StepExecution | None:
+        """The step, which the builder of the first of several cache groups starts for those of the others."""
+        started = SparseMetadataBuilder._started
+        if started is None or started.builder is self or started.query_starts is not common.query_start_loc_cpu:
+            started = StartedStep(self, common.query_start_loc_cpu, self._start_step(common))
+            SparseMetadataBuilder._started = started
+        return started.step
+
+    def _start_step(self, common_attn_metadata: CommonAttentionMetadata) -> StepExecution | None:
+        """Plan a step and draw what is measured of it; None if all its rows are dense."""
         metrics = self._sparse_metrics
         metrics.collect_finished()
         self._sparse_guard.collect()
@@ -66,9 +108,9 @@ class SparseMetadataBuilder:
             if not plan.is_dense:
                 record, guard = metrics.start_step(plan), self._sparse_guard.start_step(plan)
                 step = StepExecution(plan, record, self.decode_buffers, guard=guard)
-                metadata.sparse_step = step
                 self.step_starts(step)
-        return metadata
+                return step
+        return None
 
     def step_starts(self, step: StepExecution) -> None:
         """A step with sparse rows is about to run."""
@@ -86,6 +128,7 @@ class SparseMetadataBuilder:
             self.graphs_hold,
             self.kv_cache_spec.block_size,  # type: ignore[attr-defined]
             self._sparse_prompt_cost,
+            self._sparse_soft_cap,
         )
 
     step_costs: StepCosts | None = None

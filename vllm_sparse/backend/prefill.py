@@ -139,7 +139,7 @@ def serve_chunks(
                 call.scale,
             )
         for group, chunks, of_group in served:
-            _observe(call, group, chunks, of_group, record, guard)
+            _observe(call, group, chunks, of_group, record, guard, platform.logits_soft_cap)
 
 
 def _part(lists: PageList, rows: slice) -> PageList:
@@ -153,6 +153,7 @@ def _observe(
     lists: PageList,
     record: StepRecord,
     guard: StepGuard,
+    soft_cap: float,
 ) -> None:
     """Measure what chunks have read."""
     method = group.method
@@ -168,6 +169,7 @@ def _observe(
                 _part(lists, of_chunk),
                 method.query_block_tokens,
                 chunks.scale,
+                soft_cap,
             )
             if measured:
                 record.metrics.observe_recall("prefill", method.name, sample)
@@ -253,6 +255,13 @@ def _attend(
     physical = launch_lists(lists, rows, block_table, block_size, kv_heads)
     queries = gather_rows(query, rows)
     attended = torch.empty_like(queries)
-    launch = Launch(rows.starts, rows.max_query_tokens, physical.pages, physical.kept_tokens, physical.page_size_tokens)
+    launch = Launch(
+        rows.starts,
+        rows.max_query_tokens,
+        physical.pages,
+        physical.kept_tokens,
+        physical.page_size_tokens,
+        rows.list_head,
+    )
     executor.run(launch, queries, attended, kv_cache, scale)
     scatter_rows(attended, rows, output)

@@ -61,17 +61,9 @@ class Server:
 
     Attributes:
         config: vLLM's configuration.
-        cache_layers: attention layers of the cache group that the backend is to serve.
     """
 
     config: VllmConfig
-    cache_layers: int
-
-    @property
-    def model_layers(self) -> int:
-        """Attention layers of the model."""
-        layers: int = self.config.model_config.get_total_num_hidden_layers()
-        return layers
 
     @property
     def unsalted_connectors(self) -> list[str]:
@@ -172,13 +164,6 @@ SERVER_REFUSALS: tuple[Refusal[Server], ...] = (
         ),
     ),
     Refusal(
-        lambda server: server.cache_layers != server.model_layers,
-        lambda server: (
-            f"attention backend sparse needs all {server.model_layers} layers of the model, this cache group has "
-            f"{server.cache_layers}: hybrid models are not supported yet; {ADVICE}"
-        ),
-    ),
-    Refusal(
         lambda server: not TABLE.attached,
         lambda server: (
             "attention backend sparse receives request parameters through the entry point 'sparse' of the group "
@@ -221,12 +206,6 @@ LAYER_REFUSALS: tuple[Refusal[Any], ...] = (
         lambda impl: "attention backend sparse does not support ALiBi; serve this model without it",
     ),
     Refusal(
-        lambda impl: bool(getattr(impl, "logits_soft_cap", 0)),
-        lambda impl: (
-            "attention backend sparse does not support a soft cap on attention logits; serve this model without it"
-        ),
-    ),
-    Refusal(
         lambda impl: getattr(impl, "vllm_flash_attn_version", FLASH_ATTENTION_VERSION) not in FLASH_ATTENTION,
         lambda impl: (
             f"attention backend sparse needs FlashAttention {', '.join(map(str, FLASH_ATTENTION))} or vLLM's Triton "
@@ -244,17 +223,16 @@ def _refuse(refusals: Iterable[Refusal[Subject]], subject: Subject) -> None:
             raise ValueError(refusal.message(subject))
 
 
-def check_server(vllm_config: VllmConfig, layer_names: Collection[str]) -> None:
+def check_server(vllm_config: VllmConfig) -> None:
     """Refuse a server that the backend cannot serve.
 
     Args:
         vllm_config: the server's configuration.
-        layer_names: attention layers of the cache group that the backend is to serve.
 
     Raises:
         ValueError: with the reason and what to do instead.
     """
-    _refuse(SERVER_REFUSALS, Server(vllm_config, len(layer_names)))
+    _refuse(SERVER_REFUSALS, Server(vllm_config))
 
 
 def check_summaries(vllm_config: VllmConfig, block_size_tokens: int) -> None:

@@ -138,7 +138,7 @@ def resolve_by_length(extras: Mapping[str, Any], config: ServerConfig, num_layer
     Args:
         extras: the request's ``vllm_xargs``; keys without a prefix of ours belong to others and are left alone.
         config: the server's configuration.
-        num_layers: attention layers of the model.
+        num_layers: attention layers of the model that may be sparse.
 
     Raises:
         SparseParamsError: unknown preset, method or knob, a knob of a method that is used at no length, a preset's

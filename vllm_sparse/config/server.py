@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from vllm_sparse.config.former_names import present_settings
 from vllm_sparse.config.limits import Limits
 from vllm_sparse.config.messages import SparseParamsError, knob_error, knob_list
+from vllm_sparse.config.model_layers import sparse_layers
 from vllm_sparse.config.names import METHODS, PHASES, phases_of, phases_with
 from vllm_sparse.config.presets import PRESETS
 from vllm_sparse.config.request import configured_method, resolve_by_length
@@ -28,7 +29,7 @@ def parse_server_config(additional_config: object, num_layers: int, num_query_he
 
     Args:
         additional_config: vLLM's ``additional_config``; other keys than ``"sparse"`` belong to others.
-        num_layers: attention layers of the model.
+        num_layers: attention layers of the model that may be sparse.
         num_query_heads: query heads of the model, those of all processes.
 
     Raises:
@@ -48,7 +49,7 @@ def check_settings(settings: object, num_layers: int, num_query_heads: int) -> S
 
     Args:
         settings: the object.
-        num_layers: attention layers of the model.
+        num_layers: attention layers of the model that may be sparse.
         num_query_heads: query heads of the model.
     """
     try:
@@ -118,7 +119,7 @@ def server_config(vllm_config: VllmConfig) -> ServerConfig:
         model = vllm_config.model_config
         config = parse_server_config(
             vllm_config.additional_config,
-            model.get_total_num_hidden_layers(),
+            sparse_layers(model),
             model.model_arch_config.total_num_attention_heads,
         )
         vllm_config._sparse_server_config = config

@@ -1,20 +1,42 @@
-"""vLLM's `WorkerBase`: a method that the API server calls in all workers, for their late densities.
+"""vLLM's `WorkerBase`: methods that the API server calls in all workers, and the moment before a model is made.
 
-Not needed any more once `collective_rpc` can call a function that a plugin names.
+Not needed any more once `collective_rpc` can call a function that a plugin names, and `backend_per_kind` knows
+chunked-local layers (`attention_selector`).
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+from vllm_sparse.hooks import attention_selector
+
 WORKER_METHOD = "sparse_stats"
+LAYERS_METHOD = "sparse_layers"
 
 
 def install() -> None:
-    """Give vLLM's workers the method."""
+    """Give vLLM's workers the methods; idempotent."""
     from vllm.v1.worker.worker_base import WorkerBase
 
+    start = WorkerBase.__init__
+    if hasattr(start, "__wrapped__"):
+        return
     setattr(WorkerBase, WORKER_METHOD, _sparse_stats)
+    setattr(WorkerBase, LAYERS_METHOD, _sparse_layers)
+
+    @functools.wraps(start)
+    def start_worker(self: Any, *args: Any, **kwargs: Any) -> None:
+        attention_selector.install_deriving()
+        start(self, *args, **kwargs)
+
+    WorkerBase.__init__ = start_worker
+
+
+def _sparse_layers(worker: Any) -> list[dict[str, Any]]:
+    from vllm_sparse.backend.layer_table import layer_table
+
+    return [kind.as_json() for kind in layer_table(worker.vllm_config)]
 
 
 def _sparse_stats(worker: Any) -> dict[str, Any]:

@@ -87,6 +87,10 @@ class BlockTopk(TopTokensMethod):
     def summaries(self) -> SummaryKind:
         return SummaryKind(self.page_tokens, self.scores)
 
+    @property
+    def weighs_masses(self) -> bool:
+        return True
+
     def layer_roles(self, num_layers: int) -> list[Role]:
         return choosing_in_each_layer(self.dense_layers, num_layers)
 

@@ -162,6 +162,10 @@ class Dhsa(PrefillMethod):
             )
 
     @property
+    def weighs_masses(self) -> bool:
+        return self.candidate_factor > 1
+
+    @property
     def exactly_dense(self) -> bool:
         return self.budget_tokens == UNBOUNDED_TOKENS or (self.budget_tokens == 0 and self.density >= 1)
 

@@ -75,6 +75,10 @@ class FlexPrefill(PrefillMethod):
             )
 
     @property
+    def weighs_masses(self) -> bool:
+        return True
+
+    @property
     def exactly_dense(self) -> bool:
         return self.gamma >= 1 and self.max_budget_tokens == 1 << 24
 

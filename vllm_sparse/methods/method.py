@@ -25,6 +25,14 @@ class Method(ABC):
         """What the choice depends on beside the knobs, such as a file's content; cached blocks are kept apart by it."""
         return ""
 
+    @property
+    def weighs_masses(self) -> bool:
+        """The choice weighs attention masses, not the order of scores alone, so a soft cap on logits would change it.
+
+        Sinks change no choice: shares are of the mass that a head gives to keys.
+        """
+        return False
+
     @classmethod
     def knobs_of_files(cls, knobs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Knobs that files named by other knobs hold; they count where a knob is not given.

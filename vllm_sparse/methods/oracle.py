@@ -29,6 +29,10 @@ class Oracle(PrefillBaseline):
 
     name: ClassVar[str] = "oracle"
 
+    @property
+    def weighs_masses(self) -> bool:
+        return True
+
     def page_scores(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         """Exact attention mass."""
         return block_mass(query, keys, scale, self.query_block_tokens, PrefillBaseline.page_tokens)
@@ -45,6 +49,10 @@ class OracleDecode(DecodeBaseline):
 
     name: ClassVar[str] = "oracle"
     scores_tokens: ClassVar[bool] = True
+
+    @property
+    def weighs_masses(self) -> bool:
+        return True
 
     def select(
         self, query: torch.Tensor, keys: PagedKeys, scale: float, page_size_tokens: int, memory: LayerMemory

@@ -62,6 +62,10 @@ class TokenTopk(TopTokensMethod):
     def summaries(self) -> SummaryKind:
         return SummaryKind(self.page_tokens, "codes")
 
+    @property
+    def weighs_masses(self) -> bool:
+        return True
+
     def layer_roles(self, num_layers: int) -> list[Role]:
         roles = choosing_in_each_layer(self.dense_layers, num_layers)
         first = self.dense_layers + 1

@@ -48,16 +48,17 @@ class RecallSample:
     lists: PageList
     query_block: int
     scale: float
+    soft_cap: float = 0.0
 
     def recall(self) -> torch.Tensor:
         """Attention-mass recall: float32 ``[query_heads]``."""
-        return attention_recall(self.query, self.keys, self.lists, self.query_block, self.scale)
+        return attention_recall(self.query, self.keys, self.lists, self.query_block, self.scale, self.soft_cap)
 
 
 def attention_recall(
-    query: torch.Tensor, keys: PagedKeys, lists: PageList, query_block: int, scale: float
+    query: torch.Tensor, keys: PagedKeys, lists: PageList, query_block: int, scale: float, soft_cap: float = 0.0
 ) -> torch.Tensor:
-    """Softmax mass of the keys in a query's list over that of all keys in its reach.
+    """Softmax mass of the keys in a query's list over that of all keys in its reach; sinks take no part.
 
     Measured on `SAMPLED_QUERIES` query tokens that are spread evenly over the chunk, in each query head.
 
@@ -67,6 +68,7 @@ def attention_recall(
         lists: of ``list_heads * ceil(chunk / query_block)`` rows, head-major.
         query_block: query tokens that share a list.
         scale: softmax scale.
+        soft_cap: on logits; 0: none.
 
     Returns:
         float32 ``[query_heads]``, 0 to 1, mean over the sampled queries.
@@ -83,6 +85,8 @@ def attention_recall(
     for start in range(0, context, SEGMENT_TOKENS):
         stop = min(start + SEGMENT_TOKENS, context)
         logits = torch.einsum("skgd,knd->skgn", queries, keys.read(start, stop).float()).flatten(1, 2) * scale
+        if soft_cap:
+            logits = soft_cap * (logits / soft_cap).tanh()
         key = torch.arange(start, stop, device=device)
         logits = logits.masked_fill(key > position, float("-inf"))
         kept = kept_pages[..., key // lists.page_size_tokens]

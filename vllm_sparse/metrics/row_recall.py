@@ -134,5 +134,6 @@ def _observe(
     keys = PlainKeys(rows.kv_cache, table, row.span.seq_len)
     blocks = table[: -(-keys.seq_len // keys.block_size_tokens)]
     tokens = to_logical(lists.slots, blocks, keys.block_size_tokens, keys.num_kv_heads)
-    sample = RecallSample(query.unsqueeze(0), keys, PageList(tokens, lists.kept_tokens, 1), 1, rows.scale)
+    pages = PageList(tokens, lists.kept_tokens, 1)
+    sample = RecallSample(query.unsqueeze(0), keys, pages, 1, rows.scale, rows.soft_cap)
     observed("decode", row.setting.method.name, sample)

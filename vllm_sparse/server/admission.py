@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import prometheus_client
 
 from vllm_sparse.config.messages import SparseParamsError
+from vllm_sparse.config.model_layers import sparse_layers
 from vllm_sparse.config.names import DENSE, sparse_keys
 from vllm_sparse.config.request import ALL_DENSE, RESOLVED_KEY, ParamsByLength, SparseParams, resolve_by_length
 from vllm_sparse.config.salt import SALT_MARK, cache_salt
@@ -70,7 +71,7 @@ def resolve_for(vllm_config: VllmConfig, extras: Mapping[str, Any]) -> ParamsByL
                 "start it with --attention-backend sparse or drop the setting",
             )
         return ParamsByLength(DENSE, ((0, ALL_DENSE),))
-    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    num_layers = sparse_layers(vllm_config.model_config)
     config = running_config(server_config(vllm_config)).config
     settings = resolve_by_length(extras, config, num_layers)
     check_limits(vllm_config, config, extras, settings)

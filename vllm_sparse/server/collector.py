@@ -10,6 +10,7 @@ import prometheus_client
 from prometheus_client import multiprocess
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
+from vllm_sparse.config.model_layers import sparse_layers
 from vllm_sparse.config.server import uses_sparse_backend
 from vllm_sparse.hooks import base_serving, sampling_params
 from vllm_sparse.hooks.output_processor import observe_requests
@@ -39,9 +40,13 @@ class MetricsCollector(AggregateStatLoggerBase):
         if not self._sparse:
             return
         observe_requests()
-        self._cache_bytes = cache_bytes(vllm_config) // len(engine_indexes or [0])
         self._requests = _request_metrics(vllm_config)
-        self._cache_used = _cache_used_gauge()
+        model = vllm_config.model_config
+        # Layers of other kinds lie in cache groups of their own, and how the groups share blocks is not known here.
+        self._cache_used = None
+        if sparse_layers(model) == model.get_total_num_hidden_layers():
+            self._cache_used = _cache_used_gauge()
+            self._cache_bytes = cache_bytes(vllm_config) // len(engine_indexes or [0])
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
@@ -50,7 +55,7 @@ class MetricsCollector(AggregateStatLoggerBase):
         if not self._sparse:
             return
         self._requests.record(iteration_stats)
-        if scheduler_stats is not None:
+        if scheduler_stats is not None and self._cache_used is not None:
             used_bytes = scheduler_stats.kv_cache_usage * self._cache_bytes
             self._cache_used.labels(str(engine_idx)).set(used_bytes)
 

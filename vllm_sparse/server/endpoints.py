@@ -7,7 +7,9 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from vllm_sparse.config.model_layers import sparse_layers
 from vllm_sparse.config.server import server_config, uses_sparse_backend
+from vllm_sparse.hooks.worker_base import LAYERS_METHOD
 from vllm_sparse.server.decode_room import has_decode_graphs
 from vllm_sparse.server.routes import config, methods, stats
 from vllm_sparse.server.runtime_config import ROUTES_NAME, Served
@@ -30,10 +32,12 @@ class SparseEndpoints:
         state.sparse_served = None
         if uses_sparse_backend(vllm_config):
             start, model = server_config(vllm_config), vllm_config.model_config
+            ranks = await engine_client.collective_rpc(LAYERS_METHOD)
             state.sparse_served = Served(
                 start,
-                model.get_total_num_hidden_layers(),
+                sparse_layers(model),
                 model.model_arch_config.total_num_attention_heads,
                 model.max_model_len,
                 has_decode_graphs(vllm_config),
+                ranks[0],
             )

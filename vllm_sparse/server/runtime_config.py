@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,11 @@ class Served:
 
     Attributes:
         start: the configuration of the command line.
-        num_layers: attention layers of the model.
+        num_layers: attention layers of the model that may be sparse.
         num_query_heads: query heads of the model, those of all processes.
         max_seq_len: of the longest request.
         decode_graphs: sparse decode steps have CUDA graphs.
+        layers: which backend serves which layers (`vllm_sparse.backend.layer_table`), as JSON.
     """
 
     start: ServerConfig
@@ -83,6 +84,7 @@ class Served:
     num_query_heads: int
     max_seq_len: int
     decode_graphs: bool
+    layers: Sequence[Mapping[str, Any]] = ()
 
 
 def announce_directory() -> None:

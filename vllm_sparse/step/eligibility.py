@@ -39,6 +39,7 @@ class DenseReason(StrEnum):
         "low_recall",
         "at least one of its layers, because lists kept less of the attention mass there than its sparse_min_recall",
     )
+    SOFT_CAP = "soft_cap", "the method weighs attention masses, which this model's soft cap on logits changes"
     UNPROFITABLE = "unprofitable", "it would take longer sparse, by what the GPU's costs predict"
     TOO_EXPENSIVE = (
         "too_expensive",
@@ -92,6 +93,7 @@ def why_prefill_is_dense(
     has_sparse_layers: bool = True,
     costs: StepCosts | None = None,
     most_cost: float | None = None,
+    soft_cap: bool = False,
 ) -> DenseReason | None:
     """Why a prompt chunk runs dense; None if it is sparse, but for its first tokens (`dense_first_tokens`).
 
@@ -104,7 +106,10 @@ def why_prefill_is_dense(
         costs: of the server's GPU; None: nothing is known.
         most_cost: the longest that the chunk may take, in times of a dense one, where the request is to be sparse
             whether or not it pays; None: it is not.
+        soft_cap: the model caps its attention logits.
     """
+    if soft_cap and method.weighs_masses:
+        return DenseReason.SOFT_CAP
     query_tokens -= dense_first_tokens(min_tokens, query_tokens, seq_len)
     if query_tokens == 0:
         return DenseReason.SHORT_CONTEXT
@@ -138,6 +143,7 @@ def why_decode_is_dense(
     room: ScoringRoom | None = None,
     has_sparse_layers: bool = True,
     pays: bool = True,
+    soft_cap: bool = False,
 ) -> DenseReason | None:
     """Why a decode row runs dense; None if it is sparse.
 
@@ -149,9 +155,12 @@ def why_decode_is_dense(
         room: of rows that are served at once, asked in their order; None for a row that is served alone.
         has_sparse_layers: the guard has not sent all layers dense that read lists.
         pays: the row by itself is not slower than dense.
+        soft_cap: the model caps its attention logits.
     """
     if speculative:
         return DenseReason.SPECULATIVE
+    if soft_cap and method.weighs_masses:
+        return DenseReason.SOFT_CAP
     if seq_len <= longest_dense_seq_len(method, min_tokens):
         return DenseReason.SHORT_CONTEXT
     if not has_sparse_layers:

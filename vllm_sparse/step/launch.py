@@ -22,6 +22,8 @@ class Launch:
         pages: int32 ``[rows, width]`` pages of the cache's per-head view (`vllm_sparse.kernels.page_list.to_physical`).
         kept_tokens: int32 ``[rows]``.
         page_size_tokens: tokens of a page.
+        list_head: int64 ``[rows]`` which heads of the layer a row has: its first query head over its query heads. None
+            where the kernel does the same for all heads.
     """
 
     query_starts: torch.Tensor
@@ -29,6 +31,7 @@ class Launch:
     pages: torch.Tensor
     kept_tokens: torch.Tensor
     page_size_tokens: int
+    list_head: torch.Tensor | None = None
 
 
 class Executor(ABC):

@@ -210,6 +210,7 @@ class PlanLimits:
         full_graph: the step replays a FULL CUDA graph.
         graphs_hold: whether CUDA graphs hold decode rows of requests in a step of so many rows.
         block_tokens: of a KV-cache block. A dense decode row's keys are summarised as it fills a block.
+        soft_cap: the model caps its attention logits.
     """
 
     num_layers: int
@@ -221,6 +222,7 @@ class PlanLimits:
     graphs_hold: Callable[[Sequence[SparseRequest], int], bool] = lambda requests, rows: True
     block_tokens: int = 1
     prompt_cost: float = math.inf
+    soft_cap: bool = False
 
 
 def plan_step(
@@ -275,6 +277,7 @@ def plan_step(
                 has_sparse_layers,
                 limits.costs,
                 limits.prompt_cost if as_asked else None,
+                limits.soft_cap,
             )
             if reason is None:
                 dense_tokens = dense_first_tokens(params.min_tokens, span.query_tokens, span.seq_len)
@@ -307,6 +310,7 @@ def plan_step(
                 room if at_once and not is_dense_step else None,
                 roles is of_method or bool(reading_layers(roles)),
                 pays,
+                limits.soft_cap,
             )
             if reason is None and not is_dense_step:
                 candidates.append((span, request, roles, at_once, gain))

@@ -24,6 +24,7 @@ class DecodeRows:
         seq_lens: int32 ``[rows]`` tokens in the row's cache, the newest included; 0 for a row that does not
             choose here, whose list stays as it is.
         scale: softmax scale of the model.
+        soft_cap: on logits; 0: none.
     """
 
     query: torch.Tensor
@@ -31,6 +32,7 @@ class DecodeRows:
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     scale: float
+    soft_cap: float = 0.0
 
 
 @dataclass(frozen=True)

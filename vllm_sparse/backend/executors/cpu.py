@@ -8,15 +8,49 @@ from vllm_sparse.step.launch import Executor, Launch
 
 
 class CpuExecutor(Executor):
-    """vLLM's `cpu_attention_with_kv_cache`. It packs keys inside a block, so a page is a whole block."""
+    """vLLM's `cpu_attention_with_kv_cache`. It packs keys inside a block, so a page is a whole block.
 
-    def __init__(self, isa: str, kv_cache_dtype: str) -> None:
+    Args:
+        isa: vLLM's name of the packing.
+        kv_cache_dtype: vLLM's name of the cache's dtype.
+        soft_cap: on the layer's logits; 0: none.
+        sinks: ``[query_heads]`` logits of the layer's sinks, if it has some.
+    """
+
+    def __init__(self, isa: str, kv_cache_dtype: str, soft_cap: float = 0.0, sinks: torch.Tensor | None = None) -> None:
         self.isa = isa
         self.kv_cache_dtype = kv_cache_dtype
+        self.soft_cap = soft_cap
+        # The kernel takes no other dtypes.
+        self.sinks = sinks if sinks is None or sinks.dtype == torch.bfloat16 else sinks.float()
 
     def run(
         self, launch: Launch, query: torch.Tensor, output: torch.Tensor, kv_cache: torch.Tensor, scale: float
     ) -> None:
+        if self.sinks is None:
+            self._run(launch, query, output, kv_cache, scale, None)
+            return
+        # A launch has one set of sinks, and rows have different heads.
+        assert launch.list_head is not None, "rows tell their heads"
+        heads = query.shape[1]
+        for head in torch.unique(launch.list_head).tolist():
+            rows = (launch.list_head == head).nonzero().squeeze(1)
+            part, tokens = _part(launch, rows)
+            attended = torch.empty_like(query[tokens])
+            sinks = self.sinks[head * heads : (head + 1) * heads]
+            self._run(part, query[tokens], attended, kv_cache, scale, sinks)
+            output[tokens] = attended
+
+    def _run(
+        self,
+        launch: Launch,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        kv_cache: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        """One call of the kernel; arguments as of `run`, and the sinks of a row's heads."""
         from vllm import _custom_ops as ops
 
         blocks, kv_heads, block_size, double_head_size = kv_cache.shape
@@ -54,8 +88,29 @@ class CpuExecutor(Executor):
             alibi_slopes=None,
             sliding_window=-1,
             block_table=launch.pages,
-            softcap=0.0,
+            softcap=self.soft_cap,
             scheduler_metadata=schedule,
-            s_aux=None,
+            s_aux=sinks,
             kv_cache_dtype=self.kv_cache_dtype,
         )
+
+
+def _part(launch: Launch, rows: torch.Tensor) -> tuple[Launch, torch.Tensor]:
+    """A launch of some of its rows, and the places of their query tokens.
+
+    Args:
+        launch: of all rows.
+        rows: int64 ``[part]``.
+    """
+    starts = launch.query_starts[rows].long()
+    lengths = launch.query_starts[rows + 1].long() - starts
+    part_starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    shift = (starts - part_starts[:-1]).repeat_interleave(lengths)
+    part = Launch(
+        part_starts.int(),
+        launch.max_query_tokens,
+        launch.pages[rows],
+        launch.kept_tokens[rows],
+        launch.page_size_tokens,
+    )
+    return part, torch.arange(int(part_starts[-1])) + shift

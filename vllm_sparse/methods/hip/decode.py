@@ -122,6 +122,10 @@ class HipDecode(BatchDecodeMethod):
             recent_tokens=budget_tokens // 4,
         )
 
+    @property
+    def weighs_masses(self) -> bool:
+        return self.last_stage == "all_keys"
+
     def layer_roles(self, num_layers: int) -> list[Role]:
         dense = min(self.dense_layers, num_layers)
         return [Role.DENSE] * dense + [Role.WRITE_AND_READ] * (num_layers - dense)

@@ -92,6 +92,10 @@ class Sale(PrefillMethod):
                 raise KnobError("calibration", self.calibration, str(error)) from error
 
     @property
+    def weighs_masses(self) -> bool:
+        return True
+
+    @property
     def exactly_dense(self) -> bool:
         return self.tau == 0
 

@@ -107,6 +107,10 @@ class Tidal(TopTokensMethod):
         return bool(self.policy) and self.dense_layers is None and not self.reselect_layers
 
     @property
+    def weighs_masses(self) -> bool:
+        return self.list_per == "kv_head"
+
+    @property
     def fingerprint(self) -> str:
         return load(self.policy).digest if self.follows_policy else ""
 

@@ -26,11 +26,13 @@ CONSTRAINTS = ("type", "enum", "items", "maxItems", "minimum", "exclusiveMinimum
 
 @router.get("/methods")
 def read_methods(served: ServedSparsely, response: Response) -> dict[str, Any]:
-    """Presets, methods of both phases with their knobs, and a JSON schema of a request's ``vllm_xargs``."""
+    """Which layers may be sparse, presets, methods of both phases with their knobs, and a JSON schema of a request's
+    ``vllm_xargs``."""
     running = running_config(served.start)
     response.headers["ETag"] = running.etag
     return {
         "version": running.version,
+        "layers": list(served.layers),
         "preset": {
             "default": running.config.preset,
             "presets": {name: described(preset, running.config) for name, preset in PRESETS.items()},

@@ -1,0 +1,60 @@
+"""Which layers of a model may be sparse: those with full attention. All others run what vLLM picks for them.
+
+Processes that never hold the model ask too, so the answer is read from the model's configuration; the worker compares
+it with the layers that it made (`vllm_sparse.backend.layer_table`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
+# As model configurations spell them in `layer_types` and `layers_block_type`.
+FULL_KINDS = ("full_attention", "attention", "hybrid")
+WINDOW_KINDS = ("sliding_attention",)
+
+
+def sparse_layers(model_config: ModelConfig) -> int:
+    """Attention layers that may be sparse, which are those that methods count: a model's layers with full attention.
+
+    Args:
+        model_config: vLLM's configuration of the model.
+    """
+    config = model_config.hf_text_config
+    total: int = model_config.get_total_num_hidden_layers()
+    window = getattr(config, "sliding_window", None)
+    # vLLM takes the window away where it is told to (--disable-sliding-window).
+    full_kinds = FULL_KINDS if window else (*FULL_KINDS, *WINDOW_KINDS)
+    kinds = _kinds_of_layers(config)
+    if kinds is not None:
+        return sum(kind in full_kinds for kind in kinds[:total])
+    # Without kinds, a window is that of every layer.
+    return 0 if window else total
+
+
+def check_sparse_layers(model_config: ModelConfig) -> None:
+    """Refuse a model of which no layer could be sparse.
+
+    Args:
+        model_config: vLLM's configuration of the model.
+
+    Raises:
+        ValueError: it is such a model.
+    """
+    if sparse_layers(model_config) == 0:
+        raise ValueError(
+            "attention backend sparse serves layers with full attention, and this model has none: each of its "
+            f"{model_config.get_total_num_hidden_layers()} layers has a window or another kind of attention; serve it "
+            "without --attention-backend sparse"
+        )
+
+
+def _kinds_of_layers(config: Any) -> list[str] | None:
+    """The kind of each layer as the model's configuration spells it; None where it has one kind alone."""
+    for name in ("layer_types", "layers_block_type"):
+        kinds: list[str] | None = getattr(config, name, None)
+        if kinds:
+            return list(kinds)
+    return None
