@@ -75,6 +75,7 @@ class OneLayer(LayerPlatform):
     """A layer of the CUDA backend, without vLLM's configuration."""
 
     num_heads, num_kv_heads, scale, first_query_head = HEADS, KV_HEADS, SCALE, 0
+    logits_soft_cap = 0.0
 
     def make_executor(self, layer: Any) -> Noting:
         return Noting()

@@ -107,7 +107,8 @@ def test_what_does_not_pay_is_said_last_and_takes_no_room() -> None:
 
 def test_reasons_have_their_labels() -> None:
     assert [str(reason) for reason in DenseReason] == [
-        "short_context", "short_chunk", "no_room", "speculative", "low_recall", "unprofitable", "too_expensive",
+        "short_context", "short_chunk", "no_room", "speculative", "low_recall", "soft_cap",
+        "unprofitable", "too_expensive",
     ]  # fmt: skip
     assert all(reason.sentence for reason in DenseReason)
 

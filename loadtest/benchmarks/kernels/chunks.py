@@ -48,6 +48,7 @@ class BenchmarkLayer(LayerPlatform):
     """
 
     first_query_head = 0
+    logits_soft_cap = 0.0
 
     def __init__(self, heads: tuple[int, int, int], isa: str | None) -> None:
         self.num_heads, self.num_kv_heads, head_size = heads
