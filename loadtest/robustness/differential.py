@@ -91,6 +91,12 @@ def compared(
     return found
 
 
+def without_extras(request: Asked) -> Asked:
+    """A dense request as a server without the plugin takes it."""
+    body = {key: value for key, value in request.body.items() if key != "vllm_xargs"}
+    return dataclasses.replace(request, body=body)
+
+
 def documented(request: Asked, whole_prompts: bool) -> bool:
     """Whether a request's answer may depend on its neighbours, by what is documented."""
     return "guarded" in request.kinds or not (whole_prompts or "prefill dense" in request.kinds)
@@ -169,15 +175,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("each alone", flush=True)
         alone = asyncio.run(answers_of(running.url, requests, 1, True, ready))
     comparisons = compared(requests, "mixed", alone, (mixed[request.number] for request in requests), whole=False)
-    dense = [request for request in requests if request.is_dense]
-    without = [
-        dataclasses.replace(request, body={key: value for key, value in request.body.items() if key != "vllm_xargs"})
-        for request in dense
-    ]
-    with served(server, options.output / "stock.log", stock=True) as running:
-        print(f"{len(dense)} dense ones alone on stock vLLM", flush=True)
-        stock = asyncio.run(answers_of(running.url, without, 1, True, ready))
-    comparisons += compared(dense, "stock vLLM", (alone[request.number] for request in dense), stock, whole=True)
+    # Alone they are the same whatever cuts prompts.
+    dense = [] if options.whole_prompts else [request for request in requests if request.is_dense]
+    if dense:
+        with served(server, options.output / "stock.log", stock=True) as running:
+            print(f"{len(dense)} dense ones alone on stock vLLM", flush=True)
+            stock = asyncio.run(answers_of(running.url, [without_extras(one) for one in dense], 1, True, ready))
+        comparisons += compared(dense, "stock vLLM", (alone[one.number] for one in dense), stock, whole=True)
     failures = [one for one in comparisons if is_failure(one, options.whole_prompts)]
     with (options.output / "differences.jsonl").open("w") as file:
         for one in comparisons:
