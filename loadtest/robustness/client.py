@@ -10,7 +10,8 @@ from typing import Any
 
 import aiohttp
 
-REQUEST_SECONDS = 120.0
+# Requests of low priority wait for all others.
+REQUEST_SECONDS = 600.0
 
 
 @dataclasses.dataclass

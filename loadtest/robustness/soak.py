@@ -29,9 +29,10 @@ from loadtest.robustness.traffic import asked
 from vllm_sparse.metrics.directory import DIRECTORY_VARIABLE, PROMETHEUS_VARIABLE
 
 BLOCKS = ("--num-gpu-blocks-override", "140")
-# With vLLM's default of 0 its API server waits for answers that the engine, which it has killed, will never give.
-DRAIN = ("--shutdown-timeout", "5")
-SAMPLE_SECONDS, SETTLED_SECONDS, END_SECONDS = 5.0, 60.0, 60.0
+# Time for requests in flight to end. Where it kills an engine that still has some, vLLM's API server at times waits for
+# answers that will never come.
+DRAIN = ("--shutdown-timeout", "60")
+SAMPLE_SECONDS, SETTLED_SECONDS, END_SECONDS = 5.0, 60.0, 90.0
 MIB = 1 << 20
 # Growth that counts, by the first word of a series' name.
 GROWTH_SHARE = 0.02
