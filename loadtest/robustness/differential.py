@@ -1,10 +1,10 @@
 """Each request of random traffic beside the same request alone, and dense ones beside stock vLLM.
 
 A difference is what rounding does not explain: answers part at a token that is no near tie (`judge`). What a method of
-the prompt reads may depend on where the scheduler cuts it, on a preemption, or on what the cache holds, and what the
-guard finds on when it looks (docs/operations.md, *Prefix cache*; docs/configuration.md, *Guard*): `documented` names
-those kinds, which are counted and do not fail the run. With --whole-prompts nothing cuts, so that only guarded ones
-may differ.
+the prompt reads may depend on where the scheduler cuts it and on what the cache holds, what the guard finds on when it
+looks, and a preempted request comes back with what it generated as a part of its prompt (docs/operations.md, *Prefix
+cache*; docs/configuration.md, *Guard*): `documented` names those kinds, which are counted and do not fail the run. With
+--whole-prompts nothing cuts, so that only guarded ones may differ.
 """
 
 from __future__ import annotations
@@ -97,16 +97,24 @@ def without_extras(request: Asked) -> Asked:
     return dataclasses.replace(request, body=body)
 
 
-def documented(request: Asked, whole_prompts: bool) -> bool:
-    """Whether a request's answer may depend on its neighbours, by what is documented."""
-    return "guarded" in request.kinds or not (whole_prompts or "prefill dense" in request.kinds)
+def documented(request: Asked, whole_prompts: bool, preempted: bool) -> bool:
+    """Whether a request's answer may depend on its neighbours, by what is documented.
+
+    Args:
+        request: that was asked.
+        whole_prompts: nothing cut prompts.
+        preempted: some requests were, and nobody knows which.
+    """
+    if request.is_dense:
+        return False
+    return "guarded" in request.kinds or not (whole_prompts or ("prefill dense" in request.kinds and not preempted))
 
 
-def is_failure(one: Compared, whole_prompts: bool) -> bool:
-    """Whether a comparison found what must not be."""
+def is_failure(one: Compared, whole_prompts: bool, preempted: bool) -> bool:
+    """Whether a comparison found what must not be; arguments as of `documented`."""
     if one.judgement is None:
         return True
-    may_differ = one.beside == "mixed" and documented(one.asked, whole_prompts)
+    may_differ = one.beside == "mixed" and documented(one.asked, whole_prompts, preempted)
     return one.judgement.likeness == Likeness.DIFFERENT and not may_differ
 
 
@@ -182,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{len(dense)} dense ones alone on stock vLLM", flush=True)
             stock = asyncio.run(answers_of(running.url, [without_extras(one) for one in dense], 1, True, ready))
         comparisons += compared(dense, "stock vLLM", (alone[one.number] for one in dense), stock, whole=True)
-    failures = [one for one in comparisons if is_failure(one, options.whole_prompts)]
+    failures = [one for one in comparisons if is_failure(one, options.whole_prompts, preempted > 0)]
     with (options.output / "differences.jsonl").open("w") as file:
         for one in comparisons:
             if one.judgement is None or one.judgement.likeness == Likeness.DIFFERENT:

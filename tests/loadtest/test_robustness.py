@@ -7,11 +7,12 @@ import random
 import pytest
 
 from loadtest.robustness.client import Answer, Choice
+from loadtest.robustness.differential import documented
 from loadtest.robustness.extras import is_refused, random_extras
 from loadtest.robustness.judge import NEAR_TIE_NATS, Likeness, judge
 from loadtest.robustness.server import CONFIG, LAYERS
 from loadtest.robustness.soak import grows
-from loadtest.robustness.traffic import asked
+from loadtest.robustness.traffic import Asked, asked
 from vllm_sparse.config.names import PHASES
 
 
@@ -72,3 +73,20 @@ def test_growth_counts_after_the_beginning_and_beyond_noise() -> None:
     flat = [100.0 * step for step in range(10)] + [1000.0 + draw.uniform(-20, 20) for _ in range(50)]
     assert not grows("resident worker, MiB", flat)
     assert grows("resident worker, MiB", [1000.0 + 2 * step + draw.uniform(-20, 20) for step in range(60)])
+
+
+@pytest.mark.parametrize(
+    ("kinds", "whole", "preempted", "allowed"),
+    [
+        (("all dense", "prefill dense", "guarded"), False, True, False),
+        (("prefill dense", "decode tidal"), False, False, False),
+        (("prefill dense", "decode tidal"), False, True, True),
+        (("prefill sale", "decode dense"), False, False, True),
+        (("prefill sale", "decode dense"), True, False, False),
+        (("prefill sale", "guarded"), True, False, True),
+    ],
+)
+def test_differences_that_are_documented_do_not_fail(
+    kinds: tuple[str, ...], whole: bool, preempted: bool, allowed: bool
+) -> None:
+    assert documented(Asked(0, {}, None, kinds), whole, preempted) == allowed
