@@ -107,12 +107,18 @@ async def soak(server: Served, seed: int, seconds: float, concurrency: int) -> t
         end, shown = time.monotonic() + seconds, 0.0
         while time.monotonic() < end:
             await asyncio.sleep(SAMPLE_SECONDS)
-            samples.append(await sampled(session, server, folders))
+            try:
+                samples.append(await sampled(session, server, folders))
+            except (aiohttp.ClientError, psutil.Error, OSError) as error:
+                wrong.append(f"the server ended under load: {error}")
+                break
             if time.monotonic() > shown + 60:
                 shown = time.monotonic()
                 print(f"  {end - shown:.0f} s left, {samples[-1]}", flush=True)
         stopping = True
         await asyncio.wait(workers)
+        if not server.process.is_running():
+            return samples, wrong
         wrong += await left_behind(session, server.url)
         stopping = False
         workers = [group.create_task(worker(session, server.url)) for _ in range(concurrency)]
