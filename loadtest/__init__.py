@@ -6,6 +6,7 @@ Each is a folder of its own. They run as modules from the repository's root and 
     python -m loadtest.quality.generation              long generations of the bundled model beside dense ones
     python -m loadtest.benchmarks.kernels.prefill      one layer; also `chunks`, `decode`, `costs`
     python -m loadtest.benchmarks.engine.latency       a whole engine; also `burst` and `guard`
+    python -m loadtest.robustness.differential         mixed traffic beside each request alone; also `soak` and `fuzz`
     python -m loadtest.model.train                     the bundled model; also `ruler` and `widen`
 
 `text` holds the words, documents and the tokenizer that they share, `offline` an engine in the measuring process.

@@ -163,6 +163,10 @@ SLOW = {
     "tests/server/test_runtime_config.py": {
         "test_the_directory_is_made_only_where_the_routes_are_loaded",
     },
+    "tests/test_any_settings.py": {
+        "test_any_configuration_is_taken_or_refused",
+        "test_any_extras_are_taken_or_refused_with_their_key",
+    },
     "tests/test_calibrate_sale.py": {
         "test_s11_every_prompt_is_within_the_bound",
         "test_the_command_calibrates_the_bundled_model",

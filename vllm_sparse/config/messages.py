@@ -8,6 +8,19 @@ from typing import Any
 from vllm_sparse.config.names import is_request_knob, knob_schema, phases_of
 from vllm_sparse.methods.knobs import KnobError
 
+# Of a message; beyond them somebody sent a page.
+MOST_CHARACTERS = 2000
+
+
+def readable(text: str) -> str:
+    """Text as any answer and log can hold it.
+
+    Lone surrogates, which JSON can send and UTF-8 cannot write, are escaped; a very long text loses its middle.
+    """
+    text = text.encode(errors="backslashreplace").decode()
+    half = MOST_CHARACTERS // 2
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
+
 
 class SparseParamsError(ValueError):
     """A request's sparse settings are wrong. The message names the key, the value and what is allowed.
@@ -18,7 +31,7 @@ class SparseParamsError(ValueError):
     """
 
     def __init__(self, key: str, value: object, message: str) -> None:
-        super().__init__(message)
+        super().__init__(readable(message))
         self.key = key
         self.value = value
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from vllm_sparse.config.former_names import present_settings
 from vllm_sparse.config.limits import Limits
-from vllm_sparse.config.messages import SparseParamsError, knob_error, knob_list
+from vllm_sparse.config.messages import SparseParamsError, knob_error, knob_list, readable
 from vllm_sparse.config.model_layers import sparse_layers
 from vllm_sparse.config.names import METHODS, PHASES, phases_of, phases_with
 from vllm_sparse.config.presets import PRESETS
@@ -63,7 +63,7 @@ def check_settings(settings: object, num_layers: int, num_query_heads: int) -> S
         key = ".".join(["sparse", *(str(part) for part in detail["loc"])])
         known = (Limits if key.startswith("sparse.limits.") else ServerConfig).model_fields
         allowed = f"; there are {', '.join(known)}" if detail["type"] == "extra_forbidden" else ""
-        raise ValueError(f"{key} is {detail.get('input')!r}: {detail['msg']}{allowed}") from error
+        raise ValueError(readable(f"{key} is {detail.get('input')!r}: {detail['msg']}{allowed}")) from error
     for name in METHODS:
         # Knobs in the configuration are checked as a request's would be, whether or not the method is a default.
         try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import prometheus_client
 
-from vllm_sparse.config.messages import SparseParamsError
+from vllm_sparse.config.messages import SparseParamsError, readable
 from vllm_sparse.config.model_layers import sparse_layers
 from vllm_sparse.config.names import DENSE, sparse_keys
 from vllm_sparse.config.request import ALL_DENSE, RESOLVED_KEY, ParamsByLength, SparseParams, resolve_by_length
@@ -81,11 +81,17 @@ def resolve_for(vllm_config: VllmConfig, extras: Mapping[str, Any]) -> ParamsByL
 
 def as_vllm_error(error: SparseParamsError) -> Exception:
     """The error as vLLM answers it: HTTP 400 that names the parameter."""
+    parameter = error.key if error.key == "cache_salt" else f"vllm_xargs.{error.key}"
+    return validation_error(str(error), parameter, error.value)
+
+
+def validation_error(message: str, parameter: str, value: object) -> Exception:
+    """vLLM's error for a wrong request, which tells parameter and value beside the message."""
     from vllm.exceptions import VLLMValidationError
 
-    parameter = error.key if error.key == "cache_salt" else f"vllm_xargs.{error.key}"
-    vllm_error: Exception = VLLMValidationError(str(error), parameter=parameter, value=error.value)
-    return vllm_error
+    told = value if value is None else readable(str(value))
+    error: Exception = VLLMValidationError(readable(message), parameter=readable(parameter), value=told)
+    return error
 
 
 def admit(vllm_config: VllmConfig, params: Any, build: Callable[[], Any]) -> Any:

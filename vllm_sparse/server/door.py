@@ -13,7 +13,7 @@ from vllm_sparse.config.messages import SparseParamsError
 from vllm_sparse.config.names import sparse_keys
 from vllm_sparse.config.request import ParamsByLength
 from vllm_sparse.config.server import uses_sparse_backend
-from vllm_sparse.server.admission import CHECKED_ATTRIBUTE, as_vllm_error, check_salt, resolve_for
+from vllm_sparse.server.admission import CHECKED_ATTRIBUTE, as_vllm_error, check_salt, resolve_for, validation_error
 from vllm_sparse.server.preset_header import with_preset
 
 if TYPE_CHECKING:
@@ -72,8 +72,6 @@ def check_body(body: Mapping[str, Any], request: Any) -> None:
     Raises:
         VLLMValidationError: there are such settings.
     """
-    from vllm.exceptions import VLLMValidationError
-
     place, extras = _extras_of(request)
     for path in ((), (EXTRAS_FIELD,), (PARAMS_FIELD,), (PARAMS_FIELD, EXTRAS_FIELD)):
         fields: Any = body
@@ -90,7 +88,7 @@ def check_body(body: Mapping[str, Any], request: Any) -> None:
             else f"where it is not read; move it to {place}"
         )
         value = fields[ignored[0]]
-        raise VLLMValidationError(f"{name} is {value!r}, {advice}", parameter=name, value=value)
+        raise validation_error(f"{name} is {value!r}, {advice}", name, value)
 
 
 def keep_checked(params: Any) -> Any:
