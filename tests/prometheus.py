@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import prometheus_client
 import yaml
 
 from tests.tools import tool
@@ -28,6 +29,12 @@ _NAME = re.compile(r"\bvllm(?::[a-z]|_sparse)[a-zA-Z0-9_:]*")
 def metric_names(expression: str) -> set[str]:
     """Names of the metrics of ours and of vLLM in an expression."""
     return set(_NAME.findall(expression))
+
+
+def counted(name: str, **labels: str) -> float:
+    """Sum of the samples of this process with this name and at least these labels."""
+    samples = (sample for family in prometheus_client.REGISTRY.collect() for sample in family.samples)
+    return sum(sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items())
 
 
 def rule_expressions() -> dict[str, str]:

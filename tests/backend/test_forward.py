@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from prometheus_client import REGISTRY
 
 from tests import oracle
 from tests.backend.conftest import HEAD_SIZE, HEADS, KV_HEADS, LAYERS, SCALE, Engine
 from tests.methods.lists import chunk_allowed
 from tests.oracle import Paged, Platform
+from tests.prometheus import counted
 from vllm_sparse.config.request import ALL_DENSE, SparseParams
 from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.methods.flexprefill import FlexPrefill
@@ -253,7 +253,7 @@ def test_short_rows_run_dense_and_are_counted(
     labels = {"phase": phase, "method": method, "reason": reason}
 
     def count() -> float:
-        return REGISTRY.get_sample_value("vllm_sparse_fallbacks_total", labels) or 0.0
+        return counted("vllm_sparse_fallbacks_total", **labels)
 
     step = make_step([row, Row(1, 40)], generator)
     before = count()
