@@ -23,7 +23,7 @@ help:
 	@echo 'make lint      ruff check, ruff format --check, mypy'
 	@echo 'make format    let ruff fix and format the code'
 	@echo 'make setup     only set up'
-	@echo 'make chart     write the generated files of the Helm chart'
+	@echo 'make chart     write the generated files of the Helm chart and the dashboard'
 	@echo 'make docs      write the tables of knobs in docs/configuration.md'
 	@echo 'make image-test ARGS="--store folder"   build the CPU image, run it and restart it under load (needs root)'
 	@echo 'make clean     remove the environment and the caches'
@@ -77,6 +77,7 @@ setup:
 
 chart:
 	$(set_up) test
+	$(in_venv) python deploy/grafana/generate.py
 	$(in_venv) exec python deploy/helm/generate.py
 
 docs:
