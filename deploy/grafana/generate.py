@@ -51,6 +51,7 @@ class Panel:
         bad_above: whether values above the threshold are the bad ones.
         now: bars of the chosen time range as a whole, instead of lines over time.
         most: end of the scale; None to let Grafana choose.
+        harmless: regular expression of legends whose values are no fault however large, and stay grey.
     """
 
     title: str
@@ -61,6 +62,7 @@ class Panel:
     bad_above: bool = True
     now: bool = False
     most: float | None = None
+    harmless: str = ""
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,7 @@ ROWS = (
                 threshold=0.1,
                 now=True,
                 most=1,
+                harmless="short_context|unprofitable",
             ),
             Panel(
                 "Memory beside the KV cache, against what is free",
@@ -524,6 +527,14 @@ def thresholds(panel: Panel) -> dict[str, Any]:
     return {"mode": "absolute", "steps": steps}
 
 
+def overrides(panel: Panel) -> list[dict[str, Any]]:
+    """Grafana's exceptions from a panel's settings."""
+    if not panel.harmless:
+        return []
+    grey = {"id": "color", "value": {"mode": "fixed", "fixedColor": "text"}}
+    return [{"matcher": {"id": "byRegexp", "options": f"/{panel.harmless}/"}, "properties": [grey]}]
+
+
 def as_grafana(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
     """A panel in Grafana's words."""
     defaults: dict[str, Any] = {
@@ -564,13 +575,16 @@ def as_grafana(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
         "description": panel.text,
         "datasource": DATA_SOURCE,
         "gridPos": {"h": HEIGHT, "w": WIDTH, "x": x, "y": y},
-        "fieldConfig": {"defaults": defaults, "overrides": []},
+        "fieldConfig": {"defaults": defaults, "overrides": overrides(panel)},
         "options": options,
         "targets": [
             {
                 "refId": chr(ord("A") + place),
                 "datasource": DATA_SOURCE,
-                "expr": query.expression,
+                # The worst bars first.
+                "expr": f"{'sort_desc' if panel.bad_above else 'sort'}({query.expression})"
+                if panel.now
+                else query.expression,
                 "legendFormat": f"{WHOSE} {query.legend}".strip(),
                 **({"instant": True, "range": False} if panel.now else {}),
             }
