@@ -19,9 +19,7 @@ Component = dict[str, Any]
 
 def system_packages(root: Path) -> list[Component]:
     """Packages that dpkg has installed below a root."""
-    release = dict(
-        line.split("=", 1) for line in (root / "etc/os-release").read_text().splitlines() if "=" in line
-    )
+    release = dict(line.split("=", 1) for line in (root / "etc/os-release").read_text().splitlines() if "=" in line)
     system = release["ID"].strip('"')
     components = []
     for paragraph in (root / "var/lib/dpkg/status").read_text().split("\n\n"):
