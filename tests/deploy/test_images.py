@@ -27,7 +27,7 @@ def server(status: int) -> Iterator[int]:
             self.send_response(status if self.path == "/health" else 404)
             self.end_headers()
 
-        def log_message(self, format: str, *arguments: object) -> None:
+        def log_message(self, *arguments: object) -> None:
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as http:
