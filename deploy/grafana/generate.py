@@ -190,7 +190,8 @@ ROWS = (
             Panel(
                 "What falls back, and why",
                 "Share of the chunks and decode steps that asked for a method and ran dense. short_context and "
-                "unprofitable are no fault, and low_recall is the guard's. From vllm_sparse_fallbacks_total and vllm_sparse_density_ratio_count.",
+                "unprofitable are no fault, and low_recall is the guard's. From vllm_sparse_fallbacks_total and "
+                "vllm_sparse_density_ratio_count.",
                 "percentunit",
                 [Query(fallback_share("$__range"), f"{METHOD}: {{{{reason}}}}")],
                 threshold=0.1,

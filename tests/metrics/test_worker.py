@@ -41,11 +41,12 @@ from vllm_sparse.methods.token_topk import TokenTopk
 from vllm_sparse.metrics import Geometry, Sampling
 from vllm_sparse.metrics.directory import write_to_announced_directory
 from vllm_sparse.metrics.graph_timing import GraphTimer
+from vllm_sparse.metrics.memory import MemoryMetrics
 from vllm_sparse.metrics.timing import ASIDE, ATTENTION, SELECTION
 from vllm_sparse.step.plan import RowSpan
 from vllm_sparse.metrics import RowDensity, WorkerMetrics
 write_to_announced_directory()
-metrics = WorkerMetrics(recording=True, model_name="m")
+metrics = WorkerMetrics(recording=True, memory=MemoryMetrics(0, 0, "m"), model_name="m")
 metrics.count_fallbacks({("prefill", "flexprefill", DenseReason.SHORT_PROMPT_CHUNK): 1})
 metrics.count_fallbacks({("prefill", "flexprefill", DenseReason.SHORT_PROMPT_CHUNK): 1})
 newest = RowDensity("decode", "tidal")
@@ -116,6 +117,8 @@ def test_a_worker_writes_where_the_server_announced() -> None:
     values = samples(output)
     fallback = 'vllm_sparse_fallbacks_total{method="flexprefill",model_name="m",phase="prefill",reason="short_chunk"}'
     assert values[fallback] == 2
+    assert [name for name in values if 'model_name="m"' not in name] == []
+    assert any("device_memory_free" in name for name in values)
     decode, prefill = (
         '{method="tidal",model_name="m",phase="decode"}',
         '{method="flexprefill",model_name="m",phase="prefill"}',
