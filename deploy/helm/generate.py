@@ -94,7 +94,7 @@ LIMITS: dict[str, Schema] = {
     "*.autoscaling.waitingTokens": COUNT,
     "*.autoscaling.waitingRequests": COUNT,
     "*.autoscaling.kvCacheUsage": SHARE,
-    "*.autoscaling.timeToFirstTokenSeconds": {"type": "number", **COUNT},
+    "*.autoscaling.timeToFirstTokenSeconds": COUNT,
     "*.autoscaling.hpaMetrics": OBJECTS,
     "*.autoscaling.authentication.modes": {"pattern": "^((bearer|basic|tls|custom)(,(bearer|basic|tls|custom))*)?$"},
     "*.autoscaling.authentication.kind": {"enum": ["TriggerAuthentication", "ClusterTriggerAuthentication"]},
