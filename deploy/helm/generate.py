@@ -94,7 +94,7 @@ LIMITS: dict[str, Schema] = {
     "*.autoscaling.waitingTokens": COUNT,
     "*.autoscaling.waitingRequests": COUNT,
     "*.autoscaling.kvCacheUsage": SHARE,
-    "*.autoscaling.timeToFirstTokenSeconds": COUNT,
+    "*.autoscaling.timeToFirstTokenSeconds": {"minimum": 0, "pattern": "^[0-9]+([.][0-9]+)?$"},
     "*.autoscaling.hpaMetrics": OBJECTS,
     "*.autoscaling.authentication.modes": {"pattern": "^((bearer|basic|tls|custom)(,(bearer|basic|tls|custom))*)?$"},
     "*.autoscaling.authentication.kind": {"enum": ["TriggerAuthentication", "ClusterTriggerAuthentication"]},
