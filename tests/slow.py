@@ -24,6 +24,12 @@ SLOW = {
         "test_serve_flags_are_ones_that_vllm_takes",
         "test_the_fastest_dtype_is_served",
     },
+    "tests/deploy/test_checkers.py": {
+        "test_accepts_every_example_and_the_image",
+    },
+    "tests/deploy/test_release.py": {
+        "test_every_example_is_installed",
+    },
     "tests/inspect/test_command.py": {
         "test_a_page_is_written_and_progress_is_shown",
     },

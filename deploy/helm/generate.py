@@ -2,6 +2,8 @@
 
 * ``values.schema.json``: types from the defaults in values.yaml, limits from `LIMITS` below, the object ``sparse`` from
   the plugin's configuration and the knobs of its methods. Closed: an unknown key is an error.
+* ``files/checks.json``: what the templates refuse because the plugin would, by its registry, and which arguments of
+  vLLM have a setting of the chart.
 * ``README.md``: a table of the settings, with the comments of values.yaml.
 * ``rendered/EXAMPLE.yaml``: what Helm renders for each example, so that a change of the templates shows in review.
 
@@ -15,18 +17,24 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import helm_python
 import yaml
+from pydantic import ValidationError
+from vllm.config.lora import MaxLoRARanks
 
+from vllm_sparse.backend.support import SALTED_CONNECTORS, SparseDeclarations
 from vllm_sparse.config.limits import Limits
 from vllm_sparse.config.names import METHODS, PHASES, knob_schema
 from vllm_sparse.config.presets import PRESETS
 from vllm_sparse.config.settings import ServerConfig
+from vllm_sparse.methods.knobs import KnobError
+from vllm_sparse.methods.registry import DEFAULT_METHODS, SUMMARISING_METHODS
 
 CHART = Path(__file__).parent / "vllm-sparse"
 EXAMPLES = CHART / "examples"
+CHECKS = CHART / "files" / "checks.json"
 RENDERED = Path(__file__).parent / "rendered"
 SCENARIOS = Path(__file__).parents[2] / "loadtest" / "load" / "scenarios"
 RELEASE, NAMESPACE = "example", "llm"
@@ -35,46 +43,94 @@ Schema = dict[str, Any]
 
 ANYTHING: Schema = {}
 TEXT_MAP: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
+# Kubernetes wants texts; the templates make numbers and booleans such.
+TEXT: Schema = {"type": ["string", "number", "boolean"]}
+ANNOTATIONS: Schema = {"type": "object", "additionalProperties": TEXT}
+LABELS: Schema = {
+    "type": "object",
+    "additionalProperties": {**TEXT, "pattern": "^([A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?)?$", "maxLength": 63},
+}
+ENVIRONMENT_VALUE: Schema = {
+    "properties": {"value": TEXT, "valueFrom": {"type": "object"}},
+    "minProperties": 1,
+}
+NAMES_OR_OBJECTS: Schema = {"type": "array", "items": {"type": ["string", "object"], "required": ["name"]}}
 OBJECTS: Schema = {"type": "array", "items": {"type": "object"}}
 SIZE: Schema = {"type": "string", "pattern": "^[0-9]+(\\.[0-9]+)?(k|M|G|T|Ki|Mi|Gi|Ti)?$"}
 COUNT: Schema = {"minimum": 0}
 POSITIVE: Schema = {"minimum": 1}
-SHARE: Schema = {"minimum": 0, "maximum": 1}
+SHARE: Schema = {"minimum": 0, "maximum": 1, "pattern": "^(0?[.][0-9]+|[01]([.]0+)?)$"}
+NUMBER_OR_SHARE: Schema = {"type": ["integer", "string"], "minimum": 0, "pattern": "^(0|[1-9][0-9]*)%?$"}
+PORT: Schema = {
+    "minimum": 1,
+    "maximum": 65535,
+    "pattern": "^([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])$",
+}
+DURATION: Schema = {"pattern": "^([0-9]+(h|m|s|ms))*$"}
 CREATE: Schema = {"enum": ["auto", "always", "never"]}
 RESOURCES: Schema = {
     "type": "object",
     "additionalProperties": False,
     "properties": {
-        name: {"type": "object", "additionalProperties": {"type": ["string", "integer"]}}
+        name: {"type": "object", "additionalProperties": {"type": ["string", "number"]}}
         for name in ("requests", "limits")
     },
 }
 
 # What a setting's default does not tell of it; `*` stands for any model's settings.
 LIMITS: dict[str, Schema] = {
-    "commonLabels": TEXT_MAP,
-    "commonAnnotations": TEXT_MAP,
-    "imagePullSecrets": OBJECTS,
+    "commonLabels": LABELS,
+    "commonAnnotations": ANNOTATIONS,
+    "imagePullSecrets": NAMES_OR_OBJECTS,
+    "serviceAccount.annotations": ANNOTATIONS,
+    "router.parentRefs": OBJECTS,
+    "router.hostnames": {"items": {"type": "string"}},
+    "router.modelHeader": {"pattern": "^[A-Za-z0-9-]+$"},
+    "router.timeout": DURATION,
     "*.image.digest": {"pattern": "^(sha256:[0-9a-f]{64})?$"},
     "*.image.pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
     "*.source.hub": {"pattern": "^([A-Za-z0-9._-]+/)?[A-Za-z0-9._-]*$"},
+    "*.image.pullSecrets": NAMES_OR_OBJECTS,
+    "*.source.hostPath": {"pattern": "^(/.+)?$"},
+    "*.source.s3": {"pattern": "^(s3://.+)?$"},
     "*.source.path": {"pattern": "^([^/].*)?$"},
     "*.servedNames": {"items": {"type": "string", "minLength": 1}},
     "*.accelerator.resource": {"pattern": "^[a-z0-9.-]+/[A-Za-z0-9._-]+$"},
     "*.accelerator.count": COUNT,
+    "*.accelerator.claims": {"items": {"type": "object", "required": ["name"]}},
     "*.nodes": POSITIVE,
+    "*.parallelism.tensor": COUNT,
+    "*.parallelism.pipeline": POSITIVE,
+    "*.parallelism.data": POSITIVE,
     "*.engine.maxModelLen": COUNT,
-    "*.engine.gpuMemoryUtilization": {"exclusiveMinimum": 0, "maximum": 1},
+    "*.engine.gpuMemoryUtilization": {
+        "exclusiveMinimum": 0,
+        "maximum": 1,
+        "pattern": "^(0?[.][0-9]*[1-9][0-9]*|1([.]0+)?)$",
+    },
     "*.engine.cpuKvCacheGiB": POSITIVE,
     "*.engine.maxNumBatchedTokens": COUNT,
     "*.engine.maxNumSeqs": COUNT,
     "*.engine.dtype": {"enum": ["auto", "half", "float16", "bfloat16", "float", "float32"]},
     "*.additionalConfig": {"type": "object", "properties": {"sparse": False}},
-    "*.extraArgs": {"items": {"type": "string", "pattern": "^--[a-z]"}},
+    "*.lora.adapters": {"type": "object", "additionalProperties": {"type": "string", "minLength": 1}},
+    "*.lora.maxAdapters": COUNT,
+    "*.lora.maxRank": {"enum": [*get_args(MaxLoRARanks), *map(str, get_args(MaxLoRARanks))]},
+    "*.extraArgs": {"items": TEXT},
     "*.env": {
-        "type": "object",
+        "type": ["object", "array"],
         "propertyNames": {"pattern": "^[A-Za-z_][A-Za-z0-9_]*$"},
-        "additionalProperties": {"type": ["string", "null"]},
+        "additionalProperties": {
+            "type": [*TEXT["type"], "null", "object"],
+            "additionalProperties": False,
+            **ENVIRONMENT_VALUE,
+        },
+        "items": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["name"],
+            "properties": {"name": {"type": "string"}, **ENVIRONMENT_VALUE["properties"]},
+        },
     },
     "*.envFrom": OBJECTS,
     "*.files": {**TEXT_MAP, "propertyNames": {"pattern": "^[A-Za-z0-9._-]+$"}},
@@ -109,29 +165,38 @@ LIMITS: dict[str, Schema] = {
     },
     "*.autoscaling.triggerMetadata": TEXT_MAP,
     "*.autoscaling.prometheus": {"pattern": "^(https?://.+)?$"},
-    "*.autoscaling.scaleDownSeconds": {"minimum": 0, "maximum": 3600},
+    "*.autoscaling.scaleDownSeconds": {
+        "minimum": 0,
+        "maximum": 3600,
+        "pattern": "^(0|[1-9][0-9]{0,2}|[12][0-9]{3}|3[0-5][0-9]{2}|3600)$",
+    },
     "*.autoscaling.fallbackReplicas": COUNT,
-    "*.rollout.maxSurge": COUNT,
-    "*.rollout.maxUnavailable": COUNT,
-    "*.podDisruptionBudget.maxUnavailable": COUNT,
+    "*.rollout.type": {"enum": ["RollingUpdate", "Recreate"]},
+    "*.rollout.maxSurge": NUMBER_OR_SHARE,
+    "*.rollout.maxUnavailable": NUMBER_OR_SHARE,
+    "*.podDisruptionBudget.maxUnavailable": NUMBER_OR_SHARE,
+    "*.podDisruptionBudget.minAvailable": {**NUMBER_OR_SHARE, "pattern": "^((0|[1-9][0-9]*)%?)?$"},
     "*.probes.startupSeconds": {"minimum": 10},
     "*.probes.livenessSeconds": {"minimum": 10},
     "*.drain.endpointSeconds": COUNT,
     "*.drain.requestSeconds": POSITIVE,
     "*.drain.teardownSeconds": POSITIVE,
     "*.service.type": {"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
-    "*.service.port": {"minimum": 1, "maximum": 65535},
-    "*.service.annotations": TEXT_MAP,
+    "*.service.loadBalancerSourceRanges": {"items": {"type": "string"}},
+    "*.service.port": PORT,
+    "*.service.annotations": ANNOTATIONS,
     "*.ingress.paths": {"minItems": 1, "items": {"type": "string", "pattern": "^/"}},
-    "*.ingress.annotations": TEXT_MAP,
+    "*.ingress.annotations": ANNOTATIONS,
     "*.httpRoute.parentRefs": OBJECTS,
     "*.httpRoute.hostnames": {"items": {"type": "string"}},
-    "*.httpRoute.timeout": {"pattern": "^([0-9]+(h|m|s|ms))*$"},
+    "*.httpRoute.timeout": DURATION,
+    "*.inferencePool.port": PORT,
+    "*.inferencePool.failureMode": {"enum": ["FailOpen", "FailClose"]},
     "*.podSecurityContext": {"type": "object"},
     "*.securityContext": {"type": "object"},
-    "*.podLabels": TEXT_MAP,
-    "*.podAnnotations": TEXT_MAP,
-    "*.nodeSelector": TEXT_MAP,
+    "*.podLabels": LABELS,
+    "*.podAnnotations": ANNOTATIONS,
+    "*.nodeSelector": LABELS,
     "*.tolerations": OBJECTS,
     "*.affinity": {"type": "object"},
     "*.topologySpreadConstraints": OBJECTS,
@@ -153,17 +218,88 @@ LIMITS: dict[str, Schema] = {
     "monitoring.monitor.kind": {"enum": ["PodMonitor", "ServiceMonitor"]},
     "monitoring.monitor.interval": {"pattern": "^[0-9]+(ms|s|m|h)$"},
     "monitoring.monitor.scrapeTimeout": {"pattern": "^[0-9]+(ms|s|m|h)$"},
-    "monitoring.monitor.labels": TEXT_MAP,
+    "monitoring.monitor.labels": LABELS,
     "monitoring.monitor.relabelings": OBJECTS,
     "monitoring.monitor.metricRelabelings": OBJECTS,
     "monitoring.rules.create": CREATE,
-    "monitoring.rules.labels": TEXT_MAP,
+    "monitoring.rules.labels": LABELS,
     "monitoring.rules.runbookBase": {"pattern": "^(https?://.+/)?$"},
-    "monitoring.dashboard.labels": TEXT_MAP,
-    "monitoring.dashboard.annotations": TEXT_MAP,
+    "monitoring.dashboard.labels": LABELS,
+    "monitoring.dashboard.annotations": ANNOTATIONS,
     "networkPolicy.from": OBJECTS,
     "networkPolicy.egress.extra": OBJECTS,
     "extraObjects": OBJECTS,
+}
+# Arguments of vllm serve that have a setting of their own: whoever may list pods can read an argument, and a second one
+# would quarrel with what else follows from the setting.
+SETTINGS_OF_ARGUMENTS = {
+    "--additional-config": "sparse or additionalConfig",
+    "--api-key": "apiKey",
+    "--data-parallel-address": "nodes",
+    "--data-parallel-backend": "parallelism.data",
+    "--data-parallel-external-lb": "parallelism.data",
+    "--data-parallel-hybrid-lb": "parallelism.data",
+    "--data-parallel-multi-port-external-lb": "parallelism.data",
+    "--data-parallel-rank": "parallelism.data",
+    "--data-parallel-rpc-port": "parallelism.data",
+    "--data-parallel-size": "parallelism.data",
+    "--data-parallel-size-local": "parallelism.data",
+    "--data-parallel-start-rank": "parallelism.data",
+    "--device-memory-utilization": "engine.gpuMemoryUtilization",
+    "--dtype": "engine.dtype",
+    "--enable-lora": "lora.adapters",
+    "--gpu-memory-utilization": "engine.gpuMemoryUtilization",
+    "--headless": "nodes",
+    "--hf-token": "hubToken",
+    "--lora-modules": "lora.adapters",
+    "--master-addr": "nodes",
+    "--master-port": "nodes",
+    "--max-lora-rank": "lora.maxRank",
+    "--max-loras": "lora.maxAdapters",
+    "--max-model-len": "engine.maxModelLen",
+    "--max-num-batched-tokens": "engine.maxNumBatchedTokens",
+    "--max-num-seqs": "engine.maxNumSeqs",
+    "--model": "source",
+    "--nnodes": "nodes",
+    "--node-rank": "nodes",
+    "--otlp-traces-endpoint": "tracing.endpoint",
+    "--pipeline-parallel-size": "parallelism.pipeline",
+    "--port": "service.port",
+    "--revision": "source.revision",
+    "--served-model-name": "servedNames",
+    "--shutdown-timeout": "drain.requestSeconds",
+    "--tensor-parallel-size": "parallelism.tensor",
+}
+_HTTP = "probes, tests and the service speak HTTP; end TLS at ingress.tlsSecret, at the gateway or in the mesh instead"
+_REACH = "probes and the service reach the server on all addresses of its pod, port 8000; change service.port instead"
+_CONTEXT = "sparse attention does not support context parallelism; raise parallelism.tensor instead"
+_POOLING = "sparse attention is of generations and does not support pooling models; leave it out"
+# Other arguments with which the plugin, or what the chart promises, could not work: the reason, and what to do instead.
+REFUSED_ARGUMENTS = {
+    "--attention-backend": "the backend is sparse; requests without sparse settings run dense, so leave it out",
+    "--attention-config": "the backend is sparse, which takes the FlashAttention that vLLM chooses; leave it out",
+    "--config": "a file may set what the chart sets too; write its arguments here, one by one, instead",
+    "--convert": _POOLING,
+    "--decode-context-parallel-size": _CONTEXT,
+    "--enable-dbo": "sparse attention does not support dual-batch overlap; leave it out",
+    "--enable-ssl-refresh": _HTTP,
+    "--grpc": "probes and tests speak HTTP; leave it out",
+    "--grpc-port": "probes and tests speak HTTP; leave it out",
+    "--host": _REACH,
+    "--pooler-config": _POOLING,
+    "--prefill-context-parallel-size": _CONTEXT,
+    "--ssl-ca-certs": _HTTP,
+    "--ssl-cert-reqs": _HTTP,
+    "--ssl-certfile": _HTTP,
+    "--ssl-ciphers": _HTTP,
+    "--ssl-keyfile": _HTTP,
+    "--uds": _REACH,
+}
+_UNSET = ["", "0", "false", "False"]
+# Environment variables likewise, unless they have one of these values.
+REFUSED_ENVIRONMENT = {
+    "VLLM_BATCH_INVARIANT": "sparse attention does not support batch-invariant kernels; leave it out",
+    "VLLM_USE_RUST_FRONTEND": "sparse attention checks requests in vLLM's Python frontend; leave it out",
 }
 TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array"}
 
@@ -219,7 +355,62 @@ def schema_of(default: Any, path: str) -> Schema:
     if isinstance(default, dict):
         properties = {name: schema_of(value, f"{path}.{name}".lstrip(".")) for name, value in default.items()}
         return {"type": "object", "additionalProperties": False, "properties": properties}
+    if type(default) in (int, float):
+        return limits if "enum" in limits else quotable(TYPE_NAMES[type(default)], limits)
     return {"type": TYPE_NAMES[type(default)], **limits}
+
+
+def quotable(type_name: str, limits: Schema) -> Schema:
+    """Schema of a number that may come as a text, as `--set-string` and other tools give it."""
+    least = str(limits.get("minimum", 0))
+    pattern = "^(0|[1-9][0-9]*)$" if least == "0" else f"^[1-9][0-9]{{{len(least) - 1},}}$"
+    return {"type": [type_name, "string"], "pattern": pattern, **limits}
+
+
+def checks() -> dict[str, Any]:
+    """What the templates refuse because the plugin would, and arguments that have a setting."""
+    budgets, ordered = {}, {}
+    for phase, methods in PHASES.items():
+        for name, method in methods.items():
+            defaults = {knob: schema["default"] for knob, schema in knob_schema(phase, name).items()}
+            if _refuses_small_budgets(method):
+                budgets[name] = {knob: defaults[knob] for knob in ("budget_tokens", "sink_tokens", "recent_tokens")}
+            pairs = [
+                {"least": {"knob": knob, "default": value}, "most": {"knob": most, "default": defaults[most]}}
+                for knob, value in defaults.items()
+                if knob.startswith("min_") and (most := knob.replace("min_", "max_", 1)) in defaults
+            ]
+            if pairs:
+                ordered[name] = pairs
+    return {
+        "enabled": DEFAULT_METHODS,
+        "summarising": SUMMARISING_METHODS,
+        "presets": {name: {phase: preset.methods(phase) for phase in PHASES} for name, preset in PRESETS.items()},
+        "budgets": budgets,
+        "ordered": ordered,
+        "arguments": {name: {"setting": setting} for name, setting in SETTINGS_OF_ARGUMENTS.items()}
+        | {name: {"reason": reason} for name, reason in REFUSED_ARGUMENTS.items()},
+        "values": {
+            "--kv-cache-dtype": {
+                "allowed": SparseDeclarations.supported_kv_cache_dtypes,
+                "reason": "sparse attention reads no quantised KV cache",
+            },
+            "--runner": {"allowed": ["auto", "generate"], "reason": "sparse attention is of generations"},
+        },
+        "connectors": SALTED_CONNECTORS,
+        "environment": {name: {"allowed": _UNSET, "reason": reason} for name, reason in REFUSED_ENVIRONMENT.items()},
+    }
+
+
+def _refuses_small_budgets(method: Any) -> bool:
+    """Whether a method wants a budget that holds its first and last tokens."""
+    try:
+        method(budget_tokens=16, sink_tokens=16, recent_tokens=16)
+    except ValidationError as error:
+        # Otherwise it has not all of these knobs.
+        reason = error.errors()[0].get("ctx", {}).get("error")
+        return isinstance(reason, KnobError) and reason.knob == "budget_tokens"
+    return False
 
 
 def values_schema() -> Schema:
@@ -357,6 +548,7 @@ def generated() -> dict[Path, str]:
     """Every generated file and its content."""
     files = {
         CHART / "values.schema.json": json.dumps(values_schema(), indent=2) + "\n",
+        CHECKS: json.dumps(checks(), indent=2) + "\n",
         CHART / "README.md": readme(),
     }
     for example in sorted(EXAMPLES.glob("*.yaml")):
@@ -365,9 +557,10 @@ def generated() -> dict[Path, str]:
 
 
 def main() -> int:
-    # The schema first: Helm checks the examples against it.
+    # The checks first: Helm renders the examples by them.
     schema = CHART / "values.schema.json"
     schema.write_text(json.dumps(values_schema(), indent=2) + "\n")
+    CHECKS.write_text(json.dumps(checks(), indent=2) + "\n")
     RENDERED.mkdir(exist_ok=True)
     for path, content in generated().items():
         path.write_text(content)

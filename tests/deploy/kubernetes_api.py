@@ -37,6 +37,9 @@ RESOURCES: dict[str, dict[str, str]] = {
     "keda.sh/v1alpha1": {"ScaledObject": "scaledobjects", "TriggerAuthentication": "triggerauthentications"},
     "leaderworkerset.x-k8s.io/v1": {"LeaderWorkerSet": "leaderworkersets"},
     "gateway.networking.k8s.io/v1": {"HTTPRoute": "httproutes"},
+    "inference.networking.k8s.io/v1": {"InferencePool": "inferencepools"},
+    "networking.gke.io/v1": {"GCPBackendPolicy": "gcpbackendpolicies", "HealthCheckPolicy": "healthcheckpolicies"},
+    "security.istio.io/v1": {"PeerAuthentication": "peerauthentications"},
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import helm_python
 import pytest
 
-from tests.deploy.chart import CHART, example
+from tests.deploy.chart import CHART, EXAMPLES, example, one_model, render
 from tests.deploy.kubernetes_api import Cluster, running_cluster
 
 RELEASE, NAMESPACE = "example", "llm"
@@ -63,6 +63,36 @@ def test_install_upgrade_rollback_uninstall(cluster: Cluster, chart: helm_python
 
     client.uninstall(RELEASE)
     assert list(cluster.objects) == [("PersistentVolumeClaim", "example-vllm-sparse-small-results")]
+
+
+@pytest.fixture(scope="module")
+def shared_cluster() -> Iterator[Cluster]:
+    with running_cluster() as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_example_is_installed(shared_cluster: Cluster, chart: helm_python.Chart, name: str) -> None:
+    values = example(name)
+    installed = helm(shared_cluster).install(chart, RELEASE, values, namespace=NAMESPACE)
+    assert installed["status"] == "deployed"
+    rendered = {(each["kind"], each["metadata"]["name"]) for each in render(values) if each["kind"] != "Pod"}
+    assert rendered <= set(shared_cluster.objects)
+    shared_cluster.objects.clear()
+
+
+def test_an_older_kubernetes_lacks_what_some_values_need(chart: helm_python.Chart) -> None:
+    claims = {"count": 1, "claims": [{"name": "gpus", "resourceClaimName": "gpus"}]}
+    with running_cluster(kubernetes="1.32") as cluster:
+        for values, message in (
+            (
+                example("air-gapped"),
+                r"models\.llama\.source\.image needs Kubernetes 1\.33.*copy the model into a claim",
+            ),
+            (one_model(accelerator=claims), r"models\.m\.accelerator\.claims needs Kubernetes 1\.34.*resource"),
+        ):
+            with pytest.raises(helm_python.HelmError, match=message):
+                helm(cluster).install(chart, RELEASE, values, namespace=NAMESPACE)
 
 
 def test_upgrade_to_the_same_values_changes_no_pod(cluster: Cluster, chart: helm_python.Chart) -> None:
@@ -128,6 +158,19 @@ class TestNotes:
 
     def test_do_not_warn_of_what_is_closed(self, cluster: Cluster, chart: helm_python.Chart) -> None:
         assert "WARNING" not in self.notes(cluster, chart, example("one-gpu"))
+
+    def test_say_what_gpus_of_another_kind_look_like(self, cluster: Cluster, chart: helm_python.Chart) -> None:
+        assert "init container `device`" in self.notes(cluster, chart, example("one-gpu"))
+
+    def test_name_the_door_of_several_models(self, cluster: Cluster, chart: helm_python.Chart) -> None:
+        notes = self.notes(cluster, chart, example("two-models"))
+        assert "HTTPRoute example-vllm-sparse, by the header X-Gateway-Model-Name" in notes
+
+    @pytest.mark.parametrize("budget", [{"minAvailable": "100%"}, {"minAvailable": 1}, {"maxUnavailable": 0}], ids=str)
+    def test_warn_of_nodes_that_cannot_be_drained(
+        self, cluster: Cluster, chart: helm_python.Chart, budget: dict[str, Any]
+    ) -> None:
+        assert "can be drained" in self.notes(cluster, chart, one_model(podDisruptionBudget=budget))
 
     def test_warn_of_a_cache_that_one_node_can_mount(self, cluster: Cluster, chart: helm_python.Chart) -> None:
         values = example("one-gpu")

@@ -14,6 +14,7 @@ from vllm_sparse.config.names import sparse_keys
 from vllm_sparse.config.request import ParamsByLength
 from vllm_sparse.config.server import uses_sparse_backend
 from vllm_sparse.server.admission import CHECKED_ATTRIBUTE, as_vllm_error, check_salt, resolve_for
+from vllm_sparse.server.preset_header import with_preset
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -38,6 +39,10 @@ def check_request(vllm_config: VllmConfig, request: Any) -> None:
     Raises:
         VLLMValidationError: the settings are wrong, or in fields that vLLM ignores.
     """
+    try:
+        with_preset(request, EXTRAS_FIELD)
+    except SparseParamsError as error:
+        raise as_vllm_error(error) from error
     place, extras = _extras_of(request)
     # A batch of chats hands on what its class does not declare.
     check_body({key: value for key, value in (request.model_extra or {}).items() if key != place}, request)

@@ -42,7 +42,13 @@ def main() -> None:
     # One connection for everything: with several servers behind the service, all of it reaches the same one.
     connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=float(timeout))
 
-    ask(connection, "/health")
+    try:
+        ask(connection, "/health")
+    except OSError as error:
+        sys.exit(
+            f"{url} does not answer ({error}). `kubectl describe pod` of the model's pods says why: if they end in the "
+            "init container `device`, their GPUs are none that sparse attention runs on."
+        )
     listed = [entry["id"] for entry in json.loads(ask(connection, "/v1/models"))["data"]]
     if model not in listed:
         sys.exit(f"/v1/models lists {', '.join(listed)}, not {model}")

@@ -1,7 +1,7 @@
 {{/* Arguments of vllm serve. Takes a server with role: server or worker (of several nodes). */}}
 {{- define "vllm-sparse.arguments" -}}
 {{- $model := .model -}}
-- {{ ternary (printf "/models/%s" $model.source.path | trimSuffix "/") $model.source.hub (not (empty $model.source.claim)) }}
+- {{ ternary (printf "/models/%s" $model.source.path | trimSuffix "/") (default $model.source.hub $model.source.s3) (eq (include "vllm-sparse.modelVolume" .) "true") }}
 {{- with $model.source.revision }}
 - --revision={{ . }}
 {{- end }}
@@ -15,7 +15,10 @@
 - --dtype={{ $model.engine.dtype }}
 {{- if gt (int $model.accelerator.count) 0 }}
 - --gpu-memory-utilization={{ $model.engine.gpuMemoryUtilization }}
-- --tensor-parallel-size={{ mul (int $model.accelerator.count) (int $model.nodes) }}
+- --tensor-parallel-size={{ include "vllm-sparse.tensorParallel" . }}
+{{- if gt (int $model.parallelism.data) 1 }}
+- --data-parallel-size={{ int $model.parallelism.data }}
+{{- end }}
 {{- end }}
 {{- if gt (int $model.nodes) 1 }}
 - --nnodes={{ int $model.nodes }}
@@ -44,15 +47,29 @@
 {{- with $model.tracing.endpoint }}
 - --otlp-traces-endpoint={{ . }}
 {{- end }}
+{{- if $model.presetHeader }}
+- --middleware=vllm_sparse.server.preset_header.PresetHeader
+{{- end }}
+{{- with $model.lora.adapters }}
+- --enable-lora
+- --max-lora-rank={{ int $model.lora.maxRank }}
+{{- with int $model.lora.maxAdapters }}
+- --max-loras={{ . }}
+{{- end }}
+- --lora-modules
+{{- range $name, $place := . }}
+- {{ printf "%s=%s" $name $place | quote }}
+{{- end }}
+{{- end }}
 {{- range $model.extraArgs }}
-- {{ . | quote }}
+- {{ include "vllm-sparse.text" . | quote }}
 {{- end }}
 {{- end }}
 
 {{- define "vllm-sparse.environment" -}}
 {{- $model := .model -}}
 {{- $environment := dict "HOME" "/var/cache/vllm-sparse" "USER" "vllm" "TORCHINDUCTOR_CACHE_DIR" "/var/cache/vllm-sparse/.cache/torchinductor" -}}
-{{- if $model.source.claim -}}
+{{- if not $model.source.hub -}}
 {{- $_ := set $environment "HF_HUB_OFFLINE" "1" -}}
 {{- end -}}
 {{- if eq (int $model.accelerator.count) 0 -}}
@@ -61,10 +78,27 @@
 {{- if $model.tracing.endpoint -}}
 {{- $_ := mergeOverwrite $environment (dict "OTEL_SERVICE_NAME" (include "vllm-sparse.serverName" .) "OTEL_TRACES_SAMPLER" "parentbased_traceidratio" "OTEL_TRACES_SAMPLER_ARG" (toString $model.tracing.ratio)) -}}
 {{- end -}}
-{{- range $name, $value := mergeOverwrite $environment $model.env }}
-{{- if not (kindIs "invalid" $value) }}
-- name: {{ $name }}
+{{- /* The same name again replaces what came before. */}}
+{{- $names := list -}}
+{{- $entries := dict -}}
+{{- range $model.env -}}
+{{- $environment = omit $environment .name -}}
+{{- $names = append (without $names .name) .name -}}
+{{- $_ := set $entries .name . -}}
+{{- end -}}
+{{- range $name, $value := $environment }}
+- name: {{ $name | quote }}
   value: {{ $value | quote }}
+{{- end }}
+{{- range $names }}
+{{- $entry := get $entries . }}
+{{- if hasKey $entry "valueFrom" }}
+- name: {{ . | quote }}
+  valueFrom:
+    {{- toYaml $entry.valueFrom | nindent 4 }}
+{{- else if hasKey $entry "value" }}
+- name: {{ . | quote }}
+  value: {{ include "vllm-sparse.text" $entry.value | quote }}
 {{- end }}
 {{- end }}
 {{- if gt (int $model.nodes) 1 }}
@@ -94,6 +128,25 @@
       name: {{ .existingSecret }}
       key: {{ .key }}
 {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Resources of a container that has the devices. */}}
+{{- define "vllm-sparse.resources" -}}
+{{- $accelerator := .model.accelerator -}}
+{{- $devices := dict -}}
+{{- if and (gt (int $accelerator.count) 0) (not $accelerator.claims) -}}
+{{- $devices = dict $accelerator.resource (int $accelerator.count) -}}
+{{- end -}}
+requests:
+  {{- mergeOverwrite (deepCopy (default dict .model.resources.requests)) $devices | toYaml | nindent 2 }}
+limits:
+  {{- mergeOverwrite (deepCopy (default dict .model.resources.limits)) $devices | toYaml | nindent 2 }}
+{{- with $accelerator.claims }}
+claims:
+  {{- range . }}
+  - name: {{ .name }}
+  {{- end }}
 {{- end }}
 {{- end }}
 
@@ -144,21 +197,20 @@ metadata:
     {{- include "vllm-sparse.serverSelector" . | nindent 4 }}
     app.kubernetes.io/component: {{ .role }}
     {{- with mergeOverwrite (deepCopy $root.Values.commonLabels) $model.podLabels }}
-    {{- toYaml . | nindent 4 }}
+    {{- include "vllm-sparse.texts" . | nindent 4 }}
     {{- end }}
   annotations:
     checksum/config: {{ list (ternary (include "vllm-sparse.scripts" $root) "" $model.probes.modelReadiness) $model.files | toJson | sha256sum }}
     {{- with mergeOverwrite (deepCopy $root.Values.commonAnnotations) $model.podAnnotations }}
-    {{- toYaml . | nindent 4 }}
+    {{- include "vllm-sparse.texts" . | nindent 4 }}
     {{- end }}
 spec:
   serviceAccountName: {{ include "vllm-sparse.serviceAccountName" $root }}
   automountServiceAccountToken: false
   # A service named vllm would set VLLM_PORT, which vLLM reads as its own.
   enableServiceLinks: false
-  {{- with $root.Values.imagePullSecrets }}
-  imagePullSecrets:
-    {{- toYaml . | nindent 4 }}
+  {{- with include "vllm-sparse.pullSecrets" . }}
+  {{- . | nindent 2 }}
   {{- end }}
   terminationGracePeriodSeconds: {{ add (int $model.drain.endpointSeconds) (int $model.drain.requestSeconds) (int $model.drain.teardownSeconds) }}
   securityContext:
@@ -171,7 +223,7 @@ spec:
   {{- end }}
   {{- with $model.nodeSelector }}
   nodeSelector:
-    {{- toYaml . | nindent 4 }}
+    {{- include "vllm-sparse.texts" . | nindent 4 }}
   {{- end }}
   {{- with $model.tolerations }}
   tolerations:
@@ -192,9 +244,36 @@ spec:
       {{- end }}
     {{- end }}
   {{- end }}
-  {{- with $model.initContainers }}
-  initContainers:
+  {{- with $model.accelerator.claims }}
+  resourceClaims:
     {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- $checksDevices := eq (include "vllm-sparse.checksDevices" .) "true" }}
+  {{- if or $checksDevices $model.initContainers }}
+  initContainers:
+    {{- if $checksDevices }}
+    - name: device
+      # The server's image, its devices and its request: it needs nothing more of the node than the server does.
+      image: {{ include "vllm-sparse.image" . | quote }}
+      imagePullPolicy: {{ $model.image.pullPolicy }}
+      command: [python3, /etc/vllm-sparse/scripts/device.py]
+      args:
+        - {{ int $model.accelerator.count | quote }}
+        - {{ printf "models.%s" .name | quote }}
+      resources:
+        {{- include "vllm-sparse.resources" . | nindent 8 }}
+      securityContext:
+        {{- toYaml $model.securityContext | nindent 8 }}
+      volumeMounts:
+        - name: scripts
+          mountPath: /etc/vllm-sparse/scripts
+          readOnly: true
+        - name: tmp
+          mountPath: /tmp
+    {{- end }}
+    {{- with $model.initContainers }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
   {{- end }}
   containers:
     - name: server
@@ -223,14 +302,7 @@ spec:
             seconds: {{ . }}
       {{- end }}
       resources:
-        {{- $devices := dict }}
-        {{- with int $model.accelerator.count }}
-        {{- $devices = dict $model.accelerator.resource . }}
-        {{- end }}
-        requests:
-          {{- mergeOverwrite (deepCopy (default dict $model.resources.requests)) $devices | toYaml | nindent 10 }}
-        limits:
-          {{- mergeOverwrite (deepCopy (default dict $model.resources.limits)) $devices | toYaml | nindent 10 }}
+        {{- include "vllm-sparse.resources" . | nindent 8 }}
       securityContext:
         {{- toYaml $model.securityContext | nindent 8 }}
       volumeMounts:
@@ -240,7 +312,7 @@ spec:
           mountPath: /tmp
         - name: shm
           mountPath: /dev/shm
-        {{- if $model.source.claim }}
+        {{- if eq (include "vllm-sparse.modelVolume" .) "true" }}
         - name: model
           mountPath: /models
           readOnly: true
@@ -283,7 +355,19 @@ spec:
         claimName: {{ . }}
         readOnly: true
     {{- end }}
-    {{- if $model.probes.modelReadiness }}
+    {{- with $model.source.hostPath }}
+    - name: model
+      hostPath:
+        path: {{ . }}
+        type: Directory
+    {{- end }}
+    {{- with $model.source.image }}
+    - name: model
+      image:
+        reference: {{ . | quote }}
+        pullPolicy: {{ $model.image.pullPolicy }}
+    {{- end }}
+    {{- if or $checksDevices $model.probes.modelReadiness }}
     - name: scripts
       configMap:
         name: {{ include "vllm-sparse.fullname" $root }}-scripts
