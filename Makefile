@@ -7,12 +7,13 @@ MODEL  ?= loadtest/model/weights
 PORT   ?= 8000
 ARGS   ?=
 SCENARIO ?= smoke
+RELEASE ?= release
 
 set_up  = @PYTHON='$(PYTHON)' VENV='$(VENV)' DEVICE='$(DEVICE)' tools/setup.sh
 # vLLM and torch start tools of the environment (ninja) by name.
 in_venv = PATH="$(abspath $(VENV))/bin:$$PATH"
 
-.PHONY: help serve loadtest test test-fast test-gpu lint format setup chart docs image-test clean
+.PHONY: help serve loadtest test test-fast test-gpu lint format setup chart docs image-test release release-files clean
 
 help:
 	@echo 'make serve     set up what is missing and serve the bundled model with sparse attention'
@@ -23,9 +24,11 @@ help:
 	@echo 'make lint      ruff check, ruff format --check, mypy'
 	@echo 'make format    let ruff fix and format the code'
 	@echo 'make setup     only set up'
-	@echo 'make chart     write the generated files of the Helm chart'
+	@echo 'make chart     write the generated files of the Helm chart and the dashboard'
 	@echo 'make docs      write the tables of knobs in docs/configuration.md'
 	@echo 'make image-test ARGS="--store folder"   build the CPU image, run it and restart it under load (needs root)'
+	@echo 'make release   wheel, source archive, chart and images with checksums in RELEASE=release; says how to sign and push'
+	@echo 'make release-files   the same without the images, which need docker with buildx'
 	@echo 'make clean     remove the environment and the caches'
 	@echo
 	@echo 'Settings: PORT=8000           port of the server'
@@ -77,6 +80,7 @@ setup:
 
 chart:
 	$(set_up) test
+	$(in_venv) python deploy/grafana/generate.py
 	$(in_venv) exec python deploy/helm/generate.py
 
 docs:
@@ -86,6 +90,14 @@ docs:
 # Needs nothing of the environment, but buildah, podman, runc and mmdebstrap.
 image-test:
 	exec python3 deploy/docker/test_image.py $(ARGS)
+
+release:
+	$(set_up) test
+	$(in_venv) exec python -m tools.release '$(RELEASE)' $(ARGS)
+
+release-files:
+	$(set_up) test
+	$(in_venv) exec python -m tools.release '$(RELEASE)' --without-images $(ARGS)
 
 # Only an environment that the set-up made: VENV may name anything.
 clean:

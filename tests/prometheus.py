@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import prometheus_client
 import yaml
 
 from tests.tools import tool
@@ -30,10 +31,20 @@ def metric_names(expression: str) -> set[str]:
     return set(_NAME.findall(expression))
 
 
+def counted(name: str, **labels: str) -> float:
+    """Sum of the samples of this process with this name and at least these labels."""
+    samples = (sample for family in prometheus_client.REGISTRY.collect() for sample in family.samples)
+    return sum(sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items())
+
+
+def all_rules() -> list[dict[str, Any]]:
+    """The rules of `RULES`."""
+    return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+
+
 def rule_expressions() -> dict[str, str]:
     """Expression of each rule of `RULES` by its name."""
-    groups = yaml.safe_load(RULES.read_text())["groups"]
-    return {rule.get("record") or rule["alert"]: rule["expr"] for group in groups for rule in group["rules"]}
+    return {rule.get("record") or rule["alert"]: rule["expr"] for rule in all_rules()}
 
 
 def panel_targets() -> list[tuple[str, str, str]]:
@@ -46,15 +57,17 @@ def panel_targets() -> list[tuple[str, str, str]]:
     ]
 
 
-def filled_in(expression: str, rate_interval: str) -> str:
-    """A dashboard's expression with Grafana's variables replaced, all instances chosen."""
-    filled = expression.replace("$__rate_interval", rate_interval).replace("$instance", ".*").replace("$model", ".*")
+def filled_in(expression: str, rate_interval: str, time_range: str = "15m") -> str:
+    """A dashboard's expression with Grafana's variables replaced, all servers chosen."""
+    filled = expression.replace("$__rate_interval", rate_interval).replace("$__range", time_range)
+    for name in ("namespace", "model", "pod"):
+        filled = filled.replace(f"${name}", ".*")
     assert "$" not in filled, filled
     return filled
 
 
 class Prometheus:
-    """A running Prometheus that scrapes one target every second and evaluates `RULES`."""
+    """A running Prometheus and its HTTP API."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -65,9 +78,10 @@ class Prometheus:
         assert reply.status_code == 200, reply.text
         return reply.json()["data"]
 
-    def query(self, expression: str) -> list[dict[str, Any]]:
-        """Samples of an instant query."""
-        result: list[dict[str, Any]] = self.get("query", query=expression)["result"]
+    def query(self, expression: str, at_seconds: float | None = None) -> list[dict[str, Any]]:
+        """Samples of an instant query, now or at a time since the epoch."""
+        at = {} if at_seconds is None else {"time": at_seconds}
+        result: list[dict[str, Any]] = self.get("query", query=expression, **at)["result"]
         return result
 
     def wait_for_scrapes(self, count: int) -> None:
@@ -86,7 +100,7 @@ class Prometheus:
 
 @contextlib.contextmanager
 def prometheus(target: str, port: int, folder: Path) -> Iterator[Prometheus]:
-    """Run Prometheus.
+    """Run a Prometheus that scrapes one target every second and evaluates `RULES`.
 
     Args:
         target: ``host:port`` to scrape.
@@ -98,22 +112,29 @@ def prometheus(target: str, port: int, folder: Path) -> Iterator[Prometheus]:
         "rule_files": [str(RULES)],
         "scrape_configs": [{"job_name": "vllm", "static_configs": [{"targets": [target]}]}],
     }
+    with running(configuration, port, folder) as started:
+        yield started
+
+
+@contextlib.contextmanager
+def running(configuration: dict[str, Any], port: int, folder: Path) -> Iterator[Prometheus]:
+    """Run a Prometheus with this configuration over what lies in ``folder/data``; arguments as of `prometheus`."""
     (folder / "prometheus.yml").write_text(json.dumps(configuration))
     command = [tool("prometheus"), f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder}/data"]
     log = folder / "prometheus.log"
     with log.open("wb") as output:
         process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=output, stderr=output)
-    running = Prometheus(f"http://127.0.0.1:{port}")
+    started = Prometheus(f"http://127.0.0.1:{port}")
     try:
         deadline = time.monotonic() + READY_SECONDS
         while True:
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{running.url}/-/ready").status_code == 200:
+                if httpx.get(f"{started.url}/-/ready").status_code == 200:
                     break
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
-        yield running
+        yield started
     finally:
         process.terminate()
         process.wait(20)

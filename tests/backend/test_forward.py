@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from prometheus_client import REGISTRY
 
 from tests import oracle
 from tests.backend.conftest import HEAD_SIZE, HEADS, KV_HEADS, LAYERS, SCALE, Engine
 from tests.methods.lists import chunk_allowed
 from tests.oracle import Paged, Platform
+from tests.prometheus import counted
 from vllm_sparse.backend.executors.cpu import CpuExecutor
 from vllm_sparse.backend.impl import gather_tokens
 from vllm_sparse.config.request import ALL_DENSE, SparseParams
@@ -391,7 +391,7 @@ def test_short_rows_run_dense_and_are_counted(
     labels = {"phase": phase, "method": method, "reason": reason}
 
     def count() -> float:
-        return REGISTRY.get_sample_value("vllm_sparse_fallbacks_total", labels) or 0.0
+        return counted("vllm_sparse_fallbacks_total", **labels)
 
     step = make_step([row, Row(1, 40)], generator)
     before = count()

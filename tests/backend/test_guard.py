@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from prometheus_client import REGISTRY
 from vllm.sampling_params import SamplingParams
 
 from tests import oracle
 from tests.backend.conftest import HEAD_SIZE, HEADS, KV_HEADS, LAYERS, SCALE, Engine
 from tests.backend.test_forward import BLOCK, PLATFORM, Row, common_metadata, forward
 from tests.methods.lists import chunk_allowed
+from tests.prometheus import counted
 from vllm_sparse.backend.guard import LAYERS_PER_STEP
 from vllm_sparse.config.request import RESOLVED_KEY, SparseParams
 from vllm_sparse.keys import PagedKeys
@@ -116,7 +116,7 @@ class Worker:
 
 
 def count(metric: str, phase: str, method: str, **labels: str) -> float:
-    return REGISTRY.get_sample_value(f"vllm_sparse_{metric}_total", {"phase": phase, "method": method, **labels}) or 0.0
+    return counted(f"vllm_sparse_{metric}_total", phase=phase, method=method, **labels)
 
 
 def enter(slot: int, params: SparseParams) -> RequestGuard | None:

@@ -34,7 +34,7 @@ RESOURCES: dict[str, dict[str, str]] = {
         "PrometheusRule": "prometheusrules",
         "ServiceMonitor": "servicemonitors",
     },
-    "keda.sh/v1alpha1": {"ScaledObject": "scaledobjects"},
+    "keda.sh/v1alpha1": {"ScaledObject": "scaledobjects", "TriggerAuthentication": "triggerauthentications"},
     "leaderworkerset.x-k8s.io/v1": {"LeaderWorkerSet": "leaderworkersets"},
     "gateway.networking.k8s.io/v1": {"HTTPRoute": "httproutes"},
     "inference.networking.k8s.io/v1": {"InferencePool": "inferencepools"},

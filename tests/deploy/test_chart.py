@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -304,12 +305,15 @@ class TestAutoscaling:
     def test_keda_asks_for_metrics_that_vllm_has(self) -> None:
         import vllm.v1.metrics.loggers
 
-        scaler = find(render(example("tensor-parallel")), "ScaledObject")
+        values = example("tensor-parallel")
+        values["models"]["large"]["autoscaling"]["timeToFirstTokenSeconds"] = 5
         source = Path(vllm.v1.metrics.loggers.__file__).read_text()
-        queries = [trigger["metadata"]["query"] for trigger in scaler["spec"]["triggers"]]
-        assert [query.partition("{")[2] for query in queries] == ['namespace="llm",model_name="llama-70b"})'] * 2
-        for query in queries:
-            assert f'"{query.partition("(")[2].partition("{")[0]}"' in source, query
+        triggers = find(render(values), "ScaledObject")["spec"]["triggers"]
+        assert len(triggers) == 4
+        for query in (trigger["metadata"]["query"] for trigger in triggers):
+            assert set(re.findall(r"{(.*?)}", query)) == {'namespace="llm",model_name="llama-70b"'}
+            for name in re.findall(r"vllm:\w+", query):
+                assert f'"{re.sub("_(bucket|sum|count)$", "", name)}"' in source, query
 
 
 class TestWayIn:

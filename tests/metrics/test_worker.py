@@ -41,11 +41,12 @@ from vllm_sparse.methods.token_topk import TokenTopk
 from vllm_sparse.metrics import Geometry, Sampling
 from vllm_sparse.metrics.directory import write_to_announced_directory
 from vllm_sparse.metrics.graph_timing import GraphTimer
+from vllm_sparse.metrics.memory import MemoryMetrics
 from vllm_sparse.metrics.timing import ASIDE, ATTENTION, SELECTION
 from vllm_sparse.step.plan import RowSpan
 from vllm_sparse.metrics import RowDensity, WorkerMetrics
 write_to_announced_directory()
-metrics = WorkerMetrics(recording=True)
+metrics = WorkerMetrics(recording=True, memory=MemoryMetrics(0, 0, "m"), model_name="m")
 metrics.count_fallbacks({("prefill", "flexprefill", DenseReason.SHORT_PROMPT_CHUNK): 1})
 metrics.count_fallbacks({("prefill", "flexprefill", DenseReason.SHORT_PROMPT_CHUNK): 1})
 newest = RowDensity("decode", "tidal")
@@ -114,28 +115,33 @@ def clean_environment() -> dict[str, str]:
 def test_a_worker_writes_where_the_server_announced() -> None:
     output = run_server(clean_environment())
     values = samples(output)
-    fallback = 'vllm_sparse_fallbacks_total{method="flexprefill",phase="prefill",reason="short_chunk"}'
+    fallback = 'vllm_sparse_fallbacks_total{method="flexprefill",model_name="m",phase="prefill",reason="short_chunk"}'
     assert values[fallback] == 2
-    decode, prefill = ('{method="tidal",phase="decode"}', '{method="flexprefill",phase="prefill"}')
+    assert [name for name in values if 'model_name="m"' not in name] == []
+    assert any("device_memory_free" in name for name in values)
+    decode, prefill = (
+        '{method="tidal",model_name="m",phase="decode"}',
+        '{method="flexprefill",model_name="m",phase="prefill"}',
+    )
     assert values["vllm_sparse_density_ratio_count" + decode] == 1
     assert values["vllm_sparse_density_ratio_sum" + decode] == 0.25
     assert values["vllm_sparse_density_ratio_count" + prefill] == 1
     assert values["vllm_sparse_density_ratio_sum" + prefill] == 1.0
-    assert 'vllm_sparse_density_ratio_bucket{le="0.2",method="tidal",phase="decode"} 0.0' in output
-    assert 'vllm_sparse_density_ratio_bucket{le="0.3",method="tidal",phase="decode"} 1.0' in output
-    batch = '{method="blocktopk",phase="decode"}'
+    assert 'vllm_sparse_density_ratio_bucket{le="0.2",method="tidal",model_name="m",phase="decode"} 0.0' in output
+    assert 'vllm_sparse_density_ratio_bucket{le="0.3",method="tidal",model_name="m",phase="decode"} 1.0' in output
+    batch = '{method="blocktopk",model_name="m",phase="decode"}'
     assert values["vllm_sparse_density_ratio_count" + batch] == 3
     assert values["vllm_sparse_density_ratio_sum" + batch] == pytest.approx(64 / 128 + 64 / 256 + 64 / 1024)
-    assert 'vllm_sparse_density_ratio_bucket{le="0.4",method="blocktopk",phase="decode"} 2.0' in output
+    assert 'vllm_sparse_density_ratio_bucket{le="0.4",method="blocktopk",model_name="m",phase="decode"} 2.0' in output
     saved = (128 + 256 + 1024 - 3 * 64) * 2 * 2 * 10
     assert values["vllm_sparse_kv_saved_bytes_total" + batch] == saved
     assert values["vllm_sparse_kv_read_bytes_total" + batch] == (128 + 256 + 1024) * 2 * 4 * 10 - saved
-    dense_steps = '{method="tokentopk",phase="decode"}'
+    dense_steps = '{method="tokentopk",model_name="m",phase="decode"}'
     assert values["vllm_sparse_density_ratio_count" + dense_steps] == 3
     assert values["vllm_sparse_density_ratio_sum" + dense_steps] == 3
     assert values["vllm_sparse_kv_saved_bytes_total" + dense_steps] == 0
     assert values["vllm_sparse_kv_read_bytes_total" + dense_steps] == (128 + 256 + 1024) * 2 * 4 * 10
-    graph = '{method="hip",phase="decode"}'
+    graph = '{method="hip",model_name="m",phase="decode"}'
     assert values["vllm_sparse_timed_rows_total" + graph] == 3
     assert values["vllm_sparse_selection_seconds_total" + graph] == pytest.approx(0.75 * 4 * 0.002)
     assert values["vllm_sparse_attention_seconds_total" + graph] == pytest.approx(0.75 * 4 * 0.001)

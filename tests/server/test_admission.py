@@ -63,7 +63,8 @@ except VLLMValidationError as error:
 
 # Of a preset, what prompts of each length run is kept.
 def presets_counted():
-    return prometheus_client.REGISTRY.get_sample_value("vllm_sparse_presets_total", {"preset": "stepped"})
+    labels = {"model_name": vllm_config.model_config.served_model_name, "preset": "stepped"}
+    return prometheus_client.REGISTRY.get_sample_value("vllm_sparse_presets_total", labels)
 
 extras = {"tidal_budget_tokens": 99}
 PRESETS["stepped"] = Preset("", "", (Tier(10000, Choice("sale", {"tau": 0.5}), Choice("tidal")),))

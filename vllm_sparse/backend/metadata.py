@@ -66,7 +66,9 @@ class SparseMetadataBuilder:
         # Checked here too: a configuration need not come from vLLM's arguments.
         check_summaries(vllm_config, kv_cache_spec.block_size)
         self._sparse_speculative = vllm_config.speculative_config is not None
-        self._sparse_metrics = WorkerMetrics.get(vllm_config.parallel_config.data_parallel_index)
+        self._sparse_metrics = WorkerMetrics.get(
+            vllm_config.parallel_config.data_parallel_index, vllm_config.model_config.served_model_name
+        )
         self._sparse_guard = RecallGuard(self._sparse_metrics)
         token_bytes = kv_cache_spec.page_size_bytes // (kv_cache_spec.block_size * kv_cache_spec.num_kv_heads)
         query_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)

@@ -73,7 +73,7 @@ def observe_requests() -> None:
         params = request_state.params_of(state)
         if params is None or iteration_stats is None:
             return
-        observed = observed_of(iteration_stats, params)
+        observed = observed_of(iteration_stats, params, state.prompt_len)
         observed.generated_tokens += len(output.new_token_ids)
         if not state.is_prefilling:
             observed.inter_token_seconds.append(iteration_stats.inter_token_latencies_iter[-1])
@@ -88,7 +88,7 @@ def observe_requests() -> None:
         params = request_state.params_of(state)
         if params is not None and iteration_stats is not None:
             seconds = iteration_stats.finished_requests[-1].e2e_latency
-            observed_of(iteration_stats, params).request_seconds.append(seconds)
+            observed_of(iteration_stats, params, state.prompt_len).request_seconds.append(seconds)
 
     OutputProcessor._update_stats_from_output = update_from_output
     OutputProcessor._update_stats_from_finished = update_from_finished

@@ -11,10 +11,15 @@ logger = logging.getLogger("vllm.sparse")
 
 
 class GuardMetrics:
-    """Counts the guard's checks and its layers, and logs each layer once."""
+    """Counts the guard's checks and its layers, and logs each layer once.
 
-    def __init__(self) -> None:
-        labels = ["phase", "method"]
+    Args:
+        model_name: label of the metrics, as of vLLM's own.
+    """
+
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
+        labels = ["model_name", "phase", "method"]
         self._checks = prometheus_client.Counter(
             "vllm_sparse_guard_checks",
             "Layers of prefill chunks and decode steps whose recall was compared with sparse_min_recall.",
@@ -29,7 +34,7 @@ class GuardMetrics:
 
     def count_check(self, phase: str, method: str) -> None:
         """One layer of a row was compared."""
-        self._checks.labels(phase, method).inc()
+        self._checks.labels(self._model_name, phase, method).inc()
 
     def count_layer(self, phase: str, method: str, layer: int, recall: float, min_recall: float) -> None:
         """A request's layer goes dense.
@@ -41,7 +46,7 @@ class GuardMetrics:
             recall: kept share of the attention mass.
             min_recall: the request's ``sparse_min_recall``.
         """
-        self._layers.labels(phase, method).inc()
+        self._layers.labels(self._model_name, phase, method).inc()
         if (phase, method, layer) not in self._logged:
             self._logged.add((phase, method, layer))
             logger.warning(

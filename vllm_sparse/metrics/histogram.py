@@ -1,4 +1,4 @@
-"""Many observations of a histogram at the cost of one."""
+"""Many observations of a histogram or a summary at the cost of one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from prometheus_client import Histogram
+    from prometheus_client import Histogram, Summary
 
 
 def observe_all(histogram: Histogram, values: Sequence[float]) -> None:
@@ -19,3 +19,9 @@ def observe_all(histogram: Histogram, values: Sequence[float]) -> None:
     histogram._sum.inc(sum(values))
     for bucket, count in Counter([bisect_left(histogram._upper_bounds, value) for value in values]).items():
         histogram._buckets[bucket].inc(count)
+
+
+def summarise_all(summary: Summary, values: Sequence[float]) -> None:
+    """As `Summary.observe` of each value, with two updates for all of them."""
+    summary._sum.inc(sum(values))
+    summary._count.inc(len(values))

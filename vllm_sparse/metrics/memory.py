@@ -18,14 +18,18 @@ class MemoryMetrics:
     Args:
         engine: data-parallel index, as in vLLM's own label.
         rank: tensor-parallel rank.
+        model_name: label of the metrics, as of vLLM's own.
     """
 
-    def __init__(self, engine: int, rank: int) -> None:
+    def __init__(self, engine: int, rank: int, model_name: str = "") -> None:
         def gauge(name: str, text: str) -> prometheus_client.Gauge:
             metric = prometheus_client.Gauge(
-                f"vllm_sparse_{name}_bytes", text, ["engine", "rank"], multiprocess_mode="livemostrecent"
+                f"vllm_sparse_{name}_bytes",
+                text,
+                ["model_name", "engine", "rank"],
+                multiprocess_mode="livemostrecent",
             )
-            child: prometheus_client.Gauge = metric.labels(str(engine), str(rank))
+            child: prometheus_client.Gauge = metric.labels(model_name, str(engine), str(rank))
             return child
 
         own = "On the CPU: resident memory of the worker process."

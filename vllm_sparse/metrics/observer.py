@@ -40,6 +40,7 @@ class WorkerMetrics:
         memory: gauges of this rank.
         rank: tensor-parallel rank.
         engine: data-parallel index.
+        model_name: label of all of them, as of vLLM's own.
 
     Attributes:
         sampling: what is measured how often.
@@ -48,22 +49,29 @@ class WorkerMetrics:
 
     _instance: WorkerMetrics | None = None
 
-    def __init__(self, recording: bool, memory: MemoryMetrics | None = None, rank: int = 0, engine: int = 0) -> None:
+    def __init__(
+        self,
+        recording: bool,
+        memory: MemoryMetrics | None = None,
+        rank: int = 0,
+        engine: int = 0,
+        model_name: str = "",
+    ) -> None:
         self.memory = memory
         self._engine, self._rank = engine, rank
         self.sampling = Sampling()
         self._arrivals = Arrivals()
-        self._reads = ReadMetrics(recording)
+        self._reads = ReadMetrics(recording, model_name)
         self._recording = recording
         if recording:
-            self._fallbacks = FallbackMetrics()
-            self._guard = GuardMetrics()
-            self._recall = RecallMetrics()
-            self._seconds = SecondsMetrics()
+            self._fallbacks = FallbackMetrics(model_name)
+            self._guard = GuardMetrics(model_name)
+            self._recall = RecallMetrics(model_name)
+            self._seconds = SecondsMetrics(model_name)
 
     @classmethod
-    def get(cls, engine: int = 0) -> WorkerMetrics:
-        """The metrics of this process, made on first use, when its data-parallel index is told.
+    def get(cls, engine: int = 0, model_name: str = "") -> WorkerMetrics:
+        """The metrics of this process, made on first use, when its data-parallel index and its model are told.
 
         One for a process, because prometheus_client lets a name be registered once, and because summaries, graphs and
         the worker's own methods, which vLLM makes apart, write to it.
@@ -73,7 +81,7 @@ class WorkerMetrics:
 
             rank = get_tensor_model_parallel_rank()
             write_to_announced_directory()
-            cls._instance = cls(rank == 0, MemoryMetrics(engine, rank), rank, engine)
+            cls._instance = cls(rank == 0, MemoryMetrics(engine, rank, model_name), rank, engine, model_name)
         return cls._instance
 
     def start_serving(self, geometry: Geometry, sampling: Sampling) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vllm_sparse.step.requests import RowSetting
 
 DENSITY_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
-LABELS = ["phase", "method"]
+LABELS = ["model_name", "phase", "method"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class _MethodReads:
 class _ReadCounters:
     """Prometheus metrics of all phases and methods."""
 
-    def __init__(self) -> None:
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
         self._density = prometheus_client.Histogram(
             "vllm_sparse_density_ratio",
             "KV tokens read over KV tokens in reach, in the layers that a method makes sparse; one observation per "
@@ -58,7 +59,7 @@ class _ReadCounters:
         """What is counted in every step; looking labels up takes longer than counting."""
         found = self._of_methods.get((phase, method))
         if found is None:
-            key = phase, method
+            key = self._model_name, phase, method
             found = _MethodReads(self._density.labels(*key), self._read.labels(*key), self._saved.labels(*key))
             self._of_methods[phase, method] = found
         return found
@@ -70,10 +71,11 @@ class ReadMetrics:
     Args:
         recording: in Prometheus metrics too; other ranks than the first of a tensor-parallel group keep late densities
             of their own heads only.
+        model_name: label of the metrics, as of vLLM's own.
     """
 
-    def __init__(self, recording: bool) -> None:
-        self._counters = _ReadCounters() if recording else None
+    def __init__(self, recording: bool, model_name: str) -> None:
+        self._counters = _ReadCounters(model_name) if recording else None
         self._geometry: Geometry | None = None
         self._recent: RecentDensity | None = None
 

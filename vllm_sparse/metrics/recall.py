@@ -23,20 +23,25 @@ SEGMENT_TOKENS = 8192
 
 
 class RecallMetrics:
-    """Prometheus histogram of sampled recalls."""
+    """Prometheus histogram of sampled recalls.
 
-    def __init__(self) -> None:
+    Args:
+        model_name: label of the metric, as of vLLM's own.
+    """
+
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
         self._ratio = prometheus_client.Histogram(
             "vllm_sparse_recall_ratio",
             "Attention mass that the lists keep, of sampled queries in one sampled layer of a sampled chunk or decode "
             "step; one observation per query head.",
-            ["phase", "method"],
+            ["model_name", "phase", "method"],
             buckets=RECALL_BUCKETS,
         )
 
     def observe(self, phase: str, method: str, recall: np.ndarray) -> None:
         """Recall of each query head of a row: float32 ``[query_heads]``."""
-        observe_all(self._ratio.labels(phase, method), recall.tolist())
+        observe_all(self._ratio.labels(self._model_name, phase, method), recall.tolist())
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,15 @@ import prometheus_client
 
 
 class SecondsMetrics:
-    """Prometheus metrics of timed steps."""
+    """Prometheus metrics of timed steps.
 
-    def __init__(self) -> None:
-        labels = ["phase", "method"]
+    Args:
+        model_name: label of the metrics, as of vLLM's own.
+    """
+
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
+        labels = ["model_name", "phase", "method"]
         self._selection = prometheus_client.Counter(
             "vllm_sparse_selection_seconds",
             "Time of choosing lists and of arranging rows for them, in sampled steps.",
@@ -38,8 +43,8 @@ class SecondsMetrics:
             rows: of each phase and method.
         """
         for key, (selection, attention) in seconds.items():
-            self._selection.labels(*key).inc(selection)
-            self._attention.labels(*key).inc(attention)
-            self._total.labels(*key).inc(selection + attention)
+            self._selection.labels(self._model_name, *key).inc(selection)
+            self._attention.labels(self._model_name, *key).inc(attention)
+            self._total.labels(self._model_name, *key).inc(selection + attention)
         for key, count in rows.items():
-            self._rows.labels(*key).inc(count)
+            self._rows.labels(self._model_name, *key).inc(count)

@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 REQUESTS = prometheus_client.Counter(
     "vllm_sparse_requests",
     "Answers admitted (n for a request that asks for n), by the method that each phase asks for.",
-    ["phase", "method"],
+    ["model_name", "phase", "method"],
 )
 PRESETS_USED = prometheus_client.Counter(
     "vllm_sparse_presets",
     "Answers admitted (n for a request that asks for n), by the preset that chooses in a phase.",
-    ["preset"],
+    ["model_name", "preset"],
 )
 
 # On sampling parameters (`server.door.keep_checked`).
@@ -117,10 +117,11 @@ def admit(vllm_config: VllmConfig, params: Any, build: Callable[[], Any]) -> Any
     if not uses_sparse_backend(vllm_config):
         return request
     resolved = settings.at(_prompt_tokens(request))
+    model_name = vllm_config.model_config.served_model_name
     if settings.preset != DENSE:
-        PRESETS_USED.labels(settings.preset).inc(params.n)
-    REQUESTS.labels("prefill", resolved.prefill.name if resolved.prefill else DENSE).inc(params.n)
-    REQUESTS.labels("decode", resolved.decode.name if resolved.decode else DENSE).inc(params.n)
+        PRESETS_USED.labels(model_name, settings.preset).inc(params.n)
+    for phase, method in (("prefill", resolved.prefill), ("decode", resolved.decode)):
+        REQUESTS.labels(model_name, phase, method.name if method else DENSE).inc(params.n)
     if not resolved.is_dense:
         extra_args = dict(request.sampling_params.extra_args or {})
         extra_args[RESOLVED_KEY] = resolved.serialize()

@@ -42,6 +42,7 @@ class MetricsCollector(AggregateStatLoggerBase):
         observe_requests()
         self._requests = _request_metrics(vllm_config)
         model = vllm_config.model_config
+        self._model_name = model.served_model_name
         # Layers of other kinds lie in cache groups of their own, and how the groups share blocks is not known here.
         self._cache_used = None
         if sparse_layers(model) == model.get_total_num_hidden_layers():
@@ -57,7 +58,7 @@ class MetricsCollector(AggregateStatLoggerBase):
         self._requests.record(iteration_stats)
         if scheduler_stats is not None and self._cache_used is not None:
             used_bytes = scheduler_stats.kv_cache_usage * self._cache_bytes
-            self._cache_used.labels(str(engine_idx)).set(used_bytes)
+            self._cache_used.labels(self._model_name, str(engine_idx)).set(used_bytes)
 
     def log_engine_initialized(self) -> None:
         """Nothing to log."""
@@ -80,7 +81,7 @@ def _cache_used_gauge() -> prometheus_client.Gauge:
     return prometheus_client.Gauge(
         "vllm_sparse_kv_cache_used_bytes",
         "KV-cache memory of running requests, of one tensor-parallel rank.",
-        ["engine"],
+        ["model_name", "engine"],
         multiprocess_mode="mostrecent",
     )
 
@@ -91,5 +92,5 @@ _request_metrics_of_process: list[RequestMetrics] = []
 def _request_metrics(vllm_config: VllmConfig) -> RequestMetrics:
     if not _request_metrics_of_process:
         overrides = vllm_config.observability_config.custom_histogram_buckets
-        _request_metrics_of_process.append(RequestMetrics(overrides))
+        _request_metrics_of_process.append(RequestMetrics(overrides, vllm_config.model_config.served_model_name))
     return _request_metrics_of_process[0]
