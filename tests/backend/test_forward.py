@@ -345,10 +345,12 @@ def test_t9_steps_are_independent(engine: Engine, generator: torch.Generator) ->
     assert all(torch.equal(one, other) for one, other in zip(alone, after, strict=True))
 
 
-@pytest.mark.parametrize("context", [700, 900])
-def test_tokens_before_the_minimum_read_everything(engine: Engine, context: int, generator: torch.Generator) -> None:
+@pytest.mark.parametrize(("tokens", "context"), [(1100, 1100), (1100, 1500)])
+def test_tokens_before_the_minimum_read_everything(
+    engine: Engine, tokens: int, context: int, generator: torch.Generator
+) -> None:
     """Of a prompt chunk that passes it; the others read what a chunk does that begins there."""
-    minimum, tokens = 243, 700
+    minimum = 243
     whole = make_step(
         [
             Row(1, 640, SparseParams(FLEX, TIDAL)),
@@ -371,8 +373,9 @@ def test_tokens_before_the_minimum_read_everything(engine: Engine, context: int,
     for layer in range(LAYERS):
         assert oracle.relative_error(outputs[layer][before], stock[layer][before]) < 2e-6
         assert oracle.relative_error(outputs[layer][after], alone[layer]) < 2e-6
-        if layer >= FLEX.dense_layers:
-            assert oracle.relative_error(outputs[layer][after], stock[layer][after]) > 1e-3
+    # The lines of random heads may leave nothing out in one layer, not in all.
+    differences = [oracle.relative_error(outputs[layer][after], stock[layer][after]) for layer in range(LAYERS)]
+    assert max(differences) > 1e-3
 
 
 @pytest.mark.parametrize(
