@@ -39,6 +39,7 @@ def server(max_model_len: int = LONGEST, **settings: Any) -> Any:
 
     model = SimpleNamespace(
         get_total_num_hidden_layers=lambda: LAYERS,
+        hf_text_config=SimpleNamespace(),
         model_arch_config=SimpleNamespace(total_num_attention_heads=HEADS),
         max_model_len=max_model_len,
         get_num_attention_heads=lambda parallel: HEADS,

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from prometheus_client import REGISTRY
 
 from tests import oracle
 from tests.backend.conftest import HEAD_SIZE, HEADS, KV_HEADS, LAYERS, SCALE, Engine
 from tests.backend.test_forward import BLOCK, Row, Step, forward, make_step
 from tests.methods.lists import chunk_allowed
 from tests.oracle import Platform, needs_cpu_kernel
+from tests.prometheus import counted
 from vllm_sparse.config.request import SparseParams
 from vllm_sparse.kernels.page_list import to_physical
 from vllm_sparse.methods.decode import LayerMemory
@@ -160,7 +160,7 @@ def test_a_mixed_step_equals_the_oracle(
 def dense_rows(phase: str, method: str) -> float:
     """Rows that ran dense because of a soft cap."""
     labels = {"phase": phase, "method": method, "reason": "soft_cap"}
-    return REGISTRY.get_sample_value("vllm_sparse_fallbacks_total", labels) or 0.0
+    return counted("vllm_sparse_fallbacks_total", **labels)
 
 
 def test_methods_that_weigh_masses_run_dense_under_a_soft_cap_and_are_counted(

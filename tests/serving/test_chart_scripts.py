@@ -48,7 +48,8 @@ class TestCompletion:
         assert "prefill did not run flexprefill sparsely" in done.stderr
 
     def test_a_refused_request_fails_with_the_reason(self, server: Server) -> None:
-        done = helm_test(server, extras={"sparse_prefill": "quest"})
+        # The chart itself refuses such values before installation.
+        done = script("completion.py", server.url, MODEL_NAME, json.dumps({"sparse_prefill": "quest"}), "10", "60")
         assert done.returncode == 1
         assert "HTTP 400" in done.stderr
         assert "sparse_prefill is 'quest'" in done.stderr

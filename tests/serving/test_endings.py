@@ -74,14 +74,14 @@ def all_end(processes: list[psutil.Process], folders: set[Path]) -> bool:
 
 
 def test_sigterm_lets_requests_end(load: Callable[[int], tuple[Server, Load]]) -> None:
-    server, clients = load(200)
+    server, clients = load(800)
     first = psutil.Process(server.pid)
     processes, folders = [first, *first.children(recursive=True)], file_folders(server)
     assert folders
     assert clients.ends == []
     first.send_signal(signal.SIGTERM)
     assert all_end(processes, folders)
-    assert clients.wait() == ["200, 200 tokens"] * CLIENTS
+    assert clients.wait() == ["200, 800 tokens"] * CLIENTS
 
 
 @pytest.mark.parametrize("killed", ["EngineCore", "Worker"])

@@ -18,6 +18,7 @@ import torch
 from vllm_sparse.backend.decode_buffers import DecodeBuffers
 from vllm_sparse.backend.decode_graphs import MOST_ROWS_ALONE, captured_sizes
 from vllm_sparse.config.limits import is_within, narrowed
+from vllm_sparse.config.model_layers import sparse_layers
 from vllm_sparse.config.names import knob_schema
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.server import server_config
@@ -143,7 +144,7 @@ def beside_cache(vllm_config: VllmConfig) -> BesideCache:
     """What a GPU server with this configuration will keep beside its cache, on each of its devices."""
     config, model, parallel = server_config(vllm_config), vllm_config.model_config, vllm_config.parallel_config
     heads, kv_heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel)
-    num_layers, head_size = model.get_total_num_hidden_layers(), model.get_head_size()
+    num_layers, head_size = sparse_layers(model), model.get_head_size()
     number_bytes = model.dtype.itemsize
     size = ServerSize(vllm_config.scheduler_config.max_num_seqs, model.max_model_len, num_layers, kv_heads)
     methods = configured_decode_methods(config)
