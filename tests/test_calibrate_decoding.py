@@ -49,8 +49,12 @@ class Hidden:
 
 def test_dense_decoding_is_the_models(decoder: Decoder, stock: Any, prompt: list[int]) -> None:
     prefix = decoder.prefill(prompt, ANSWER_TOKENS)
-    expected = stock.generate(torch.tensor([prompt]), max_new_tokens=ANSWER_TOKENS, min_new_tokens=2, do_sample=False)
-    assert prefix.said == expected[0, len(prompt) :].tolist()
+    # A prompt drawn at random may be answered with the end of the text, which ends ours from the second token on.
+    stock.generation_config.eos_token_id = None
+    expected = stock.generate(torch.tensor([prompt]), max_new_tokens=ANSWER_TOKENS, do_sample=False)
+    said = len(prefix.said)
+    assert prefix.said == expected[0, len(prompt) :].tolist()[:said]
+    assert said == ANSWER_TOKENS or (said > 1 and prefix.said[-1] == decoder.tokenizer.eos_token_id)
     told = decoder.tell(prefix, Everything())
     assert told.divergence == pytest.approx(0, abs=1e-6)
     assert told.same == 1

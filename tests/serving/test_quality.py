@@ -112,7 +112,7 @@ def test_the_gate_on_a_real_checkpoint_and_every_measure(checkpoint: Path, tmp_p
     output = tmp_path / "run"
     variants: dict[str, dict[str, Any]] = {
         "sale": {"sparse_prefill": "sale"},
-        "blocktopk": {"sparse_decode": "blocktopk", "blocktopk_budget_tokens": 1024},
+        "blocktopk": {"sparse_decode": "blocktopk", "blocktopk_budget_tokens": 1536},
         SPOILT: {"sparse_prefill": "sale", "sale_tau": 1000.0, "sparse_decode": "tidal", "tidal_budget_tokens": 96},
     }
     server = ["--", "--max-model-len", 4096, "--enforce-eager", "--kv-cache-memory-bytes", "1G", *dtype_flags()]
