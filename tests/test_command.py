@@ -51,7 +51,7 @@ def test_a_benchmark_prints_a_table() -> None:
     ended = run(*PREFILL, *sizes, "--densities", "0.3", "--concentrations", "6", "--repeats", "1")
     assert ended.returncode == 0, ended.stderr
     methods = [line.split("|")[4].strip() for line in ended.stdout.splitlines() if line.startswith("| synthetic 6")]
-    assert methods == ["flexprefill", "sale", "dhsa", "hip", "true mass"]
+    assert methods == ["flexprefill", "sale", "dhsa", "dhsa-two-stages-2x", "dhsa-two-stages-4x", "hip", "true mass"]
 
 
 def test_the_decode_benchmark_prints_a_table() -> None:

@@ -125,7 +125,6 @@ def test_the_cpu_platform_selects_the_backend(changes: dict[str, Any]) -> None:
         ({"head_size": 72}, "head_size not supported"),
         ({"dtype": torch.float64}, "dtype not supported"),
         ({"block_size": 40}, "block_size not supported"),
-        ({"has_sink": True}, "attention sinks not supported"),
         ({"attn_type": "encoder_only"}, "attention type encoder_only not supported"),
         ({"use_non_causal": True}, "non-causal attention not supported"),
         ({"use_sparse": True}, "sparse not supported"),
