@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from tests import oracle
 from tests.test_command import run_installed
+from vllm_sparse.calibration.decode_search import modelled_cost
+from vllm_sparse.calibration.tidal_command import KEYS_SHARE
 from vllm_sparse.config.messages import SparseParamsError
 from vllm_sparse.config.request import SparseParams, deserialize, resolve
 from vllm_sparse.config.salt import cache_salt
@@ -25,7 +27,6 @@ from vllm_sparse.methods.tidal.calibration import (
     ReuseRecall,
     choose_roles,
     lists_of_steps,
-    modelled_cost,
     recall_of,
 )
 from vllm_sparse.methods.tidal.policy import Measured, Policy, load, shipped
@@ -149,8 +150,8 @@ def test_a_layer_reads_the_list_of_its_role(generator: torch.Generator) -> None:
 def test_cost_is_what_attention_reads() -> None:
     """Dense layers read everything, choosing ones the keys once again, others their list."""
     roles = [Role.DENSE, Role.DENSE_AND_WRITE, Role.READ, Role.WRITE_AND_READ]
-    assert modelled_cost(roles, 256, 1024) == pytest.approx((1 + 1.5 + 0.25 + 0.75) / 4)
-    assert modelled_cost([Role.DENSE, Role.READ], 4096, 1024) == 1
+    assert modelled_cost(roles, 256, 1024, KEYS_SHARE) == pytest.approx((1 + 1.5 + 0.25 + 0.75) / 4)
+    assert modelled_cost([Role.DENSE, Role.READ], 4096, 1024, KEYS_SHARE) == 1
 
 
 # The dynamic programme

@@ -13,7 +13,8 @@ import torch
 from tests import oracle
 from tests.test_calibrate_tidal import HEAD_SIZE, HEADS, KV_HEADS, MODEL, SCALE, layer_of, scores_of
 from tests.test_command import run_installed
-from vllm_sparse.calibration.tokentopk_command import main, modelled_cost
+from vllm_sparse.calibration.decode_search import modelled_cost
+from vllm_sparse.calibration.tokentopk_command import CODE_SHARE, main
 from vllm_sparse.calibration.tokentopk_lists import CodedLists, coded_lists
 from vllm_sparse.config.request import resolve
 from vllm_sparse.config.server import parse_server_config
@@ -60,8 +61,8 @@ def test_a_layer_reads_the_list_of_its_role(generator: torch.Generator) -> None:
 
 def test_cost_is_what_attention_and_codes_are_read() -> None:
     roles = [Role.DENSE, Role.WRITE_AND_READ, Role.READ, Role.READ]
-    assert modelled_cost(roles, 256, 1024) == pytest.approx((1 + 3 * 0.25 + 1 / 16) / 4)
-    assert modelled_cost([Role.DENSE, Role.READ], 4096, 1024) == 1
+    assert modelled_cost(roles, 256, 1024, CODE_SHARE) == pytest.approx((1 + 3 * 0.25 + 1 / 16) / 4)
+    assert modelled_cost([Role.DENSE, Role.READ], 4096, 1024, CODE_SHARE) == 1
 
 
 def test_the_command_calibrates_the_bundled_model(tmp_path: Path) -> None:

@@ -17,25 +17,32 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vllm_sparse.calibration import prompts as calibration_prompts
+from vllm_sparse.calibration.decode_search import (
+    ANSWER_TOKENS,
+    check_bounds,
+    check_dense_layers,
+    check_lengths,
+    methods_of,
+    modelled_cost,
+    told_means,
+)
 from vllm_sparse.calibration.decoding import Decoder, Prefix
 from vllm_sparse.calibration.model import text_config
-from vllm_sparse.methods.knobs import KnobError
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.methods.tidal.calibration import (
     PolicyLists,
     ReuseRecall,
     choose_roles,
-    modelled_cost,
     recall_of,
 )
 from vllm_sparse.methods.tidal.method import DENSE_LAYERS
 from vllm_sparse.methods.tidal.policy import Measured, Policy
 from vllm_sparse.step.roles import Role
 
-# Tokens of an answer, at most: enough to be led astray, few enough that the search takes minutes.
-ANSWER_TOKENS = 32
 # Bounds of the quality gate (vllm_sparse.quality.gate), and what answers to a few prompts can tell.
 MOST_DIVERGENCE, LEAST_SAME = 0.02, 0.98
+# A layer that chooses reads its keys once more, of keys and values.
+KEYS_SHARE = 1 / 2
 BUDGETS = (1024, 2048, 4096)
 # Numbers of choosing layers that are tried grow by a third, as costs do.
 GROWTH = 4 / 3
@@ -90,34 +97,19 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     config = text_config(given.model)
     layers = config.num_hidden_layers
-    if not 0 <= given.dense_layers <= layers - 2:
-        parser.error(
-            f"--dense-layers {given.dense_layers}: the model has {layers} layers, so 0 to {layers - 2} are allowed"
-        )
+    check_dense_layers(parser, given.dense_layers, layers)
     most = layers - given.dense_layers - 1
     if given.selections is not None and not 1 <= given.selections <= most:
         parser.error(
             f"--selections {given.selections}: the model has {layers} layers, {given.dense_layers} of them dense, so 1 "
             f"to {most} are allowed"
         )
-    for option in ("divergence", "same", "recall_floor"):
-        value = getattr(given, option)
-        if not value >= 0 or (option != "divergence" and value > 1):
-            allowed = "0 or more is" if option == "divergence" else "0 to 1 is"
-            parser.error(f"--{option.replace('_', '-')} {value}: {allowed} allowed")
-    methods = []
-    for budget_tokens in sorted(set(given.budgets)):
-        try:
-            methods.append(Tidal(budget_tokens=budget_tokens, selection_reads=given.selection_reads))
-        except (ValueError, KnobError) as error:
-            parser.error(f"--budgets {budget_tokens}: {error}")
+    check_bounds(parser, given, "same", "recall_floor")
+    methods = methods_of(
+        parser, given.budgets, lambda tokens: Tidal(budget_tokens=tokens, selection_reads=given.selection_reads)
+    )
     prompts = calibration_prompts.prompts_of(parser, given)
-    shortest = min(map(len, prompts))
-    if shortest <= methods[-1].budget_tokens:
-        parser.error(
-            f"--budgets {methods[-1].budget_tokens}: the shortest prompt has {shortest} tokens, and a list must not "
-            "hold all of them; give longer prompts or smaller budgets"
-        )
+    check_lengths(parser, prompts, methods[-1].budget_tokens)
 
     decoder = Decoder(given.model, given.device)
     reuse = [ReuseRecall(layers, config.num_attention_heads, method) for method in methods]
@@ -239,20 +231,15 @@ def _point(
     method: Tidal, roles: list[Role], recall: list[list[float]], mass: list[list[float]], context_tokens: int
 ) -> Point:
     kept = [share for share in recall_of(roles, mass) if share is not None]
-    cost = modelled_cost(method.with_selection_reads(roles), method.budget_tokens, context_tokens)
+    cost = modelled_cost(method.with_selection_reads(roles), method.budget_tokens, context_tokens, KEYS_SHARE)
     return Point(method, roles, recall_of(roles, recall), statistics.fmean(kept), cost)
 
 
 def _told(point: Point, decoder: Decoder, prefixes: Sequence[Prefix]) -> Point:
-    """The point with what decoding by it changes; prompts count by the tokens of their answers."""
+    """The point with what decoding by it changes."""
     roles = point.method.with_selection_reads(point.roles)
-    told = [decoder.tell(prefix, PolicyLists(point.method, roles)) for prefix in prefixes]
-    tokens = [len(prefix.logits) for prefix in prefixes]
-    return dataclasses.replace(
-        point,
-        divergence=statistics.fmean((one.divergence for one in told), tokens),
-        same=statistics.fmean((one.same for one in told), tokens),
-    )
+    divergence, same = told_means(decoder, prefixes, lambda: PolicyLists(point.method, roles))
+    return dataclasses.replace(point, divergence=divergence, same=same)
 
 
 def _is_within(point: Point, given: argparse.Namespace) -> bool:

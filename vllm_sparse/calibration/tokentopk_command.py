@@ -10,21 +10,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_sparse.calibration import prompts as calibration_prompts
+from vllm_sparse.calibration.decode_search import (
+    ANSWER_TOKENS,
+    check_bounds,
+    check_dense_layers,
+    check_lengths,
+    methods_of,
+    modelled_cost,
+    told_means,
+)
 from vllm_sparse.calibration.decoding import Decoder, Prefix
 from vllm_sparse.calibration.model import text_config
 from vllm_sparse.calibration.tokentopk_lists import CodedLists
-from vllm_sparse.methods.knobs import KnobError
 from vllm_sparse.methods.token_topk import TokenTopk
-from vllm_sparse.step.roles import Role
 
-# Tokens of an answer, at most: enough to be led astray, few enough that the search takes minutes.
-ANSWER_TOKENS = 32
 # On a real checkpoint answers were within the noise up to 0.001 nats, and lost at 0.004 (docs/methods.md).
 MOST_DIVERGENCE, LEAST_SAME = 0.001, 0.98
 BUDGETS = (1024, 2048)
@@ -63,27 +67,13 @@ def main(arguments: list[str]) -> None:
     parser = _parser()
     given = parser.parse_args(arguments)
     layers = text_config(given.model).num_hidden_layers
-    if not 0 <= given.dense_layers <= layers - 2:
-        parser.error(
-            f"--dense-layers {given.dense_layers}: the model has {layers} layers, so 0 to {layers - 2} are allowed"
-        )
-    if not given.divergence >= 0:
-        parser.error(f"--divergence {given.divergence}: 0 or more is allowed")
-    if not 0 <= given.same <= 1:
-        parser.error(f"--same {given.same}: 0 to 1 is allowed")
-    methods = []
-    for budget_tokens in sorted(set(given.budgets)):
-        try:
-            methods.append(TokenTopk(budget_tokens=budget_tokens, dense_layers=given.dense_layers))
-        except (ValueError, KnobError) as error:
-            parser.error(f"--budgets {budget_tokens}: {error}")
+    check_dense_layers(parser, given.dense_layers, layers)
+    check_bounds(parser, given, "same")
+    methods = methods_of(
+        parser, given.budgets, lambda tokens: TokenTopk(budget_tokens=tokens, dense_layers=given.dense_layers)
+    )
     prompts = calibration_prompts.prompts_of(parser, given)
-    shortest = min(map(len, prompts))
-    if shortest <= methods[-1].budget_tokens:
-        parser.error(
-            f"--budgets {methods[-1].budget_tokens}: the shortest prompt has {shortest} tokens, and a list must not "
-            "hold all of them; give longer prompts or smaller budgets"
-        )
+    check_lengths(parser, prompts, methods[-1].budget_tokens)
 
     decoder = Decoder(given.model, given.device)
     prefixes = []
@@ -135,18 +125,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def modelled_cost(roles: Sequence[Role], budget_tokens: int, context_tokens: int) -> float:
-    """Bytes that a decode step's attention reads, of those that dense decoding reads; choosing reads codes beside them.
-
-    Args:
-        roles: of each layer.
-        budget_tokens: of a list.
-        context_tokens: of the request.
-    """
-    listed = min(budget_tokens / context_tokens, 1)
-    return sum((listed if role.reads_list else 1) + role.writes_list * CODE_SHARE for role in roles) / len(roles)
-
-
 def _search(
     method: TokenTopk,
     decoder: Decoder,
@@ -187,19 +165,13 @@ def _told(
     layers: int,
     context_tokens: int,
 ) -> Told:
-    """Tell all answers with a set; prompts count by the tokens of their answers."""
+    """Tell all answers with a set."""
     tried = TokenTopk(
         budget_tokens=method.budget_tokens, dense_layers=method.dense_layers, reuse_layers=tuple(reuse_layers)
     )
     roles = tried.layer_roles(layers)
-    told = [decoder.tell(prefix, CodedLists(tried, roles)) for prefix in prefixes]
-    tokens = [len(prefix.logits) for prefix in prefixes]
-    return Told(
-        tried,
-        statistics.fmean((one.divergence for one in told), tokens),
-        statistics.fmean((one.same for one in told), tokens),
-        modelled_cost(roles, tried.budget_tokens, context_tokens),
-    )
+    divergence, same = told_means(decoder, prefixes, lambda: CodedLists(tried, roles))
+    return Told(tried, divergence, same, modelled_cost(roles, tried.budget_tokens, context_tokens, CODE_SHARE))
 
 
 def _write(output: Path, chosen: Told, context_tokens: int) -> None:

@@ -192,19 +192,6 @@ def choose_roles(recall: list[list[float]], dense_layers: int, selections: int) 
     return roles_of(best_selecting_layers(recall, dense_layers, selections), len(recall))
 
 
-def modelled_cost(roles: Sequence[Role], budget_tokens: int, context_tokens: int) -> float:
-    """Keys and values that a decode step's attention reads, of those that dense decoding reads; at most 1 a layer,
-    and half of one more where it chooses: scoring reads the keys once again.
-
-    Args:
-        roles: of each layer.
-        budget_tokens: of a list.
-        context_tokens: of the request.
-    """
-    listed = min(budget_tokens / context_tokens, 1)
-    return sum((listed if role.reads_list else 1) + role.writes_list / 2 for role in roles) / len(roles)
-
-
 def recall_of(roles: Sequence[Role], recall: list[list[float]]) -> list[float | None]:
     """Recall of each layer that reads a list, None for the others.
 
