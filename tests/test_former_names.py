@@ -76,9 +76,14 @@ def nothing_logged_yet() -> Iterator[None]:
     former_names._log_once.cache_clear()
 
 
+# Knobs of a method without which one of the values above is refused.
+BESIDE: dict[str, dict[str, Any]] = {"dhsa": {"bound_weight": 0.0}}
+
+
 def chosen(method: str) -> dict[str, Any]:
     """Extras that choose a method in all its phases."""
-    return {f"sparse_{phase}": method for phase, methods in PHASES.items() if method in methods}
+    extras = {f"sparse_{phase}": method for phase, methods in PHASES.items() if method in methods}
+    return extras | {f"{method}_{knob}": value for knob, value in BESIDE.get(method, {}).items()}
 
 
 def test_every_former_name_is_tried_here_and_leads_to_a_knob() -> None:
@@ -124,9 +129,12 @@ def test_a_configuration_may_use_a_former_name(
     method: str, former: str, present: str, value: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "vllm.sparse"):
-        old, again = (parse_server_config({"sparse": {method: {former: value}}}, LAYERS, HEADS) for _ in range(2))
-    assert old == again == parse_server_config({"sparse": {method: {present: value}}}, LAYERS, HEADS)
-    assert old.knobs(method) == {present: value}
+        beside = BESIDE.get(method, {})
+        old, again = (
+            parse_server_config({"sparse": {method: {former: value, **beside}}}, LAYERS, HEADS) for _ in range(2)
+        )
+    assert old == again == parse_server_config({"sparse": {method: {present: value, **beside}}}, LAYERS, HEADS)
+    assert old.knobs(method) == {present: value, **beside}
     assert [f"{method}_{former}" in record.getMessage() for record in caplog.records] == [True]
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,13 +38,16 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(arguments: Sequence[str], log: Path, stock: bool = False) -> Iterator[Served]:
+def served(
+    arguments: Sequence[str], log: Path, stock: bool = False, variables: Mapping[str, str] | None = None
+) -> Iterator[Served]:
     """Serve the bundled model, with all processes ended afterwards.
 
     Args:
         arguments: of `vllm serve`, beside those that all servers here have.
         log: takes the server's output.
         stock: without the plugin, as if it were not installed.
+        variables: of its environment, beside this process's.
 
     Raises:
         StartError: it does not start.
@@ -55,6 +58,6 @@ def served(arguments: Sequence[str], log: Path, stock: bool = False) -> Iterator
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(MODEL), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--served-model-name", MODEL_NAME, *COMMON, *(() if stock else SPARSE), *arguments]
-    environment = {**os.environ, "VLLM_PLUGINS": "" if stock else "sparse"}
+    environment = {**os.environ, "VLLM_PLUGINS": "" if stock else "sparse", **(variables or {})}
     with running(command, url, log, START_SECONDS, environment) as process:
         yield Served(url, psutil.Process(process.pid))

@@ -244,7 +244,7 @@ SPARSE_FROM = LAYERS - 2
             [
                 Dhsa(density=0.2, bound_weight=0.5, candidate_factor=2, scores_per="kv_head", dense_layers=SPARSE_FROM),
                 Dhsa(budget_tokens=320, key_block_tokens=16, list_per="kv_head", dense_layers=SPARSE_FROM),
-                Dhsa(density=0.2, key_blocks="adaptive", dense_layers=SPARSE_FROM + 1),
+                Dhsa(density=0.2, key_blocks="adaptive", bound_weight=0.0, dense_layers=SPARSE_FROM + 1),
             ],
             id="dhsa-of-other-knobs",
         ),

@@ -32,8 +32,8 @@ SLEEP_CYCLES = 1_000_000_000
 
 METHODS: dict[str, list[PrefillMethod]] = {
     "dhsa": [Dhsa()],
-    "dhsa in two stages": [Dhsa(bound_weight=0.5, candidate_factor=2.0)],
-    "dhsa, adaptive": [Dhsa(key_blocks="adaptive")],
+    "dhsa, first stage": [Dhsa(bound_weight=0.0, candidate_factor=1.0)],
+    "dhsa, adaptive": [Dhsa(key_blocks="adaptive", bound_weight=0.0)],
     "flexprefill": [FlexPrefill(min_budget_tokens=128)],
     "flexprefill, faithful": [FlexPrefill(min_budget_tokens=128, faithful=True)],
     "sale": [Sale(tau=0.02)],
@@ -111,13 +111,14 @@ def test_no_chunk_blocks_the_host(name: str) -> None:
     """Neither by an operation that torch knows to wait, nor by any other way."""
     call, rows = make_call(random.randrange(1 << 30)), make_rows(METHODS[name])
     # Memory is allocated and kernels are compiled and loaded by then, which does wait.
-    serve(call, rows, LAYERS)
+    serve(call, rows[:2], LAYERS)
     torch.cuda.synchronize()
     torch.cuda._sleep(SLEEP_CYCLES)  # type: ignore[no-untyped-call]
     asleep = torch.cuda.current_stream().record_event()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        serve(call, rows, LAYERS)
+        # Few, because a device that sleeps takes about a thousand launches, then the host waits.
+        serve(call, rows[:2], 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert not asleep.query(), "the host went on only when the device was done"

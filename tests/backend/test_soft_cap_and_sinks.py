@@ -83,7 +83,7 @@ def test_the_executor_equals_the_oracle(
     oracle.assert_close(output.view(1, heads, head_size), expected)
 
 
-DHSA = Dhsa(density=0.3)
+DHSA = Dhsa(density=0.3, candidate_factor=1.0)
 TIDAL = Tidal(
     budget_tokens=128, dense_layers=0, reselect_layers=(), list_per="query_head", selection_reads="everything"
 )
@@ -192,7 +192,8 @@ def test_which_methods_weigh_masses() -> None:
         if method().weighs_masses
     }
     assert weighing == {
-        "prefill flexprefill", "prefill sale", "prefill oracle",
+        "prefill flexprefill", "prefill sale", "prefill dhsa", "prefill oracle",
         "decode tidal", "decode hip", "decode blocktopk", "decode tokentopk", "decode oracle",
     }  # fmt: skip
     assert not Tidal(list_per="query_head").weighs_masses
+    assert not Dhsa(candidate_factor=1.0).weighs_masses

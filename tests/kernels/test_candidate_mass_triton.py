@@ -79,9 +79,11 @@ def test_equals_the_reference(
 
 
 @needs_triton
-@pytest.mark.parametrize(("heads", "kv_heads", "list_heads"), [(4, 2, 2), (6, 2, 1)])
-def test_several_chunks_equal_the_reference(heads: int, kv_heads: int, list_heads: int) -> None:
-    """Each with its own keys and lists."""
+@pytest.mark.parametrize(("heads", "kv_heads", "list_heads", "scratch_bytes"), [(4, 2, 2, 1 << 29), (6, 2, 1, 1 << 17)])
+def test_several_chunks_equal_the_reference(
+    heads: int, kv_heads: int, list_heads: int, scratch_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with its own keys and lists; also where what is kept of them has room for some query blocks at a time."""
     from vllm_sparse.kernels.candidate_mass import triton as candidate_mass_triton
 
     seed = random.randrange(1 << 30)
@@ -102,6 +104,7 @@ def test_several_chunks_equal_the_reference(heads: int, kv_heads: int, list_head
         kept[rows] = lists.kept_tokens
     candidates = PageList(pages.to(DEVICE), kept.to(DEVICE), 32)
     chunks = PromptChunks(blocks, query, keys, table.to(DEVICE), 0.2)
+    monkeypatch.setattr(candidate_mass_triton, "SCRATCH_BYTES", scratch_bytes)
     mass = candidate_mass_triton.chunk_mass(chunks, candidates)
     expected = reference.chunk_mass(chunks, candidates)
     assert torch.equal(mass == NOT_LISTED, expected == NOT_LISTED), f"seed {seed}"
@@ -114,17 +117,17 @@ def test_several_chunks_equal_the_reference(heads: int, kv_heads: int, list_head
 def test_kernel_compiles_for_hopper(head_size: int, group: int, tmp_path: Path) -> None:
     from vllm_sparse.kernels.candidate_mass import triton as candidate_mass_triton
 
-    heads = 1 << (group - 1).bit_length()
+    heads = min(1 << (group - 1).bit_length(), candidate_mass_triton.MOST_HEADS)
     strides = ("query_row_stride", "query_head_stride", "cache_block_stride", "cache_head_stride", "cache_token_stride")
     compiled = compile_for_hopper(
         candidate_mass_triton.candidate_mass_kernel,
         {
             **dict.fromkeys(("query_pointer", "cache_pointer"), "*bf16"),
-            **dict.fromkeys(("blocks", "pages", "width", "table_row_stride", *strides), "i32"),
+            **dict.fromkeys(("first_block", "blocks", "pages", "width", "table_row_stride", *strides), "i32"),
             **dict.fromkeys(("block_table_pointer", "list_pointer", "kept_tokens_pointer"), "*i32"),
             **dict.fromkeys(("first_query_pointer", "last_query_pointer", "first_token_pointer"), "*i32"),
             **dict.fromkeys(("chunk_pointer", "chunk_start_pointer", "table_row_pointer"), "*i32"),
-            "mass_pointer": "*fp32",
+            **dict.fromkeys(("mass_pointer", "kept_mass_pointer"), "*fp32"),
             "scale_log2": "fp32",
         },
         {
@@ -138,7 +141,8 @@ def test_kernel_compiles_for_hopper(head_size: int, group: int, tmp_path: Path) 
             "HEAD_TILE": head_size,
             "PAGE": 32,
             "TILE": candidate_mass_triton.KEY_TILE,
+            "PAGE_TILE": candidate_mass_triton.PAGE_TILE,
         },
-        num_warps=8 if heads == candidate_mass_triton.MOST_HEADS else 4,
+        num_warps=candidate_mass_triton.WARPS,
     )
     assert spilled_bytes(compiled, tmp_path) == 0

@@ -32,7 +32,7 @@ def test_codes_say_keys_to_half_a_step(
     """Pages of other signs and sizes, a channel without change, one beyond float16, and a short last page."""
     context = 5 * page_tokens + 7
     offset = 10 * torch.randn(2, 6, head_size, generator=generator).repeat_interleave(page_tokens, 1)[:, :context]
-    keys = oracle.random_tensor(platform, generator, 2, context, head_size) + offset.to(platform.dtype)
+    keys = oracle.random_tensor(platform, generator, 2, context, head_size) + offset.to(platform.device, platform.dtype)
     keys[:, :, 3] = 1.5
     if platform.dtype != torch.float16:
         keys[0, 3, 5] = 1e6

@@ -44,7 +44,9 @@ STAGES: dict[str, Any] = {
 }
 PREFILL: dict[str, Any] = {
     "sale": Sale(tau=0.25),
-    "dhsa": Dhsa(key_blocks="adaptive", budget_tokens=200, sink_tokens=0, recent_tokens=0, dense_tail_tokens=16),
+    "dhsa": Dhsa(
+        key_blocks="adaptive", bound_weight=0.0, budget_tokens=200, sink_tokens=0, recent_tokens=0, dense_tail_tokens=16
+    ),
     "flexprefill": FlexPrefill(gamma=0.4, min_budget_tokens=0),
     "hip": Hip(),
     "oracle": Oracle(),

@@ -90,6 +90,7 @@ PREFILL = [
         "dhsa-adaptive",
         Dhsa(
             key_blocks="adaptive",
+            bound_weight=0.0,
             budget_tokens=200,
             sink_tokens=0,
             recent_tokens=0,
@@ -159,7 +160,14 @@ PREFILL_DENSE = [
     ),
     PrefillCase(
         "dhsa-budget",
-        Dhsa(key_blocks="adaptive", budget_tokens=700, scores_per="layer", list_per="kv_head", dense_tail_tokens=0),
+        Dhsa(
+            key_blocks="adaptive",
+            bound_weight=0.0,
+            budget_tokens=700,
+            scores_per="layer",
+            list_per="kv_head",
+            dense_tail_tokens=0,
+        ),
     ),
     PrefillCase(
         "hip-tokens",

@@ -27,9 +27,14 @@ SCALE = 0.11
 CHUNKS = [(1000, 1000), (1024, 1024), (512, 1024), (300, 1000), (257, 1153), (129, 700)]
 
 
+def first_stage(**knobs: Any) -> Dhsa:
+    """The paper's form, but for knobs given."""
+    return Dhsa(**{"bound_weight": 0.0, "candidate_factor": 1.0, **knobs})
+
+
 def nothing_forced(**knobs: Any) -> Dhsa:
     """Only what a row needs to be causal is forced, but for other knobs given."""
-    return Dhsa(**{"sink_tokens": 0, "recent_tokens": 0, "dense_tail_tokens": 0, **knobs})
+    return first_stage(**{"sink_tokens": 0, "recent_tokens": 0, "dense_tail_tokens": 0, **knobs})
 
 
 def changing(
@@ -107,9 +112,9 @@ def assert_best(method: Dhsa, mask: torch.Tensor, scores: torch.Tensor, must: to
 
 
 MODES = [
-    Dhsa(budget_tokens=320, sink_tokens=64, recent_tokens=40, dense_tail_tokens=100),
-    Dhsa(budget_tokens=320, sink_tokens=64, recent_tokens=40, dense_tail_tokens=100, key_blocks="adaptive"),
-    Dhsa(
+    first_stage(budget_tokens=320, sink_tokens=64, recent_tokens=40, dense_tail_tokens=100),
+    first_stage(budget_tokens=320, sink_tokens=64, recent_tokens=40, dense_tail_tokens=100, key_blocks="adaptive"),
+    first_stage(
         density=0.25,
         sink_tokens=0,
         recent_tokens=0,
@@ -118,8 +123,10 @@ MODES = [
         query_block_tokens=64,
         scores_per="kv_head",
     ),
-    Dhsa(density=0.3, sink_tokens=1, recent_tokens=0, dense_tail_tokens=1, key_block_tokens=128, query_block_tokens=64),
-    Dhsa(
+    first_stage(
+        density=0.3, sink_tokens=1, recent_tokens=0, dense_tail_tokens=1, key_block_tokens=128, query_block_tokens=64
+    ),
+    first_stage(
         budget_tokens=224,
         sink_tokens=0,
         recent_tokens=0,
@@ -136,10 +143,10 @@ modes = pytest.mark.parametrize("method", MODES, ids=["page", "adaptive", "chunk
 @pytest.mark.parametrize(
     "method",
     [
-        Dhsa(density=1),
-        Dhsa(budget_tokens=1153, sink_tokens=0, recent_tokens=0, dense_tail_tokens=0),
-        Dhsa(budget_tokens=UNBOUNDED_TOKENS, key_blocks="adaptive", scores_per="kv_head"),
-        Dhsa(
+        first_stage(density=1),
+        first_stage(budget_tokens=1153, sink_tokens=0, recent_tokens=0, dense_tail_tokens=0),
+        first_stage(budget_tokens=UNBOUNDED_TOKENS, key_blocks="adaptive", scores_per="kv_head"),
+        first_stage(
             density=1,
             key_blocks="adaptive",
             scores_per="layer",
@@ -148,7 +155,7 @@ modes = pytest.mark.parametrize("method", MODES, ids=["page", "adaptive", "chunk
             recent_tokens=0,
             dense_tail_tokens=0,
         ),
-        Dhsa(budget_tokens=2000, key_block_tokens=128, scores_per="layer", query_block_tokens=64),
+        first_stage(budget_tokens=2000, key_block_tokens=128, scores_per="layer", query_block_tokens=64),
     ],
     ids=repr,
 )
@@ -163,10 +170,10 @@ def test_d1_a_budget_of_the_context_is_dense(platform: Platform, method: Dhsa, g
 
 def test_d1_dense_knobs_are_known_before_any_prompt() -> None:
     assert Dhsa(density=1.0).exactly_dense
-    assert Dhsa(density=0.1, budget_tokens=UNBOUNDED_TOKENS).exactly_dense
-    assert not Dhsa(density=1.0, budget_tokens=4096).exactly_dense
-    assert not Dhsa(density=0.999).exactly_dense
-    assert not Dhsa(budget_tokens=UNBOUNDED_TOKENS - 1).exactly_dense
+    assert first_stage(density=0.1, budget_tokens=UNBOUNDED_TOKENS).exactly_dense
+    assert not first_stage(density=1.0, budget_tokens=4096).exactly_dense
+    assert not first_stage(density=0.999).exactly_dense
+    assert not first_stage(budget_tokens=UNBOUNDED_TOKENS - 1).exactly_dense
 
 
 @pytest.mark.parametrize("platform", SELECTING)
@@ -194,7 +201,9 @@ def test_d2_keys_that_arrive_later_change_no_choice(
 
 @pytest.mark.parametrize("platform", SELECTING)
 @pytest.mark.parametrize(
-    "method", [Dhsa(key_block_tokens=16), Dhsa(key_block_tokens=64), Dhsa(key_blocks="adaptive")], ids=repr
+    "method",
+    [first_stage(key_block_tokens=16), first_stage(key_block_tokens=64), first_stage(key_blocks="adaptive")],
+    ids=repr,
 )
 def test_d3_representations_equal_float64(platform: Platform, method: Dhsa, generator: torch.Generator) -> None:
     for context in (1, 31, 700, 1153):
@@ -286,7 +295,7 @@ def test_d5_open_chunks_lie_inside_the_default_band(generator: torch.Generator) 
     """So the adaptive tail forces nothing beyond `local`."""
     for chunk, context in CHUNKS:
         _, data = changing(PLAIN, generator, 1, context, 1, 1)
-        adaptive = Dhsa(key_blocks="adaptive", sink_tokens=0, dense_tail_tokens=0)
+        adaptive = first_stage(key_blocks="adaptive", sink_tokens=0, dense_tail_tokens=0)
         chunks = adaptive.key_chunks(data.reader(0))
         first, _ = query_blocks(chunk, context, 128, torch.device("cpu"))
         band = torch.arange(context) >= (first - adaptive.recent_tokens).unsqueeze(1)
@@ -393,7 +402,7 @@ def test_d8_heads_that_share_scores_share_lists(
 def test_d9_the_tail_is_dense(platform: Platform, chunks: str, generator: torch.Generator) -> None:
     chunk, context, tail = 450, 1153, 80
     query, data = changing(platform, generator, chunk, context, 4, 2)
-    method = Dhsa(key_blocks=chunks, density=0.2, dense_tail_tokens=tail)  # type: ignore[arg-type]
+    method = first_stage(key_blocks=chunks, density=0.2, dense_tail_tokens=tail)
     lists = method.select(query, data.reader(0), SCALE, 64, FIRST_LAYER)
     causal = oracle.causal_mask(chunk, context)
     allowed = chunk_allowed(method, lists, data, 0, query)
@@ -477,9 +486,12 @@ def test_d12_bounds_find_one_strong_key_in_a_long_key_block(
 
 
 INVARIANT = [
-    Dhsa(density=0.2, sink_tokens=32, recent_tokens=40, dense_tail_tokens=100),
-    Dhsa(density=0.2, sink_tokens=0, recent_tokens=0, bound_weight=0.5, candidate_factor=2.0, query_block_tokens=64),
-    Dhsa(budget_tokens=224, sink_tokens=0, key_blocks="adaptive", candidate_factor=1.5, dense_tail_tokens=300),
+    Dhsa(sink_tokens=32),
+    first_stage(density=0.2, sink_tokens=32, recent_tokens=40, dense_tail_tokens=100),
+    first_stage(
+        density=0.2, sink_tokens=0, recent_tokens=0, bound_weight=0.5, candidate_factor=2.0, query_block_tokens=64
+    ),
+    first_stage(budget_tokens=224, sink_tokens=0, key_blocks="adaptive", candidate_factor=1.5, dense_tail_tokens=300),
 ]
 
 
@@ -516,4 +528,4 @@ def test_outputs_that_are_computed_again_belong_to_the_dense_tail(generator: tor
 
 def test_adaptive_key_blocks_have_no_bounds() -> None:
     with pytest.raises(ValidationError, match="adaptive key blocks are scored by their mean key; set it to 0"):
-        Dhsa(key_blocks="adaptive", bound_weight=0.5)
+        Dhsa(key_blocks="adaptive")

@@ -25,7 +25,7 @@ BLOCK_TOKENS = 32
 # Methods that choose by order alone, so that models with a soft cap run them too. Lists hold everything: a budget that
 # the context has passed is rounded up to the block that it ends in.
 EVERYTHING: dict[str, Any] = {
-    "sparse_prefill": "dhsa", "dhsa_budget_tokens": 4096,
+    "sparse_prefill": "dhsa", "dhsa_budget_tokens": 4096, "dhsa_candidate_factor": 1,
     "sparse_decode": "tidal", "tidal_budget_tokens": LONG_TOKENS, "tidal_dense_layers": 0,
     "tidal_list_per": "query_head",
     "sparse_min_tokens": SHORT_TOKENS + GENERATED + 1,

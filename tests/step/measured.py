@@ -16,19 +16,33 @@ QWEN_HALF_B = AttentionShape(24, 14, 2, 64, 512, 30e6)
 
 
 class Cell(NamedTuple):
-    """A line of a table: requests, tokens of each, method, milliseconds of a step dense and sparse."""
+    """A line of a table: requests, tokens of each, method, milliseconds of a step dense and sparse.
+
+    Attributes:
+        configured: the method as the server's configuration set it, whose launches graphs hold; None: as in the line.
+    """
 
     rows: int
     seq_len: int
     method: BatchDecodeMethod
     dense_ms: float
     sparse_ms: float
+    configured: BatchDecodeMethod | None = None
+
+    @property
+    def in_graphs(self) -> BatchDecodeMethod:
+        """The method whose launches graphs hold."""
+        return self.configured or self.method
 
 
 def tidal(budget_tokens: int) -> Tidal:
     """As these runs had it."""
     return Tidal(budget_tokens=budget_tokens, reselect_layers=(13,), selection_reads="list")
 
+
+TOKENTOPK = TokenTopk(page_tokens=128)
+ONE_OF_TWO = TokenTopk(page_tokens=128, reuse_layers=tuple(range(3, 32, 2)))
+TWO_OF_THREE = TokenTopk(page_tokens=128, reuse_layers=tuple(layer for layer in range(3, 32) if layer % 3 != 2))
 
 CELLS = [
     Cell(1, 8192, tidal(4096), 5.18, 5.24),
@@ -45,8 +59,19 @@ CELLS = [
     Cell(1, 131072, HipDecode(), 8.98, 5.64),
     Cell(1, 131072, BlockTopk(budget_tokens=4096), 8.88, 6.76),
     Cell(1, 131072, BlockTopk(), 9.16, 6.76),
-    Cell(1, 32768, TokenTopk(page_tokens=128), 5.96, 6.06),
-    Cell(1, 131072, TokenTopk(page_tokens=128), 8.96, 7.02),
+    Cell(1, 32768, TOKENTOPK, 5.96, 6.06),
+    Cell(1, 32768, TOKENTOPK, 5.97, 5.98),
+    Cell(1, 32768, ONE_OF_TWO, 5.97, 6.09, TOKENTOPK),
+    Cell(1, 131072, TOKENTOPK, 8.96, 7.02),
+    Cell(1, 131072, TOKENTOPK, 8.96, 6.94),
+    Cell(1, 131072, ONE_OF_TWO, 8.96, 6.66, TOKENTOPK),
+    Cell(1, 131072, TWO_OF_THREE, 8.96, 6.43, TOKENTOPK),
+    Cell(6, 131072, TOKENTOPK, 37.27, 12.26),
+    Cell(6, 131072, ONE_OF_TWO, 37.27, 10.59, TOKENTOPK),
+    Cell(6, 131072, TWO_OF_THREE, 37.27, 9.79, TOKENTOPK),
+    Cell(24, 32768, TOKENTOPK, 31.29, 13.13),
+    Cell(24, 32768, ONE_OF_TWO, 31.29, 11.60, TOKENTOPK),
+    Cell(24, 32768, TWO_OF_THREE, 31.29, 10.82, TOKENTOPK),
     Cell(6, 131072, tidal(4096), 36.87, 9.37),
     Cell(6, 131072, BlockTopk(budget_tokens=4096), 36.87, 11.57),
     Cell(1, 524288, tidal(2048), 20.71, 7.09),

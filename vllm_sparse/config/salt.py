@@ -10,7 +10,7 @@ from vllm_sparse.config.request import SparseParams
 # Part of the prefix-cache salt of sparse requests; clients may not use it in theirs.
 SALT_MARK = "|sparse:"
 # Raise when the same knobs begin to choose other pages, so that cached blocks of the older choice are not reused.
-SELECTION_VERSION = 2
+SELECTION_VERSION = 3
 
 
 def cache_salt(params: SparseParams, user_salt: str | None, first_token: int = 0) -> str | None:

@@ -12,6 +12,7 @@ from vllm_sparse.step.chunks import one_chunk
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Self
 
     import torch
 
@@ -121,6 +122,11 @@ class PrefillMethod(Method):
             kv_heads: of this process.
         """
         return self.list_heads(query_heads, kv_heads) / self.query_block_tokens
+
+    @classmethod
+    def measured(cls) -> Self:
+        """With the knobs for which `vllm_sparse.step.gpu_table` has what choosing costs: the defaults, mostly."""
+        return cls()
 
     def list_heads(self, query_heads: int, kv_heads: int) -> int:
         """Number of heads that have lists of their own."""

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from vllm_sparse.step.roles import Role
 
 MICROSECOND = 1e-6
+# The largest that counts as small (`GpuCosts.small_head_share`).
+SMALL_HEAD = 64
 # Of the four launches more that exact scores of candidates take.
 CANDIDATES_US = 12
 # Share of the dense kernel's speed that is left to rows with lists: tiles of 128 query rows are full, or half empty.
@@ -210,14 +212,15 @@ class StepCosts:
         """
         linear = query_tokens * self.shape.linear_flops / self.gpu.dense_flops
         sparse = linear + self.chunk_seconds(method, query_tokens, seq_len)
-        # The device waits for the host where it is done sooner.
-        sparse = max(sparse, self.gpu.prompt_us * MICROSECOND)
+        # The device waits for the host where it is done sooner; hosts differ.
+        sparse = max(sparse, self.gpu.doubt * self.gpu.selection_of(method.name).host_us * MICROSECOND)
         return sparse / (linear + self.dense_chunk_seconds(query_tokens, seq_len))
 
     def dense_chunk_seconds(self, query_tokens: int, seq_len: int) -> float:
         """Dense attention of a prompt chunk in one layer; arguments as of `chunk_cost`."""
         pairs = query_tokens * mean_reach(query_tokens, seq_len)
-        return 4 * pairs * self.shape.query_heads * self.shape.head_size / self.gpu.dense_flops
+        share = self.gpu.small_head_share if self.shape.head_size <= SMALL_HEAD else 1.0
+        return 4 * pairs * self.shape.query_heads * self.shape.head_size / (self.gpu.dense_flops * share)
 
     def chunk_seconds(self, method: PrefillMethod, query_tokens: int, seq_len: int) -> float:
         """Choosing and attending of a sparse prompt chunk in one sparse layer; arguments as of `chunk_cost`."""
@@ -231,12 +234,12 @@ class StepCosts:
         return selection.launches_us * MICROSECOND + choosing + attention
 
     def _work_of_knobs(self, method: PrefillMethod, seq_len: int) -> float:
-        """What choosing costs with a method's knobs, in times of the defaults, which were measured; never less."""
+        """What choosing costs with a method's knobs, in times of those that were measured; never less."""
         heads = self.shape.query_heads, self.shape.kv_heads
-        default = _with_default_knobs(type(method))
-        return max(method.selection_work(seq_len, *heads) / default.selection_work(seq_len, *heads), 1.0)
+        measured = _measured(type(method))
+        return max(method.selection_work(seq_len, *heads) / measured.selection_work(seq_len, *heads), 1.0)
 
 
 @lru_cache
-def _with_default_knobs(method: type[PrefillMethod]) -> PrefillMethod:
-    return method()
+def _measured(method: type[PrefillMethod]) -> PrefillMethod:
+    return method.measured()

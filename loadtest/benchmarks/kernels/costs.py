@@ -12,10 +12,10 @@ to correct them:
   rates and launches follow: dense microseconds of two lengths give `dense_bytes_per_second`, attention of two batches
   `list_bytes_per_second`, selection of two lengths `scored_bytes_per_second` and a method's `launches_us`.
 * Prompt chunks, one layer: choosing and attending, and dense attention, measured and predicted; and how long the host
-  takes to launch what a sparse chunk needs, which is `prompt_us`.
+  takes to launch what a sparse chunk needs, which is `host_us`.
 
 "wrong" marks a verdict of sparse where the layers say that it is slower: such a cell breaks the promise. "late" marks
-one of dense that would have gained more than `margin_us`, or with a prompt chunk more than `prompt_us`. Steps in the
+one of dense that would have gained more than `margin_us`, or with a prompt chunk more than `host_us`. Steps in the
 whole engine: `loadtest.benchmarks.engine.latency`.
 """
 
@@ -175,7 +175,7 @@ def chunk_lines(arguments: argparse.Namespace, costs: StepCosts) -> Iterator[str
                 f"| {query_tokens} | {seq_len} | {name} | {1e3 * sparse:.3f} "
                 f"| {1e3 * costs.chunk_seconds(method, query_tokens, seq_len):.3f} | {1e3 * dense:.3f} "
                 f"| {1e3 * costs.dense_chunk_seconds(query_tokens, seq_len):.3f} "
-                f"| {judged(pays, dense - sparse, costs.gpu.prompt_us * MICROSECOND)} "
+                f"| {judged(pays, dense - sparse, costs.gpu.selection_of(name).host_us * MICROSECOND)} "
                 f"| {1e3 * host_seconds(serve, arguments.repeats):.3f} |"
             )
 

@@ -47,7 +47,7 @@ Family = Callable[[float, int], PrefillMethod]
 FAMILIES: dict[str, Family] = {
     "flexprefill": lambda setting, context: FlexPrefill(gamma=max(setting, 1e-3), min_budget_tokens=128),
     "sale": lambda setting, context: Sale(tau=10 ** (2 - 8 * setting)),
-    "dhsa": lambda setting, context: Dhsa(density=max(setting, 1e-3)),
+    "dhsa": lambda setting, context: Dhsa(density=max(setting, 1e-3), bound_weight=0.0, candidate_factor=1.0),
     "dhsa-two-stages-2x": lambda setting, context: _two_stages(setting, 2.0),
     "dhsa-two-stages-4x": lambda setting, context: _two_stages(setting, 4.0),
     "hip": lambda setting, context: Hip(stage_budget_tokens=_stage_tokens(setting, context)),

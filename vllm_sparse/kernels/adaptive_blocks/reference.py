@@ -64,7 +64,8 @@ def block_starts(scores: torch.Tensor, threshold: float) -> torch.Tensor:
     padded = torch.nn.functional.pad(scores, (reach, reach), value=float("-inf"))
     highest = torch.nn.functional.max_pool1d(padded.unsqueeze(0), reach, 1).squeeze(0)
     boundary = (scores > highest[:context]) & (scores > highest[reach + 1 :]) & (scores > threshold)
-    boundary[0] = True
+    # Writing True to an element would wait for the device.
+    boundary[:1].fill_(True)
 
     count = boundary.cumsum(0)
     past_boundary = position - positions(boundary, count)[count - 1]
@@ -73,7 +74,7 @@ def block_starts(scores: torch.Tensor, threshold: float) -> torch.Tensor:
     boundary |= (past_boundary % SPLIT_TOKENS == 0) & ~boundary_follows
     # There is no boundary where keys that decide it do not exist yet.
     boundary &= position <= context - LOOK_AHEAD_TOKENS
-    boundary[0] = True
+    boundary[:1].fill_(True)
     return positions(boundary, boundary.cumsum(0))
 
 

@@ -1,8 +1,8 @@
 """Attention of sampled queries to listed pages in Triton: one program a query block and the query heads of a KV head.
 
-Two passes over the listed keys, as `kernels.block_mass` does over all: the first finds the normaliser of each row, the
-second sums the normalised weights of each page. A row is a sampled query of a head. Programs of the longest contexts
-start first.
+A row is a sampled query of a head. So few rows share the keys of a program that reading these is what takes the time.
+They are read once: the mass of each row and page is kept until the row's normaliser is known, as a logarithm, in a
+few hundred bytes where the page's keys have several thousand. Programs of the longest contexts start first.
 """
 
 from __future__ import annotations
@@ -12,64 +12,28 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.candidate_mass.reference import NOT_LISTED, SAMPLED_QUERIES
-from vllm_sparse.kernels.common.triton import load_keys, product_tile
+from vllm_sparse.kernels.common.triton import load_keys, product_tile, shared_memory_kib
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.pages import PageList
 from vllm_sparse.step.chunks import PromptChunks, one_chunk
 
-KEY_TILE = 64
-# More query heads of a KV head are split over programs: their rows would not fit in registers.
-MOST_HEADS = 8
+# The fastest on an H200 of tiles of 32, 64 and 128 keys, 4 and 8 warps, 2 to 4 stages (loadtest/RESULTS.md).
+KEY_TILE, WARPS = 128, 4
+# Of wide heads, and where shared memory has no room for three tiles of 32 KiB.
+SMALL_KEY_TILE = 64
+# Listed pages whose kept masses are read at once.
+PAGE_TILE = 16
+# Of kept masses; more query blocks than these have room for take several launches.
+SCRATCH_BYTES = 1 << 29
+# More query heads of a KV head are split over programs: keys are then read again, but rows fit in registers.
+MOST_HEADS = 4
 LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _listed_products(
-    b_query,
-    row_position,
-    cache_pointer,
-    block_table_pointer,
-    p_list,
-    first_slot,
-    listed_pages,
-    context,
-    i_kv_head,
-    o_dim,
-    in_head,
-    cache_block_stride,
-    cache_head_stride,
-    cache_token_stride,
-    CACHE_BLOCK: tl.constexpr,
-    PAGE: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Products of the rows and the keys of some listed pages; minus infinity for what a row may not read."""
-    o_token = tl.arange(0, TILE)
-    o_slot = first_slot + o_token // PAGE
-    listed = o_slot < listed_pages
-    o_key = tl.load(p_list + o_slot, mask=listed, other=0) * PAGE + o_token % PAGE
-    live = listed & (o_key < context)
-    b_key = load_keys(
-        cache_pointer,
-        block_table_pointer,
-        o_key,
-        live,
-        i_kv_head,
-        o_dim,
-        in_head,
-        cache_block_stride,
-        cache_head_stride,
-        cache_token_stride,
-        CACHE_BLOCK,
-    )
-    b_product = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
-    return tl.where(live[None, :] & (o_key[None, :] <= row_position[:, None]), b_product, float("-inf"))
 
 
 # Lengths change with every prompt chunk, and a request's blocks begin at any row of vLLM's block table; specialising on
 # them would compile in the middle of serving.
 @triton.jit(
-    do_not_specialize=["blocks", "pages", "width", "table_row_stride"],
+    do_not_specialize=["first_block", "blocks", "pages", "width", "table_row_stride"],
     do_not_specialize_on_alignment=["block_table_pointer"],
 )
 def candidate_mass_kernel(
@@ -79,12 +43,14 @@ def candidate_mass_kernel(
     list_pointer,
     kept_tokens_pointer,
     mass_pointer,
+    kept_mass_pointer,
     first_query_pointer,
     last_query_pointer,
     first_token_pointer,
     chunk_pointer,
     chunk_start_pointer,
     table_row_pointer,
+    first_block,
     blocks,
     pages,
     width,
@@ -105,8 +71,10 @@ def candidate_mass_kernel(
     HEAD_TILE: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
+    PAGE_TILE: tl.constexpr,
 ):
-    i_block = blocks - 1 - tl.program_id(0)
+    rows: tl.constexpr = HEADS * SAMPLES
+    i_block = first_block + tl.num_programs(0) - 1 - tl.program_id(0)
     first = tl.load(first_query_pointer + i_block)
     # Later keys are in no row's past.
     context = tl.load(last_query_pointer + i_block) + 1
@@ -131,18 +99,21 @@ def candidate_mass_kernel(
     p_list = list_pointer + i_list * width
     listed_pages = tl.cdiv(tl.load(kept_tokens_pointer + i_list), PAGE)
 
-    b_most = tl.full([HEADS * SAMPLES], float("-inf"), tl.float32)
-    b_sum = tl.zeros([HEADS * SAMPLES], tl.float32)
+    i_program = (tl.program_id(0) * tl.num_programs(1) + i_kv_head) * tl.num_programs(2) + tl.program_id(2)
+    p_kept_mass = kept_mass_pointer + i_program.to(tl.int64) * width * rows
+    b_most = tl.full([rows], float("-inf"), tl.float32)
+    b_sum = tl.zeros([rows], tl.float32)
+    o_token = tl.arange(0, TILE)
     for first_slot in range(0, listed_pages, TILE // PAGE):
-        b_product = _listed_products(
-            b_query,
-            row_position,
+        o_slot = first_slot + o_token // PAGE
+        listed = o_slot < listed_pages
+        o_key = tl.load(p_list + o_slot, mask=listed, other=0) * PAGE + o_token % PAGE
+        live = listed & (o_key < context)
+        b_key = load_keys(
             cache_pointer,
             p_table,
-            p_list,
-            first_slot,
-            listed_pages,
-            context,
+            o_key,
+            live,
             i_kv_head,
             o_dim,
             in_head,
@@ -150,49 +121,38 @@ def candidate_mass_kernel(
             cache_head_stride,
             cache_token_stride,
             CACHE_BLOCK,
-            PAGE,
-            TILE,
         )
+        b_product = tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale_log2
+        b_product = tl.where(live[None, :] & (o_key[None, :] <= row_position[:, None]), b_product, float("-inf"))
+        b_tile_most = tl.max(b_product, axis=1)
         # Finite after the first tile: lists ascend and hold the page of the first query, so their first key lies in
-        # every row's past.
-        b_more = tl.maximum(b_most, tl.max(b_product, axis=1) * scale_log2)
-        b_sum = b_sum * tl.exp2(b_most - b_more)
-        b_sum += tl.sum(tl.exp2(b_product * scale_log2 - b_more[:, None]), axis=1)
+        # every row's past. Later tiles may lie in a row's future.
+        b_more = tl.maximum(b_most, b_tile_most)
+        b_weight = tl.exp2(b_product - b_more[:, None])
+        b_page = tl.sum(tl.reshape(b_weight, [rows, TILE // PAGE, PAGE]), axis=2)
+        b_sum = b_sum * tl.exp2(b_most - b_more) + tl.sum(b_page, axis=1)
         b_most = b_more
+        o_page_slot = first_slot + tl.arange(0, TILE // PAGE)
+        tl.store(
+            p_kept_mass + o_page_slot[None, :] * rows + o_row[:, None],
+            tl.log2(b_page) + b_more[:, None],
+            mask=(o_page_slot < listed_pages)[None, :],
+        )
     b_normaliser = b_most + tl.log2(b_sum)
 
+    # What other threads of this program have kept is read.
+    tl.debug_barrier()
     o_head = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
     p_mass = mass_pointer + ((i_kv_head * GROUP + o_head) * blocks + i_block).to(tl.int64) * pages
-    for first_slot in range(0, listed_pages, TILE // PAGE):
-        b_product = _listed_products(
-            b_query,
-            row_position,
-            cache_pointer,
-            p_table,
-            p_list,
-            first_slot,
-            listed_pages,
-            context,
-            i_kv_head,
-            o_dim,
-            in_head,
-            cache_block_stride,
-            cache_head_stride,
-            cache_token_stride,
-            CACHE_BLOCK,
-            PAGE,
-            TILE,
-        )
-        b_weight = tl.exp2(b_product * scale_log2 - b_normaliser[:, None])
-        b_mass = tl.sum(tl.reshape(b_weight, [HEADS, SAMPLES, TILE // PAGE, PAGE]), axis=3)
-        o_slot = first_slot + tl.arange(0, TILE // PAGE)
+    for first_slot in range(0, listed_pages, PAGE_TILE):
+        o_slot = first_slot + tl.arange(0, PAGE_TILE)
         listed = o_slot < listed_pages
+        p_kept = p_kept_mass + o_slot[None, :] * rows + o_row[:, None]
+        b_kept = tl.load(p_kept, mask=listed[None, :], other=float("-inf"))
+        b_weight = tl.exp2(b_kept - b_normaliser[:, None])
+        b_mass = tl.sum(tl.reshape(b_weight, [HEADS, SAMPLES, PAGE_TILE]), axis=1)
         o_page = tl.load(p_list + o_slot, mask=listed, other=0)
-        tl.store(
-            p_mass[:, None] + o_page[None, :],
-            tl.sum(b_mass, axis=1),
-            mask=(o_head < GROUP)[:, None] & listed[None, :],
-        )
+        tl.store(p_mass[:, None] + o_page[None, :], b_mass, mask=(o_head < GROUP)[:, None] & listed[None, :])
 
 
 def chunk_mass(chunks: PromptChunks, candidates: PageList) -> torch.Tensor:
@@ -207,41 +167,50 @@ def chunk_mass(chunks: PromptChunks, candidates: PageList) -> torch.Tensor:
     list_heads = candidates.pages.shape[0] // blocks.blocks
     query = query if query.stride(2) == 1 else query.contiguous()
     mass = torch.full((heads, blocks.blocks, pages), NOT_LISTED, dtype=torch.float32, device=query.device)
-    candidate_mass_kernel[(blocks.blocks, kv_heads, triton.cdiv(group, at_once))](
-        query,
-        cache,
-        chunks.block_table,
-        candidates.pages,
-        candidates.kept_tokens,
-        mass,
-        blocks.first_query,
-        blocks.last_query,
-        blocks.first_token,
-        blocks.chunk,
-        blocks.chunk_start,
-        blocks.table_row,
-        blocks.blocks,
-        pages,
-        candidates.pages.shape[1],
-        chunks.scale * LOG2_E,
-        chunks.block_table.stride(0),
-        query.stride(0),
-        query.stride(1),
-        cache.stride(0),
-        cache.stride(1),
-        cache.stride(2),
-        CACHE_BLOCK=cache.shape[2],
-        GROUP=group,
-        LIST_HEADS=list_heads,
-        KV_HEADS_PER_LIST=kv_heads // list_heads,
-        HEADS=at_once,
-        SAMPLES=SAMPLED_QUERIES,
-        HEAD_SIZE=head_size,
-        HEAD_TILE=product_tile(head_size),
-        PAGE=page_tokens,
-        TILE=KEY_TILE,
-        num_warps=8 if at_once == MOST_HEADS else 4,
-    )
+    key_tile = KEY_TILE if head_size <= 128 and shared_memory_kib() > 128 else SMALL_KEY_TILE
+    width, splits = candidates.pages.shape[1], triton.cdiv(group, at_once)
+    of_a_block = kv_heads * splits * width * at_once * SAMPLED_QUERIES
+    at_a_time = min(max(SCRATCH_BYTES // (4 * of_a_block), 1), blocks.blocks)
+    kept_mass = torch.empty(at_a_time * of_a_block, dtype=torch.float32, device=query.device)
+    for first_block in range(0, blocks.blocks, at_a_time):
+        candidate_mass_kernel[(min(at_a_time, blocks.blocks - first_block), kv_heads, splits)](
+            query,
+            cache,
+            chunks.block_table,
+            candidates.pages,
+            candidates.kept_tokens,
+            mass,
+            kept_mass,
+            blocks.first_query,
+            blocks.last_query,
+            blocks.first_token,
+            blocks.chunk,
+            blocks.chunk_start,
+            blocks.table_row,
+            first_block,
+            blocks.blocks,
+            pages,
+            width,
+            chunks.scale * LOG2_E,
+            chunks.block_table.stride(0),
+            query.stride(0),
+            query.stride(1),
+            cache.stride(0),
+            cache.stride(1),
+            cache.stride(2),
+            CACHE_BLOCK=cache.shape[2],
+            GROUP=group,
+            LIST_HEADS=list_heads,
+            KV_HEADS_PER_LIST=kv_heads // list_heads,
+            HEADS=at_once,
+            SAMPLES=SAMPLED_QUERIES,
+            HEAD_SIZE=head_size,
+            HEAD_TILE=product_tile(head_size),
+            PAGE=page_tokens,
+            TILE=key_tile,
+            PAGE_TILE=PAGE_TILE,
+            num_warps=WARPS,
+        )
     return mass
 
 
