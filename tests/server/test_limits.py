@@ -19,6 +19,7 @@ from vllm_sparse.config.presets import PRESETS
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.server import check_settings
 from vllm_sparse.config.settings import ServerConfig
+from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.knobs import UNBOUNDED_TOKENS
 from vllm_sparse.methods.prefill import PrefillMethod
 from vllm_sparse.methods.registry import PREFILL_METHODS
@@ -216,4 +217,23 @@ def test_memory_grows_with_finer_lists() -> None:
         coarse: PrefillMethod = made(list_per="kv_head", query_block_tokens=128)
         fine: PrefillMethod = made(list_per="query_head", query_block_tokens=64)
         size = (4096, 65536, 32, 8)
+        if name == "dhsa":
+            # Its second stage takes the same for both, and of finer query blocks more.
+            assert 8 * coarse.selection_bytes(*size) > fine.selection_bytes(*size) > coarse.selection_bytes(*size)
+            coarse = made(list_per="kv_head", query_block_tokens=128, candidate_factor=1.0)
+            fine = made(list_per="query_head", query_block_tokens=64, candidate_factor=1.0)
         assert fine.selection_bytes(*size) == 8 * coarse.selection_bytes(*size) > 0, name
+
+
+def test_memory_of_a_second_stage() -> None:
+    """Kept masses have a bound, but for one query block of a very long context."""
+    one, both = Dhsa(candidate_factor=1.0), Dhsa()
+
+    def more(query_tokens: int, seq_len: int) -> int:
+        size = (query_tokens, seq_len, 28, 4)
+        return both.selection_bytes(*size) - one.selection_bytes(*size)
+
+    # 9 bytes for each candidate list and page, and 4 for each of 16 queries of 7 heads, padded to 8.
+    assert more(128, 32768) == 4 * 1024 * (9 + 4 * 16 * 8)
+    assert more(8192, 1 << 20) == 4 * 64 * 32768 * 9 + (1 << 29)
+    assert more(128, 1 << 27) == 4 * (1 << 22) * (9 + 4 * 16 * 8)

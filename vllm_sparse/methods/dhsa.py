@@ -20,7 +20,7 @@ from vllm_sparse.kernels.block_scores import (
     page_scores,
     select_pages,
 )
-from vllm_sparse.kernels.candidate_mass import candidate_mass, chunk_mass
+from vllm_sparse.kernels.candidate_mass import candidate_mass, chunk_mass, scratch_bytes
 from vllm_sparse.kernels.page_list import ListGrid, block_lists, query_blocks, write_lists
 from vllm_sparse.kernels.page_summaries import SummaryKind, chunk_summaries, page_summaries
 from vllm_sparse.keys import PagedKeys
@@ -37,7 +37,14 @@ from vllm_sparse.methods.knobs import (
     SinkTokens,
     heads_with_scores,
 )
-from vllm_sparse.methods.prefill import Layer, PrefillMethod, mean_reach, shared, tokens_with_dense_tail
+from vllm_sparse.methods.prefill import (
+    PAGE_ENTRY_BYTES,
+    Layer,
+    PrefillMethod,
+    mean_reach,
+    shared,
+    tokens_with_dense_tail,
+)
 from vllm_sparse.pages import PageList, empty_lists
 from vllm_sparse.step.chunks import PromptBlocks, PromptChunks, int_tables
 
@@ -171,6 +178,14 @@ class Dhsa(PrefillMethod):
     @property
     def exactly_dense(self) -> bool:
         return self.budget_tokens == UNBOUNDED_TOKENS or (self.budget_tokens == 0 and self.density >= 1)
+
+    def selection_bytes(self, query_tokens: int, seq_len: int, query_heads: int, kv_heads: int) -> int:
+        lists = super().selection_bytes(query_tokens, seq_len, query_heads, kv_heads)
+        if self.candidate_factor == 1:
+            return lists
+        blocks, pages = -(-query_tokens // self.query_block_tokens), -(-seq_len // PAGE_TOKENS)
+        candidates = kv_heads * blocks * pages * PAGE_ENTRY_BYTES
+        return lists + candidates + scratch_bytes(blocks, pages, query_heads, kv_heads)
 
     @classmethod
     def measured(cls) -> Dhsa:

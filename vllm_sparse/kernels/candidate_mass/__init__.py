@@ -5,12 +5,27 @@ from __future__ import annotations
 import torch
 
 from vllm_sparse.kernels.candidate_mass import reference
-from vllm_sparse.kernels.candidate_mass.reference import NOT_LISTED, SAMPLED_QUERIES
+from vllm_sparse.kernels.candidate_mass.reference import NOT_LISTED, SAMPLED_QUERIES, SCRATCH_BYTES
 from vllm_sparse.keys import PagedKeys, PlainKeys
 from vllm_sparse.pages import PageList
 from vllm_sparse.step.chunks import PromptChunks
 
-__all__ = ["NOT_LISTED", "SAMPLED_QUERIES", "candidate_mass", "chunk_mass"]
+__all__ = ["NOT_LISTED", "SAMPLED_QUERIES", "candidate_mass", "chunk_mass", "scratch_bytes"]
+
+
+def scratch_bytes(blocks: int, pages: int, query_heads: int, kv_heads: int) -> int:
+    """Memory that `chunk_mass` takes on a GPU beside its result.
+
+    Args:
+        blocks: query blocks of the prompt chunks.
+        pages: of the longest context.
+        query_heads: of this process.
+        kv_heads: of this process.
+    """
+    # The heads of a KV head are padded to a power of two.
+    padded = kv_heads << (query_heads // kv_heads - 1).bit_length()
+    of_a_block = 4 * SAMPLED_QUERIES * padded * pages
+    return min(blocks * of_a_block, max(SCRATCH_BYTES, of_a_block))
 
 
 def candidate_mass(

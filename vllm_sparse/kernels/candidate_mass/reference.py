@@ -13,6 +13,8 @@ from vllm_sparse.step.chunks import PromptChunks
 SAMPLED_QUERIES = 16
 # Less than any mass.
 NOT_LISTED = -1.0
+# What the kernel keeps of masses until it knows their normalisers; if it is short, query blocks take several launches.
+SCRATCH_BYTES = 1 << 29
 
 
 def sampled_offsets(queries: int) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.candidate_mass.reference import NOT_LISTED, SAMPLED_QUERIES
+from vllm_sparse.kernels.candidate_mass.reference import NOT_LISTED, SAMPLED_QUERIES, SCRATCH_BYTES
 from vllm_sparse.kernels.common.triton import load_keys, product_tile, shared_memory_kib
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.pages import PageList
@@ -23,8 +23,6 @@ KEY_TILE, WARPS = 128, 4
 SMALL_KEY_TILE = 64
 # Listed pages whose kept masses are read at once.
 PAGE_TILE = 16
-# Of kept masses; more query blocks than these have room for take several launches.
-SCRATCH_BYTES = 1 << 29
 # More query heads of a KV head are split over programs: keys are then read again, but rows fit in registers.
 MOST_HEADS = 4
 LOG2_E = 1.4426950408889634
