@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from vllm_sparse.calibration.model import dense_attention, full_layers, text_config
+
 ATTENTION_NAME = "vllm_sparse_told_decoding"
 
 
@@ -24,7 +26,7 @@ class Lists(Protocol):
         """What a layer reads; layers come in order.
 
         Args:
-            layer: its index.
+            layer: its number among those with full attention.
             query: ``[kv_heads, group, steps, head_size]``, rotary positions applied.
             key: ``[kv_heads, tokens, head_size]``, likewise; the last `steps` tokens are the queries' own.
             scores: float32 ``[kv_heads, group, steps, tokens]``, scaled, minus infinity beyond a step's own token.
@@ -83,12 +85,16 @@ class Decoder:
     Args:
         model_name: name or folder, as transformers loads it.
         device: where it runs.
+
+    Raises:
+        ValueError: of `full_layers`.
     """
 
     def __init__(self, model_name: str, device: str) -> None:
         from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
         self.lists: Lists = Everything()
+        self._numbers = {layer: number for number, layer in enumerate(full_layers(text_config(model_name)))}
         # Before the model is loaded, which looks the name up.
         AttentionInterface.register(ATTENTION_NAME, self._attention)
         loaded = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto", attn_implementation=ATTENTION_NAME)
@@ -143,20 +149,24 @@ class Decoder:
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         scaling: float,
+        sliding_window: int | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """Attention for transformers: of a prompt, or of the tokens after it."""
+        number = self._numbers.get(module.layer_idx)
+        window = sliding_window if number is None else None
         heads, steps = query.shape[1:3]
         group = heads // key.shape[1]
         if steps == key.shape[2]:
-            key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-            output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-            return output.transpose(1, 2).contiguous(), None
+            return dense_attention(query, key, value, scaling, window), None
         grouped = query[0].reshape(-1, group, *query.shape[2:])
         scores = grouped.float() @ key[0].float().transpose(1, 2).unsqueeze(1) * scaling
         positions = torch.arange(key.shape[2], device=key.device)
-        scores.masked_fill_(positions > positions[-steps:].unsqueeze(1), -torch.inf)
-        listed = self.lists.listed(module.layer_idx, grouped, key[0], scores, scaling)
+        own = positions[-steps:].unsqueeze(1)
+        scores.masked_fill_(positions > own, -torch.inf)
+        if window is not None:
+            scores.masked_fill_(positions <= own - window, -torch.inf)
+        listed = None if number is None else self.lists.listed(number, grouped, key[0], scores, scaling)
         if listed is not None:
             scores = scores.masked_fill(~listed, -torch.inf)
         output = (scores.softmax(3) @ value[0].float().unsqueeze(1)).flatten(0, 1)

@@ -1,19 +1,27 @@
-"""A model's run over prompts, with dense attention, that shows each layer's queries, keys and values to an observer."""
+"""A model's run over prompts, with dense attention, that shows full layers' queries, keys and values to an observer.
+
+Layers with a sliding window are computed with it and shown to nobody: methods count layers with full attention alone.
+"""
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from vllm_sparse.config.model_layers import FULL_KINDS, WINDOW_KINDS, layer_kinds
+
 ATTENTION_NAME = "vllm_sparse_calibration"
+# Queries of a layer with a window that are computed at once.
+WINDOW_STEP = 1024
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], str]
-"""Is shown a layer's index, its query ``[heads, tokens, head_size]``, key and value ``[kv_heads, tokens, head_size]``,
-rotary positions applied, and its softmax scale; layers come in order, prompt after prompt. Returns what to print, or
-nothing."""
+"""Is shown a layer's number among those with full attention, its query ``[heads, tokens, head_size]``, key and value
+``[kv_heads, tokens, head_size]``, rotary positions applied, and its softmax scale; layers come in order, prompt after
+prompt. Returns what to print, or nothing."""
 
 
 def text_config(model_name: str) -> Any:
@@ -21,6 +29,69 @@ def text_config(model_name: str) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(model_name).get_text_config()
+
+
+def full_layers(config: Any) -> list[int]:
+    """Indices of the layers with full attention, which are those that methods count and that an observer is shown.
+
+    Args:
+        config: of `text_config`.
+
+    Raises:
+        ValueError: there are none, or layers of a kind that is not computed here.
+    """
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ValueError("its attention logits have a soft cap, which is not computed here")
+    if config.model_type == "gpt_oss":
+        raise ValueError("its attention has sinks, which are not computed here")
+    window = getattr(config, "sliding_window", None)
+    kinds = layer_kinds(config)
+    if kinds is None:
+        kinds = [WINDOW_KINDS[0] if window else FULL_KINDS[0]] * config.num_hidden_layers
+    if "chunked_attention" in kinds:
+        raise ValueError("some of its layers attend in chunks, which is not computed here")
+    full = [layer for layer, kind in enumerate(kinds) if kind in FULL_KINDS]
+    if not full:
+        raise ValueError("none of its layers has full attention, so none could be sparse")
+    return full
+
+
+def layers_of(parser: argparse.ArgumentParser, model_name: str) -> int:
+    """How many layers have full attention; ends the command where there is no such model, or none that it computes."""
+    try:
+        return len(full_layers(text_config(model_name)))
+    except (OSError, ValueError) as error:
+        parser.error(f"{model_name}: {str(error).strip().splitlines()[0]}")
+
+
+def dense_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+) -> torch.Tensor:
+    """Causal attention of a whole prompt: ``[1, tokens, heads, head_size]``, contiguous.
+
+    Args:
+        query: ``[1, heads, tokens, head_size]``.
+        key: ``[1, kv_heads, tokens, head_size]``.
+        value: likewise.
+        scale: softmax scale.
+        window: tokens that each one reads, itself included; None: all before it.
+    """
+    group, tokens = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    if window is None or window >= tokens:
+        output = attend(query, key, value, is_causal=True, scale=scale)
+    else:
+        parts = []
+        for start in range(0, tokens, WINDOW_STEP):
+            stop, first = min(start + WINDOW_STEP, tokens), max(start - window + 1, 0)
+            position = torch.arange(first, stop, device=query.device)
+            ahead = position.unsqueeze(0) - torch.arange(start, stop, device=query.device).unsqueeze(1)
+            mask = (ahead <= 0) & (ahead > -window)
+            near = slice(first, stop)
+            parts.append(attend(query[:, :, start:stop], key[:, :, near], value[:, :, near], mask, scale=scale))
+        output = torch.cat(parts, 2)
+    return output.transpose(1, 2).contiguous()
 
 
 def observe(model_name: str, prompts: Sequence[list[int]], device: str, observer: Observer) -> None:
@@ -36,14 +107,17 @@ def observe_each(model_name: str, prompts: Sequence[list[int]], device: str, obs
         model_name: name or folder, as transformers loads it.
         prompts: token ids of each prompt.
         device: where the model runs.
-        observer: sees every layer.
+        observer: sees every layer with full attention.
 
     Yields:
         Number of each prompt, from 1 on, after all its layers were seen.
+
+    Raises:
+        ValueError: of `full_layers`.
     """
     from transformers import AttentionInterface, AutoModel
 
-    attention = _ObservedAttention(observer, len(prompts), text_config(model_name).num_hidden_layers)
+    attention = _ObservedAttention(observer, len(prompts), full_layers(text_config(model_name)))
     # Before the model is loaded, which looks the name up.
     AttentionInterface.register(ATTENTION_NAME, attention)
     model = AutoModel.from_pretrained(model_name, dtype="auto", attn_implementation=ATTENTION_NAME).to(device).eval()
@@ -57,10 +131,10 @@ def observe_each(model_name: str, prompts: Sequence[list[int]], device: str, obs
 class _ObservedAttention:
     """Attention for transformers: shows the layer's inputs, prints what was found, goes on with the dense output."""
 
-    def __init__(self, observer: Observer, prompts: int, layers: int) -> None:
+    def __init__(self, observer: Observer, prompts: int, layers: Sequence[int]) -> None:
         self.observer = observer
         self.prompts = prompts
-        self.layers = layers
+        self.numbers = {layer: number for number, layer in enumerate(layers)}
         self.prompt = 0
 
     def __call__(
@@ -71,17 +145,18 @@ class _ObservedAttention:
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         scaling: float,
+        sliding_window: int | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         begin = time.monotonic()
-        found = self.observer(module.layer_idx, query[0], key[0], value[0], scaling)
+        number = self.numbers.get(module.layer_idx)
+        if number is None:
+            return dense_attention(query, key, value, scaling, sliding_window), None
+        found = self.observer(number, query[0], key[0], value[0], scaling)
         if found:
             print(
                 f"prompt {self.prompt} of {self.prompts}, {query.shape[2]} tokens, "
-                f"layer {module.layer_idx + 1} of {self.layers}: {found} ({time.monotonic() - begin:.1f} s)",
+                f"layer {number + 1} of {len(self.numbers)}: {found} ({time.monotonic() - begin:.1f} s)",
                 flush=True,
             )
-        group = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-        return output.transpose(1, 2).contiguous(), None
+        return dense_attention(query, key, value, scaling, None), None

@@ -13,7 +13,7 @@ import collections
 import torch
 
 from vllm_sparse.calibration import prompts as calibration_prompts
-from vllm_sparse.calibration.model import observe, text_config
+from vllm_sparse.calibration.model import full_layers, layers_of, observe, text_config
 from vllm_sparse.methods.sale.calibration import FIRST_TAU, SaleCalibrator
 from vllm_sparse.methods.sale.thresholds import Calibration
 
@@ -37,6 +37,7 @@ def main(arguments: list[str]) -> None:
         help="largest threshold tried, halved until the bound holds (default %(default)s, the paper's)",
     )
     given = parser.parse_args(arguments)
+    layers_of(parser, given.model)
     prompts = calibration_prompts.prompts_of(parser, given)
     calibration = calibrate(given.model, prompts, given.error_bound, given.first_tau, given.device)
     calibration.save(given.output)
@@ -57,7 +58,8 @@ def calibrate(
         device: where the model runs.
     """
     config = text_config(model_name)
-    calibrator = SaleCalibrator(config.num_hidden_layers, config.num_attention_heads, error_bound, first_tau)
+    layers = len(full_layers(config))
+    calibrator = SaleCalibrator(layers, config.num_attention_heads, error_bound, first_tau)
 
     def lower(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> str:
         errors = calibrator.observe(layer, query, key, value, scale)
@@ -66,7 +68,7 @@ def calibrate(
     observe(model_name, prompts, device, lower)
     return Calibration(
         model_name,
-        config.num_hidden_layers,
+        layers,
         config.num_attention_heads,
         error_bound,
         [len(prompt) for prompt in prompts],

@@ -27,7 +27,7 @@ def sparse_layers(model_config: ModelConfig) -> int:
     window = getattr(config, "sliding_window", None)
     # vLLM takes the window away where it is told to (--disable-sliding-window).
     full_kinds = FULL_KINDS if window else (*FULL_KINDS, *WINDOW_KINDS)
-    kinds = _kinds_of_layers(config)
+    kinds = layer_kinds(config)
     if kinds is not None:
         return sum(kind in full_kinds for kind in kinds[:total])
     # Without kinds, a window is that of every layer.
@@ -51,8 +51,12 @@ def check_sparse_layers(model_config: ModelConfig) -> None:
         )
 
 
-def _kinds_of_layers(config: Any) -> list[str] | None:
-    """The kind of each layer as the model's configuration spells it; None where it has one kind alone."""
+def layer_kinds(config: Any) -> list[str] | None:
+    """The kind of each layer as the model's configuration spells it; None where it has one kind alone.
+
+    Args:
+        config: of the model's text part, as transformers reads it.
+    """
     for name in ("layer_types", "layers_block_type"):
         kinds: list[str] | None = getattr(config, name, None)
         if kinds:

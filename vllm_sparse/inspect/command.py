@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from vllm_sparse.calibration.model import observe, text_config
+from vllm_sparse.calibration.model import full_layers, observe, text_config
 from vllm_sparse.calibration.prompts import read_prompts
 from vllm_sparse.config.messages import SparseParamsError
 from vllm_sparse.config.names import METHODS
@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> None:
     params = request_params(parser, given, config, len(prompt))
 
     prefill, prefill_note = prompt_inspection(params, len(prompt), given.chunk, given.attention_up_to)
-    decode, decode_note = decode_inspection(params, len(prompt), config.num_hidden_layers)
+    decode, decode_note = decode_inspection(params, len(prompt), len(full_layers(config)))
     if prefill is None and decode is None:
         parser.error(f"nothing of this prompt would be sparse. {prefill_note} {decode_note}")
     kept: dict[str, list[KeptLayer]] = {"prefill": [], "decode": []}
@@ -124,9 +124,11 @@ def prompt_text(parser: argparse.ArgumentParser, prompt: str) -> str:
 
 
 def model_config(parser: argparse.ArgumentParser, model: str) -> Any:
-    """The model's configuration; ends the command where there is no such model."""
+    """The model's configuration; ends the command where there is no such model, or one that it does not compute."""
     try:
-        return text_config(model)
+        config = text_config(model)
+        full_layers(config)
+        return config
     except (OSError, ValueError) as error:
         parser.error(f"{model}: {str(error).strip().splitlines()[0]}")
 
@@ -149,11 +151,12 @@ def request_params(
     if isinstance(settings, dict):
         settings = {"methods": list(METHODS), **settings}
     try:
-        server = parse_server_config({"sparse": settings}, config.num_hidden_layers, config.num_attention_heads)
+        layers = len(full_layers(config))
+        server = parse_server_config({"sparse": settings}, layers, config.num_attention_heads)
     except ValueError as error:
         parser.error(str(error))
     try:
-        params = resolve(objects["--extras"], server, config.num_hidden_layers, prompt_tokens)
+        params = resolve(objects["--extras"], server, layers, prompt_tokens)
     except SparseParamsError as error:
         parser.error(f"--extras: {error}")
     if params.is_dense:

@@ -305,8 +305,14 @@ def _recall(given: argparse.Namespace, context: Context, variants: Sequence[Vari
     if given.model is None:
         print("recall is not measured: the model runs in this process for it, so it needs MODEL in place of --url")
         return
+    from vllm_sparse.calibration.model import full_layers, text_config
     from vllm_sparse.quality.measures.recall import measure_recall
 
+    try:
+        full_layers(text_config(given.model))
+    except ValueError as error:
+        print(f"recall is not measured: {given.model}: {error}")
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for length in given.tokens:
         job = f"recall/{length}"

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from vllm_sparse.calibration.model import observe_each, text_config
+from vllm_sparse.calibration.model import full_layers, observe_each, text_config
 from vllm_sparse.config.names import METHODS
 from vllm_sparse.config.request import SparseParams, resolve
 from vllm_sparse.config.server import parse_server_config
@@ -59,12 +59,13 @@ def measure_recall(
         The records of a text, phase by phase and variant by variant, before the model runs over the next one.
 
     Raises:
-        ValueError: `chunk_tokens` is no multiple of 128, or a variant's settings are wrong (`SparseParamsError`).
+        ValueError: `chunk_tokens` is no multiple of 128, or a variant's settings are wrong (`SparseParamsError`),
+            or the model has layers that are not computed (`full_layers`).
     """
     if chunk_tokens < CHUNK_UNIT_TOKENS or chunk_tokens % CHUNK_UNIT_TOKENS:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; a multiple of {CHUNK_UNIT_TOKENS} is allowed")
     config = text_config(model)
-    layers = config.num_hidden_layers
+    layers = len(full_layers(config))
     settings = {"sparse": {"methods": list(METHODS), "min_tokens": min_tokens}}
     server = parse_server_config(settings, layers, config.num_attention_heads)
     params = [(variant.name, resolve(variant.extras, server, layers, length_tokens)) for variant in variants]
