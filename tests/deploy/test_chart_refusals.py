@@ -129,7 +129,7 @@ WRONG_TOGETHER: list[tuple[dict[str, Any], str]] = [
     (one_model(sparse={"methods": ["sale"], "prefill": "dhsa"}), "add it to models.m.sparse.methods"),
     (
         one_model(sparse={"methods": ["sale", "tidal"], "preset": "balanced"}),
-        "models.m.sparse.preset is balanced, which needs tokentopk",
+        "models.m.sparse.preset is balanced, which needs dhsa",
     ),
     (one_model(sparse={"methods": ["sale", "tidal"]}), "models.m.test.extras.sparse_prefill is flexprefill"),
     (one_model(sparse={"tidal": {"budget_tokens": 64, "recent_tokens": 64}}), "write budget_tokens: 80 or more"),

@@ -198,7 +198,8 @@ class TestServer:
 
     def test_a_generation_is_sparse_after_a_dense_prompt_and_shared_up_to_there(self, gemma: Server) -> None:
         extras = {**FEW, "sparse_prefill": "dense"}
-        extras.pop("dhsa_budget_tokens")
+        for knob in ("dhsa_budget_tokens", "dhsa_candidate_factor"):
+            extras.pop(knob)
         prompt = random_prompt(6, LONG_TOKENS)
         dense, _ = complete(gemma, prompt, {})
         sparse, cached = complete(gemma, prompt, extras, generated=80)
