@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from tests.serving.hybrid_models import CONFIGS, WINDOW_TOKENS, full_layers, write_model
+from tests.serving.server import random_prompt
 from tests.test_command import run_installed
 from vllm_sparse.calibration import model as calibration_model
 from vllm_sparse.calibration.decoding import Decoder, Everything
@@ -23,11 +23,6 @@ PROMPT_TOKENS = 5 * WINDOW_TOKENS + 7
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model("gemma3", tmp_path_factory.mktemp("models") / "gemma3")
-
-
-def random_prompt(seed: int, tokens: int = PROMPT_TOKENS) -> list[int]:
-    generator = random.Random(seed)
-    return [generator.randrange(10, 4000) for _ in range(tokens)]
 
 
 def eager(folder: Path, tokens: list[int]) -> torch.Tensor:
@@ -65,7 +60,7 @@ def test_full_layers_are_shown_by_their_number(gemma: Path) -> None:
         seen.append((layer, key.shape[1]))
         return ""
 
-    observe(str(gemma), [random_prompt(1)], "cpu", note)
+    observe(str(gemma), [random_prompt(1, PROMPT_TOKENS)], "cpu", note)
     assert seen == [(number, PROMPT_TOKENS) for number in range(len(full_layers("gemma3")))]
 
 
@@ -81,10 +76,10 @@ def test_a_model_with_windows_says_what_transformers_says(
 
     monkeypatch.setattr(Decoder, "_attention", windowed)
     decoder = Decoder(str(gemma), "cpu")
-    prefix = decoder.prefill(random_prompt(2), 12)
+    prefix = decoder.prefill(random_prompt(2, PROMPT_TOKENS), 12)
     told = decoder.tell(prefix, Everything())
     assert told.divergence < 1e-6
-    expected = eager(gemma, [*random_prompt(2), *prefix.said[:-1]])[PROMPT_TOKENS:]
+    expected = eager(gemma, [*random_prompt(2, PROMPT_TOKENS), *prefix.said[:-1]])[PROMPT_TOKENS:]
     ours, theirs = (logits.float().log_softmax(1) for logits in (prefix.logits, expected))
     # In bfloat16.
     difference = float((ours - theirs).abs().mean())
@@ -105,7 +100,7 @@ class Numbers:
 
 def test_lists_are_for_full_layers(gemma: Path) -> None:
     decoder, numbers = Decoder(str(gemma), "cpu"), Numbers()
-    decoder.tell(decoder.prefill(random_prompt(3), 4), numbers)
+    decoder.tell(decoder.prefill(random_prompt(3, PROMPT_TOKENS), 4), numbers)
     assert numbers.layers == list(range(len(full_layers("gemma3"))))
 
 

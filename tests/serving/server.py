@@ -45,6 +45,12 @@ def prompt_of(seed: int, tokens: int, needles: int = 3) -> NeedlePrompt:
     return needle_prompt(random.Random(seed), tokens, lambda text: count_tokens(_TOKENIZER, text), needles)
 
 
+def random_prompt(seed: int, tokens: int) -> list[int]:
+    """Token ids of no text; equal arguments, equal prompt."""
+    generator = random.Random(seed)
+    return [generator.randrange(10, 4000) for _ in range(tokens)]
+
+
 def serve_command(model_folder: Path, port: int, arguments: Sequence[str]) -> list[str]:
     """`vllm serve` with the sparse backend, by this interpreter."""
     serve = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model_folder)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import pytest
 
 from tests.serving.hybrid_models import CONFIGS, WINDOW_TOKENS, full_layers, write_model
 from tests.serving.hybrid_run import FORCED_TOKEN, GENERATED, TOP, largest
-from tests.serving.server import Server
+from tests.serving.server import Server, random_prompt
 
 SHORT_TOKENS, LONG_TOKENS = 300, 1000
 # Of the KV cache on a CPU.
@@ -37,11 +36,6 @@ DTYPES = {"qwen3_next": "bfloat16"}
 SAME, OTHER = 2e-3, 2e-2
 # Mean of the differences in bfloat16, whose rounding sends single tokens to other experts.
 SAME_IN_MEAN = 0.05
-
-
-def random_prompt(seed: int, tokens: int) -> list[int]:
-    generator = random.Random(seed)
-    return [generator.randrange(10, 4000) for _ in range(tokens)]
 
 
 PROMPTS = [random_prompt(1, LONG_TOKENS), random_prompt(2, SHORT_TOKENS)]

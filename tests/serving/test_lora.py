@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.serving.server import MODEL_NAME, Server
+from tests.serving.server import MODEL_NAME, Server, random_prompt
 
 RANK, TOP, GENERATED, PROMPT_TOKENS, MIN_TOKENS = 8, 5, 6, 900, 256
 ADAPTER, OTHER_ADAPTER = "tuned", "tuned-otherwise"
@@ -68,11 +66,6 @@ def tuned_server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         server.stop()
 
 
-def random_prompt(seed: int) -> list[int]:
-    generator = random.Random(seed)
-    return [generator.randrange(10, 4000) for _ in range(PROMPT_TOKENS)]
-
-
 def complete(server: Server, model: str, prompt: list[int], extras: dict[str, Any]) -> tuple[dict[str, float], int]:
     """Log probabilities of the likeliest first tokens, and how many of the prompt's tokens were cached."""
     body = {
@@ -84,11 +77,9 @@ def complete(server: Server, model: str, prompt: list[int], extras: dict[str, An
         "logprobs": TOP,
         "vllm_xargs": extras,
     }
-    reply = httpx.post(f"{server.url}/v1/completions", json=body, timeout=240)
-    assert reply.status_code == 200, reply.text
-    told = reply.json()
-    cached = (told["usage"].get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-    return told["choices"][0]["logprobs"]["top_logprobs"][0], cached
+    reply = server.post("/v1/completions", body)
+    assert reply.status == 200, reply.raw
+    return reply.body["choices"][0]["logprobs"]["top_logprobs"][0], reply.cached_tokens
 
 
 def difference(one: dict[str, float], other: dict[str, float]) -> float:
@@ -100,7 +91,7 @@ def difference(one: dict[str, float], other: dict[str, float]) -> float:
 @pytest.mark.usefixtures("no_server")
 class TestAdapters:
     def test_lists_of_everything_give_what_dense_gives(self, tuned_server: Server) -> None:
-        prompt = random_prompt(1)
+        prompt = random_prompt(1, PROMPT_TOKENS)
         found = {}
         for model in (MODEL_NAME, ADAPTER, OTHER_ADAPTER):
             found[model], _ = complete(tuned_server, model, prompt, {})
@@ -118,7 +109,10 @@ class TestAdapters:
         others with adapters in the batch, with and without this plugin.
         """
         models = [ADAPTER, OTHER_ADAPTER, OTHER_ADAPTER, ADAPTER]
-        asked = [(model, random_prompt(10 + number), FEW if number % 2 else {}) for number, model in enumerate(models)]
+        asked = [
+            (model, random_prompt(10 + number, PROMPT_TOKENS), FEW if number % 2 else {})
+            for number, model in enumerate(models)
+        ]
         alone = [complete(tuned_server, *one)[0] for one in asked]
         with ThreadPoolExecutor(len(asked)) as pool:
             together = list(pool.map(lambda one: complete(tuned_server, *one)[0], asked))
@@ -127,7 +121,7 @@ class TestAdapters:
 
     @pytest.mark.parametrize("extras", [{}, FEW], ids=["dense", "sparse"])
     def test_no_adapter_finds_anothers_blocks(self, tuned_server: Server, extras: dict[str, Any]) -> None:
-        prompt = random_prompt(50 + len(extras))
+        prompt = random_prompt(50 + len(extras), PROMPT_TOKENS)
         for model in (MODEL_NAME, ADAPTER, OTHER_ADAPTER):
             assert complete(tuned_server, model, prompt, extras)[1] == 0, model
             assert complete(tuned_server, model, prompt, extras)[1] > PROMPT_TOKENS - 64, model

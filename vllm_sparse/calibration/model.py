@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vllm_sparse.config.model_layers import FULL_KINDS, WINDOW_KINDS, layer_kinds
+from vllm_sparse.config import model_layers
 
 ATTENTION_NAME = "vllm_sparse_calibration"
 # Queries of a layer with a window that are computed at once.
@@ -44,22 +44,22 @@ def full_layers(config: Any) -> list[int]:
         raise ValueError("its attention logits have a soft cap, which is not computed here")
     if config.model_type == "gpt_oss":
         raise ValueError("its attention has sinks, which are not computed here")
-    window = getattr(config, "sliding_window", None)
-    kinds = layer_kinds(config)
-    if kinds is None:
-        kinds = [WINDOW_KINDS[0] if window else FULL_KINDS[0]] * config.num_hidden_layers
-    if "chunked_attention" in kinds:
+    if "chunked_attention" in (model_layers.layer_kinds(config) or ()):
         raise ValueError("some of its layers attend in chunks, which is not computed here")
-    full = [layer for layer, kind in enumerate(kinds) if kind in FULL_KINDS]
+    full = model_layers.full_layers(config, config.num_hidden_layers)
     if not full:
         raise ValueError("none of its layers has full attention, so none could be sparse")
     return full
 
 
-def layers_of(parser: argparse.ArgumentParser, model_name: str) -> int:
-    """How many layers have full attention; ends the command where there is no such model, or none that it computes."""
+def config_and_layers(parser: argparse.ArgumentParser, model_name: str) -> tuple[Any, int]:
+    """`text_config` and how many layers have full attention.
+
+    Ends the command where there is no such model, or none that is computed here.
+    """
     try:
-        return len(full_layers(text_config(model_name)))
+        config = text_config(model_name)
+        return config, len(full_layers(config))
     except (OSError, ValueError) as error:
         parser.error(f"{model_name}: {str(error).strip().splitlines()[0]}")
 

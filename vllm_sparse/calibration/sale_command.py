@@ -13,7 +13,7 @@ import collections
 import torch
 
 from vllm_sparse.calibration import prompts as calibration_prompts
-from vllm_sparse.calibration.model import full_layers, layers_of, observe, text_config
+from vllm_sparse.calibration.model import config_and_layers, full_layers, observe, text_config
 from vllm_sparse.methods.sale.calibration import FIRST_TAU, SaleCalibrator
 from vllm_sparse.methods.sale.thresholds import Calibration
 
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
         help="largest threshold tried, halved until the bound holds (default %(default)s, the paper's)",
     )
     given = parser.parse_args(arguments)
-    layers_of(parser, given.model)
+    config_and_layers(parser, given.model)
     prompts = calibration_prompts.prompts_of(parser, given)
     calibration = calibrate(given.model, prompts, given.error_bound, given.first_tau, given.device)
     calibration.save(given.output)

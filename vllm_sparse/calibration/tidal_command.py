@@ -27,7 +27,7 @@ from vllm_sparse.calibration.decode_search import (
     told_means,
 )
 from vllm_sparse.calibration.decoding import Decoder, Prefix
-from vllm_sparse.calibration.model import layers_of, text_config
+from vllm_sparse.calibration.model import config_and_layers
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.methods.tidal.calibration import (
     PolicyLists,
@@ -95,8 +95,7 @@ def main(arguments: list[str]) -> None:
     """Command line."""
     parser = _parser()
     given = parser.parse_args(arguments)
-    layers = layers_of(parser, given.model)
-    config = text_config(given.model)
+    config, layers = config_and_layers(parser, given.model)
     check_dense_layers(parser, given.dense_layers, layers)
     most = layers - given.dense_layers - 1
     if given.selections is not None and not 1 <= given.selections <= most:

@@ -25,7 +25,7 @@ from vllm_sparse.calibration.decode_search import (
     told_means,
 )
 from vllm_sparse.calibration.decoding import Decoder, Prefix
-from vllm_sparse.calibration.model import layers_of
+from vllm_sparse.calibration.model import config_and_layers
 from vllm_sparse.calibration.tokentopk_lists import CodedLists
 from vllm_sparse.methods.token_topk import TokenTopk
 
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> None:
     """Command line."""
     parser = _parser()
     given = parser.parse_args(arguments)
-    layers = layers_of(parser, given.model)
+    _, layers = config_and_layers(parser, given.model)
     check_dense_layers(parser, given.dense_layers, layers)
     check_bounds(parser, given, "same")
     methods = methods_of(

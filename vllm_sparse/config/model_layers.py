@@ -22,16 +22,24 @@ def sparse_layers(model_config: ModelConfig) -> int:
     Args:
         model_config: vLLM's configuration of the model.
     """
-    config = model_config.hf_text_config
-    total: int = model_config.get_total_num_hidden_layers()
+    return len(full_layers(model_config.hf_text_config, model_config.get_total_num_hidden_layers()))
+
+
+def full_layers(config: Any, total: int) -> list[int]:
+    """Indices of a model's layers with full attention.
+
+    Args:
+        config: of the model's text part, as transformers reads it.
+        total: layers of the model.
+    """
     window = getattr(config, "sliding_window", None)
     # vLLM takes the window away where it is told to (--disable-sliding-window).
     full_kinds = FULL_KINDS if window else (*FULL_KINDS, *WINDOW_KINDS)
     kinds = layer_kinds(config)
     if kinds is not None:
-        return sum(kind in full_kinds for kind in kinds[:total])
+        return [layer for layer, kind in enumerate(kinds[:total]) if kind in full_kinds]
     # Without kinds, a window is that of every layer.
-    return 0 if window else total
+    return [] if window else list(range(total))
 
 
 def check_sparse_layers(model_config: ModelConfig) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from vllm_sparse.calibration.model import full_layers, observe, text_config
+from vllm_sparse.calibration.model import config_and_layers, observe
 from vllm_sparse.calibration.prompts import read_prompts
 from vllm_sparse.config.messages import SparseParamsError
 from vllm_sparse.config.names import METHODS
@@ -68,12 +68,12 @@ def main(arguments: list[str]) -> None:
     if not given.output.parent.is_dir():
         parser.error(f"--output {given.output}: there is no folder {given.output.parent}")
     text = prompt_text(parser, given.prompt)
-    config = model_config(parser, given.model)
+    config, layers = config_and_layers(parser, given.model)
     prompt = tokens_of(parser, given.model, text, config)
-    params = request_params(parser, given, config, len(prompt))
+    params = request_params(parser, given, config, layers, len(prompt))
 
     prefill, prefill_note = prompt_inspection(params, len(prompt), given.chunk, given.attention_up_to)
-    decode, decode_note = decode_inspection(params, len(prompt), len(full_layers(config)))
+    decode, decode_note = decode_inspection(params, len(prompt), layers)
     if prefill is None and decode is None:
         parser.error(f"nothing of this prompt would be sparse. {prefill_note} {decode_note}")
     kept: dict[str, list[KeptLayer]] = {"prefill": [], "decode": []}
@@ -123,18 +123,8 @@ def prompt_text(parser: argparse.ArgumentParser, prompt: str) -> str:
         parser.error(f"--prompt {prompt}: {error}")
 
 
-def model_config(parser: argparse.ArgumentParser, model: str) -> Any:
-    """The model's configuration; ends the command where there is no such model, or one that it does not compute."""
-    try:
-        config = text_config(model)
-        full_layers(config)
-        return config
-    except (OSError, ValueError) as error:
-        parser.error(f"{model}: {str(error).strip().splitlines()[0]}")
-
-
 def request_params(
-    parser: argparse.ArgumentParser, given: argparse.Namespace, config: Any, prompt_tokens: int
+    parser: argparse.ArgumentParser, given: argparse.Namespace, config: Any, layers: int, prompt_tokens: int
 ) -> SparseParams:
     """What ``--extras`` ask for, with a prompt of so many tokens; ends the command where they, or
     ``--additional-config``, are wrong."""
@@ -151,7 +141,6 @@ def request_params(
     if isinstance(settings, dict):
         settings = {"methods": list(METHODS), **settings}
     try:
-        layers = len(full_layers(config))
         server = parse_server_config({"sparse": settings}, layers, config.num_attention_heads)
     except ValueError as error:
         parser.error(str(error))

@@ -22,9 +22,7 @@ def scratch_bytes(blocks: int, pages: int, query_heads: int, kv_heads: int) -> i
         query_heads: of this process.
         kv_heads: of this process.
     """
-    # The heads of a KV head are padded to a power of two.
-    padded = kv_heads << (query_heads // kv_heads - 1).bit_length()
-    of_a_block = 4 * SAMPLED_QUERIES * padded * pages
+    of_a_block = 4 * reference.kept_masses(pages, query_heads, kv_heads)
     return min(blocks * of_a_block, max(SCRATCH_BYTES, of_a_block))
 
 

@@ -17,6 +17,11 @@ NOT_LISTED = -1.0
 SCRATCH_BYTES = 1 << 29
 
 
+def kept_masses(pages: int, query_heads: int, kv_heads: int) -> int:
+    """Most masses that the kernel keeps of a query block: its heads are padded to a power of two for each KV head."""
+    return SAMPLED_QUERIES * (kv_heads << (query_heads // kv_heads - 1).bit_length()) * pages
+
+
 def sampled_offsets(queries: int) -> list[int]:
     """Queries of a query block that vote, by their place in it: evenly spread, some twice where there are fewer."""
     return [(2 * sample + 1) * queries // (2 * SAMPLED_QUERIES) for sample in range(SAMPLED_QUERIES)]

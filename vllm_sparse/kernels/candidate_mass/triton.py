@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.candidate_mass.reference import NOT_LISTED, SAMPLED_QUERIES, SCRATCH_BYTES
+from vllm_sparse.kernels.candidate_mass.reference import NOT_LISTED, SAMPLED_QUERIES, SCRATCH_BYTES, kept_masses
 from vllm_sparse.kernels.common.triton import load_keys, product_tile, shared_memory_kib
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.pages import PageList
@@ -167,7 +167,7 @@ def chunk_mass(chunks: PromptChunks, candidates: PageList) -> torch.Tensor:
     mass = torch.full((heads, blocks.blocks, pages), NOT_LISTED, dtype=torch.float32, device=query.device)
     key_tile = KEY_TILE if head_size <= 128 and shared_memory_kib() > 128 else SMALL_KEY_TILE
     width, splits = candidates.pages.shape[1], triton.cdiv(group, at_once)
-    of_a_block = kv_heads * splits * width * at_once * SAMPLED_QUERIES
+    of_a_block = kept_masses(width, heads, kv_heads)
     at_a_time = min(max(SCRATCH_BYTES // (4 * of_a_block), 1), blocks.blocks)
     kept_mass = torch.empty(at_a_time * of_a_block, dtype=torch.float32, device=query.device)
     for first_block in range(0, blocks.blocks, at_a_time):
