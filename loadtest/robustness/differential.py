@@ -24,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loadtest.robustness.client import Answer, complete
 from loadtest.robustness.judge import NEAR_TIE_NATS, Judgement, Likeness, judge
-from loadtest.robustness.server import served
+from loadtest.robustness.server import BLOCK_TOKENS, served
 from loadtest.robustness.traffic import Asked, asked
 
 ARGUMENTS = ("--max-model-len", "4096", "--max-num-batched-tokens", "4096", "--scheduling-policy", "priority")
@@ -155,7 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=None, help="of the traffic; a report names it")
     parser.add_argument("--concurrency", type=int, default=12, help="requests in flight in the mixed run")
-    parser.add_argument("--blocks", type=int, default=140, help="KV cache, in blocks of 32 tokens: small ones preempt")
+    parser.add_argument(
+        "--blocks", type=int, default=140, help=f"KV cache, in blocks of {BLOCK_TOKENS} tokens: small ones preempt"
+    )
     parser.add_argument(
         "--whole-prompts", action="store_true", help="nothing cuts a prompt: no chunks, cached prefixes or preemptions"
     )

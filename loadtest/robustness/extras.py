@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_sparse.config.messages import SparseParamsError
-from vllm_sparse.config.names import DENSE, PHASES
+from vllm_sparse.config.names import DENSE, PHASES, knob_schema, split_key
 from vllm_sparse.config.request import resolve_by_length
 from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.server.routes.methods import enabled, request_knobs
@@ -29,11 +29,12 @@ def random_extras(draw: random.Random, config: ServerConfig, num_layers: int) ->
     extras: dict[str, Any] = {"sparse_min_tokens": draw.choice([0, 0, 0, 256, 1000])}
     if draw.random() < GUARD_SHARE:
         extras["sparse_min_recall"] = draw.random()
+    known_kernels = config.limits.new_kernels == "none"
     for phase in PHASES:
         name = DENSE if draw.random() < DENSE_SHARE else draw.choice(enabled(phase, config))
         extras[f"sparse_{phase}"] = name
         for key, schema in request_knobs(phase, name, config).items() if name != DENSE else ():
-            if draw.random() > KNOB_SHARE:
+            if draw.random() > KNOB_SHARE or (known_kernels and compiles(phase, key)):
                 continue
             # As many dense layers as the model has would leave nothing sparse.
             layers = {"maximum": num_layers // 2} if key.endswith("_dense_layers") else {}
@@ -42,6 +43,12 @@ def random_extras(draw: random.Random, config: ServerConfig, num_layers: int) ->
             if not is_refused(tried, config, num_layers):
                 extras = tried
     return extras
+
+
+def compiles(phase: str, key: str) -> bool:
+    """Whether another value of a knob wants kernels of its own on a GPU."""
+    name, knob = split_key(key)
+    return bool(knob_schema(phase, name)[knob].get("compiles"))
 
 
 def random_value(draw: random.Random, schema: Mapping[str, Any], num_layers: int) -> Any:

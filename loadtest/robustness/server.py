@@ -12,21 +12,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 
 from vllm_sparse.config.names import METHODS
-from vllm_sparse.config.settings import ServerConfig
+from vllm_sparse.config.settings import MOST_PROMPT_COST, ServerConfig
 from vllm_sparse.server_process import running
 
 MODEL = Path(__file__).parents[1] / "model" / "weights"
 MODEL_NAME = "needle"
 LAYERS = 8
 START_SECONDS = 600.0
-# Requests may ask for anything, also where a GPU would say that it does not pay.
-SETTINGS = {"methods": METHODS, "min_tokens": 0, "unprofitable": "sparse", "limits": {"new_kernels": "any"}}
+ON_GPU = torch.cuda.is_available()
+# Requests may ask for anything, also where a GPU would say that it does not pay, but for kernels of their own: there
+# they would wait for the compiler.
+SETTINGS = {
+    "methods": METHODS,
+    "min_tokens": 0,
+    "unprofitable": "sparse",
+    "prompt_cost": MOST_PROMPT_COST,
+    "limits": {"new_kernels": "none" if ON_GPU else "any"},
+}
 CONFIG = ServerConfig.model_validate(SETTINGS)
 SPARSE = ("--attention-backend", "sparse", "--additional-config", json.dumps({"sparse": SETTINGS}))
-# Rounding in 32 bits is small beside what a defect does. The block is what the plugin takes by itself on a CPU.
-COMMON = ("--dtype", "float32", "--block-size", "32", "--enforce-eager", "--kv-cache-memory-bytes", "1G")
+# The type rounds least of those that attention takes there: beside that a defect shows. The block is what the plugin
+# takes by itself.
+BLOCK_TOKENS = 128 if ON_GPU else 32
+DEVICE = ("--dtype", "float16") if ON_GPU else ("--dtype", "float32", "--enforce-eager")
+COMMON = (*DEVICE, "--block-size", str(BLOCK_TOKENS), "--kv-cache-memory-bytes", "1G")
 
 
 @dataclass(frozen=True)
