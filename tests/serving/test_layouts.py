@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.serving.server import BOTH, Metrics, Server, prompt_of
+from tests.serving.server import BOTH, Metrics, MetricsChange, Server, prompt_of
 from vllm_sparse.metrics import DIRECTORY_VARIABLE, PROMETHEUS_VARIABLE
 
 CONFIGURATION = {"sparse": {"min_tokens": 1024, "timing_interval_steps": 2, "recall_interval_steps": 2}}
@@ -140,6 +140,28 @@ class TestLayout:
             assert [len(heads) for heads in prefill] == [QUERY_HEADS] * LAYERS
             assert all(0 < head <= 1 for heads in prefill for head in heads)
         assert rows == REQUESTS * (GENERATED - 1)
+
+    def test_a_change_reaches_all_processes(self, layout: Layout, laid_out: Server) -> None:
+        """Each API server checks by the change, each engine's worker computes by it, whoever got it."""
+        before = self.settled(laid_out)
+        answer = laid_out.call("PUT", "/v1/sparse/config", json={"decode": "tidal"})
+        assert answer.status_code == 200, answer.text
+        told = [laid_out.call("GET", "/v1/sparse/config").json()["version"] for _ in range(12)]
+        assert set(told) == {answer.json()["version"]}
+        asked = 4
+        for seed in range(asked):
+            reply = laid_out.ask("completions", prompt_of(seed, 3000, 1), max_tokens=4, ignore_eos=True)
+            assert reply.status == 200, reply.raw
+        deadline = time.monotonic() + 10
+        while (change := MetricsChange(before, laid_out.metrics())).density_count("decode", "tidal") < asked * 3:
+            assert time.monotonic() < deadline, change.density_count("decode", "tidal")
+            time.sleep(0.2)
+        assert change.requests("decode", "tidal") == asked
+        engines = {
+            label["engine"] for label in laid_out.metrics().labels_of("vllm_sparse_device_memory_allocated_bytes")
+        }
+        assert len(engines) == layout.engines
+        assert laid_out.call("PUT", "/v1/sparse/config", json={}).status_code == 200
 
     def test_no_file_is_left(self, layout: Layout, laid_out: Server) -> None:
         folders = file_folders(laid_out)
