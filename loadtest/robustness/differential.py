@@ -29,6 +29,8 @@ from loadtest.robustness.traffic import Asked, asked
 
 ARGUMENTS = ("--max-model-len", "4096", "--max-num-batched-tokens", "4096", "--scheduling-policy", "priority")
 WHOLE_PROMPTS = ("--no-enable-chunked-prefill", "--no-enable-prefix-caching")
+# In a refusal that is right where graphs are captured, which is on a GPU.
+BEYOND_GRAPHS = "this server's CUDA graphs"
 PREEMPTIONS = "vllm:num_preemptions_total"
 
 
@@ -184,9 +186,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         preempted = preemptions(asyncio.run(text_at(f"{running.url}/metrics")))
         print("each alone", flush=True)
         alone = asyncio.run(answers_of(running.url, requests, 1, True, ready))
-    comparisons = compared(requests, "mixed", alone, (mixed[request.number] for request in requests), whole=False)
+    beyond = [BEYOND_GRAPHS in (one.error or "") for one in alone]
+    print(f"{sum(beyond)} refused: {BEYOND_GRAPHS} do not hold their knobs", flush=True)
+    kept = [request for request, refused in zip(requests, beyond, strict=True) if not refused]
+    comparisons = compared(
+        kept, "mixed", (alone[one.number] for one in kept), (mixed[one.number] for one in kept), whole=False
+    )
     # Alone they are the same whatever cuts prompts.
-    dense = [] if options.whole_prompts else [request for request in requests if request.is_dense]
+    dense = [] if options.whole_prompts else [request for request in kept if request.is_dense]
     if dense:
         with served(server, options.output / "stock.log", stock=True) as running:
             print(f"{len(dense)} dense ones alone on stock vLLM", flush=True)
@@ -199,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 record = {"seed": seed, "failure": one in failures, **dataclasses.asdict(one)}
                 file.write(json.dumps(record) + "\n")
     summary = (
-        f"seed {seed}, {len(requests)} requests, {options.concurrency} at a time, {' '.join(cache)}, "
+        f"seed {seed}, {len(kept)} requests, {options.concurrency} at a time, {' '.join(cache)}, "
         f"{preempted:g} preemptions; near tie: {NEAR_TIE_NATS} nats; {len(failures)} failures\n\n{table(comparisons)}\n"
     )
     (options.output / "table.md").write_text(summary)

@@ -37,7 +37,10 @@ SPARSE = ("--attention-backend", "sparse", "--additional-config", json.dumps({"s
 # The type rounds least of those that attention takes there: beside that a defect shows. The block is what the plugin
 # takes by itself.
 BLOCK_TOKENS = 128 if ON_GPU else 32
-DEVICE = ("--dtype", "float16") if ON_GPU else ("--dtype", "float32", "--enforce-eager")
+# Others may use the GPU too: vLLM asks at its start whether that share of it is free.
+DEVICE = (
+    ("--dtype", "float16", "--gpu-memory-utilization", "0.2") if ON_GPU else ("--dtype", "float32", "--enforce-eager")
+)
 COMMON = (*DEVICE, "--block-size", str(BLOCK_TOKENS), "--kv-cache-memory-bytes", "1G")
 
 

@@ -20,6 +20,8 @@ from vllm_sparse.metrics import DIRECTORY_VARIABLE, PROMETHEUS_VARIABLE
 CONFIGURATION = {"sparse": {"min_tokens": 1024, "timing_interval_steps": 2, "recall_interval_steps": 2}}
 ARGUMENTS = (
     *("--kv-cache-memory-bytes", "256M", "--max-num-batched-tokens", "2048", "--enforce-eager"),
+    # Others may use the machine too.
+    *("--gpu-memory-utilization", "0.3"),
     *("--no-enable-prefix-caching", "--additional-config", json.dumps(CONFIGURATION)),
 )
 REQUESTS, GENERATED = 3, 12
