@@ -1,6 +1,6 @@
 """Random bodies to all routes that compute or configure: no HTTP 5xx, no hang, and the server as before afterwards.
 
-What stock vLLM answers with 5xx too is counted, but is no finding.
+What stock vLLM answers with 5xx too is counted, but is no finding. Where a body ends the server, the next ones go to a new one.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ async def send(session: aiohttp.ClientSession, url: str, number: int, body: Body
 
 
 async def fuzz(url: str, seed: int, first: int, bodies: int, concurrency: int) -> list[Reply]:
-    """Replies to bodies, in the order of their numbers.
+    """Replies to bodies, in the order of their numbers, until the server ends, if a body ends it.
 
     Args:
         url: of the server.
@@ -87,14 +87,18 @@ async def fuzz(url: str, seed: int, first: int, bodies: int, concurrency: int) -
         numbers = iter(range(first, first + bodies))
         replies: list[Reply] = []
         shown = time.monotonic()
+        ended = False
 
         async def worker() -> None:
-            nonlocal shown
+            nonlocal shown, ended
             for number in numbers:
+                if ended:
+                    return
                 body = random_body(random.Random(f"{seed}/{number}"), document)
                 if number % RESET_BODIES == 0:
                     body = Body("PUT", CONFIG_ROUTE, b"{}")
-                replies.append(await send(session, url, number, body))
+                replies.append(reply := await send(session, url, number, body))
+                ended = ended or (not reply.status and not await asyncio.to_thread(is_healthy, url))
                 if time.monotonic() > shown + 30:
                     shown = time.monotonic()
                     print(f"  {len(replies)} answered", flush=True)
@@ -126,7 +130,7 @@ async def requests_left(url: str) -> float:
         await asyncio.sleep(1)
 
 
-async def again(url: str, replies: Sequence[Reply]) -> list[Reply]:
+async def in_turn(url: str, replies: Sequence[Reply]) -> list[Reply]:
     """The same bodies once more, one after the other, as long as the server is there."""
     repeated = []
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
@@ -134,6 +138,21 @@ async def again(url: str, replies: Sequence[Reply]) -> list[Reply]:
             repeated.append(await send(session, url, reply.number, reply.body))
             if not is_healthy(url):
                 break
+    return repeated
+
+
+def again(replies: Sequence[Reply], log: Path, stock: bool) -> list[Reply]:
+    """The same bodies once more, one after the other, on a new server after each that ends one.
+
+    Args:
+        replies: to the bodies before.
+        log: takes the servers' output.
+        stock: servers without the plugin.
+    """
+    repeated: list[Reply] = []
+    while len(repeated) < len(replies):
+        with served(ARGUMENTS, log.with_stem(f"{log.stem}_{len(repeated)}"), stock=stock) as running:
+            repeated += asyncio.run(in_turn(running.url, replies[len(repeated) :]))
     return repeated
 
 
@@ -154,17 +173,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seed = secrets.randbits(32) if options.seed is None else options.seed
     options.output.mkdir(parents=True, exist_ok=True)
     print(f"seed {seed}", flush=True)
-    with served(ARGUMENTS, options.output / "sparse.log") as running:
-        before = asyncio.run(known_answer(running.url))
-        replies = asyncio.run(fuzz(running.url, seed, options.first, options.bodies, options.concurrency))
-        left = asyncio.run(requests_left(running.url))
-        alive = asyncio.run(known_answer(running.url)) == before
+    replies: list[Reply] = []
+    left, alive, ends = 0.0, True, 0
+    first, end = options.first, options.first + options.bodies
+    while first < end:
+        log = options.output / f"sparse_{first}.log"
+        with served(ARGUMENTS, log) as running:
+            before = asyncio.run(known_answer(running.url))
+            some = asyncio.run(fuzz(running.url, seed, first, end - first, options.concurrency))
+            first = some[-1].number + 1
+            ended = not is_healthy(running.url)
+            if not ended:
+                left = asyncio.run(requests_left(running.url))
+                alive = asyncio.run(known_answer(running.url)) == before
+        if ended:
+            ends += 1
+            print(f"the server ended at one of the bodies up to {first - 1}; others go to a new one", flush=True)
+            # Those that were in flight beside the one that ended it are not to blame.
+            fresh = {reply.number: reply for reply in again([one for one in some if is_bad(one)], log, stock=False)}
+            some = [fresh.get(reply.number, reply) for reply in some]
+        replies += some
     bad = [reply for reply in replies if is_bad(reply)]
-    of_vllm: set[int] = set()
-    if bad:
-        with served(ARGUMENTS, options.output / "stock.log", stock=True) as running:
-            repeated = asyncio.run(again(running.url, bad))
-        of_vllm = {reply.number for reply in repeated if is_bad(reply)}
+    of_vllm = {reply.number for reply in again(bad, options.output / "stock.log", stock=True) if is_bad(reply)}
     with (options.output / "failures.jsonl").open("w") as file:
         for reply in bad:
             record = {"seed": seed, "number": reply.number, "stock_vllm_too": reply.number in of_vllm}
@@ -178,7 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     findings = len(bad) - len(of_vllm)
     print(f"seed {seed}, {len(replies)} bodies, by status: {dict(sorted(statuses.items()))}")
     print(f"{len(bad)} answered 5xx or not at all, {len(of_vllm)} of them by stock vLLM too")
-    print(f"{left:g} requests left behind; the known answer is {'the same' if alive else 'ANOTHER ONE'}")
+    print(f"{ends} ends of the server, {left:g} requests left behind")
+    print(f"the known answer is {'the same' if alive else 'ANOTHER ONE'}")
     return int(bool(findings or left or not alive))
 
 

@@ -15,7 +15,8 @@ from vllm_sparse.config.names import DENSE
 
 LEAST_PROMPT_TOKENS, MOST_PROMPT_TOKENS, MOST_GENERATED_TOKENS = 16, 3000, 96
 TEXT_TOKENS, SHARED_PREFIXES = 20_000, 6
-TOP_LOGPROBS = 5
+# The most that vLLM gives: many tokens of a text are about as likely.
+TOP_LOGPROBS = 20
 STRUCTURED: tuple[dict[str, Any], ...] = (
     {"regex": "[0-9]{5}( [0-9]{5}){0,8}"},
     {"choice": ["the grass", "the sky", "the sun"]},
