@@ -361,7 +361,7 @@ def test_rows_that_only_keep_summaries_are_dense_but_known(graphs: DecodeGraphs)
     assert all(layer.writing_ahead == (0,) for layer in both.launches[ANY]), "blocktopk shares no lists"
     assert all(layer.writing_here == () for layer in both.launches[beside_dense("tidal")]), "launches of another method"
     plan = plan_of(3, {0: setting(0)})
-    plan = replace(plan, summarising=(SummaryRow(plan.spans[2], method, method.summaries, roles, 999),))
+    plan = replace(plan, summarising=(SummaryRow(plan.spans[2], method, method.summaries, roles, 999, False),))
     both.step = step_of(plan)
     assert both.prepare(4) == ANY
     assert buffers.settings[:3, METHOD].tolist() == [0, -1, 1]
@@ -372,7 +372,9 @@ def test_rows_that_only_keep_summaries_are_dense_but_known(graphs: DecodeGraphs)
     both.prepare(4)
     assert buffers.settings[2, [LEAST_CONTEXT, SLOT]].tolist() == [64, 3]
     alone = plan_of(1, {})
-    both.step = step_of(replace(alone, summarising=(SummaryRow(alone.spans[0], method, method.summaries, roles, 999),)))
+    both.step = step_of(
+        replace(alone, summarising=(SummaryRow(alone.spans[0], method, method.summaries, roles, 999, False),))
+    )
     assert both.prepare(4) == beside_dense("blocktopk")
 
 
@@ -421,7 +423,7 @@ def test_a_row_whose_layer_went_dense_is_summarised_all_the_same() -> None:
     plan = replace(
         plan,
         batch=(plan.batch[0], guarded),
-        summarising=tuple(SummaryRow(span, method, method.summaries, roles, 999) for span in plan.spans),
+        summarising=tuple(SummaryRow(span, method, method.summaries, roles, 999, False) for span in plan.spans),
     )
     step = step_of(plan)
     table = torch.zeros(2, 1, dtype=torch.int32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,11 +52,13 @@ def graphs_hold(requests: object, rows: int) -> bool:
 LIMITS = PlanLimits(LAYERS, False, 1 << 30, is_served, COSTS, True, graphs_hold, BLOCK)
 MIXED = replace(LIMITS, full_graph=False)
 UNKNOWN = replace(LIMITS, costs=None)
+# All its keys, in any step.
+SUMMARISED: dict[str, Any] = {"summarised_tokens": 1 << 40, "catches_up": False}
 
 
 def held(*params: SparseParams) -> dict[int, SparseRequest]:
     """Requests in slots, as steps find them that are not their first."""
-    return {row: SparseRequest(of, row, summarised=True) for row, of in enumerate(params) if not of.is_dense}
+    return {row: SparseRequest(of, row, **SUMMARISED) for row, of in enumerate(params) if not of.is_dense}
 
 
 def plan(rows: list[Row], limits: PlanLimits = LIMITS, requests: dict[int, SparseRequest] | None = None) -> StepPlan:
@@ -192,33 +195,61 @@ def test_a_dense_row_takes_no_slot_and_no_room() -> None:
     assert sparse_rows(plan([Row(1, 2200, TIDAL), Row(1, 131072, TIDAL)], tight)) == [1]
 
 
-def test_keys_of_dense_rows_are_summarised_when_they_fill_a_block() -> None:
-    request = SparseRequest(BLOCKTOPK)
-    assert plan([Row(100, 8200, BLOCKTOPK, prefilling=True)], LIMITS, {0: request}).summarising[0].first_token == 0
-    summarised = [
-        seq_len
-        for seq_len in range(8200, 8200 + 2 * BLOCK)
-        if plan([Row(1, seq_len, BLOCKTOPK)], LIMITS, {0: request}).summarising
-    ]
-    assert summarised == [8320, 8448]
-    short = replace(BLOCKTOPK, min_tokens=1 << 20)
-    request = SparseRequest(short, summarised=True)
-    summarised = [seq_len for seq_len in (255, 256, 257) if plan([Row(1, seq_len)], LIMITS, {0: request}).summarising]
-    assert summarised == [256]
+def test_keys_of_rows_that_are_dense_for_now_are_summarised_when_they_fill_a_block() -> None:
+    short = replace(BLOCKTOPK, min_tokens=1 << 20, unprofitable="sparse")
+    request = SparseRequest(short)
+    assert plan([Row(100, 8200, short, prefilling=True)], LIMITS, {0: request}).summarising[0].first_token == 0
+    rows = [(seq_len, plan([Row(1, seq_len)], LIMITS, {0: request})) for seq_len in range(8201, 8200 + 2 * BLOCK)]
+    assert [seq_len for seq_len, found in rows if found.summarising] == [8320, 8448]
+    assert [row.first_token for _, found in rows for row in found.summarising] == [8200, 8320]
     sparse = plan([Row(1, 131073, BLOCKTOPK)])
     assert sparse_rows(sparse) == [row.span.row for row in sparse.summarising] == [0], "each step of a sparse row"
     prompt = plan([Row(100, 8300, BLOCKTOPK, prefilling=True)])
     assert len(prompt.summarising) == 1, "each prompt chunk"
 
 
+def test_rows_that_do_not_pay_are_not_summarised_until_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then a step outside of the graphs summarises what is missing, whether or not it is sparse itself."""
+    request = SparseRequest(BLOCKTOPK)
+    table = RequestTable()
+    table.put(0, request)
+    monkeypatch.setattr(hook, "TABLE", table)
+    monkeypatch.setattr(hook, "current_graphs", lambda: SimpleNamespace(holds=lambda requests, rows: True))
+    assert not hook.graphs_hold(np.array([0]))
+    assert plan([Row(100, 8200, BLOCKTOPK, prefilling=True)], LIMITS, {0: request}).summarising
+    for seq_len in range(8201, 8200 + 2 * BLOCK):
+        found = plan([Row(1, seq_len)], LIMITS, {0: request})
+        assert found.is_dense
+        assert found.fallbacks == unprofitable("decode", "blocktopk")
+        assert hook.graphs_hold(np.array([0]))
+    assert plan([Row(1, 131080)], LIMITS, {0: request}).is_dense, "its graph would read blocks without summaries"
+    assert not hook.graphs_hold(np.array([0]))
+    catching = plan([Row(1, 131081)], MIXED, {0: request})
+    assert sparse_rows(catching) == [], "one row does not pay outside of graphs"
+    assert [(row.first_token, row.catches_up) for row in catching.summarising] == [(8200, True)]
+    assert hook.graphs_hold(np.array([0]))
+    found = plan([Row(1, 131082)], LIMITS, {0: request})
+    assert sparse_rows(found) == [0]
+    assert [(row.first_token, row.catches_up) for row in found.summarising] == [(131081, False)]
+
+
+def test_a_row_that_pays_outside_of_graphs_catches_up_as_it_reads() -> None:
+    requests = held(*[BLOCKTOPK] * 8)
+    for request in requests.values():
+        request.summarised_tokens = 8200
+    found = plan([Row(1, 131080, BLOCKTOPK)] * 8, MIXED, requests)
+    assert sparse_rows(found) == list(range(8))
+    assert {(row.first_token, row.catches_up) for row in found.summarising} == {(8200, True)}
+
+
 def test_the_first_step_of_a_request_summarises_what_it_found_in_the_cache() -> None:
     """Whether it is a prompt chunk, or its last token, which runs as a decode step does; dense or sparse."""
     for row in (Row(300, 900), Row(1, 900, prefilling=True), Row(1, 900), Row(1, 131073)):
         request = SparseRequest(BLOCKTOPK)
-        (first,) = plan([row], LIMITS, {0: request}).summarising
-        assert (first.first_token, first.is_first_step) == (0, True)
-        (second,) = plan([Row(128, 131200 + row.context, prefilling=True)], LIMITS, {0: request}).summarising
-        assert (second.first_token, second.is_first_step) == (131072 + row.context, False)
+        (first,) = plan([row], UNKNOWN, {0: request}).summarising
+        assert (first.first_token, first.catches_up) == (0, True)
+        (second,) = plan([Row(128, row.context + 128, prefilling=True)], UNKNOWN, {0: request}).summarising
+        assert (second.first_token, second.catches_up) == (row.context, False)
 
 
 def test_no_graph_is_replayed_for_the_first_step_of_a_request_with_summaries(
@@ -303,17 +334,17 @@ def test_rows_that_graphs_hold_stay_in_them_beside_one_that_they_do_not() -> Non
     assert [requests[row].leaves_graphs for row in range(3)] == [True, True, False]
 
 
-def test_a_row_that_graphs_do_not_summarise_stays_outside() -> None:
+def test_a_row_that_no_graph_holds_and_does_not_pay_need_not_leave_them() -> None:
     params = SparseParams(None, BlockTopk(budget_tokens=8192))
-    request = SparseRequest(params, summarised=True)
+    request = SparseRequest(params, **SUMMARISED)
     assert plan([Row(1, 33001, params)], MIXED, {0: request}).is_dense
-    assert request.leaves_graphs
+    assert not request.leaves_graphs
 
 
 def test_a_row_that_is_served_alone_pays_for_its_step() -> None:
     params = SparseParams(None, tidal(2048))
     alone = replace(MIXED, serves_at_once=lambda method: False)
-    request = SparseRequest(params, summarised=True)
+    request = SparseRequest(params, **SUMMARISED)
     assert plan([Row(1, 131072, params)], alone, {0: request}).is_dense
     assert not request.leaves_graphs
     assert not plan([Row(1, 1 << 20, params)], replace(alone, full_graph=True), {0: request}).decode
@@ -338,7 +369,7 @@ def test_every_nth_step_is_dense_and_no_fallback(every: int, first: int, name: s
     methods: dict[str, DecodeMethod] = {"tidal": tidal(2048), "blocktopk": BlockTopk(), "hip": HipDecode()}
     row = Row(1, first, SparseParams(None, replace(methods[name], dense_every_steps=every)))
     limits = replace(UNKNOWN, serves_at_once=(lambda method: False) if alone else is_served)
-    request = SparseRequest(row.params, summarised=True)
+    request = SparseRequest(row.params, **SUMMARISED)
     dense_steps = []
     for seq_len in range(first, first + 2 * every):
         found = plan([replace(row, context=seq_len)], limits, {0: request})

@@ -122,7 +122,7 @@ class StepExecution:
                 [
                     row
                     for row in plan.summarising
-                    if row.roles[layer].writes_list and (row.is_first_step or row.span.row not in choosing)
+                    if row.roles[layer].writes_list and (row.catches_up or row.span.row not in choosing)
                 ],
                 prefill,
                 [row for row in plan.decode if row.roles[layer].writes_list],

@@ -51,8 +51,9 @@ def graphs_hold(slots: np.ndarray) -> bool:
         return True
     if graphs is None or not graphs.holds(requests, len(slots)):
         return False
-    # Graphs summarise the newest block alone, not those that a request found in the prefix cache.
-    if any(request.summaries is not None and not request.summarised for request in requests):
+    # Graphs summarise the newest block alone, not those that a request found in the prefix cache or filled while it was
+    # dense.
+    if any(request.summaries is not None and request.catches_up for request in requests):
         return False
     graphs.may_replay = True
     return True

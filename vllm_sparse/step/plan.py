@@ -140,8 +140,9 @@ class SummaryRow:
 
     The first step of a request summarises all of its keys, because requests that keep no summaries may have written
     the blocks that it found in the prefix cache. Later ones summarise what is new. A sparse decode row's keys are
-    summarised in each step. A dense one's are when they fill a block, all of them: until then nobody reads its
-    summaries, and a row that becomes sparse summarises the block that it is in.
+    summarised in each step. A row that becomes sparse summarises the block that it is in, so a dense one's keys need
+    not be before they fill a block. Where it is dense because sparse does not pay they are not even then: it may never
+    become sparse, and if it does, that step summarises what is missing.
 
     Attributes:
         span: its place.
@@ -149,6 +150,7 @@ class SummaryRow:
         kind: of summary.
         roles: role of each layer.
         first_token: first token whose summary is missing.
+        catches_up: more is missing than the block that its newest token is in.
     """
 
     span: RowSpan
@@ -156,11 +158,7 @@ class SummaryRow:
     kind: SummaryKind
     roles: tuple[Role, ...]
     first_token: int
-
-    @property
-    def is_first_step(self) -> bool:
-        """Keys of earlier steps are summarised too."""
-        return self.first_token < self.span.seq_len - self.span.query_tokens
+    catches_up: bool
 
 
 @dataclass(frozen=True)
@@ -209,7 +207,7 @@ class PlanLimits:
             is to be sparse whether or not it pays.
         full_graph: the step replays a FULL CUDA graph.
         graphs_hold: whether CUDA graphs hold decode rows of requests in a step of so many rows.
-        block_tokens: of a KV-cache block. A dense decode row's keys are summarised as it fills a block.
+        block_tokens: of a KV-cache block.
         soft_cap: the model caps its attention logits.
     """
 
@@ -321,7 +319,9 @@ def plan_step(
                 dense_steps.append(DenseStepRow(span, params.decode, roles))
             else:
                 fallbacks["decode", params.decode.name, reason] += 1
-            if span.seq_len % limits.block_tokens == 0 or not request.summarised:
+            request.catches_up = False
+            fills_block = span.seq_len % limits.block_tokens == 0 or not request.summarised_tokens
+            if fills_block and (reason is None or costs is None):
                 _summarise(summarising, span, request, limits)
     decode: list[DecodeRow] = []
     batch: list[BatchRow] = []
@@ -330,11 +330,16 @@ def plan_step(
     for span, request, roles, at_once, gain in candidates:
         method = request.params.decode
         assert method is not None
-        if paying is not None and at_once and gain is not None and (method.name, request.in_graph) not in paying:
-            fallbacks["decode", method.name, DenseReason.UNPROFITABLE] += 1
-            if span.seq_len % limits.block_tokens == 0 or not request.summarised:
-                _summarise(summarising, span, request, limits)
-            continue
+        if gain is not None:
+            pays = paying is None or not at_once or (method.name, request.in_graph) in paying
+            behind = _is_behind(span, request, limits)
+            if not pays or (behind and limits.full_graph):
+                fallbacks["decode", method.name, DenseReason.UNPROFITABLE] += 1
+                if behind and request.catches_up and not limits.full_graph:
+                    # The step left the graphs for it, in which sparse pays, if not here.
+                    _summarise(summarising, span, request, limits)
+                request.catches_up = pays and behind and limits.full_graph
+                continue
         _summarise(summarising, span, request, limits)
         if at_once:
             batch.append(BatchRow(span, request.row_setting(roles), request.guard))
@@ -428,9 +433,18 @@ def _summarise(rows: list[SummaryRow], span: RowSpan, request: SparseRequest, li
         assert request.params.decode is not None
         if request.roles is None:
             request.roles = layer_roles(request.params.decode, limits.num_layers)
-        first_token = span.seq_len - span.query_tokens if request.summarised else 0
-        request.summarised = True
-        rows.append(SummaryRow(span, request.params.decode, request.summaries, request.roles, first_token))
+        first_token = min(request.summarised_tokens, span.seq_len - span.query_tokens)
+        behind = _is_behind(span, request, limits)
+        request.summarised_tokens, request.catches_up = span.seq_len, False
+        rows.append(SummaryRow(span, request.params.decode, request.summaries, request.roles, first_token, behind))
+
+
+def _is_behind(span: RowSpan, request: SparseRequest, limits: PlanLimits) -> bool:
+    """Whether keys before this step have no summaries, other than in the block that the newest token is in."""
+    newest_block = (span.seq_len - 1) // limits.block_tokens * limits.block_tokens
+    return request.summaries is not None and request.summarised_tokens < min(
+        newest_block, span.seq_len - span.query_tokens
+    )
 
 
 def _learn_gain(
@@ -453,10 +467,9 @@ def _pays_alone(request: SparseRequest, gain: float, costs: StepCosts, full_grap
 def _leave_graphs(request: SparseRequest, leaves: bool) -> None:
     """Say whether steps with a request's decode rows, which no CUDA graph holds, are to leave the graphs from now on.
 
-    Dense rows need not, unless their keys are to be summarised, which graphs may not do for a request that they do not
-    hold.
+    Dense rows need not: where sparse does not pay, their keys are not summarised.
     """
-    request.leaves_graphs = leaves or request.summaries is not None
+    request.leaves_graphs = leaves
 
 
 @lru_cache(maxsize=1024)

@@ -64,7 +64,9 @@ class SparseRequest:
             does and the rows are dense.
         guard: what the guard knows of it; None unless it asks for one.
         summaries: what its decode method asks to be kept of each page's keys.
-        summarised: a step has summarised the keys that the request had then; later ones summarise their own.
+        summarised_tokens: so many of its first keys have been summarised.
+        catches_up: its next step leaves the CUDA graphs, which summarise the newest block alone: the request is new,
+            or becomes sparse after steps in which its keys were not summarised.
     """
 
     params: SparseParams
@@ -76,7 +78,8 @@ class SparseRequest:
     gain: RowGain | None = None
     in_graph: bool | None = None
     leaves_graphs: bool = True
-    summarised: bool = False
+    summarised_tokens: int = 0
+    catches_up: bool = True
     guard: RequestGuard | None = field(init=False)
     summaries: SummaryKind | None = field(init=False)
 
