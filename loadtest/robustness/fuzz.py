@@ -1,6 +1,7 @@
 """Random bodies to all routes that compute or configure: no HTTP 5xx, no hang, and the server as before afterwards.
 
-What stock vLLM answers with 5xx too is counted, but is no finding. Where a body ends the server, the next ones go to a new one.
+What stock vLLM answers with 5xx too is counted, but is no finding. Where a body ends the server, the next ones go to
+a new one.
 """
 
 from __future__ import annotations
