@@ -33,6 +33,7 @@ SLEEP_CYCLES = 1_000_000_000
 METHODS: dict[str, list[PrefillMethod]] = {
     "dhsa": [Dhsa()],
     "dhsa, first stage": [Dhsa(bound_weight=0.0, candidate_factor=1.0)],
+    "dhsa, covering": [Dhsa(density=0.5, coverage=0.9)],
     "dhsa, adaptive": [Dhsa(key_blocks="adaptive", bound_weight=0.0)],
     "flexprefill": [FlexPrefill(min_budget_tokens=128)],
     "flexprefill, faithful": [FlexPrefill(min_budget_tokens=128, faithful=True)],

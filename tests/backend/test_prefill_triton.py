@@ -36,7 +36,8 @@ OTHER_TOKENS = 3
 METHODS: dict[str, list[PrefillMethod]] = {
     "dhsa": [Dhsa(density=0.3, sink_tokens=0, recent_tokens=0)],
     "dhsa in two stages": [
-        Dhsa(density=0.3, sink_tokens=0, recent_tokens=0, bound_weight=0.5, candidate_factor=2, scores_per="kv_head")
+        Dhsa(density=0.3, sink_tokens=0, recent_tokens=0, bound_weight=0.5, candidate_factor=2, scores_per="kv_head"),
+        Dhsa(density=0.5, coverage=0.7),
     ],
     "by query head": [Dhsa(density=0.3), Sale(tau=0.1), FlexPrefill(gamma=0.5, min_budget_tokens=0)],
     "by KV head": [

@@ -433,20 +433,18 @@ TWO_STAGES = [
 ]
 
 
-@pytest.mark.parametrize("platform", SELECTING)
-@pytest.mark.parametrize("method", TWO_STAGES, ids=["mixed", "mean", "bounds-kv-head", "adaptive-layer"])
-@pytest.mark.parametrize(("chunk", "context"), CHUNKS[2:4])
-def test_d11_the_second_stage_keeps_the_candidates_with_most_mass(
-    platform: Platform, method: Dhsa, chunk: int, context: int, generator: torch.Generator
-) -> None:
-    """Against float64. Candidates are what the first stage alone keeps of a larger budget, a KV head's heads as one."""
-    query, data = changing(platform, generator, chunk, context, 4, 2)
+def masses_of_candidates(method: Dhsa, query: torch.Tensor, data: Paged, chunk: int, context: int) -> torch.Tensor:
+    """Float64 ``[score_heads, query_blocks, pages]``, those that share scores as one; -1 for pages of the others.
+
+    Candidates are what the first stage alone keeps of a larger budget, a KV head's heads as one.
+    """
     first, last = query_blocks(chunk, context, method.query_block_tokens, torch.device("cpu"))
     mass = torch.full((4, len(first), -(-context // PAGE_TOKENS)), -1.0, dtype=torch.double)
     for row, (start, stop) in enumerate(zip(first.tolist(), (last + 1).tolist(), strict=True)):
         larger = dataclasses.replace(
             method,
             candidate_factor=1.0,
+            coverage=1.0,
             scores_per="layer" if method.scores_per == "layer" else "kv_head",
             budget_tokens=math.ceil(budget_of(method, stop - 1) * method.candidate_factor) * PAGE_TOKENS,
         )
@@ -461,9 +459,49 @@ def test_d11_the_second_stage_keeps_the_candidates_with_most_mass(
             weight = products.masked_fill(~readable, float("-inf")).softmax(1).sum(0)
             by_page = torch.stack([page.sum() for page in torch.split(weight, PAGE_TOKENS)])
             mass[head, row] = by_page.masked_fill(~pages, -1)
-    shared = mass.view({"query_head": 4, "kv_head": 2, "layer": 1}[method.scores_per], -1, *mass.shape[1:]).sum(1)
+    return mass.view({"query_head": 4, "kv_head": 2, "layer": 1}[method.scores_per], -1, *mass.shape[1:]).sum(1)
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+@pytest.mark.parametrize("method", TWO_STAGES, ids=["mixed", "mean", "bounds-kv-head", "adaptive-layer"])
+@pytest.mark.parametrize(("chunk", "context"), CHUNKS[2:4])
+def test_d11_the_second_stage_keeps_the_candidates_with_most_mass(
+    platform: Platform, method: Dhsa, chunk: int, context: int, generator: torch.Generator
+) -> None:
+    """Against float64."""
+    query, data = changing(platform, generator, chunk, context, 4, 2)
+    _, last = query_blocks(chunk, context, method.query_block_tokens, torch.device("cpu"))
+    mass = masses_of_candidates(method, query, data, chunk, context)
     must = to_pages(forced(method, method.key_chunks(data.reader(0)), chunk, context))
-    assert_best(method, page_mask(method, query, data), shared, must, last)
+    assert_best(method, page_mask(method, query, data), mass, must, last)
+
+
+@pytest.mark.parametrize("platform", SELECTING)
+@pytest.mark.parametrize("method", TWO_STAGES, ids=["mixed", "mean", "bounds-kv-head", "adaptive-layer"])
+@pytest.mark.parametrize("coverage", [0.3, 0.8, 0.97])
+def test_coverage_ends_lists_that_hold_it(
+    platform: Platform, method: Dhsa, coverage: float, generator: torch.Generator
+) -> None:
+    """Of what the budget keeps: the fewest pages with that share of the mass in float64, and forced ones."""
+    chunk, context = CHUNKS[3]
+    method = dataclasses.replace(method, density=0.6, budget_tokens=0)
+    query, data = changing(platform, generator, chunk, context, 4, 2)
+    mass = masses_of_candidates(method, query, data, chunk, context)
+    must = to_pages(forced(method, method.key_chunks(data.reader(0)), chunk, context))
+    whole = page_mask(method, query, data)
+    kept = page_mask(dataclasses.replace(method, coverage=coverage), query, data)
+    ended = 0
+    for head, row in itertools.product(range(kept.shape[0]), range(kept.shape[1])):
+        of_row = mass[head, row].clamp(min=0)
+        order = of_row.argsort(descending=True)
+        before = of_row[order].cumsum(0) - of_row[order]
+        target = coverage * float(of_row.sum())
+        if float((before - target).abs().min()) < 1e-4:
+            continue
+        covering = torch.zeros_like(must[row]).scatter_(0, order, before < target)
+        assert torch.equal(kept[head, row], whole[head, row] & (covering | must[row])), f"head {head}, row {row}"
+        ended += int(kept[head, row].sum() < whole[head, row].sum())
+    assert ended or coverage > 0.5
 
 
 @pytest.mark.parametrize("key_block_tokens", [32, 64, 128])
@@ -489,7 +527,13 @@ INVARIANT = [
     Dhsa(sink_tokens=32),
     first_stage(density=0.2, sink_tokens=32, recent_tokens=40, dense_tail_tokens=100),
     first_stage(
-        density=0.2, sink_tokens=0, recent_tokens=0, bound_weight=0.5, candidate_factor=2.0, query_block_tokens=64
+        density=0.2,
+        sink_tokens=0,
+        recent_tokens=0,
+        bound_weight=0.5,
+        candidate_factor=2.0,
+        coverage=0.8,
+        query_block_tokens=64,
     ),
     first_stage(budget_tokens=224, sink_tokens=0, key_blocks="adaptive", candidate_factor=1.5, dense_tail_tokens=300),
 ]
@@ -529,3 +573,8 @@ def test_outputs_that_are_computed_again_belong_to_the_dense_tail(generator: tor
 def test_adaptive_key_blocks_have_no_bounds() -> None:
     with pytest.raises(ValidationError, match="adaptive key blocks are scored by their mean key; set it to 0"):
         Dhsa(key_blocks="adaptive")
+
+
+def test_coverage_wants_a_second_stage() -> None:
+    with pytest.raises(ValidationError, match="without a second stage no attention is known; set it to 1"):
+        first_stage(coverage=0.9)

@@ -20,7 +20,8 @@ from vllm_sparse.kernels.block_scores import (
     page_scores,
     select_pages,
 )
-from vllm_sparse.kernels.candidate_mass import candidate_mass, chunk_mass, scratch_bytes
+from vllm_sparse.kernels.candidate_mass import SAMPLED_QUERIES, candidate_mass, chunk_mass, scratch_bytes
+from vllm_sparse.kernels.coverage import coverage_mask
 from vllm_sparse.kernels.page_list import ListGrid, block_lists, query_blocks, write_lists
 from vllm_sparse.kernels.page_summaries import SummaryKind, chunk_summaries, page_summaries
 from vllm_sparse.keys import PagedKeys
@@ -94,8 +95,9 @@ class Dhsa(PrefillMethod):
     With `candidate_factor` above 1 the scores choose only candidates, that many times the budget, for all query heads
     of a KV head together. Among these the budget is filled by attention mass: softmax probabilities over the
     candidates, summed over 16 evenly spread queries of the query block. Heads that share scores share the sum of their
-    masses. This second stage is not the paper's. It is the default, because on a real checkpoint it lost fewer answers
-    at a density of 0.25 than the first stage alone at 0.32 (docs/methods.md).
+    masses. A list ends before its budget where it holds `coverage` of this mass. This second stage is not the paper's.
+    It is the default, because on a real checkpoint it lost fewer answers at a density of 0.25 than the first stage
+    alone at 0.32 (docs/methods.md).
 
     ``key_blocks="page"`` cuts the keys every `key_block_tokens`, as the paper's second version does; ``"adaptive"``
     cuts them where they change most, as the first version's trained predictor would (`boundary_threshold` is its
@@ -140,6 +142,15 @@ class Dhsa(PrefillMethod):
         float,
         Field(ge=1, le=16, allow_inf_nan=False, description="pages whose mass is computed, in budgets; 1: none"),
     ] = 3.0
+    coverage: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=1,
+            allow_inf_nan=False,
+            description="share of the candidates' attention at which a list ends before its budget; 1: none does",
+        ),
+    ] = 1.0
     density: Annotated[
         float,
         Field(gt=0, le=1, allow_inf_nan=False, description="share of the tokens in reach that a query block reads"),
@@ -169,6 +180,12 @@ class Dhsa(PrefillMethod):
                 "bound_weight",
                 self.bound_weight,
                 "adaptive key blocks are scored by their mean key; set it to 0, or key_blocks to page",
+            )
+        if self.coverage < 1 and self.candidate_factor == 1:
+            raise KnobError(
+                "coverage",
+                self.coverage,
+                "without a second stage no attention is known; set it to 1, or candidate_factor above 1",
             )
 
     @property
@@ -231,7 +248,8 @@ class Dhsa(PrefillMethod):
         mass = candidate_mass(query, keys, scale, self.query_block_tokens, block_lists(mask, grid))
         if score_heads < query_heads:
             mass = mass.view(score_heads, -1, *mass.shape[1:]).sum(1)
-        return best_pages(mass, band_start, last_query, budget_pages, selection)
+        kept = best_pages(mass, band_start, last_query, budget_pages, selection)
+        return self._covering(mass, kept, query_heads, band_start // PAGE_TOKENS, last_query // PAGE_TOKENS)
 
     def prepare(self, blocks: PromptBlocks, prompt_tokens: Sequence[int | None]) -> PreparedChunks | None:
         """As `block_mask` works it out for one chunk, on the host, since key blocks of fixed length are known there."""
@@ -302,8 +320,35 @@ class Dhsa(PrefillMethod):
             if score_heads < query_heads:
                 mass = mass.view(score_heads, -1, *mass.shape[1:]).sum(1)
             mask = select_pages(mass, sink_pages, prepared.band_page, prepared.last_page, prepared.budget_pages)
+            mask = self._covering(mass, mask, query_heads, prepared.band_page, prepared.last_page)
         list_heads = lists.kept_tokens.shape[0] // blocks.blocks
         write_lists(shared(mask, list_heads), blocks, PAGE_TOKENS, list_heads, lists)
+
+    def _covering(
+        self,
+        mass: torch.Tensor,
+        kept: torch.Tensor,
+        query_heads: int,
+        band_page: torch.Tensor,
+        last_page: torch.Tensor,
+    ) -> torch.Tensor:
+        """Of the kept pages those that hold `coverage` of the mass, and the forced ones.
+
+        Args:
+            mass: ``[score_heads, blocks, pages]`` of the candidates, summed over heads that share scores.
+            kept: bool, as the mass.
+            query_heads: of the mass before it was summed.
+            band_page: ``[blocks]`` page from which on a query block reads everything.
+            last_page: ``[blocks]`` page of its last query.
+        """
+        if self.coverage == 1:
+            return kept
+        of_heads, pages = mass.shape[0], mass.shape[2]
+        share = mass.clamp(min=0).flatten(0, 1).float() / (SAMPLED_QUERIES * query_heads / of_heads)
+        covering = coverage_mask(share, share.new_full((share.shape[0],), self.coverage), 0, pages).view_as(kept)
+        page = torch.arange(pages, device=mass.device)
+        forced = (page < -(-self.sink_tokens // PAGE_TOKENS)) | (page >= band_page.unsqueeze(1))
+        return kept & (covering | (forced & (page <= last_page.unsqueeze(1))))
 
     def _representation(self, chunks: PromptChunks, prepared: PreparedChunks) -> torch.Tensor:
         """What stands for the key blocks of each chunk, ``[kv_heads, chunks, key_blocks, ...]`` as in `KeyBlocks`."""
