@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     print(f"seed {seed}", flush=True)
     replies: list[Reply] = []
-    left, alive, ends = 0.0, True, 0
+    left, alive, ends, unexplained = 0.0, True, 0, 0
     first, end = options.first, options.first + options.bodies
     while first < end:
         log = options.output / f"sparse_{first}.log"
@@ -193,6 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Those that were in flight beside the one that ended it are not to blame.
             fresh = {reply.number: reply for reply in again([one for one in some if is_bad(one)], log, stock=False)}
             some = [fresh.get(reply.number, reply) for reply in some]
+            unexplained += all(reply.status for reply in fresh.values())
         replies += some
     bad = [reply for reply in replies if is_bad(reply)]
     of_vllm = {reply.number for reply in again(bad, options.output / "stock.log", stock=True) if is_bad(reply)}
@@ -209,9 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     findings = len(bad) - len(of_vllm)
     print(f"seed {seed}, {len(replies)} bodies, by status: {dict(sorted(statuses.items()))}")
     print(f"{len(bad)} answered 5xx or not at all, {len(of_vllm)} of them by stock vLLM too")
-    print(f"{ends} ends of the server, {left:g} requests left behind")
+    print(f"{ends} ends of the server, {unexplained} of them by no body alone; {left:g} requests left behind")
     print(f"the known answer is {'the same' if alive else 'ANOTHER ONE'}")
-    return int(bool(findings or left or not alive))
+    return int(bool(findings or unexplained or left or not alive))
 
 
 if __name__ == "__main__":
