@@ -146,7 +146,9 @@ class Slo(Strict):
 
     The limit on TTFT is `ttft_seconds + ttft_seconds_per_1000_tokens * input tokens / 1000`, so that long requests do
     not fail by design. `gap_p99_seconds` limits the 99th percentile of a request's gaps between tokens, and
-    `latency_seconds` the time until its last token; none: no limit.
+    `latency_seconds` the time until its last token; none: no limit. `requests_per_second` is the rate that is wanted:
+    a run has failed if no stage with so many requests a second holds (with `methods_apart`, of each method). It is no
+    limit of a stage, since loads rise from below it.
     """
 
     ttft_seconds: PositiveFloat
@@ -154,6 +156,7 @@ class Slo(Strict):
     tpot_seconds: PositiveFloat
     gap_p99_seconds: PositiveFloat | None = None
     latency_seconds: PositiveFloat | None = None
+    requests_per_second: PositiveFloat | None = None
     share: Share = 0.9
 
     def ttft_limit_seconds(self, input_tokens: int) -> float:
