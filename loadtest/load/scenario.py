@@ -223,7 +223,7 @@ class Scenario(Strict):
             unknown = sorted(set(workload.methods or ()) - set(self.methods))
             if unknown:
                 raise ValueError(f"workload {workload.name!r}: no such methods: {unknown}; there are {[*self.methods]}")
-            if workload.kind in ("documents", "sharegpt") and self.endpoint == "completions":
+            if workload.kind in ("documents", "sharegpt", "agents") and self.endpoint == "completions":
                 raise ValueError(f"workload {workload.name!r}: conversations need endpoint: chat")
         return self
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from loadtest.load.progress import Progress
 from loadtest.load.search import Search
-from tests.loadtest.conftest import LoadTest, scenario_of
+from tests.loadtest.conftest import LoadTest, scenario_of, tables_of
 
 OPEN: dict[str, Any] = {"loop": "open", "rates": [40], "requests": 60}
 
@@ -66,7 +66,11 @@ def test_each_methods_highest_rate_is_found(load_test: LoadTest, tmp_path: Path)
         assert one["peak_goodput"] >= one["goodput_per_second"]
     assert found["quick"]["level"] > 1.5 * found["slow"]["level"]
     assert "holds the SLO" in finished.output
-    assert "/s; the most, " in finished.page
+    (held,) = [table for table in tables_of(finished.page) if table[0][1].startswith("holds the SLO")]
+    sustained = finished.report["summary"]["sustained"]
+    for row, (name, one) in zip(held[1:], found.items(), strict=True):
+        assert row[:3] == [name, f"{one['level']:g}", f"{one['breaks']:g}"]
+        assert sustained[name] == pytest.approx(one["level"], rel=1e-3), "what was due a second"
 
 
 def test_a_rate_lasts_long_enough_for_a_queue(load_test: LoadTest, tmp_path: Path) -> None:

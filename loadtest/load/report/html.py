@@ -183,10 +183,14 @@ def _together(report: Report) -> str:
 
 
 def _workloads(report: Report) -> str:
-    """All that was sent, background too; nothing new where there is one workload."""
+    """All that was sent, background too; nothing new where there is one workload and no adapter."""
+    several = len(report["run"]["scenario"]["workloads"]) > 1
+    by_workload = _parts(report, "workloads") if several else ""
+    return section("By workload", by_workload) + section("By LoRA adapter", _parts(report, "adapters"))
+
+
+def _parts(report: Report, key: str) -> str:
     stages = report["summary"]["stages"]
-    if len(report["run"]["scenario"]["workloads"]) < 2:
-        return ""
     rows = [
         [
             text(name if len(stages) < 2 else f"{name}, {stage['name']}"),
@@ -198,10 +202,15 @@ def _workloads(report: Report) -> str:
             percent(one["good_share"]),
         ]
         for stage in stages
-        for name, one in stage["workloads"].items()
+        for name, one in stage[key].items()
     ]
-    header = ["", "succeeded", *(f"{one}<small>{part}</small>" for one, part in WORKLOAD_LATENCIES), "within SLO"]
-    return section("By workload", table(header, rows))
+    header = [
+        "",
+        "succeeded",
+        *(f"{one}<small>{part}</small>" for one, part in WORKLOAD_LATENCIES),
+        "within SLO",
+    ]
+    return table(header, rows) if rows else ""
 
 
 def _measured(report: Report, measure: Callable[[Request], float | None], unit: float) -> list[Series]:

@@ -45,6 +45,7 @@ MOST_CPU_SHARE = 0.9
 LEAST_SENT_SHARE = 0.95
 MOST_FALLBACK_SHARE = 0.2
 LEAST_DRIFT_REQUESTS = 10
+NO_ADAPTER = "no adapter"
 
 
 def _known(requests: Iterable[Request], measure: Callable[[Request], float | None]) -> list[float]:
@@ -247,6 +248,7 @@ def _stage(stage: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], scena
             for workload in scenario.workloads
             if (chosen := [request for request in requests if request["workload"] == workload.name])
         },
+        "adapters": {name: describe(chosen, scenario.slo, duration) for name, chosen in _by_adapter(requests).items()},
         "density": density(within),
         "fallback_share": fallback_share(within),
         "client": _client(stage),
@@ -259,6 +261,14 @@ def _stage(stage: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], scena
         },
     }
     return {**found, "overload": overload(found)}
+
+
+def _by_adapter(requests: Sequence[Request]) -> dict[str, list[Request]]:
+    """Requests by the LoRA adapter that they asked, those of the model itself first; nothing without adapters."""
+    found: dict[str, list[Request]] = defaultdict(list)
+    for request in sorted(requests, key=lambda request: request.get("adapter") or ""):
+        found[request.get("adapter") or NO_ADAPTER].append(request)
+    return found if found.keys() - {NO_ADAPTER} else {}
 
 
 def _offered(stage: Mapping[str, Any], ramp_seconds: float) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -65,6 +66,47 @@ class OwnLine(Line):
             raise ValueError("a line needs either prompt or messages")
         if self.messages is not None and self.messages[-1].role != "user":
             raise ValueError(f"the last message must be the user's, not the role {self.messages[-1].role!r}'s")
+        return self
+
+
+class AgentMessage(Line):
+    """A message of an agent's run; one that only calls tools has no content."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    tool_calls: tuple[dict[str, Any], ...] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> AgentMessage:
+        if self.content is None and not self.tool_calls:
+            raise ValueError(f"a message of the role {self.role!r} has neither content nor tool_calls")
+        return self
+
+    @property
+    def text(self) -> str:
+        """What a model writes to say it, about: its text, and its calls as JSON."""
+        calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in self.tool_calls or ()]
+        return "\n".join([*([text_of(self.content)] if self.content else []), *calls])
+
+
+class AgentLine(Line):
+    """A run of the workload `agents`."""
+
+    messages: Annotated[tuple[AgentMessage, ...], Field(min_length=2)]
+    tools: tuple[dict[str, Any], ...] = ()
+
+    @model_validator(mode="after")
+    def _answered(self) -> AgentLine:
+        roles = [message.role for message in self.messages]
+        if "assistant" not in roles[1:] or roles[0] == "assistant":
+            raise ValueError("a run begins with another message than the assistant's and has one of the assistant's")
+        for number, (before, after) in enumerate(itertools.pairwise(roles), 2):
+            if before == after == "assistant":
+                raise ValueError(
+                    f"messages {number - 1} and {number} are both the assistant's: nothing asked for the second"
+                )
         return self
 
 

@@ -23,6 +23,18 @@ class Cancelled(Strict):
     after_seconds: NotNegative
 
 
+class LoraMix(Strict):
+    """LoRA adapters that answer a share of the prompts, the same for every method.
+
+    Attributes:
+        adapters: weight of each, by the name that the server serves it by.
+        share: of the prompts; the model itself answers the others.
+    """
+
+    adapters: Annotated[Mapping[str, PositiveFloat], Field(min_length=1)]
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
 class _Workload(Strict):
     """What all kinds have.
 
@@ -32,6 +44,7 @@ class _Workload(Strict):
         methods: weight of each method; none: all of the scenario's methods alike.
         paired: every prompt goes to each of `methods` (their weights do not count then).
         cancelled: which of its requests are broken off; none: none.
+        lora: which of its prompts adapters answer; none: none.
         distinct_prompts: prompts that are made; they repeat, under fresh cache salts, when more are sent.
     """
 
@@ -40,6 +53,7 @@ class _Workload(Strict):
     methods: Mapping[str, PositiveFloat] | None = None
     paired: bool
     cancelled: Cancelled | None = None
+    lora: LoraMix | None = None
     distinct_prompts: PositiveInt = 100
 
 
@@ -110,6 +124,28 @@ class ShareGptWorkload(_Workload):
     think_seconds: NotNegative = 0.0
 
 
+class AgentWorkload(_Workload):
+    """Recorded runs of agents that call tools (`loadtest.load.workloads.files.AgentLine`).
+
+    Each message of the assistant is a request, for as many tokens as it has; the conversation goes on with the recorded
+    message, so that every method reads the same. Runs of one method share what their beginnings have in common, such as
+    tools and instructions, in the prefix cache.
+
+    Attributes:
+        file: JSON lines with `messages` and `tools`, as the OpenAI API has them.
+        turns: requests of a run, at most.
+        think_seconds: before a user's next message.
+        tool_seconds: before the results of tools.
+    """
+
+    kind: Literal["agents"]
+    paired: bool = False
+    file: Path
+    turns: PositiveInt = 50
+    think_seconds: NotNegative = 0.0
+    tool_seconds: NotNegative = 0.0
+
+
 class JsonlWorkload(_Workload):
     """Your own prompts: JSON lines with `prompt` or `messages`, and optionally `output_tokens` and `answers`."""
 
@@ -120,6 +156,13 @@ class JsonlWorkload(_Workload):
 
 
 Workload = Annotated[
-    NeedleWorkload | RulerWorkload | DocumentWorkload | TextWorkload | TraceWorkload | ShareGptWorkload | JsonlWorkload,
+    NeedleWorkload
+    | RulerWorkload
+    | DocumentWorkload
+    | TextWorkload
+    | TraceWorkload
+    | ShareGptWorkload
+    | AgentWorkload
+    | JsonlWorkload,
     Field(discriminator="kind"),
 ]
