@@ -21,7 +21,7 @@ from pydantic import (
 
 from loadtest.load.settings import NotNegative, ScenarioError, Strict
 from loadtest.load.thresholds import ThresholdText, parse_threshold
-from loadtest.load.workloads.files import read_text
+from loadtest.load.workloads.files import DataFile, read_text
 from loadtest.load.workloads.kinds import Workload
 from loadtest.load.workloads.prompt import Endpoint
 
@@ -92,7 +92,7 @@ class OpenLoad(_Load):
     rates: Rates | None = None
     capacity_shares: Rates | None = None
     search: SearchSettings | None = None
-    trace: Path | None = None
+    trace: DataFile | None = None
     trace_speed: PositiveFloat = 1.0
     requests: PositiveInt | None = None
     duration_seconds: PositiveFloat | None = None

@@ -21,6 +21,7 @@ from typing import Any
 from aiohttp import web
 
 MODEL_NAME = "simulated"
+ADAPTERS = ("poet", "sql")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class SimulatedServer:
         self._turn = asyncio.Lock()
 
     async def models(self, request: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": MODEL_NAME, "root": "nowhere"}]})
+        adapters = [{"id": name, "root": f"adapters/{name}", "parent": MODEL_NAME} for name in ADAPTERS]
+        return web.json_response({"data": [{"id": MODEL_NAME, "root": "nowhere", "parent": None}, *adapters]})
 
     async def tokenize(self, request: web.Request) -> web.Response:
         """A word is a token."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from loadtest.load.settings import ScenarioError
-from loadtest.load.workloads.files import AgentLine, OwnLine, TraceLine, read_lines, text_of
+from loadtest.load.workloads.files import AgentLine, OwnLine, TraceLine, local, read_lines, text_of
 from loadtest.load.workloads.kinds import (
     AgentWorkload,
     DocumentWorkload,
@@ -71,22 +71,22 @@ class PromptMaker:
     @functools.cached_property
     def _requests(self) -> list[TraceLine]:
         assert isinstance(self._workload, TraceWorkload)
-        return read_trace(self._workload.file)
+        return read_trace(local(self._workload.file))
 
     @functools.cached_property
     def _conversations(self) -> list[list[tuple[str, str]]]:
         assert isinstance(self._workload, ShareGptWorkload)
-        return read_share_gpt(self._workload.file)
+        return read_share_gpt(local(self._workload.file))
 
     @functools.cached_property
     def _runs(self) -> list[AgentLine]:
         assert isinstance(self._workload, AgentWorkload)
-        return read_lines(self._workload.file, AgentLine)
+        return read_lines(local(self._workload.file), AgentLine)
 
     @functools.cached_property
     def _lines(self) -> list[OwnLine]:
         assert isinstance(self._workload, JsonlWorkload)
-        return read_lines(self._workload.file, OwnLine)
+        return read_lines(local(self._workload.file), OwnLine, self._workload.columns)
 
     def __call__(self, number: int) -> Prompt:
         """Prompt `number`, 0 or more; they repeat after `distinct`."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from loadtest.load.settings import NotNegative, Strict
+from loadtest.load.workloads.files import DataFile
 from loadtest.load.workloads.lengths import Lengths
 from loadtest.quality.tasks.ruler import TASKS
 
@@ -111,7 +111,7 @@ class TraceWorkload(_Workload):
 
     kind: Literal["trace"]
     paired: bool = False
-    file: Path
+    file: DataFile
 
 
 class ShareGptWorkload(_Workload):
@@ -119,7 +119,7 @@ class ShareGptWorkload(_Workload):
 
     kind: Literal["sharegpt"]
     paired: bool = False
-    file: Path
+    file: DataFile
     turns: PositiveInt = 1
     think_seconds: NotNegative = 0.0
 
@@ -140,18 +140,24 @@ class AgentWorkload(_Workload):
 
     kind: Literal["agents"]
     paired: bool = False
-    file: Path
+    file: DataFile
     turns: PositiveInt = 50
     think_seconds: NotNegative = 0.0
     tool_seconds: NotNegative = 0.0
 
 
 class JsonlWorkload(_Workload):
-    """Your own prompts: JSON lines with `prompt` or `messages`, and optionally `output_tokens` and `answers`."""
+    """Your own prompts: JSON lines with `prompt` or `messages`, and optionally `output_tokens` and `answers`.
+
+    Attributes:
+        file: of the lines; Parquet, as data sets on Hugging Face have it, where its name ends so.
+        columns: what the file calls a field, where it is another name, such as ``{prompt: question}``.
+    """
 
     kind: Literal["jsonl"]
     paired: bool = True
-    file: Path
+    file: DataFile
+    columns: Mapping[Literal["prompt", "messages", "output_tokens", "answers"], str] = {}
     output_tokens: PositiveInt = 128
 
 
