@@ -174,6 +174,10 @@ class Runner:
             raise self._errors[0]
 
     async def _session(self, stage: Stage, number: int, session: Session, intended: float | None, ramp: bool) -> None:
+        await self._turns(stage, number, session, intended, ramp)
+        self._progress.session_ended()
+
+    async def _turns(self, stage: Stage, number: int, session: Session, intended: float | None, ramp: bool) -> None:
         history: list[Message] = list(session.prompt.history)
         for place, turn in enumerate(session.prompt.turns):
             if self.interrupted or self.stopped:
