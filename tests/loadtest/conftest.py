@@ -126,6 +126,12 @@ class Simulated:
         bodies: list[dict[str, Any]] = httpx.get(f"{self.url}/requests").json()
         return bodies
 
+    @property
+    def truths(self) -> list[dict[str, Any]]:
+        """What it did, by its own clock, in the order of the requests."""
+        truths: list[dict[str, Any]] = httpx.get(f"{self.url}/truth").json()
+        return truths
+
     def stop(self) -> None:
         """End it."""
         self._process.kill()
