@@ -184,7 +184,7 @@ def _headers(api_key_file: Path | None) -> dict[str, str]:
 
 
 def _run(scenario: Scenario, arguments: argparse.Namespace, server: Server, folder: Path) -> None:
-    model, root = _served_model(server, arguments.model)
+    model, root = _served_model(server, arguments.model, scenario)
     _show("making the prompts")
     try:
         counter = local_counter(arguments.tokenizer) if arguments.tokenizer else model_counter(server, model, root)
@@ -220,18 +220,26 @@ def _announcement(warm_up: Stage, sweeps: Sequence[Sequence[Stage]]) -> str:
     )
 
 
-def _served_model(server: Server, wanted: str | None) -> tuple[str, str | None]:
-    """Name and root of the model to test."""
+def _served_model(server: Server, wanted: str | None, scenario: Scenario) -> tuple[str, str | None]:
+    """Name and root of the model to test; the server has to have the scenario's adapters, too."""
     try:
-        names = {str(model["id"]): model.get("root") for model in server.get("/v1/models")["data"]}
+        served = {str(model["id"]): model for model in server.get("/v1/models")["data"]}
+        # An adapter's card names the model that it belongs to.
+        models = [name for name, model in served.items() if model.get("parent") is None]
     except (HttpError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"no OpenAI-compatible server answers at {server.url} ({error})") from None
-    if wanted is None and len(names) != 1:
-        raise UsageError(f"name one of the server's models with --model: {', '.join(names)}")
-    name = next(iter(names)) if wanted is None else wanted
-    if name not in names:
-        raise UsageError(f"--model {name}: the server has {', '.join(names)}")
-    return name, names[name]
+    if wanted is None and len(models) != 1:
+        raise UsageError(f"name one of the server's models with --model: {', '.join(served)}")
+    name = models[0] if wanted is None else wanted
+    if name not in served:
+        raise UsageError(f"--model {name}: the server has {', '.join(served)}")
+    for workload in scenario.workloads:
+        unknown = [adapter for adapter in workload.lora.adapters if adapter not in served] if workload.lora else []
+        if unknown:
+            raise UsageError(
+                f"workload {workload.name!r}: lora.adapters: {', '.join(unknown)}: the server has {', '.join(served)}"
+            )
+    return name, served[name].get("root")
 
 
 def _about(scenario: Scenario, name: str, server: Server, model: str, salt: str) -> dict[str, Any]:

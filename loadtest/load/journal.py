@@ -32,6 +32,7 @@ class Record:
         intended_seconds: when it was to be sent; in a closed loop, when it was.
         ramp: sent while the load grew, so that it does not count.
         planned_input_tokens: of the session's first turn.
+        adapter: LoRA adapter that was asked; none: the model itself.
         score: share of the answer that is right (0..1); none where nothing is known to be right, or it failed.
         reply: what came.
     """
@@ -45,6 +46,7 @@ class Record:
     intended_seconds: float
     ramp: bool
     planned_input_tokens: int
+    adapter: str | None
     score: float | None
     reply: Reply
 

@@ -15,6 +15,7 @@ from loadtest.load.arrivals import arrivals, count_in, replay
 from loadtest.load.scenario import ClosedLoad, OpenLoad, Scenario
 from loadtest.load.settings import ScenarioError
 from loadtest.load.workloads.build import PromptMaker
+from loadtest.load.workloads.files import local
 from loadtest.load.workloads.kinds import Workload
 from loadtest.load.workloads.prompt import Prompt
 from loadtest.load.workloads.traces import read_trace
@@ -202,7 +203,7 @@ class Planner:
 
     def _replayed(self, load: OpenLoad) -> list[float]:
         assert load.trace is not None
-        times = [line.timestamp_seconds for line in read_trace(load.trace)]
+        times = [line.timestamp_seconds for line in read_trace(local(load.trace))]
         known = [time for time in times if time is not None]
         if len(known) < len(times):
             place = times.index(None) + 1

@@ -12,6 +12,7 @@ LINE_SECONDS = 10.0
 LIVE_SECONDS = 0.5
 # Over which the rate is taken.
 WINDOW_SECONDS = 10.0
+BAR_CHARACTERS = 20
 
 
 class Progress:
@@ -27,12 +28,12 @@ class Progress:
         self._out = out
         self._live = out.isatty()
         self._ends: deque[float] = deque()
-        self._name, self._sessions = "", 0
+        self._name, self._sessions, self._ended_sessions = "", 0, 0
         self._in_flight = self._ended = self._failed = 0
 
     def begin(self, name: str, sessions: int) -> None:
         """A stage begins."""
-        self._name, self._sessions = name, sessions
+        self._name, self._sessions, self._ended_sessions = name, sessions, 0
         self._in_flight = self._ended = self._failed = 0
         self._ends.clear()
 
@@ -47,6 +48,10 @@ class Progress:
         self._failed += failed
         self._ends.append(self._clock())
 
+    def session_ended(self) -> None:
+        """A session has sent all its requests, or will send no more."""
+        self._ended_sessions += 1
+
     @property
     def in_flight(self) -> int:
         """Requests that run."""
@@ -59,7 +64,14 @@ class Progress:
             self._ends.popleft()
         span = min(WINDOW_SECONDS, now - self._ends[0]) if self._ends else 0.0
         rate = f", {len(self._ends) / span:.1f}/s" if span > 0 else ""
-        return f"{self._so_far()}, {self._in_flight} in flight{rate}"
+        return f"{self._bar()}{self._so_far()}, {self._in_flight} in flight{rate}"
+
+    def _bar(self) -> str:
+        """How much of the stage has ended; on a terminal alone."""
+        if not self._live or not self._sessions:
+            return ""
+        filled = BAR_CHARACTERS * self._ended_sessions // self._sessions
+        return f"[{'#' * filled}{'.' * (BAR_CHARACTERS - filled)}] "
 
     def _so_far(self) -> str:
         return f"{self._name}: {self._ended} requests ended, {self._failed} failed ({self._sessions} sessions)"

@@ -174,15 +174,19 @@ class Runner:
             raise self._errors[0]
 
     async def _session(self, stage: Stage, number: int, session: Session, intended: float | None, ramp: bool) -> None:
+        await self._turns(stage, number, session, intended, ramp)
+        self._progress.session_ended()
+
+    async def _turns(self, stage: Stage, number: int, session: Session, intended: float | None, ramp: bool) -> None:
         history: list[Message] = list(session.prompt.history)
         for place, turn in enumerate(session.prompt.turns):
             if self.interrupted or self.stopped:
                 return
-            if place and session.prompt.think_seconds:
-                intended = self._clock() + session.prompt.think_seconds
-                await asyncio.sleep(session.prompt.think_seconds)
-            elif place:
-                intended = None
+            if place:
+                of_tools = any(message["role"] == "tool" for message in turn.asked)
+                wait_seconds = session.prompt.tool_seconds if of_tools else session.prompt.think_seconds
+                intended = self._clock() + wait_seconds if wait_seconds else None
+                await asyncio.sleep(wait_seconds)
             self._overhead.begin_request()
             self._progress.sent()
             self._stop_if_useless(stage)
@@ -204,6 +208,7 @@ class Runner:
                 reply.sent_seconds if intended is None else intended,
                 ramp,
                 session.prompt.input_tokens,
+                session.prompt.adapter,
                 score,
                 reply,
             )
@@ -212,11 +217,11 @@ class Runner:
             self._stop_if_useless(stage)
             if reply.status != "ok":
                 return
-            history += [{"role": "user", "content": turn.content}, {"role": "assistant", "content": reply.text}]
+            history += [*turn.asked, turn.answer or {"role": "assistant", "content": reply.text}]
 
     def _body(self, session: Session, turn: Turn, history: Sequence[Message]) -> Mapping[str, Any]:
         body: dict[str, Any] = {
-            "model": self._model,
+            "model": session.prompt.adapter or self._model,
             "max_tokens": turn.max_tokens,
             "temperature": 0,
             "stream": True,
@@ -226,7 +231,10 @@ class Runner:
         if self._scenario.endpoint == "completions":
             body["prompt"] = f"{turn.content}\n{turn.answer_prefix}" if turn.answer_prefix else turn.content
         else:
-            body["messages"] = [*history, {"role": "user", "content": turn.content}]
+            body["messages"] = [*history, *turn.asked]
+            if session.prompt.tools:
+                # Tools are in the prompt; that answers are as long as they were is all that the load needs of them.
+                body |= {"tools": list(session.prompt.tools), "tool_choice": "none"}
             if turn.answer_prefix:
                 body["messages"].append({"role": "assistant", "content": turn.answer_prefix})
                 body |= {"continue_final_message": True, "add_generation_prompt": False}

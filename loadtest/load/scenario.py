@@ -21,7 +21,7 @@ from pydantic import (
 
 from loadtest.load.settings import NotNegative, ScenarioError, Strict
 from loadtest.load.thresholds import ThresholdText, parse_threshold
-from loadtest.load.workloads.files import read_text
+from loadtest.load.workloads.files import DataFile, read_text
 from loadtest.load.workloads.kinds import Workload
 from loadtest.load.workloads.prompt import Endpoint
 
@@ -92,7 +92,7 @@ class OpenLoad(_Load):
     rates: Rates | None = None
     capacity_shares: Rates | None = None
     search: SearchSettings | None = None
-    trace: Path | None = None
+    trace: DataFile | None = None
     trace_speed: PositiveFloat = 1.0
     requests: PositiveInt | None = None
     duration_seconds: PositiveFloat | None = None
@@ -146,7 +146,9 @@ class Slo(Strict):
 
     The limit on TTFT is `ttft_seconds + ttft_seconds_per_1000_tokens * input tokens / 1000`, so that long requests do
     not fail by design. `gap_p99_seconds` limits the 99th percentile of a request's gaps between tokens, and
-    `latency_seconds` the time until its last token; none: no limit.
+    `latency_seconds` the time until its last token; none: no limit. `requests_per_second` is the rate that is wanted:
+    a run has failed if no stage with so many requests a second holds (with `methods_apart`, of each method). It is no
+    limit of a stage, since loads rise from below it.
     """
 
     ttft_seconds: PositiveFloat
@@ -154,6 +156,7 @@ class Slo(Strict):
     tpot_seconds: PositiveFloat
     gap_p99_seconds: PositiveFloat | None = None
     latency_seconds: PositiveFloat | None = None
+    requests_per_second: PositiveFloat | None = None
     share: Share = 0.9
 
     def ttft_limit_seconds(self, input_tokens: int) -> float:
@@ -220,7 +223,7 @@ class Scenario(Strict):
             unknown = sorted(set(workload.methods or ()) - set(self.methods))
             if unknown:
                 raise ValueError(f"workload {workload.name!r}: no such methods: {unknown}; there are {[*self.methods]}")
-            if workload.kind in ("documents", "sharegpt") and self.endpoint == "completions":
+            if workload.kind in ("documents", "sharegpt", "agents") and self.endpoint == "completions":
                 raise ValueError(f"workload {workload.name!r}: conversations need endpoint: chat")
         return self
 

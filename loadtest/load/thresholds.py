@@ -23,7 +23,7 @@ COUNTED = (
 )
 TIMED = ("ttft_seconds", "tpot_seconds", "gap_seconds", "latency_seconds")
 PARTS = ("mean", "p50", "p90", "p95", "p99", "p99.9")
-COMPARED = ("ttft_ratio", "tpot_ratio", "score_difference")
+COMPARED = ("ttft_ratio", "tpot_ratio", "latency_ratio", "score_difference")
 OVERLOADED = "overloaded"
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {

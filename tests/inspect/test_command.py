@@ -72,7 +72,9 @@ def test_settings_of_the_server_count(prompt: Path, tmp_path: Path) -> None:
         ({"extras": {"sparse_prefill": "sale", "sale_tau": 0}}, "nothing is sparse"),
         ({"extras": "{sparse"}, "--extras {sparse: no JSON"),
         ({"extras": "[]"}, "a JSON object is allowed"),
-        ({"extras": {"sparse_prefill": "sale"}}, "shorter than sparse_min_tokens 8192"),
+        ({"extras": {"sparse_prefill": "sale"}}, "tokens is no longer than sparse_min_tokens 8192: give a longer"),
+        ({"extras": {"sparse_decode": "tidal"}}, "tokens is shorter than sparse_min_tokens 8192: give"),
+        ({"more": ["--mark", "nowhere to be found"]}, "--mark 'nowhere to be found': a text that stands in the prompt"),
         (
             {"extras": {"sparse_decode": "tidal", "sparse_min_tokens": 0}},
             "no longer than the 2048 tokens",
@@ -80,7 +82,7 @@ def test_settings_of_the_server_count(prompt: Path, tmp_path: Path) -> None:
         ({"prompt": "no-such-file.txt"}, "--prompt no-such-file.txt: there is no such file"),
         (
             {"prompt": "Two words.", "extras": {"sparse_prefill": "sale", "sparse_min_tokens": 0}},
-            "of fewer than 128 tokens",
+            "tokens, and sale leaves fewer than 128 dense: give a longer prompt or another --chunk",
         ),
         ({"model": "no/such/folder/here"}, "no/such/folder/here"),
         ({"output": Path("no/such/folder/page.html")}, "there is no folder no/such/folder"),
@@ -99,3 +101,16 @@ def test_wrong_inputs_are_explained(
     error = " ".join(capsys.readouterr().err.split())
     assert message in error, error
     assert not given["output"].exists()
+
+
+def test_the_answer_is_marked(tmp_path: Path) -> None:
+    question = prompt_of(3, 1200)
+    content = question.content
+    output = tmp_path / "page.html"
+    wanted = content.split()[40]
+    main(arguments_of(content, BOTH, output, "--mark", wanted))
+    page = output.read_text()
+    marks = re.findall(r'class="mark" x="\d+" y="0" width="\d+" height="1"><title>keys \d+ to \d+: ([^<]*)<', page)
+    assert len(marks) == content.count(wanted)
+    assert all(wanted in mark for mark in marks)
+    assert page.count('class="verdict"') == 2

@@ -16,8 +16,8 @@ from PIL import Image
 
 from tests import oracle
 from tests.oracle import Paged
-from vllm_sparse.inspect.kept import MOST_CELLS, DecodeInspection, KeptLayer, PromptInspection
-from vllm_sparse.inspect.page import Inspected, render
+from vllm_sparse.inspect.kept import MOST_CELLS, DecodeInspection, KeptLayer, KeptMap, PromptInspection
+from vllm_sparse.inspect.page import Inspected, render, strip_picture
 from vllm_sparse.methods.block_topk import BlockTopk
 from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.methods.dhsa import Dhsa
@@ -28,6 +28,8 @@ from vllm_sparse.methods.sale import Sale
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.step.roles import Role
 
+NO_NOTES = {"prefill": "", "decode": ""}
+WORDS, MARKS = [" a", " b<", " c", " d"], [(1, 3)]
 HEADS, KV_HEADS, HEAD_SIZE, SCALE = 4, 2, 32, 0.2
 
 METHODS = [
@@ -94,7 +96,9 @@ class PageReader(HTMLParser):
 
 def page_of(prefill: list[KeptLayer] | None, decode: list[KeptLayer] | None) -> PageReader:
     notes = {"prefill": "a <note>", "decode": "another"}
-    return PageReader(render(Inspected("title & <more>", {"prompt": "<script>"}, prefill, decode, notes, True)))
+    return PageReader(
+        render(Inspected("title & <more>", {"prompt": "<script>"}, prefill, decode, notes, True, WORDS, MARKS))
+    )
 
 
 def inputs(tokens: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -263,9 +267,7 @@ def test_a_long_prompt_is_shrunk_and_its_numbers_are_not(generator: torch.Genera
 def test_a_page_needs_nothing_from_elsewhere(generator: torch.Generator) -> None:
     query, key = inputs(600, generator)
     layer = PromptInspection(FlexPrefill(gamma=0.4, min_budget_tokens=128), 0, 4096, True).observe(0, query, key, SCALE)
-    text = render(
-        Inspected("t", {"prompt": "<script>alert(1)</script>"}, [layer], None, {"prefill": "", "decode": ""}, True)
-    )
+    text = render(Inspected("t", {"prompt": "<script>alert(1)</script>"}, [layer], None, NO_NOTES, True, WORDS))
     page = PageReader(text)
     assert page.addresses
     assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.addresses)
@@ -273,3 +275,51 @@ def test_a_page_needs_nothing_from_elsewhere(generator: torch.Generator) -> None
     assert not re.search(r"@import|url\(|https?:", text)
     linked = {address[1:] for address in page.addresses if address.startswith("#")}
     assert all(f'id="{place}"' in text for place in linked)
+
+
+def test_a_verdict_names_the_worst_head() -> None:
+    def head(density: float, recall: float | None) -> KeptMap:
+        cell = torch.ones(1, 1)
+        return KeptMap(cell, cell, cell, density, recall)
+
+    prompt = [KeptLayer(1, "sparse", [head(0.2, 0.9), head(0.4, 0.8)]), KeptLayer(2, "sparse", [head(0.6, 1.0)] * 2)]
+    notes = NO_NOTES
+    page = render(Inspected("t", {}, prompt, None, notes, True, WORDS))
+    verdict = page.partition('class="verdict">')[2].partition("</p>")[0]
+    assert re.sub("<[^>]+>", "", verdict) == (
+        "Prompt: 92.5% of the attention was kept with 45.0% of the tokens. The worst is layer 1, head 1: it kept 80.0% "
+        "with 40.0%."
+    )
+    assert 'href="#prefill1"' in verdict
+    shades = re.findall(r'head \d: [\d.]+</title><rect [^>]+fill="rgb\((\d+) (\d+) (\d+)\)"', page)[4:]
+    darkness = [-sum(map(int, shade)) for shade in shades]
+    assert darkness[1] > darkness[0] > darkness[2], "by what is lost"
+    assert sum(map(int, shades[2])) > 3 * 250, "nothing lost is white"
+    unknown = [KeptLayer(1, "sparse", [head(0.2, None)])]
+    assert 'class="verdict"' not in render(Inspected("t", {}, unknown, None, notes, False, WORDS))
+
+
+def test_a_pointer_shows_tokens_and_marks_stand_over_every_picture(generator: torch.Generator) -> None:
+    query, key = inputs(600, generator)
+    layer = PromptInspection(FlexPrefill(gamma=0.4, min_budget_tokens=128), 0, 4096, True).observe(0, query, key, SCALE)
+    words = [f" w{number}<" for number in range(600)]
+    page = render(Inspected("t", {}, [layer], None, NO_NOTES, True, words, [(300, 302)]))
+    rects = re.findall(r'<rect( class="mark")? x="(\d+)" y="0" width="(\d+)" height="1"><title>([^<]*)</title>', page)
+    shown = [(int(x), int(width)) for mark, x, width, _ in rects if not mark]
+    assert len(shown) == 64
+    assert [x for x, _ in shown] == [0, *(x + width for x, width in shown)][:64]
+    assert sum(width for _, width in shown) == 600
+    assert rects[0][3].startswith("keys 0 to 8: w0&lt; w1&lt;")
+    (marked,) = [rect for rect in rects if rect[0]]
+    assert marked[1:] == ("300", "2", "keys 300 to 301: w300&lt; w301&lt;")
+    assert page.count('href="#keys"') == HEADS
+    assert page.count('style="width: 93.75%"') == 2 * HEADS, "600 of the 640 tokens of five pages"
+    assert page.count("<span>0</span><span>150</span><span>300</span><span>450</span><span>600</span>") == HEADS
+
+
+def test_few_tokens_of_a_long_contexts_cell_are_pale() -> None:
+    """Not as if all of them had been read."""
+    mass = torch.tensor([[1e-2, 1e-2, 1e-2, 0.0]])
+    kept = KeptMap(torch.tensor([[1.0, 0.3, 0.01, 0.0]]), mass, torch.zeros(1, 4), 0.3, 0.9)
+    brightness = strip_picture(kept)[0].long().sum(-1).tolist()
+    assert brightness[0] < brightness[1] < brightness[2] < brightness[3] == 3 * 255

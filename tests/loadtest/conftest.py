@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,12 @@ class Simulated:
         bodies: list[dict[str, Any]] = httpx.get(f"{self.url}/requests").json()
         return bodies
 
+    @property
+    def truths(self) -> list[dict[str, Any]]:
+        """What it did, by its own clock, in the order of the requests."""
+        truths: list[dict[str, Any]] = httpx.get(f"{self.url}/truth").json()
+        return truths
+
     def stop(self) -> None:
         """End it."""
         self._process.kill()
@@ -143,6 +150,33 @@ def command_of(scenario: Path, url: str, folder: Path, arguments: Sequence[str] 
     """The load test's command line."""
     given = [str(scenario), "--url", url, "--out", str(folder), *arguments]
     return [sys.executable, "-m", "loadtest.load", *given]
+
+
+class _Tables(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[list[list[str]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "table":
+            self.found.append([])
+        elif tag == "tr":
+            self.found[-1].append([])
+        elif tag in ("td", "th"):
+            self.found[-1][-1].append("")
+        elif tag == "small":
+            self.handle_data(" ")
+
+    def handle_data(self, data: str) -> None:
+        if self.found and self.found[-1] and self.found[-1][-1]:
+            self.found[-1][-1][-1] += data
+
+
+def tables_of(page: str) -> list[list[list[str]]]:
+    """The tables of a page: rows of the cells' texts, the header first."""
+    reader = _Tables()
+    reader.feed(page)
+    return [[[" ".join(cell.split()) for cell in row] for row in table] for table in reader.found]
 
 
 LoadTest = Callable[..., Finished]

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import ssl
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 from aiohttp import web
 
 MODEL_NAME = "simulated"
+ADAPTERS = ("poet", "sql")
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,12 @@ class SimulatedServer:
         self.running = 0
         self.started = 0
         self.bodies: list[dict[str, Any]] = []
+        self.truths: list[dict[str, Any]] = []
         self._turn = asyncio.Lock()
 
     async def models(self, request: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": MODEL_NAME, "root": "nowhere"}]})
+        adapters = [{"id": name, "root": f"adapters/{name}", "parent": MODEL_NAME} for name in ADAPTERS]
+        return web.json_response({"data": [{"id": MODEL_NAME, "root": "nowhere", "parent": None}, *adapters]})
 
     async def tokenize(self, request: web.Request) -> web.Response:
         """A word is a token."""
@@ -90,6 +94,10 @@ class SimulatedServer:
         """What was asked: the bodies of all requests, in order."""
         return web.json_response(self.bodies)
 
+    async def truth(self, request: web.Request) -> web.Response:
+        """When requests arrived and when their tokens left, in seconds; and their extras."""
+        return web.json_response(self.truths)
+
     async def complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.bodies.append(body)
@@ -109,13 +117,20 @@ class SimulatedServer:
     async def _stream(self, request: web.Request, body: dict[str, Any], behaviour: Behaviour) -> web.StreamResponse:
         chat = request.path.endswith("chat/completions")
         prompt = json.dumps(body["messages"]) if chat else body["prompt"]
+        truth: dict[str, Any] = {
+            "extras": body.get("vllm_xargs", {}),
+            "arrived_seconds": time.perf_counter(),
+            "tokens": [],
+        }
+        self.truths.append(truth)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         loop = asyncio.get_running_loop()
         due = loop.time() + behaviour.ttft_seconds
         options = body.get("stream_options", {})
         continuous = behaviour.usage and behaviour.continuous and options.get("continuous_usage_stats")
-        words = _words(prompt, behaviour, body["max_tokens"])
+        # Newer clients of chats give the second name.
+        words = _words(prompt, behaviour, body.get("max_tokens") or body["max_completion_tokens"])
 
         async def send(text: str, tokens: int, so_far: int, **more: Any) -> None:
             choice: dict[str, Any] = {"delta": {"content": text}} if chat else {"text": text}
@@ -125,6 +140,8 @@ class SimulatedServer:
             if continuous:
                 event["usage"] = {"prompt_tokens": len(prompt.split()), "completion_tokens": so_far}
             await _send(response, event, behaviour.dressed)
+            if tokens:
+                truth["tokens"].append([tokens, time.perf_counter()])
 
         if chat:
             await send("", 0, 0, delta={"role": "assistant", "content": ""})
@@ -196,6 +213,7 @@ def application() -> web.Application:
             web.get("/v1/models", server.models),
             web.get("/metrics", server.metrics),
             web.get("/requests", server.requests),
+            web.get("/truth", server.truth),
             web.post("/tokenize", server.tokenize),
             web.post("/v1/completions", server.complete),
             web.post("/v1/chat/completions", server.complete),

@@ -168,13 +168,15 @@ def test_two_runs_are_compared_in_pairs(two_runs: list[str], capsys: pytest.Capt
     capsys.readouterr()
     command.main(["compare", *two_runs])
     output = capsys.readouterr().out
-    level, name, pairs, ttft, tpot, score, p, same = cells_of(output)
+    level, name, pairs, ttft, tpot, latency, score, p, same = cells_of(output)
     assert (level, name, pairs, same) == ("20", "one: B against A", "40", "0%")
     value, _, interval = ttft.partition("x ")
     assert float(value) == pytest.approx(0.5, abs=0.08)
     low, high = json.loads(interval)
     assert 0.3 < low <= high < 0.7
     assert 0.4 < float(tpot.partition("x")[0]) < 2.5
+    # 3.2 and 1.6 s to the first token, 0.19 s to the last.
+    assert float(latency.partition("x")[0]) == pytest.approx(1.79 / 3.39, abs=0.08)
     assert score == "-1.000"
     assert float(p) < 0.001
     assert "The scenarios of A and B differ in: methods." in output
@@ -198,9 +200,10 @@ def test_runs_of_other_prompts_are_compared_without_pairs(
     command.main([written(tmp_path, scenario), "--url", simulated.url, "--out", str(tmp_path / "c")])
     capsys.readouterr()
     command.main(["compare", two_runs[0], str(tmp_path / "c")])
-    _, _, pairs, ttft, _, score, p, _ = cells_of(capsys.readouterr().out)
+    _, _, pairs, ttft, _, latency, score, p, _ = cells_of(capsys.readouterr().out)
     assert (pairs, p) == ("not paired", "-")
     assert float(ttft.partition("x")[0]) == pytest.approx(1, abs=0.1)
+    assert float(latency.partition("x")[0]) == pytest.approx(1, abs=0.1)
     assert score == "+0.000"
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loadtest.load import command
 from loadtest.load.progress import Progress
 from loadtest.load.search import Search
-from tests.loadtest.conftest import LoadTest, scenario_of
+from tests.loadtest.conftest import LoadTest, Simulated, scenario_of, tables_of
 
 OPEN: dict[str, Any] = {"loop": "open", "rates": [40], "requests": 60}
 
@@ -66,7 +68,11 @@ def test_each_methods_highest_rate_is_found(load_test: LoadTest, tmp_path: Path)
         assert one["peak_goodput"] >= one["goodput_per_second"]
     assert found["quick"]["level"] > 1.5 * found["slow"]["level"]
     assert "holds the SLO" in finished.output
-    assert "/s; the most, " in finished.page
+    (held,) = [table for table in tables_of(finished.page) if table[0][1].startswith("holds the SLO")]
+    sustained = finished.report["summary"]["sustained"]
+    for row, (name, one) in zip(held[1:], found.items(), strict=True):
+        assert row[:3] == [name, f"{one['level']:g}", f"{one['breaks']:g}"]
+        assert sustained[name] == pytest.approx(one["level"], rel=1e-3), "what was due a second"
 
 
 def test_a_rate_lasts_long_enough_for_a_queue(load_test: LoadTest, tmp_path: Path) -> None:
@@ -113,3 +119,30 @@ def test_progress_tells_what_runs() -> None:
     assert progress.line().endswith("3 in flight"), "nothing ended lately"
     progress.end()
     assert out.getvalue() == "2/s: 9 requests ended, 1 failed (30 sessions)\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_a_bar() -> None:
+    progress = Progress(lambda: 0.0, Terminal())
+    progress.begin("2/s", 8)
+    for ended in range(8):
+        bar = progress.line().partition(" ")[0]
+        assert bar == "[" + "#" * (20 * ended // 8) + "." * (20 - 20 * ended // 8) + "]"
+        progress.session_ended()
+    progress.begin("4/s", 8)
+    assert progress.line().startswith("[....................] 4/s: 0 requests ended"), "each stage has its own"
+
+
+def test_sessions_that_fail_end_too(simulated: Simulated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+    monkeypatch.setattr(Progress, "session_ended", lambda self: ended.append(self.in_flight))
+    mine = tmp_path / "mine.yaml"
+    methods: dict[str, Any] = {"one": {}, "other": {"fault": "500"}}
+    settings = {"warm_up_rounds": 0, "fail_on": []}
+    mine.write_text(yaml.safe_dump(scenario_of(tmp_path, methods, {**OPEN, "requests": 6}, **settings)))
+    command.main([str(mine), "--url", simulated.url, "--out", str(tmp_path / "run")])
+    assert len(ended) == 6

@@ -86,3 +86,39 @@ def test_conditions_name_methods_that_there_are(tmp_path: Path) -> None:
     scenario = scenario_of(tmp_path, {"plain": {}}, OPEN, fail_on=["dense: failures > 0"])
     with pytest.raises(ValidationError, match="no method 'dense'; there are \\['plain'\\]"):
         Scenario.model_validate(scenario)
+
+
+@pytest.mark.parametrize(("wanted", "missed"), [(40, False), (45, True)])
+def test_a_rate_that_is_wanted_has_to_be_held(load_test: LoadTest, tmp_path: Path, wanted: float, missed: bool) -> None:
+    """Of requests that were due, with those of later turns; a stage below the rate breaks nothing."""
+    slo = {"ttft_seconds": 5, "tpot_seconds": 5, "requests_per_second": wanted}
+    load = {**OPEN, "rates": [10, 40], "requests": 20}
+    finished = load_test(scenario_of(tmp_path, {"plain": {}}, load, warm_up_rounds=0, tokens=3, slo=slo))
+    assert finished.report["summary"]["sustained"] == {"all methods together": pytest.approx(40, rel=1e-3)}
+    assert [one["holds_slo"] for one in finished.report["summary"]["stages"]] == [True, True]
+    assert f"Wanted: {wanted:g} requests a second." in finished.page
+    failed = f"slo.requests_per_second {wanted:g}: all methods together held the SLO up to 40 requests/s"
+    assert finished.code == int(missed)
+    assert (f"FAILED: {failed}." in finished.output) == (f"<li>Failed: {failed}</li>" in finished.page) == missed
+
+
+def test_a_rate_is_wanted_of_each_method_that_runs_apart(load_test: LoadTest, tmp_path: Path) -> None:
+    """In a closed loop the answered requests count."""
+    methods = {"quick": {"ttft_seconds": 0.01, "tpot_seconds": 0}, "slow": {"ttft_seconds": 1.5}}
+    load = {"loop": "closed", "concurrency": [4], "requests": 12, "methods_apart": True}
+    slo = {"ttft_seconds": 1, "tpot_seconds": 1, "requests_per_second": 4}
+    finished = load_test(scenario_of(tmp_path, methods, load, warm_up_rounds=0, tokens=3, slo=slo))
+    assert finished.code == 1
+    quick = finished.report["summary"]["stages"][0]["together"]["requests_per_second"]
+    assert finished.report["summary"]["sustained"] == {"quick": quick, "slow": None}
+    assert "FAILED: slo.requests_per_second 4: slow held the SLO at no load that was run." in finished.output
+    assert "quick held" not in finished.output
+
+
+def test_end_to_end_ratios_are_judged(load_test: LoadTest, tmp_path: Path) -> None:
+    methods: dict[str, Any] = {"plain": {"ttft_seconds": 0.1}, "slow": {"ttft_seconds": 0.3}}
+    conditions = ["slow: latency_ratio > 1.5", "slow: latency_ratio > 4"]
+    finished = load_test(scenario_of(tmp_path, methods, OPEN, warm_up_rounds=0, tokens=3, fail_on=conditions))
+    assert finished.code == 1
+    assert "FAILED: slow: latency_ratio > 1.5: 2." in finished.output
+    assert "FAILED: slow: latency_ratio > 4" not in finished.output

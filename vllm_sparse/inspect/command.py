@@ -13,6 +13,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +63,13 @@ def main(arguments: list[str]) -> None:
         help="tokens of the longest prompt that is compared with the true attention (default %(default)s)",
     )
     parser.add_argument(
+        "--mark",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="text of the prompt to mark on the page, such as where the answer stands; may be repeated",
+    )
+    parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)"
     )
     given = parser.parse_args(arguments)
@@ -69,7 +79,8 @@ def main(arguments: list[str]) -> None:
         parser.error(f"--output {given.output}: there is no folder {given.output.parent}")
     text = prompt_text(parser, given.prompt)
     config, layers = config_and_layers(parser, given.model)
-    prompt = tokens_of(parser, given.model, text, config)
+    prompt, places = tokens_of(parser, given.model, text, config)
+    marks = [mark for wanted in given.mark for mark in marks_of(parser, wanted, text, places)]
     params = request_params(parser, given, config, layers, len(prompt))
 
     prefill, prefill_note = prompt_inspection(params, len(prompt), given.chunk, given.attention_up_to)
@@ -104,6 +115,8 @@ def main(arguments: list[str]) -> None:
             kept["decode"] or None,
             {"prefill": prefill_note, "decode": decode_note},
             prefill is not None and prefill.true_attention,
+            words_of(text, places),
+            marks,
         )
     )
     given.output.write_text(page, encoding="utf-8")
@@ -112,8 +125,8 @@ def main(arguments: list[str]) -> None:
 
 def prompt_text(parser: argparse.ArgumentParser, prompt: str) -> str:
     """The text that ``--prompt`` gives or whose file it names; ends the command where there is none."""
-    # A text may be longer than a path can be, which this takes for no file.
-    if not Path(prompt[:1024]).is_file():
+    # A text may be longer than a path can be: os.path takes it for no file, where pathlib raises an error.
+    if not os.path.isfile(prompt):
         if len(prompt.split()) < 2:
             parser.error(f"--prompt {prompt}: there is no such file, and a text has more than one word")
         return prompt
@@ -156,16 +169,38 @@ def request_params(
     return params
 
 
-def tokens_of(parser: argparse.ArgumentParser, model: str, text: str, config: Any) -> list[int]:
-    """Token ids of the prompt; ends the command where the model cannot take as many."""
+def tokens_of(
+    parser: argparse.ArgumentParser, model: str, text: str, config: Any
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of the prompt, and the characters of each; ends the command where the model cannot take as many."""
     from transformers import AutoTokenizer
 
-    tokens: list[int] = AutoTokenizer.from_pretrained(model)(text)["input_ids"]
+    found = AutoTokenizer.from_pretrained(model)(text, return_offsets_mapping=True)
+    tokens: list[int] = found["input_ids"]
     if len(tokens) > config.max_position_embeddings:
         parser.error(
             f"--prompt: it has {len(tokens)} tokens, more than the {config.max_position_embeddings} of the model"
         )
-    return tokens
+    return tokens, [(start, stop) for start, stop in found["offset_mapping"]]
+
+
+def words_of(text: str, places: list[tuple[int, int]]) -> list[str]:
+    """The text of each token."""
+    return [text[start:stop] for start, stop in places]
+
+
+def marks_of(
+    parser: argparse.ArgumentParser, wanted: str, text: str, places: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """First token and the one after the last of each place where a text stands; ends the command if there is none."""
+    starts = [match.start() for match in re.finditer(re.escape(wanted), text)] if wanted else []
+    if not starts:
+        parser.error(f"--mark {wanted!r}: a text that stands in the prompt is wanted")
+    found = []
+    for start in starts:
+        within = [token for token, (first, last) in enumerate(places) if first < start + len(wanted) and last > start]
+        found.append((within[0], within[-1] + 1))
+    return found
 
 
 def prompt_inspection(
@@ -178,25 +213,40 @@ def prompt_inspection(
     inspection = PromptInspection(method, params.min_tokens, chunk_tokens, tokens <= attention_up_to)
     chunks = inspection.chunks(tokens)
     dense = [chunk for chunk in chunks if inspection.runs_dense(*chunk)]
-    reason = (
-        f"shorter than sparse_min_tokens {params.min_tokens} or of fewer than {method.min_query_tokens} tokens from "
-        f"there on in the last chunk, which {method.name} leaves dense"
-    )
     if len(dense) == len(chunks):
-        return None, (
-            f"The prompt of {tokens} tokens is dense, because it is {reason}: give a longer prompt or a smaller "
-            "sparse_min_tokens."
-        )
+        reason = why_chunk_is_dense(method, params.min_tokens, *dense[-1])
+        return None, f"The prompt of {tokens} tokens is dense, because {reason}."
     note = (
         f"{method.name} chose pages of {method.page_tokens} tokens for blocks of {method.query_block_tokens} queries."
     )
     if len(chunks) > 1:
         note += f" The prompt was computed in {len(chunks)} chunks of {chunk_tokens} tokens at most."
     if dense:
-        note += f" {len(dense)} of them ran dense: their context is {reason}."
+        reasons = Counter(why_chunk_is_dense(method, params.min_tokens, *chunk) for chunk in dense)
+        note += "".join(f" {count} of them ran dense, because {reason}." for reason, count in reasons.items())
     if not inspection.true_attention:
         note += f" The true attention was left out, because the prompt is longer than {attention_up_to} tokens."
     return inspection, note
+
+
+def why_chunk_is_dense(method: PrefillMethod, min_tokens: int, start: int, stop: int) -> str:
+    """The cause that applies to a chunk of tokens `start` to ``stop - 1`` that runs dense, and what helps."""
+    if stop <= min_tokens:
+        return (
+            f"its context of {stop} tokens is no longer than sparse_min_tokens {min_tokens}: give a longer prompt or a "
+            "smaller sparse_min_tokens"
+        )
+    sparse_tokens = stop - max(start, min_tokens)
+    said = (
+        f"only {sparse_tokens} of its tokens come after"
+        if min_tokens > start
+        else f"it has only {sparse_tokens} tokens"
+    )
+    begins = f" sparse_min_tokens {min_tokens}" if min_tokens > start else ""
+    return (
+        f"{said}{begins}, and {method.name} leaves fewer than {method.min_query_tokens} dense: give a longer prompt"
+        + (" or a smaller sparse_min_tokens" if begins else " or another --chunk")
+    )
 
 
 def decode_inspection(params: SparseParams, tokens: int, layers: int) -> tuple[DecodeInspection | None, str]:
@@ -205,10 +255,14 @@ def decode_inspection(params: SparseParams, tokens: int, layers: int) -> tuple[D
     if method is None:
         return None, "The settings leave decoding dense."
     if why_decode_is_dense(method, params.min_tokens, tokens) is not None:
+        if tokens < params.min_tokens:
+            return None, (
+                f"Decoding is dense, because the context of {tokens} tokens is shorter than sparse_min_tokens "
+                f"{params.min_tokens}: give a longer prompt or a smaller sparse_min_tokens."
+            )
         return None, (
-            f"Decoding is dense, because the context of {tokens} tokens is shorter than sparse_min_tokens "
-            f"{params.min_tokens} or no longer than the {method.budget_tokens} tokens that {method.name} reads: give a "
-            "longer prompt, or smaller numbers."
+            f"Decoding is dense, because the context of {tokens} tokens is no longer than the {method.budget_tokens} "
+            f"tokens that {method.name} reads: give a longer prompt or a smaller budget."
         )
     note = f"What {method.name} chose for the prompt's last token, as if it had just been generated, token by token."
     return DecodeInspection(method, method.layer_roles(layers)), note

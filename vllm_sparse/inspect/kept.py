@@ -49,11 +49,13 @@ class KeptLayer:
         index: of the layer.
         role: ``sparse`` or `Role.DENSE` in a prompt, as of `DecodeMethod.layer_roles` in a decode step.
         heads: one map per query head; none where no list is read or written.
+        cell_tokens: keys of a map's cell.
     """
 
     index: int
     role: Role | Literal["sparse"]
     heads: list[KeptMap]
+    cell_tokens: int = 1
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class PromptInspection:
             kept = listed[head * len(listed) // heads].double()
             head_mass = None if mass is None else mass[head]
             maps.append(_kept_map(kept, candidates, head_mass, sizes))
-        return KeptLayer(index, "sparse", maps)
+        return KeptLayer(index, "sparse", maps, _per_cell(candidates.shape[1]) * page)
 
     def listed(self, index: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
         """Pages that each query block reads in a sparse layer, some perhaps of the future; arguments as in `observe`.
@@ -160,7 +162,7 @@ class DecodeInspection:
         for head in range(heads):
             kept = self.lists[head * len(self.lists) // heads].double().unsqueeze(0)
             maps.append(_kept_map(kept, candidates, mass[head].unsqueeze(0), candidates[:, :1]))
-        return KeptLayer(index, role, maps)
+        return KeptLayer(index, role, maps, _per_cell(tokens))
 
     def choose(self, index: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
         """Let a layer write its list, if it writes one; layers come in order. Arguments as in `PromptInspection`."""
@@ -206,6 +208,11 @@ def _block_sums(values: torch.Tensor, block: int) -> torch.Tensor:
     return padded.view(-1, block, values.shape[1]).sum(1)
 
 
+def _per_cell(length: int) -> int:
+    """Rows or columns that a cell of a picture holds."""
+    return -(-length // MOST_CELLS)
+
+
 def _kept_map(kept: torch.Tensor, candidates: torch.Tensor, mass: torch.Tensor | None, sizes: torch.Tensor) -> KeptMap:
     """A head's map, shrunk to a picture's size.
 
@@ -216,7 +223,7 @@ def _kept_map(kept: torch.Tensor, candidates: torch.Tensor, mass: torch.Tensor |
         sizes: ``[blocks, 1]`` queries of each block.
     """
     read = kept * candidates
-    of_rows, of_columns = (-(-length // MOST_CELLS) for length in read.shape)
+    of_rows, of_columns = map(_per_cell, read.shape)
 
     def shrunk(values: torch.Tensor) -> torch.Tensor:
         return _block_sums(_block_sums(values, of_rows).T, of_columns).T

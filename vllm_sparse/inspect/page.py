@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -24,29 +25,45 @@ from vllm_sparse.step.roles import Role
 
 # Of an overview's cell, in the units of its drawing.
 CELL_WIDTH, CELL_HEIGHT, LABEL_WIDTH = 40, 22, 34
+# Of keys that a pointer tells apart, and the text that it shows of each.
+HOVER_PARTS, HOVER_CHARACTERS = 64, 160
+# Share of the attention lost that has the lightest colour in an overview, on a logarithmic scale to all of it.
+LEAST_LOSS = 1e-3
+# How much of a cell's colour shows where a single one of its tokens was read.
+LEAST_SHOWN = 0.25
 # An overview with more heads has no numbers in its cells.
 MOST_NUMBERED_HEADS = 16
 
 STYLE = """
-:root { color-scheme: light }
-body { font: 16px/1.45 system-ui, sans-serif; color: #1c2733; background: #fff; max-width: 70rem; margin: 0 auto;
-  padding: 1rem; overflow-wrap: anywhere }
-h1 { font-size: 1.5rem; line-height: 1.2 } h2 { margin-top: 2.5rem; border-top: 2px solid #d5dde5; padding-top: 1rem }
+:root { color-scheme: light dark; --ink: #1c2733; --page: #fff; --soft: #5a6875; --line: #d5dde5; --mark: #b3160e }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8ebee; --page: #161b20; --soft: #a3afba; --line: #3a444d; --mark: #ff8a80 } }
+body { font: 16px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--page);
+  max-width: 70rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere }
+h1 { font-size: 1.5rem; line-height: 1.2 }
+h2 { margin-top: 2.5rem; border-top: 2px solid var(--line); padding-top: 1rem }
 h3 { margin: 1.6rem 0 .2rem; font-size: 1.05rem } p { margin: .3rem 0 .8rem; max-width: 46rem }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: 1rem 0 }
-dt { color: #5a6875 } dd { margin: 0; font-variant-numeric: tabular-nums }
+dt { color: var(--soft) } dd { margin: 0; font-variant-numeric: tabular-nums }
 .overviews { display: flex; flex-wrap: wrap; gap: 1.5rem } .overviews figure { flex: 1 1 20rem; max-width: 34rem }
 figure { margin: 0; break-inside: avoid } figcaption { font-size: .8rem; font-variant-numeric: tabular-nums }
-figure img, figure svg { display: block; width: 100%; image-rendering: pixelated } svg text { font: 11px system-ui }
+figure img, figure svg { display: block; width: 100%; image-rendering: pixelated }
+svg text { font: 11px system-ui; fill: var(--ink) }
 .maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem }
 .maps figure { max-width: 22rem }
 .maps img { aspect-ratio: 1; border: 1px solid #9aa7b3; box-sizing: border-box }
 .strips { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: .5rem 1rem }
 .strips img { height: 1.6rem; border: 1px solid #9aa7b3; box-sizing: border-box }
 .legend span { display: inline-block; width: 2.6em; height: .9em; border: 1px solid #9aa7b3; vertical-align: -.1em }
-.muted { color: #5a6875; font-weight: normal } .axis { font-size: .8rem; color: #5a6875 }
-@media print { body { max-width: none; padding: 0; font-size: 11px; print-color-adjust: exact;
-  -webkit-print-color-adjust: exact } #decode { break-before: page } h3 { break-after: avoid } a { color: inherit } }
+.muted { color: var(--soft); font-weight: normal } .axis { font-size: .8rem; color: var(--soft) }
+.verdict { border-left: 4px solid var(--mark); padding-left: .8rem } a { color: inherit }
+.over { position: relative } .over svg { position: absolute; inset: 0; height: 100% }
+#keys rect { fill: transparent } #keys rect:hover { fill: rgb(120 120 120 / .25) }
+#keys .mark { fill: rgb(210 0 200 / .3); stroke: #d200c8; stroke-width: 1; vector-effect: non-scaling-stroke }
+.ticks { display: flex; justify-content: space-between; font-size: .7rem; color: var(--soft) }
+@media print { :root { --ink: #000; --page: #fff; --soft: #444; --line: #bbb; --mark: #b3160e }
+  body { max-width: none; padding: 0; font-size: 11px; print-color-adjust: exact;
+  -webkit-print-color-adjust: exact } #decode { break-before: page } h3 { break-after: avoid } }
 """
 
 
@@ -61,6 +78,8 @@ class Inspected:
         decode: the layers in the decode step after it; None where it is dense.
         notes: of each phase, a sentence on what is shown or why nothing is.
         compared: the true attention of the prompt was computed.
+        words: the text of each token of the prompt.
+        marks: first token and the one after the last of what is to be marked.
     """
 
     title: str
@@ -69,6 +88,8 @@ class Inspected:
     decode: list[KeptLayer] | None
     notes: dict[str, str]
     compared: bool
+    words: Sequence[str]
+    marks: Sequence[tuple[int, int]] = ()
 
 
 def render(inspected: Inspected) -> str:
@@ -81,7 +102,10 @@ def render(inspected: Inspected) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(inspected.title)}</title><style>{STYLE}</style></head><body>",
             f"<h1>{escape(inspected.title)}</h1>",
+            _verdict("Prompt", "prefill", inspected.prefill),
+            _verdict("Decode step", "decode", inspected.decode),
             f"<dl>{facts}</dl>",
+            _hover(inspected.words, inspected.marks),
             _legend(inspected.compared or inspected.decode is not None),
             "<p><b>Density</b> is the share of the tokens in reach that a head read. <b>Recall</b> is the share of its "
             "true attention that fell on them; the true attention is that of a dense run of the model, so it does not "
@@ -91,6 +115,44 @@ def render(inspected: Inspected) -> str:
             "</body></html>",
         ]
     )
+
+
+def _verdict(title: str, phase: str, layers: list[KeptLayer] | None) -> str:
+    """How much was kept, and where the least."""
+    heads = [(head, number, layer.index) for layer in layers or () for number, head in enumerate(layer.heads)]
+    known = [(head.recall, head.density, number, index) for head, number, index in heads if head.recall is not None]
+    if not known:
+        return ""
+    recall, density, number, index = min(known)
+    return (
+        f'<p class="verdict"><b>{title}</b>: {_mean([one for one, *_ in known]):.1%} of the attention was kept with '
+        f"{_mean([head.density for head, *_ in heads]):.1%} of the tokens. The worst is "
+        f'<a href="#{phase}{index}">layer {index}, head {number}</a>: it kept {recall:.1%} with {density:.1%}.</p>'
+    )
+
+
+def _hover(words: Sequence[str], marks: Sequence[tuple[int, int]]) -> str:
+    """What lies over every picture, once: keys from left to right, whose tokens a pointer shows, and what is marked."""
+    tokens = len(words)
+    if not tokens:
+        return ""
+    parts = []
+    for number in range(min(HOVER_PARTS, tokens)):
+        first, stop = (place * tokens // min(HOVER_PARTS, tokens) for place in (number, number + 1))
+        parts.append(_part(first, stop, words))
+    parts += [_part(first, stop, words, ' class="mark"') for first, stop in marks]
+    return (
+        f'<svg width="0" height="0" style="position: absolute"><symbol id="keys" viewBox="0 0 {tokens} 1" '
+        f'preserveAspectRatio="none">{"".join(parts)}</symbol></svg>'
+    )
+
+
+def _part(first: int, stop: int, words: Sequence[str], named: str = "") -> str:
+    said = " ".join("".join(words[first:stop]).split())
+    if len(said) > HOVER_CHARACTERS:
+        said = f"{said[: HOVER_CHARACTERS // 2]} … {said[-HOVER_CHARACTERS // 2 :]}"
+    title = escape(f"keys {first} to {stop - 1}: {said}")
+    return f'<rect{named} x="{first}" y="0" width="{stop - first}" height="1"><title>{title}</title></rect>'
 
 
 def _legend(compared: bool) -> str:
@@ -123,7 +185,7 @@ def _prompt_section(inspected: Inspected) -> list[str]:
     ]
     for layer in inspected.prefill:
         lines.append(f'<h3 id="prefill{layer.index}">Layer {layer.index}{_summary(layer)}</h3>')
-        lines.append(f'<div class="maps">{_figures("prefill", layer, kept_picture)}</div>')
+        lines.append(f'<div class="maps">{_figures("prefill", layer, kept_picture, len(inspected.words))}</div>')
     return lines
 
 
@@ -139,7 +201,7 @@ def _decode_section(inspected: Inspected) -> list[str]:
     ]
     for layer in inspected.decode:
         lines.append(f'<h3 id="decode{layer.index}">Layer {layer.index}{_summary(layer)}</h3>')
-        lines.append(f'<div class="strips">{_figures("decode", layer, strip_picture)}</div>')
+        lines.append(f'<div class="strips">{_figures("decode", layer, strip_picture, len(inspected.words))}</div>')
     return lines
 
 
@@ -148,7 +210,9 @@ def strip_picture(kept: KeptMap) -> torch.Tensor:
     assert kept.kept_mass is not None
     assert kept.missed_mass is not None
     ones, zeros = torch.ones_like(kept.share), torch.zeros_like(kept.share)
-    read = KeptMap((kept.share > 0).float(), kept.kept_mass, zeros, kept.density, kept.recall)
+    # Of a long context a cell holds many tokens: one of which few were read is pale.
+    share = torch.where(kept.share > 0, kept.share.clamp(min=LEAST_SHOWN), kept.share)
+    read = KeptMap(share, kept.kept_mass, zeros, kept.density, kept.recall)
     missed = KeptMap(zeros, ones, kept.missed_mass, kept.density, kept.recall)
     return torch.cat([kept_picture(read), kept_picture(missed)])
 
@@ -176,17 +240,22 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _figures(phase: str, layer: KeptLayer, picture: Callable[[KeptMap], torch.Tensor]) -> str:
-    """A picture and its caption for each head."""
+def _figures(phase: str, layer: KeptLayer, picture: Callable[[KeptMap], torch.Tensor], tokens: int) -> str:
+    """A picture and its caption for each head; `tokens` of the prompt lie along it."""
+    ticks = "".join(f"<span>{place * tokens // 4}</span>" for place in range(5))
     figures = []
     for number, head in enumerate(layer.heads):
         recall = "" if head.recall is None else f" · recall {head.recall:.3f}"
+        # The last cell may hold fewer tokens than it has room for.
+        width = f"{tokens / (head.share.shape[1] * layer.cell_tokens):.2%}"
         data = f'data-phase="{phase}" data-layer="{layer.index}" data-head="{number}" data-density="{head.density:.6f}"'
         data += "" if head.recall is None else f' data-recall="{head.recall:.6f}"'
         caption = f"head {number} · density {head.density:.3f}{recall}"
         figures.append(
-            f'<figure {data}><figcaption>{caption}</figcaption><img alt="layer {layer.index}, {caption}" '
-            f'src="{data_url(picture(head))}"></figure>'
+            f'<figure {data}><figcaption>{caption}</figcaption><div class="over"><img alt="layer {layer.index}, '
+            f'{caption}" src="{data_url(picture(head))}"><svg preserveAspectRatio="none" style="width: {width}"><use '
+            f'href="#keys" width="100%" height="100%"/></svg></div><div class="ticks" style="width: {width}">{ticks}'
+            "</div></figure>"
         )
     return "".join(figures)
 
@@ -216,10 +285,12 @@ def _overview(
         top = row * CELL_HEIGHT
         cells.append(f'<text x="{LABEL_WIDTH - 6}" y="{top + 15}" text-anchor="end">{layer.index}</text>')
         if not layer.heads:
-            cells.append(f'<text x="{LABEL_WIDTH + 4}" y="{top + 15}" fill="#5a6875">{_meaning(layer)}</text>')
+            cells.append(
+                f'<text x="{LABEL_WIDTH + 4}" y="{top + 15}" style="fill: var(--soft)">{_meaning(layer)}</text>'
+            )
         for column, head in enumerate(layer.heads):
             found = value(head)
-            depth = 1 - found if low_is_dark else found
+            depth = 1 - math.log(max(1 - found, LEAST_LOSS), LEAST_LOSS) if low_is_dark else found
             red, green, blue = (round(light + depth * (dark - light)) for light, dark in zip(*shades, strict=True))
             left = LABEL_WIDTH + column * width
             cells.append(
@@ -229,10 +300,11 @@ def _overview(
             )
             if numbered:
                 place = f'x="{left + width / 2:g}" y="{top + 15}" text-anchor="middle"'
-                cells.append(f'<text {place} fill="{"#fff" if depth > 0.5 else "#1c2733"}">{found:.2f}</text>')
+                cells.append(f'<text {place} style="fill: {"#fff" if depth > 0.5 else "#1c2733"}">{found:.2f}</text>')
             cells.append("</a>")
+    said = f"; the darker, the more is lost, from {LEAST_LOSS:.1%} on a logarithmic scale" if low_is_dark else ""
     size = LABEL_WIDTH + heads * width, len(layers) * CELL_HEIGHT
     return (
-        f"<figure><figcaption><b>{name}</b> by layer (down) and head (across)</figcaption>"
+        f"<figure><figcaption><b>{name}</b> by layer (down) and head (across){said}</figcaption>"
         f'<svg viewBox="0 0 {size[0]} {size[1]}" style="max-width: {size[0] * 1.4:g}px">{"".join(cells)}</svg></figure>'
     )

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 400, 270
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 44
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 44
+# That the label of a line takes at most.
+LABEL_WIDTH = 16
 # Shapes of the marks tell series apart where colours do not.
 _SHAPES: tuple[Callable[[float, float], str], ...] = (
     lambda x, y: f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>',
@@ -44,6 +46,21 @@ class Series:
     joined: bool = True
 
 
+@dataclass(frozen=True)
+class Line:
+    """A vertical line, such as where a stage begins.
+
+    Attributes:
+        x: where.
+        label: short, above it.
+        meaning: what a pointer on it says.
+    """
+
+    x: float
+    label: str
+    meaning: str
+
+
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers that cover a range: at most `most` steps of 1, 2 or 5 times a power of ten."""
     span = high - low or abs(high) or 1.0
@@ -63,25 +80,32 @@ def distribution(values: Sequence[float]) -> list[Point]:
 
 
 def chart(
-    title: str, series: Sequence[Series], x_label: str, y_label: str, y_range: tuple[float, float] | None = None
+    title: str,
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    y_range: tuple[float, float] | None = None,
+    lines: Sequence[Line] = (),
 ) -> str:
     """A figure with its legend.
 
     Args:
         title: stands above it, and is what a screen reader says.
-        series: those without points are named in the legend as missing.
+        series: those without points are named in the legend as missing; equal names are one line with breaks.
         x_label, y_label: of the axes, with units.
         y_range: of the axis; default: from 0 (or the least value, if negative) to the greatest.
+        lines: across it, from left to right.
     """
     drawn = [one for one in series if one.points]
     if not drawn:
         return _figure(title, '<p class="missing">nothing was measured</p>', series)
-    xs = [x for one in drawn for x, _ in one.points]
+    xs = [x for one in drawn for x, _ in one.points] + [line.x for line in lines]
     ys = [y for one in drawn for _, y in one.points] + [end for one in drawn for bar in one.bars if bar for end in bar]
     x_ticks = ticks(min(0.0, *xs), max(xs))
     y_ticks = ticks(*y_range) if y_range else ticks(min(0.0, *ys), max(ys))
     place = _Place(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
-    parts = [*_axes(place, x_ticks, y_ticks, x_label, y_label), *(_series(place, one) for one in drawn)]
+    parts = [*_axes(place, x_ticks, y_ticks, x_label, y_label), *_lines(place, lines)]
+    parts += [_series(place, one) for one in drawn]
     label = html.escape(f"{title}: {y_label} over {x_label}", quote=True)
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
     return _figure(title, svg, series)
@@ -121,6 +145,21 @@ def _axes(place: _Place, x_ticks: Sequence[float], y_ticks: Sequence[float], x_l
     return parts
 
 
+def _lines(place: _Place, lines: Sequence[Line]) -> list[str]:
+    parts = []
+    free = 0.0
+    for line in lines:
+        x = place.x(line.x)
+        # Where lines are close to one another only the first one has its label.
+        label = f'<text x="{x:.1f}" y="{TOP - 2}" text-anchor="middle">{html.escape(line.label)}</text>'
+        parts.append(
+            f'<g class="stage"><title>{html.escape(line.meaning)}</title>'
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>{label if x >= free else ""}</g>'
+        )
+        free = x + LABEL_WIDTH if x >= free else free
+    return parts
+
+
 def _series(place: _Place, one: Series) -> str:
     spots = [(place.x(x), place.y(y)) for x, y in one.points]
     parts = []
@@ -137,17 +176,22 @@ def _series(place: _Place, one: Series) -> str:
 
 
 def _dash(colour: int) -> str:
-    pattern = _DASHES[colour % len(_DASHES)]
+    pattern = _DASHES[(colour + colour // COLOURS) % len(_DASHES)]
     return f' stroke-dasharray="{pattern}"' if pattern else ""
 
 
 def _mark(colour: int, x: float, y: float) -> str:
-    return _SHAPES[colour % len(_SHAPES)](x, y)
+    # Where colours come again, with another shape and another dash.
+    return _SHAPES[(colour + colour // COLOURS) % len(_SHAPES)](x, y)
 
 
 def _figure(title: str, body: str, series: Sequence[Series]) -> str:
     alone = len(series) == 1 and series[0].name == title
-    keys = "" if alone else "".join(map(_key, series))
+    named: dict[str, Series] = {}
+    for one in series:
+        if one.points or one.name not in named:
+            named[one.name] = one
+    keys = "" if alone else "".join(map(_key, named.values()))
     return f'<figure><figcaption>{html.escape(title)}</figcaption>{body}<div class="keys">{keys}</div></figure>'
 
 

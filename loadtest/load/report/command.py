@@ -1,4 +1,4 @@
-"""Reports from the command line: JSON, HTML and a table of one run, and the comparison of two."""
+"""Reports from the command line: JSON, HTML and a table of one run, and the comparison of several."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.load.journal import NAME, read_journal
-from loadtest.load.report import compare, export, html, terminal
+from loadtest.load.report import compare, compare_page, export, html, terminal
 from loadtest.load.report.summary import summarise
 
 NAMES = string.ascii_uppercase
@@ -54,13 +54,14 @@ def write_report(folder: Path, with_parquet: bool = False) -> bool:
 
 
 def compare_runs(arguments: Sequence[str]) -> None:
-    """Print how runs differ from a first one."""
+    """Print how runs differ from a first one, and write a page of it if asked to."""
     parser = argparse.ArgumentParser(
         prog="python -m loadtest.load compare",
         description="How runs differ from the first one, method by method, with 95 % intervals.",
     )
     parser.add_argument("first", type=Path, metavar="A", help="folder of a run")
     parser.add_argument("others", type=Path, nargs="+", metavar="B", help="folders of others")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write an HTML page of the comparison too")
     given = parser.parse_args(arguments)
     runs = [given.first, *given.others]
     if len(runs) > len(NAMES):
@@ -68,4 +69,10 @@ def compare_runs(arguments: Sequence[str]) -> None:
     reports = dict(zip(NAMES, map(_report, runs), strict=False))
     found = compare.compare(reports)
     named = [f"{name}: {folder}" for name, folder in zip(reports, runs, strict=True)]
+    if given.page is not None:
+        places = {name: str(folder) for name, folder in zip(reports, runs, strict=True)}
+        try:
+            given.page.write_text(compare_page.page(reports, places, found), encoding="utf-8")
+        except OSError as error:
+            parser.error(f"--page {given.page} cannot be written: {error.strerror}")
     print("\n".join([*named, "", terminal.comparison(found, sys.stdout.isatty())]))

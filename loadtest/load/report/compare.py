@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loadtest.load.measures import Request, counted, tpot_seconds, ttft_seconds
+from loadtest.load.measures import Request, counted, latency_seconds, tpot_seconds, ttft_seconds
 from loadtest.load.plan import WARM_UPS
 from loadtest.load.report.statistics import (
     confidence_of_each,
@@ -70,6 +70,9 @@ def _independent(first: list[Request], second: list[Request], confidence: float)
         "pairs": 0,
         "ttft_ratio": independent_ratio(by_prompt(first, ttft_seconds), by_prompt(second, ttft_seconds), confidence),
         "tpot_ratio": independent_ratio(by_prompt(first, _pace), by_prompt(second, _pace), confidence),
+        "latency_ratio": independent_ratio(
+            by_prompt(first, latency_seconds), by_prompt(second, latency_seconds), confidence
+        ),
         "score_difference": independent_difference(
             by_prompt(first, lambda one: one["score"]), by_prompt(second, lambda one: one["score"]), confidence
         ),

@@ -36,6 +36,7 @@ KEPT: dict[str, type] = {
     "output_tokens": int,
     "counted_by": str,
     "finish_reason": str,
+    "adapter": str,
     "score": float,
 }
 MEASURED: dict[str, type] = {
@@ -71,7 +72,8 @@ def rows(report: Report) -> Iterator[dict[str, Any]]:
             counts = stage["name"] not in WARM_UPS and not request["ramp"]
             yield {
                 "level": stage["level"],
-                **{name: request[name] for name in KEPT},
+                # Journals of an earlier version know no adapters.
+                **{name: request.get(name) for name in KEPT},
                 "counts": counts and request["status"] not in ("interrupted", "cancelled"),
                 "good": is_good(request, scenario.slo),
                 "ttft_seconds": ttft_seconds(request),

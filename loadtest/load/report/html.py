@@ -1,42 +1,46 @@
-"""The report as one HTML page that needs nothing else: style and charts are inside."""
+"""The page of a run."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from loadtest.load.measures import Request, counted, failed, tpot_seconds, ttft_seconds
+from loadtest.load.measures import (
+    Request,
+    counted,
+    failed,
+    gap_seconds,
+    latency_seconds,
+    tpot_seconds,
+    ttft_seconds,
+)
 from loadtest.load.plan import WARM_UPS
 from loadtest.load.reply import FAILURES
-from loadtest.load.report.chart import Series, chart, distribution
+from loadtest.load.report.chart import Line, Series, chart, distribution
+from loadtest.load.report.markup import document, figures, folded, note, section, table, text, warnings
+from loadtest.load.report.over_time import in_flight, medians
 from loadtest.load.report.server_metrics import density_series, fallbacks, series_of, time_series
 from loadtest.load.report.statistics import LEAST_CLUSTERS, PERCENTILES, samples_needed
 from loadtest.load.report.summary import Report, compared
+from loadtest.load.report.tables import holding, measured, ratio_cell, ratios
 from loadtest.load.report.words import (
-    count_or_dash,
     counting_in_words,
-    density_of,
-    few_pairs,
-    interval_in_words,
     load_unit_of,
     milliseconds,
     percent,
-    score_in_words,
+    rate,
     seconds,
-    with_interval,
+    slo_in_words,
 )
 from loadtest.load.scenario import Scenario
 
-# Of a table: a method, what is known of it, and its stage.
-Column = tuple[str, Mapping[str, Any], Mapping[str, Any]]
-
-_STYLE = Path(__file__).with_name("style.css")
 # More points than a line this wide can show.
 MOST_POINTS = 400
+# Of a run, in each of which latencies have their median.
+WINDOWS = 60
+WORKLOAD_LATENCIES = (("TTFT s", "p50"), ("TPOT ms", "p50"), ("gap ms", "p99"), ("end to end s", "p50"))
 SINCE_START = "seconds from the start"
 
 
@@ -47,12 +51,13 @@ def page(report: Report) -> str:
     sections = [
         _verdict(report["summary"]["verdict"]),
         _head(report, title),
-        _warnings(report["summary"]["warnings"]),
+        warnings(report["summary"]["warnings"]),
         _findings(report),
         _side_by_side(report),
         _together(report),
         _workloads(report),
         _latency(report),
+        _over_time(report),
         _goodput(report),
         _quality(report),
         _lengths(report),
@@ -61,40 +66,7 @@ def page(report: Report) -> str:
         _client(report),
         _settings(report),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)}</title><style>\n{_STYLE.read_text(encoding='utf-8')}</style></head>\n<body>\n"
-        + "\n".join(filter(None, sections))
-        + "\n</body></html>\n"
-    )
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of cells that are HTML already; the first of a row names it."""
-    top = "".join(f"<th>{cell}</th>" for cell in header)
-    body = "".join(f"<tr><th>{row[0]}</th>{''.join(map(_cell, row[1:]))}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _cell(content: str) -> str:
-    return content if content.startswith("<td") else f"<td>{content}</td>"
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<section><h2>{_text(title)}</h2>{''.join(parts)}</section>"
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{_text(text)}</p>'
-
-
-def _figures(*charts: str) -> str:
-    return f'<div class="figures">{"".join(charts)}</div>'
+    return document(title, sections)
 
 
 def _colours(report: Report) -> dict[str, int]:
@@ -114,9 +86,7 @@ def _head(report: Report, title: str) -> str:
     ]
     if report["end"]["seconds"] is not None:
         facts.insert(3, f"{report['end']['seconds']:.0f} s")
-    return (
-        f'<h1>{_text(title)}</h1><p>{_text(scenario["description"])}</p><p class="soft">{_text(" · ".join(facts))}</p>'
-    )
+    return f'<h1>{text(title)}</h1><p>{text(scenario["description"])}</p><p class="soft">{text(" · ".join(facts))}</p>'
 
 
 def _verdict(found: Mapping[str, Any]) -> str:
@@ -124,188 +94,123 @@ def _verdict(found: Mapping[str, Any]) -> str:
     if found["passed"] and not found["overloaded"]:
         return '<p class="verdict passed">Passed</p>'
     lines = [f"Overloaded: {text}" for text in found["overloaded"]] + [f"Failed: {text}" for text in found["failed"]]
-    items = "".join(f"<li>{_text(line)}</li>" for line in lines)
-    note = "Latencies of an overloaded server are of its queue, not of its methods." if found["overloaded"] else ""
-    return f'<div class="verdict failed"><ul>{items}</ul><span>{note}</span></div>'
-
-
-def _warnings(warnings: Sequence[str]) -> str:
-    if not warnings:
-        return ""
-    items = "".join(f"<li>{_text(warning)}</li>" for warning in warnings)
-    return f'<div class="warnings"><p>Read with care</p><ul>{items}</ul></div>'
+    items = "".join(f"<li>{text(line)}</li>" for line in lines)
+    meaning = "Latencies of an overloaded server are of its queue, not of its methods." if found["overloaded"] else ""
+    return f'<div class="verdict failed"><ul>{items}</ul><span>{meaning}</span></div>'
 
 
 def _findings(report: Report) -> str:
-    comparisons = report["summary"]["comparisons"]
-    kept = report["summary"]["kept_slo"]
-    items = [_finding(row, len({one["level"] for one in comparisons}) > 1) for row in comparisons]
-    for name, level in kept.items():
-        if name and (level is not None or len(report["summary"]["stages"]) > 1):
-            said = "held at no level that was run" if level is None else f"held up to {level:g}{load_unit_of(report)}"
-            items.append(f"<b>{_text(name)}</b>: the SLO {said}{_knee(report, name)}.")
-    if not items:
-        return ""
-    note = (
-        "Ratios are paired, prompt by prompt; below 1x is faster. Brackets are bootstrap intervals over blocks of "
-        f"prompts, as wide as it takes for all {len(comparisons)} comparisons to hold at 95 %; McNemar's p is Holm's. "
-        f"Fewer than {LEAST_CLUSTERS} prompts, or prompts that all agree, have none."
-    )
-    return _section("In short", f"<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>", _note(note))
-
-
-def _knee(report: Report, name: str) -> str:
-    found = report["summary"]["saturation"].get(name)
-    if found is None or found["goodput_per_second"] is None:
-        return ""
-    return (
-        f", with a goodput of {found['goodput_per_second']:.3g}/s; the most, {found['peak_goodput']:.3g}/s, was at "
-        f"{found['knee']:g}{load_unit_of(report)}"
-    )
-
-
-def _finding(row: Mapping[str, Any], name_level: bool) -> str:
-    name = f"<b>{_text(row['method'])}</b> against {_text(row['baseline'])}"
-    if name_level:
-        name += f" at {count_or_dash(row['level'])}"
-    if not row["pairs"]:
-        return f"{name}: no pair of requests succeeded."
-    parts = [
-        f"time to the first token {_ratio(row['ttft_ratio'])}",
-        f"time per token {_ratio(row['tpot_ratio'])}",
-    ]
-    if row["score_difference"]["value"] is not None:
-        parts.append(
-            f"score {interval_in_words(row['score_difference'], '{:+.3f}')} "
-            f"(only {_text(row['baseline'])} right: {row['only_first_right']}, only {_text(row['method'])}: "
-            f"{row['only_second_right']}; McNemar p = {row['mcnemar_p']:.3f})"
+    """Methods x levels: ratios to the baseline, and the load that holds the SLO."""
+    summary = report["summary"]
+    comparisons = summary["comparisons"]
+    several = _levels(report) > 1
+    parts = []
+    if comparisons:
+        rows = [(_named(report, row["method"], row["level"]), row) for row in comparisons]
+        said = (
+            f"Against {comparisons[0]['baseline']}, the first, prompt by prompt; below 1x is faster. Brackets are "
+            f"bootstrap intervals over blocks of prompts, as wide as it takes for all {len(comparisons)} comparisons "
+            "to hold at 95 %; prompts that all agree have none. McNemar's p is Holm's. In grey and parentheses: fewer "
+            f"than {LEAST_CLUSTERS} pairs, which say nothing."
         )
-    parts.append(f"same text in {percent(row['same_text_share'])} of {row['pairs']} pairs")
-    return f"{name}: {'; '.join(parts)}."
+        parts += [ratios(rows), note(said)]
+    if several and summary["saturation"]:
+        held = [(text(name), one, summary["sustained"][name]) for name, one in summary["saturation"].items()]
+        parts += [holding(held, load_unit_of(report)), note(slo_in_words(report["run"]["scenario"]["slo"]))]
+    return section("In short", *parts)
 
 
-def _ratio(found: Mapping[str, Any]) -> str:
-    text = interval_in_words(found, "{:.2f}x")
-    return f'<span class="few">({text}: {found["pairs"]} pairs say nothing)</span>' if few_pairs(found, {}) else text
+def _named(report: Report, method: str, level: float | None) -> str:
+    several = _levels(report) > 1 and level is not None
+    return f"{text(method)}<small>{level:g}{load_unit_of(report)}</small>" if several else text(method)
 
 
 def _side_by_side(report: Report) -> str:
-    levels: dict[float | None, list[Column]] = {}
-    for stage in report["summary"]["stages"]:
-        columns = [(method, one, stage) for method, one in stage["methods"].items()]
-        levels.setdefault(stage["level"], []).extend(columns)
-    if not levels:
-        return ""
-    tables = []
-    for level, columns in levels.items():
-        title = f"<h3>{level:g}{load_unit_of(report)}</h3>" if level is not None and len(levels) > 1 else ""
-        tables.append(f"<div>{title}{_columns(report, columns)}</div>")
+    """Methods x levels, as one table."""
+    extras = report["run"]["scenario"]["methods"]
+    by_method = list(extras)
+    searched = report["run"]["scenario"]["load"].get("search") is not None
+    rows = [
+        (
+            stage["level"] or 0,
+            by_method.index(method),
+            (_named(report, method, stage["level"]), one, stage, extras[method]),
+        )
+        for stage in report["summary"]["stages"]
+        for method, one in stage["methods"].items()
+    ]
+    if not rows:
+        return section("Methods side by side", '<p class="missing">no request was counted</p>')
+    # Searches have loads of their own; elsewhere the methods of a load stand together.
+    rows.sort(key=lambda row: (row[1], row[0]) if searched else row[:2])
     needed = ", ".join(f"p{one:g} {samples_needed(one)}" for one in PERCENTILES)
-    note = (
+    said = (
         "Paired prompts only, the same ones for every method, where the scenario has any. "
         f"Latency counts from the intended time of a request. Percentiles need enough requests ({needed}); with fewer "
         "they are not shown; brackets are 95 % intervals, in which requests of a queue, which depend on one another, "
         "count as fewer. Goodput: requests a second that met every limit; right goodput: those of them that were "
-        "answered right. Density: keys read of those in reach, from the server's metrics."
+        "answered right. A method has a throughput of its own where it had the server for itself. Density: keys read "
+        "of those in reach, from the server's metrics."
     )
-    return _section("Methods side by side", f'<div class="tables">{"".join(tables)}</div>', _note(note))
-
-
-def _columns(report: Report, columns: Sequence[Column]) -> str:
-    extras = report["run"]["scenario"]["methods"]
-    if not columns:
-        return '<p class="missing">no request was counted</p>'
-
-    def row(name: str, cell: Callable[[Mapping[str, Any]], str]) -> list[str]:
-        return [name, *(cell(one) for _, one, _ in columns)]
-
-    rows = [
-        row("succeeded", lambda one: f"{one['succeeded']}<small>of {one['requests']}</small>"),
-        row("score", _score),
-        *(
-            row(f"{label} p{one:g}", _percentile(key, one, form))
-            for label, key, form in (
-                ("TTFT s", "ttft_seconds", seconds),
-                ("TPOT ms", "tpot_seconds", milliseconds),
-                ("gap between tokens ms", "gap_seconds", milliseconds),
-                ("end to end s", "latency_seconds", seconds),
-            )
-            for one in PERCENTILES
-            if any(found[key][f"p{one:g}"] is not None for _, found, _ in columns)
-        ),
-        row("TTFT s, mean", lambda one: seconds(one["ttft_seconds"]["mean"])),
-        row("TPOT ms, mean", lambda one: milliseconds(one["tpot_seconds"]["mean"])),
-        row("within the SLO", lambda one: percent(one["good_share"])),
-        *(_throughput(row) if all(stage["alone"] for _, _, stage in columns) else []),
-        ["density", *(_density(stage["density"], extras[method]) for method, _, stage in columns)],
-    ]
-    return _table(["", *(_text(method) for method, _, _ in columns)], rows)
-
-
-def _throughput(row: Callable[[str, Callable[[Mapping[str, Any]], str]], list[str]]) -> list[list[str]]:
-    """Where a method had the server for itself; methods that mix share one throughput."""
-    return [
-        row("requests/s", lambda one: f"{one['requests_per_second']:.3f}"),
-        row("output tokens/s", lambda one: f"{one['output_tokens_per_second']:.1f}"),
-        row("goodput, 1/s", lambda one: f"{one['goodput_per_second']:.3f}"),
-        row("right goodput, 1/s", lambda one: f"{one['right_goodput_per_second']:.3f}"),
-    ]
+    return section("Methods side by side", measured([row for *_, row in rows]), note(said))
 
 
 def _together(report: Report) -> str:
     """Throughput of each stage."""
     rows = [
         [
-            _text(stage["name"]),
+            text(stage["name"]),
             f"{stage['duration_seconds']:.0f}",
-            f"{one['requests_per_second']:.3f}",
+            rate(stage["offered_per_second"]),
+            rate(one["requests_per_second"]),
             f"{one['input_tokens_per_second']:.0f}",
             f"{one['output_tokens_per_second']:.1f}",
-            f"{one['goodput_per_second']:.3f}",
+            rate(one["goodput_per_second"]),
             percent(one["good_share"]),
         ]
         for stage in report["summary"]["stages"]
         for one in [stage["together"]]
     ]
-    header = ["load", "seconds", "requests/s", "input tokens/s", "output tokens/s", "goodput, 1/s", "within SLO"]
-    note = "Of everything that ran at a load, whichever its method: methods that mix share the server's throughput."
-    return _section("Throughput", _table(header, rows), _note(note)) if rows else ""
-
-
-def _density(density: Mapping[str, float], extras: Mapping[str, Any]) -> str:
-    return _text(density_of(density, extras)).replace(", ", "<br>")
-
-
-def _score(one: Mapping[str, Any]) -> str:
-    value, bracket, interval = score_in_words(one["score"]).partition(" [")
-    return f"{value}<small>[{interval}</small>" if bracket else value
-
-
-def _percentile(key: str, percentile: float, form: Callable[[float | None], str]) -> Callable[[Mapping[str, Any]], str]:
-    def cell(one: Mapping[str, Any]) -> str:
-        value, bracket, interval = with_interval(one[key], f"p{percentile:g}", form).partition(" [")
-        return f"{value}<small>[{interval}</small>" if bracket else value
-
-    return cell
+    rates = [
+        f"{name}<small>a second</small>" for name in ("due", "answered", "input tokens", "output tokens", "goodput")
+    ]
+    header = ["load", "seconds", *rates]
+    said = (
+        "Of everything that ran at a load, whichever its method: methods that mix share the server's throughput. What "
+        "is answered a second counts to the end of the last answer, and so is less than what was due in a short stage."
+    )
+    return section("Throughput", table([*header, "within SLO"], rows), note(said)) if rows else ""
 
 
 def _workloads(report: Report) -> str:
-    """All that was sent, background too; nothing new where there is one workload."""
+    """All that was sent, background too; nothing new where there is one workload and no adapter."""
+    several = len(report["run"]["scenario"]["workloads"]) > 1
+    by_workload = _parts(report, "workloads") if several else ""
+    return section("By workload", by_workload) + section("By LoRA adapter", _parts(report, "adapters"))
+
+
+def _parts(report: Report, key: str) -> str:
     stages = report["summary"]["stages"]
-    if len(report["run"]["scenario"]["workloads"]) < 2:
-        return ""
     rows = [
         [
-            _text(name if len(stages) < 2 else f"{name}, {stage['name']}"),
+            text(name if len(stages) < 2 else f"{name}, {stage['name']}"),
             f"{one['succeeded']}<small>of {one['requests']}</small>",
             seconds(one["ttft_seconds"]["p50"]),
             milliseconds(one["tpot_seconds"]["p50"]),
+            milliseconds(one["gap_seconds"]["p99"]),
+            seconds(one["latency_seconds"]["p50"]),
             percent(one["good_share"]),
         ]
         for stage in stages
-        for name, one in stage["workloads"].items()
+        for name, one in stage[key].items()
     ]
-    return _section("By workload", _table(["", "succeeded", "TTFT p50 s", "TPOT p50 ms", "within SLO"], rows))
+    header = [
+        "",
+        "succeeded",
+        *(f"{one}<small>{part}</small>" for one, part in WORKLOAD_LATENCIES),
+        "within SLO",
+    ]
+    return table(header, rows) if rows else ""
 
 
 def _measured(report: Report, measure: Callable[[Request], float | None], unit: float) -> list[Series]:
@@ -329,21 +234,77 @@ def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _latency(report: Report) -> str:
+    share = "share of requests"
     charts = [
-        chart("Time to the first token", _measured(report, ttft_seconds, 1), "TTFT, s", "share of requests", (0, 1)),
-        chart("Time per token", _measured(report, tpot_seconds, 1e-3), "TPOT, ms", "share of requests", (0, 1)),
+        chart("Time to the first token", _measured(report, ttft_seconds, 1), "TTFT, s", share, (0, 1)),
+        chart("Time per token", _measured(report, tpot_seconds, 1e-3), "TPOT, ms", share, (0, 1)),
+        chart("Gaps between tokens", _measured(report, gap_seconds, 1e-3), "p99 of a request, ms", share, (0, 1)),
+        chart("End to end", _measured(report, latency_seconds, 1), "seconds to the last token", share, (0, 1)),
     ]
     if _levels(report) > 1:
         charts += [
-            _over_level(report, "TTFT at the median", "TTFT p50, s", lambda one: one["ttft_seconds"]["p50"]),
-            _over_level(report, "TPOT at the median", "TPOT p50, ms", _tpot_milliseconds),
+            _over_level(report, "TTFT at the median", "TTFT p50, s", _part("ttft_seconds", "p50", 1)),
+            _over_level(report, "TPOT at the median", "TPOT p50, ms", _part("tpot_seconds", "p50", 1e-3)),
+            _over_level(report, "Gaps at p99", "gap p99, ms", _part("gap_seconds", "p99", 1e-3)),
+            _over_level(report, "End to end at the median", "p50, s", _part("latency_seconds", "p50", 1)),
         ]
-    return _section("Latency", _figures(*charts))
+    return section("Latency", figures(*charts))
 
 
-def _tpot_milliseconds(one: Mapping[str, Any]) -> float | None:
-    value = one["tpot_seconds"]["p50"]
-    return None if value is None else value * 1e3
+def _part(key: str, percentile: str, unit: float) -> Callable[[Mapping[str, Any]], float | None]:
+    def part(one: Mapping[str, Any]) -> float | None:
+        value = one[key][percentile]
+        return None if value is None else float(value) / unit
+
+    return part
+
+
+def _over_time(report: Report) -> str:
+    """Latencies as the run went on, and what the client had in flight."""
+    stages = [stage for stage in report["stages"] if stage["requests"]]
+    requests = [request for stage in stages for request in stage["requests"]]
+    if not requests:
+        return ""
+    measures: list[tuple[str, str, Callable[[Request], float | None], float]] = [
+        ("Time to the first token", "TTFT, s", ttft_seconds, 1),
+        ("Time per token", "TPOT, ms", tpot_seconds, 1e-3),
+        ("End to end", "seconds to the last token", latency_seconds, 1),
+    ]
+    lines = _boundaries(report)
+    times = [request["intended_seconds"] for request in requests]
+    window_seconds = (max(times) - min(times)) / WINDOWS or 1.0
+    charts = [
+        chart(
+            title,
+            [
+                Series(method, medians(some, measure, unit, min(times), window_seconds), colour, marked=False)
+                for method, colour in _colours(report).items()
+                # No line joins what different stages measured.
+                for stage in stages
+                for some in [[one for one in stage["requests"] if one["method"] == method]]
+            ],
+            SINCE_START,
+            label,
+            lines=lines,
+        )
+        for title, label, measure, unit in measures
+    ]
+    flight = Series("Requests in flight", _thin(in_flight(requests)), 0, marked=False)
+    charts.append(chart("Requests in flight", [flight], SINCE_START, "requests", lines=lines))
+    said = "Medians of windows of the whole run, warm-up included, by when a request was due. " + _named_lines(report)
+    return section("Over time", figures(*charts), note(said))
+
+
+def _boundaries(report: Report) -> list[Line]:
+    """Where the stages begin."""
+    return [
+        Line(stage["start_seconds"], str(number), stage["name"]) for number, stage in enumerate(report["stages"], 1)
+    ]
+
+
+def _named_lines(report: Report) -> str:
+    names = "; ".join(f"{number}: {stage['name']}" for number, stage in enumerate(report["stages"], 1))
+    return f"Dashed: a stage begins. {names}."
 
 
 def _levels(report: Report) -> int:
@@ -365,18 +326,11 @@ def _over_level(report: Report, title: str, y_label: str, value: Callable[[Mappi
 def _goodput(report: Report) -> str:
     if _levels(report) < 2:
         return ""
-    slo = report["run"]["scenario"]["slo"]
-    by_length = slo["ttft_seconds_per_1000_tokens"]
-    limits = (
-        f"Good: TTFT within {slo['ttft_seconds']:g} s"
-        + (f" and {by_length:g} s for each 1000 input tokens" if by_length else "")
-        + f", TPOT within {slo['tpot_seconds'] * 1e3:g} ms. A level holds while {slo['share']:.0%} of its requests are."
-    )
     charts = [
         _over_level(report, "Goodput", "good requests a second", lambda one: one["goodput_per_second"]),
         _over_level(report, "Share of good requests", "share", lambda one: one["good_share"]),
     ]
-    return _section("Goodput against load", _figures(*charts), _note(limits))
+    return section("Goodput against load", figures(*charts), note(slo_in_words(report["run"]["scenario"]["slo"])))
 
 
 def _quality(report: Report) -> str:
@@ -384,9 +338,9 @@ def _quality(report: Report) -> str:
         _pareto(report, "Quality against TTFT", "ttft_seconds", "TTFT p50, s", 1),
         _pareto(report, "Quality against TPOT", "tpot_seconds", "TPOT p50, ms", 1e-3),
     ]
-    note = "Up and to the left is better. A point for each method and level; bars are 95 % intervals of the score."
+    said = "Up and to the left is better. A point for each method and level; bars are 95 % intervals of the score."
     scored = any(one["score"]["count"] for stage in report["summary"]["stages"] for one in stage["methods"].values())
-    return _section("Quality against speed", _figures(*charts), _note(note)) if scored else ""
+    return section("Quality against speed", figures(*charts), note(said)) if scored else ""
 
 
 def _pareto(report: Report, title: str, key: str, label: str, unit: float) -> str:
@@ -408,30 +362,23 @@ def _lengths(report: Report) -> str:
             level = f", {comparison['level']:g}" if several else ""
             rows.append(
                 [
-                    f"{_text(comparison['method'])}{level}",
+                    f"{text(comparison['method'])}{level}",
                     f"{label}<small>{one['pairs']} pairs</small>",
-                    _with_interval(one["ttft_ratio"], "{:.2f}x"),
-                    _with_interval(one["tpot_ratio"], "{:.2f}x"),
-                    _with_interval(one["score_difference"], "{:+.3f}"),
+                    *(ratio_cell(one[key], {}, "{:.2f}x") for key in ("ttft_ratio", "tpot_ratio", "latency_ratio")),
+                    ratio_cell(one["score_difference"], {}, "{:+.3f}"),
                 ]
             )
-    header = ["method", "input tokens", "TTFT", "TPOT", "score"]
-    note = (
+    header = ["method", "input tokens", "TTFT", "TPOT", "end to end", "score"]
+    said = (
         "Against the same prompts dense: where TTFT falls below 1x, the method begins to pay. In grey and parentheses: "
         f"fewer than {LEAST_CLUSTERS} pairs, which say nothing."
     )
-    return _section("By length of the prompt", _table(header, rows), _note(note)) if rows else ""
-
-
-def _with_interval(found: Mapping[str, Any], form: str) -> str:
-    """Of few pairs it is grey and in parentheses."""
-    value, bracket, interval = interval_in_words(found, form).partition(" [")
-    text = f"{value}<small>[{interval}</small>" if bracket else value
-    return f'<td class="few">({text})</td>' if few_pairs(found, {}) else text
+    return section("By length of the prompt", table(header, rows), note(said)) if rows else ""
 
 
 def _server(report: Report) -> str:
     metrics = report["metrics"]
+    lines = _boundaries(report)
     charts = [
         chart(
             "Density of what ran",
@@ -442,6 +389,7 @@ def _server(report: Report) -> str:
             SINCE_START,
             "keys read of those in reach",
             (0, 1),
+            lines,
         )
     ]
     missing = []
@@ -449,24 +397,24 @@ def _server(report: Report) -> str:
         if points is None:
             missing.append(name)
         else:
-            charts.append(chart(name, [Series(name, points, number, marked=False)], SINCE_START, ""))
-    parts = [_figures(*charts)]
+            charts.append(chart(name, [Series(name, points, number, marked=False)], SINCE_START, "", lines=lines))
+    parts = [figures(*charts), note(_named_lines(report))]
     if missing:
-        parts.append(_note(f"Missing from /metrics: {', '.join(missing)}."))
+        parts.append(note(f"Missing from /metrics: {', '.join(missing)}."))
     failed = sum("error" in reading for reading in metrics)
     if failed:
-        parts.append(_note(f"{failed} of {len(metrics)} readings of /metrics failed."))
-    return _section("The server meanwhile", *parts, _fallbacks(report))
+        parts.append(note(f"{failed} of {len(metrics)} readings of /metrics failed."))
+    return section("The server meanwhile", *parts, _fallbacks(report))
 
 
 def _fallbacks(report: Report) -> str:
     readings = series_of(report["metrics"], 0, float("inf"))
     rows = [
-        [_text(one["method"]), _text(one["phase"]), _text(one["reason"].replace("_", " ")), f"{one['count']:.0f}"]
+        [text(one["method"]), text(one["phase"]), text(one["reason"].replace("_", " ")), f"{one['count']:.0f}"]
         for one in fallbacks(readings)
     ]
-    note = "Chunks and decode steps that asked for a method and ran dense, warm-up included."
-    return f"<h3>Fallbacks</h3>{_table(['method', 'phase', 'reason', 'steps'], rows)}{_note(note)}" if rows else ""
+    said = "Chunks and decode steps that asked for a method and ran dense, warm-up included."
+    return f"<h3>Fallbacks</h3>{table(['method', 'phase', 'reason', 'steps'], rows)}{note(said)}" if rows else ""
 
 
 def _failures(report: Report) -> str:
@@ -476,11 +424,11 @@ def _failures(report: Report) -> str:
             if failed(request):
                 found.setdefault((request["status"], request["method"]), []).append(request)
     if not found:
-        return _section("Failures", "<p>None.</p>")
+        return section("Failures", "<p>None.</p>")
     rows = [
         [
-            _text(status.replace("_", " ")),
-            _text(method),
+            text(status.replace("_", " ")),
+            text(method),
             str(len(some)),
             f"{some[0]['end_seconds']:.1f} to {some[-1]['end_seconds']:.1f}",
             _what_it_means(status, some[0]),
@@ -488,12 +436,12 @@ def _failures(report: Report) -> str:
         for (status, method), some in sorted(found.items(), key=lambda item: -len(item[1]))
     ]
     header = ["failure", "method", "requests", "from - to, s", "meaning, and what the first one said"]
-    return _section("Failures", _table(header, rows), _note("Warm-up included. Nothing was sent again."))
+    return section("Failures", table(header, rows), note("Warm-up included. Nothing was sent again."))
 
 
 def _what_it_means(status: str, request: Request) -> str:
-    said = f'<span class="soft">{_text(request["detail"])}</span>'
-    return f'<td class="text">{_text(FAILURES.get(status, ""))} {said}</td>'
+    said = f'<span class="soft">{text(request["detail"])}</span>'
+    return f'<td class="text">{text(FAILURES.get(status, ""))} {said}</td>'
 
 
 def _client(report: Report) -> str:
@@ -505,7 +453,7 @@ def _client(report: Report) -> str:
         lag = client["lag_seconds"]
         rows.append(
             [
-                _text(stage["name"]),
+                text(stage["name"]),
                 f"{stage['sent']} of {stage['scheduled']}",
                 percent(client["cpu_share"]),
                 str(client["peak_requests"]),
@@ -516,17 +464,15 @@ def _client(report: Report) -> str:
             ]
         )
     header = ["load", "requests of sessions", "of a core", "at once", "event loop late, ms", "sent late, ms"]
-    note = "A client that is busy or late measures itself. Sessions of several turns send several requests."
-    return _section("The client itself", _table(header, rows), _note(note)) if rows else ""
+    said = "A client that is busy or late measures itself. Sessions of several turns send several requests."
+    return section("The client itself", table(header, rows), note(said)) if rows else ""
 
 
 def _settings(report: Report) -> str:
     shown = {key: value for key, value in report["run"]["scenario"].items() if key != "description"}
     scenario = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=100)
-    note = (
+    said = (
         f"Tokens are counted by {counting_in_words(report['summary']['counted_by'])}. "
         "report.json holds every request and the whole schedule; journal.jsonl is what it was made from."
     )
-    return _section(
-        "Settings", f"<details><summary>Scenario</summary><pre>{_text(scenario)}</pre></details>", _note(note)
-    )
+    return section("Settings", folded("Scenario", f"<pre>{text(scenario)}</pre>"), note(said))

@@ -45,6 +45,7 @@ MOST_CPU_SHARE = 0.9
 LEAST_SENT_SHARE = 0.95
 MOST_FALLBACK_SHARE = 0.2
 LEAST_DRIFT_REQUESTS = 10
+NO_ADAPTER = "no adapter"
 
 
 def _known(requests: Iterable[Request], measure: Callable[[Request], float | None]) -> list[float]:
@@ -128,8 +129,8 @@ def compare_methods(
         confidence: of each interval.
 
     Returns:
-        ``ttft_ratio`` and ``tpot_ratio`` (second over first), ``score_difference``, ``only_first_right``,
-        ``only_second_right``, ``mcnemar_p`` and ``same_text_share``.
+        ``ttft_ratio``, ``tpot_ratio`` and ``latency_ratio`` (second over first), ``score_difference``,
+        ``only_first_right``, ``only_second_right``, ``mcnemar_p`` and ``same_text_share``.
     """
     pairs = _pairs(first, second)
     firsts, seconds = [a for a, _ in pairs], [b for _, b in pairs]
@@ -144,6 +145,7 @@ def compare_methods(
         "tpot_ratio": ratio(
             by_prompt((a for a, _ in paced), tpot_seconds), by_prompt((b for _, b in paced), tpot_seconds), confidence
         ),
+        "latency_ratio": ratio(by_prompt(firsts, latency_seconds), by_prompt(seconds, latency_seconds), confidence),
         "score_difference": difference(_scores(a for a, _ in scored), _scores(b for _, b in scored), confidence),
         "only_first_right": only_first,
         "only_second_right": only_second,
@@ -188,12 +190,14 @@ def summarise(run: Mapping[str, Any]) -> dict[str, Any]:
     everything = [request for stage in run["stages"] for request in stage["requests"]]
     comparisons = _comparisons(run, scenario)
     saturation = _saturation(stages, scenario)
+    sustained = _sustained(stages, scenario)
     return {
-        "verdict": verdict(stages, comparisons, run, scenario),
+        "verdict": verdict(stages, comparisons, sustained, run, scenario),
         "stages": stages,
         "comparisons": comparisons,
         "kept_slo": _kept_slo(stages, scenario),
         "saturation": saturation,
+        "sustained": sustained,
         "failures": dict(Counter(request["status"] for request in everything if failed(request))),
         "cancelled": sum(request["status"] == CANCELLED for request in everything),
         "counted_by": dict(Counter(request["counted_by"] for request in everything if request["counted_by"])),
@@ -231,6 +235,7 @@ def _stage(stage: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], scena
         "sent": len(stage["requests"]),
         "left_out": len(stage["requests"]) - len(requests),
         "duration_seconds": duration,
+        "offered_per_second": _offered(stage, scenario.load.ramp_seconds),
         "holds_slo": stage["stopped"] is None and good_share(requests, scenario.slo) >= scenario.slo.share,
         "together": describe(requests, scenario.slo, duration),
         "methods": {name: describe(chosen, scenario.slo, duration) for name, chosen in by_method.items()},
@@ -243,6 +248,7 @@ def _stage(stage: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], scena
             for workload in scenario.workloads
             if (chosen := [request for request in requests if request["workload"] == workload.name])
         },
+        "adapters": {name: describe(chosen, scenario.slo, duration) for name, chosen in _by_adapter(requests).items()},
         "density": density(within),
         "fallback_share": fallback_share(within),
         "client": _client(stage),
@@ -255,6 +261,21 @@ def _stage(stage: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], scena
         },
     }
     return {**found, "overload": overload(found)}
+
+
+def _by_adapter(requests: Sequence[Request]) -> dict[str, list[Request]]:
+    """Requests by the LoRA adapter that they asked, those of the model itself first; nothing without adapters."""
+    found: dict[str, list[Request]] = defaultdict(list)
+    for request in sorted(requests, key=lambda request: request.get("adapter") or ""):
+        found[request.get("adapter") or NO_ADAPTER].append(request)
+    return found if found.keys() - {NO_ADAPTER} else {}
+
+
+def _offered(stage: Mapping[str, Any], ramp_seconds: float) -> float | None:
+    """Requests a second that were due after the ramp, those of later turns included; none in a closed loop."""
+    due = [(one["arrival_seconds"], one["turns"]) for one in stage["schedule"] if one["arrival_seconds"] is not None]
+    last = max((arrival for arrival, _ in due), default=0.0) - ramp_seconds
+    return float(sum(turns for arrival, turns in due if arrival >= ramp_seconds) / last) if last > 0 else None
 
 
 def _backlog(stage: Mapping[str, Any]) -> float | None:
@@ -351,31 +372,46 @@ def _comparisons(run: Mapping[str, Any], scenario: Scenario) -> list[dict[str, A
     return [{**one, "mcnemar_p": p, "comparisons": len(found)} for one, p in zip(found, ps, strict=True)]
 
 
-def _kept_slo(stages: Sequence[Mapping[str, Any]], scenario: Scenario) -> dict[str, float | None]:
-    """The highest level that held the SLO, of each method that ran apart or of all together."""
-    kept: dict[str, float | None] = {}
+def _sweeps(stages: Sequence[Mapping[str, Any]], scenario: Scenario) -> dict[str, list[Mapping[str, Any]]]:
+    """The stages of each method that ran apart, or of all together."""
+    found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for stage in stages:
         name = next(iter(stage["methods"]), "") if scenario.load.methods_apart else "all methods together"
-        kept.setdefault(name, None)
-        if stage["holds_slo"] and stage["level"] is not None:
-            kept[name] = max(kept[name] or 0.0, stage["level"])
-    return kept
+        found[name].append(stage)
+    return found
+
+
+def _kept_slo(stages: Sequence[Mapping[str, Any]], scenario: Scenario) -> dict[str, float | None]:
+    """The highest level that held the SLO, of each sweep."""
+    return {
+        name: max((one["level"] for one in some if one["holds_slo"] and one["level"] is not None), default=None)
+        for name, some in _sweeps(stages, scenario).items()
+    }
+
+
+def _sustained(stages: Sequence[Mapping[str, Any]], scenario: Scenario) -> dict[str, float | None]:
+    """Requests a second of each sweep's best stage that held the SLO: due ones, or in a closed loop answered ones."""
+    return {
+        name: max((_rate(one) for one in some if one["holds_slo"] and one["together"]["requests"]), default=None)
+        for name, some in _sweeps(stages, scenario).items()
+    }
+
+
+def _rate(stage: Mapping[str, Any]) -> float:
+    offered: float | None = stage["offered_per_second"]
+    return float(stage["together"]["requests_per_second"]) if offered is None else offered
 
 
 def _saturation(stages: Sequence[Mapping[str, Any]], scenario: Scenario) -> dict[str, dict[str, float | None]]:
-    """Of each method that ran apart, or of all together, over rising load.
+    """Of each sweep, over rising load.
 
     Returns:
         ``level``: the highest that held the SLO, with ``goodput_per_second`` and ``output_tokens_per_second`` there;
         ``breaks``: the lowest above it that did not; ``knee``: the level with the greatest goodput, ``peak_goodput``.
     """
     found: dict[str, dict[str, float | None]] = {}
-    by_name: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for stage in stages:
-        if stage["level"] is not None and stage["together"]["requests"]:
-            name = next(iter(stage["methods"]), "") if scenario.load.methods_apart else "all methods together"
-            by_name[name].append(stage)
-    for name, some in by_name.items():
+    measured = [stage for stage in stages if stage["level"] is not None and stage["together"]["requests"]]
+    for name, some in _sweeps(measured, scenario).items():
         held = max((one for one in some if one["holds_slo"]), key=lambda one: one["level"], default=None)
         level = held["level"] if held else 0.0
         peak = max(some, key=lambda one: one["together"]["goodput_per_second"])

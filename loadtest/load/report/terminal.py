@@ -16,6 +16,7 @@ from loadtest.load.report.words import (
     load_unit_of,
     milliseconds,
     percent,
+    rate,
     score_in_words,
     seconds,
     with_interval,
@@ -76,7 +77,7 @@ def table(report: Report, colours: bool = False) -> str:
     parts = [_verdict(summary["verdict"], colours), _table(header, rows) if rows else "No request was counted."]
     parts += [_throughput(stage) for stage in summary["stages"] if stage["together"]["requests"]]
     if len(summary["stages"]) > 1 and summary["saturation"]:
-        parts.append(_saturation(summary["saturation"], load_unit_of(report)))
+        parts.append(_saturation(summary, load_unit_of(report)))
     if summary["comparisons"]:
         against = [(f"{row['method']} against {row['baseline']}", row) for row in summary["comparisons"]]
         parts.append(_comparison_table(against, colours))
@@ -95,32 +96,31 @@ def table(report: Report, colours: bool = False) -> str:
     return "\n\n".join(parts)
 
 
-def _saturation(found: Mapping[str, Mapping[str, float | None]], unit: str) -> str:
+def _saturation(summary: Mapping[str, Any], unit: str) -> str:
     rows = [
         [
             name,
             count_or_dash(one["level"]),
             count_or_dash(one["breaks"]),
-            _two_digits(one["goodput_per_second"]),
-            _two_digits(one["output_tokens_per_second"]),
-            f"{count_or_dash(one['knee'])} ({_two_digits(one['peak_goodput'])}/s)",
+            rate(summary["sustained"][name]),
+            rate(one["goodput_per_second"]),
+            rate(one["output_tokens_per_second"]),
+            f"{count_or_dash(one['knee'])} ({rate(one['peak_goodput'])}/s)",
         ]
-        for name, one in found.items()
+        for name, one in summary["saturation"].items()
     ]
-    header = [f"load:{unit}", "holds the SLO", "breaks it", "goodput/s there", "output tokens/s", "most goodput at"]
-    return _table(header, rows)
-
-
-def _two_digits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    header = [f"load:{unit}", "holds the SLO", "breaks it", "requests/s there", "goodput/s", "output tokens/s"]
+    return _table([*header, "most goodput at"], rows)
 
 
 def _throughput(stage: Mapping[str, Any]) -> str:
     """Of a whole stage: methods that share a server share its throughput."""
     one = stage["together"]
+    offered = stage["offered_per_second"]
+    due = "" if offered is None else f" of {rate(offered)} due"
     return (
-        f"Throughput, {stage['name']}: {one['requests_per_second']:.2f} requests/s, "
-        f"{one['output_tokens_per_second']:.1f} output tokens/s, goodput {one['goodput_per_second']:.2f}/s"
+        f"Throughput, {stage['name']}: {rate(one['requests_per_second'])} requests/s{due}, "
+        f"{one['output_tokens_per_second']:.1f} output tokens/s, goodput {rate(one['goodput_per_second'])}/s"
         + ("." if stage["alone"] else ", all methods together.")
     )
 
@@ -147,6 +147,7 @@ def _comparison_table(rows: Sequence[tuple[str, Mapping[str, Any]]], colours: bo
         "pairs",
         "TTFT ratio",
         "TPOT ratio",
+        "end to end ratio",
         "score difference",
         "McNemar p, corrected",
         "same text",
@@ -156,8 +157,7 @@ def _comparison_table(rows: Sequence[tuple[str, Mapping[str, Any]]], colours: bo
             count_or_dash(row["level"]),
             name,
             "not paired" if row.get("paired") is False else str(row["pairs"]),
-            _ratio(row["ttft_ratio"], row),
-            _ratio(row["tpot_ratio"], row),
+            *(_ratio(row[key], row) for key in ("ttft_ratio", "tpot_ratio", "latency_ratio")),
             interval_in_words(row["score_difference"], "{:+.3f}"),
             "-" if row["mcnemar_p"] is None else f"{row['mcnemar_p']:.3f}",
             percent(row["same_text_share"]),

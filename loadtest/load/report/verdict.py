@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from loadtest.load.reply import CANCELLED
-from loadtest.load.scenario import OpenLoad, Scenario
+from loadtest.load.scenario import OpenLoad, Scenario, Slo
 from loadtest.load.thresholds import COMPARED, OVERLOADED, TIMED, Threshold, parse_threshold
 
 # Requests that a server with room to spare would not have left so.
@@ -14,6 +14,7 @@ SIGNS_OF_OVERLOAD = ("timeout_first_token", "timeout_stream", "http_429", "http_
 MOST_TURNED_AWAY = 0.05
 MOST_BACKLOG = 0.25
 MOST_DRIFT = 1.5
+ROUNDING = 1e-3
 
 
 def overload(stage: Mapping[str, Any]) -> str | None:
@@ -34,13 +35,14 @@ def overload(stage: Mapping[str, Any]) -> str | None:
 def verdict(
     stages: Sequence[Mapping[str, Any]],
     comparisons: Sequence[Mapping[str, Any]],
+    sustained: Mapping[str, float | None],
     run: Mapping[str, Any],
     scenario: Scenario,
 ) -> dict[str, Any]:
     """Whether a run passed.
 
     Args:
-        stages, comparisons: of the summary.
+        stages, comparisons, sustained: of the summary.
         run: from the journal.
         scenario: whose `fail_on` holds the conditions.
 
@@ -55,10 +57,22 @@ def verdict(
         failed.append("the run did not come to its end")
     if not any(stage["together"]["requests"] for stage in stages):
         failed.append("nothing was measured")
+    failed += _missed_rate(sustained, scenario.slo)
     for text in scenario.fail_on:
         failed += _reasons(parse_threshold(text), stages, comparisons, run)
     overloaded = [f"{stage['name']}: {stage['overload']}" for stage in stages if stage["overload"]]
     return {"passed": not failed, "failed": failed, "overloaded": overloaded}
+
+
+def _missed_rate(sustained: Mapping[str, float | None], slo: Slo) -> Iterator[str]:
+    wanted = slo.requests_per_second
+    if wanted is None:
+        return
+    for name, most in sustained.items():
+        # The journal rounds times.
+        if most is None or most < wanted * (1 - ROUNDING):
+            said = "at no load that was run" if most is None else f"up to {most:.3g} requests/s"
+            yield f"slo.requests_per_second {wanted:g}: {name} held the SLO {said}"
 
 
 def _reasons(

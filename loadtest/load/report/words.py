@@ -22,6 +22,11 @@ def seconds(value: float | None) -> str:
     return DASH if value is None else f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
+def rate(value_per_second: float | None) -> str:
+    """Something a second, with three digits that count."""
+    return seconds(value_per_second)
+
+
 def milliseconds(value_seconds: float | None) -> str:
     """Seconds, shown in milliseconds."""
     if value_seconds is None:
@@ -101,3 +106,21 @@ def failures_in_words(failures: Mapping[str, int]) -> str:
 
 def _meaning(status: str) -> str:
     return f" ({FAILURES[status]})" if status in FAILURES else ""
+
+
+def slo_in_words(slo: Mapping[str, Any]) -> str:
+    """When a request is good, when a level holds, and which request rate is wanted."""
+    by_length = slo["ttft_seconds_per_1000_tokens"]
+    limits = [
+        f"TTFT within {slo['ttft_seconds']:g} s"
+        + (f" and {by_length:g} s for each 1000 input tokens" if by_length else ""),
+        f"TPOT within {slo['tpot_seconds'] * 1e3:g} ms",
+    ]
+    if slo.get("gap_p99_seconds") is not None:
+        limits.append(f"99 % of the gaps between tokens within {slo['gap_p99_seconds'] * 1e3:g} ms")
+    if slo.get("latency_seconds") is not None:
+        limits.append(f"the last token within {slo['latency_seconds']:g} s")
+    wanted = slo.get("requests_per_second")
+    return f"Good: {', '.join(limits)}. A level holds the SLO while {slo['share']:.0%} of its requests are good." + (
+        f" Wanted: {wanted:g} requests a second." if wanted is not None else ""
+    )

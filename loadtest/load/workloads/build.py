@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
 
 from loadtest.load.settings import ScenarioError
-from loadtest.load.workloads.files import OwnLine, TraceLine, read_lines, text_of
+from loadtest.load.workloads.files import AgentLine, OwnLine, TraceLine, local, read_lines, text_of
 from loadtest.load.workloads.kinds import (
+    AgentWorkload,
     DocumentWorkload,
     JsonlWorkload,
     NeedleWorkload,
@@ -20,7 +22,7 @@ from loadtest.load.workloads.kinds import (
     Workload,
 )
 from loadtest.load.workloads.lengths import draw
-from loadtest.load.workloads.prompt import Endpoint, Prompt, Turn
+from loadtest.load.workloads.prompt import Endpoint, Message, Prompt, Turn
 from loadtest.load.workloads.tokens import estimated_counter
 from loadtest.load.workloads.traces import MOONCAKE_BLOCK_TOKENS, read_share_gpt, read_trace
 from loadtest.quality.tasks.haystack import prose
@@ -62,34 +64,50 @@ class PromptMaker:
             return len(self._requests)
         if isinstance(self._workload, ShareGptWorkload):
             return len(self._conversations)
+        if isinstance(self._workload, AgentWorkload):
+            return len(self._runs)
         return len(self._lines) if isinstance(self._workload, JsonlWorkload) else self._workload.distinct_prompts
 
     @functools.cached_property
     def _requests(self) -> list[TraceLine]:
         assert isinstance(self._workload, TraceWorkload)
-        return read_trace(self._workload.file)
+        return read_trace(local(self._workload.file))
 
     @functools.cached_property
     def _conversations(self) -> list[list[tuple[str, str]]]:
         assert isinstance(self._workload, ShareGptWorkload)
-        return read_share_gpt(self._workload.file)
+        return read_share_gpt(local(self._workload.file))
+
+    @functools.cached_property
+    def _runs(self) -> list[AgentLine]:
+        assert isinstance(self._workload, AgentWorkload)
+        return read_lines(local(self._workload.file), AgentLine)
 
     @functools.cached_property
     def _lines(self) -> list[OwnLine]:
         assert isinstance(self._workload, JsonlWorkload)
-        return read_lines(self._workload.file, OwnLine)
+        return read_lines(local(self._workload.file), OwnLine, self._workload.columns)
 
     def __call__(self, number: int) -> Prompt:
         """Prompt `number`, 0 or more; they repeat after `distinct`."""
         number %= self.distinct
         if number not in self._made:
             try:
-                self._made[number] = self._cancelled(number, self._make(number))
+                self._made[number] = self._adapted(self._cancelled(self._make(number)))
             except (ValueError, LookupError) as error:
                 raise ScenarioError(f"workload {self._workload.name!r}, prompt {number}: {error}") from None
         return self._made[number]
 
-    def _cancelled(self, number: int, prompt: Prompt) -> Prompt:
+    def _adapted(self, prompt: Prompt) -> Prompt:
+        """The prompt with the adapter that answers it, if any does."""
+        lora = self._workload.lora
+        rng = random.Random(f"{self._seed}/lora/{prompt.name}")
+        if lora is None or rng.random() >= lora.share:
+            return prompt
+        (adapter,) = rng.choices(list(lora.adapters), list(lora.adapters.values()))
+        return replace(prompt, adapter=adapter)
+
+    def _cancelled(self, prompt: Prompt) -> Prompt:
         """The prompt, broken off if it is one of those."""
         cancelled = self._workload.cancelled
         if cancelled is None or random.Random(f"{self._seed}/cancelled/{prompt.name}").random() >= cancelled.share:
@@ -120,6 +138,8 @@ class PromptMaker:
             return self._text(name, request.input_tokens, request.output_tokens, rng)
         if isinstance(workload, ShareGptWorkload):
             return self._conversation(name, workload, self._conversations[number][: workload.turns])
+        if isinstance(workload, AgentWorkload):
+            return self._agent(name, workload, self._runs[number])
         return self._own(name, self._lines[number], workload.output_tokens)
 
     def _needle(self, name: str, workload: NeedleWorkload, rng: random.Random) -> Prompt:
@@ -189,6 +209,29 @@ class PromptMaker:
         turns = [Turn(question, max(1, self._count_tokens(answer)), ignore_eos=True) for question, answer in asked]
         tokens = self._count_tokens(asked[0][0])
         return Prompt(name, tuple(turns), tokens, think_seconds=workload.think_seconds)
+
+    def _agent(self, name: str, workload: AgentWorkload, run: AgentLine) -> Prompt:
+        turns: list[Turn] = []
+        asked: list[Message] = []
+        for message in run.messages:
+            # As it was written: what the line does not have is not sent.
+            said = message.model_dump(exclude_unset=True)
+            if message.role == "assistant":
+                tokens = max(1, self._count_tokens(message.text))
+                turns.append(Turn("", tokens, ignore_eos=True, results=tuple(asked), answer=said))
+                asked = []
+            else:
+                asked.append(said)
+        first = json.dumps([list(run.tools), list(turns[0].results)], ensure_ascii=False)
+        return Prompt(
+            name,
+            tuple(turns[: workload.turns]),
+            self._count_tokens(first),
+            think_seconds=workload.think_seconds,
+            tool_seconds=workload.tool_seconds,
+            tools=run.tools,
+            shared=f"{workload.name}/agents",
+        )
 
     def _own(self, name: str, line: OwnLine, output_tokens: int) -> Prompt:
         if line.messages is not None and self._endpoint == "completions":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from loadtest.load.settings import NotNegative, Strict
+from loadtest.load.workloads.files import DataFile
 from loadtest.load.workloads.lengths import Lengths
 from loadtest.quality.tasks.ruler import TASKS
 
@@ -23,6 +23,18 @@ class Cancelled(Strict):
     after_seconds: NotNegative
 
 
+class LoraMix(Strict):
+    """LoRA adapters that answer a share of the prompts, the same for every method.
+
+    Attributes:
+        adapters: weight of each, by the name that the server serves it by.
+        share: of the prompts; the model itself answers the others.
+    """
+
+    adapters: Annotated[Mapping[str, PositiveFloat], Field(min_length=1)]
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
 class _Workload(Strict):
     """What all kinds have.
 
@@ -32,6 +44,7 @@ class _Workload(Strict):
         methods: weight of each method; none: all of the scenario's methods alike.
         paired: every prompt goes to each of `methods` (their weights do not count then).
         cancelled: which of its requests are broken off; none: none.
+        lora: which of its prompts adapters answer; none: none.
         distinct_prompts: prompts that are made; they repeat, under fresh cache salts, when more are sent.
     """
 
@@ -40,6 +53,7 @@ class _Workload(Strict):
     methods: Mapping[str, PositiveFloat] | None = None
     paired: bool
     cancelled: Cancelled | None = None
+    lora: LoraMix | None = None
     distinct_prompts: PositiveInt = 100
 
 
@@ -97,7 +111,7 @@ class TraceWorkload(_Workload):
 
     kind: Literal["trace"]
     paired: bool = False
-    file: Path
+    file: DataFile
 
 
 class ShareGptWorkload(_Workload):
@@ -105,21 +119,56 @@ class ShareGptWorkload(_Workload):
 
     kind: Literal["sharegpt"]
     paired: bool = False
-    file: Path
+    file: DataFile
     turns: PositiveInt = 1
     think_seconds: NotNegative = 0.0
 
 
+class AgentWorkload(_Workload):
+    """Recorded runs of agents that call tools (`loadtest.load.workloads.files.AgentLine`).
+
+    Each message of the assistant is a request, for as many tokens as it has; the conversation goes on with the recorded
+    message, so that every method reads the same. Runs of one method share what their beginnings have in common, such as
+    tools and instructions, in the prefix cache.
+
+    Attributes:
+        file: JSON lines with `messages` and `tools`, as the OpenAI API has them.
+        turns: requests of a run, at most.
+        think_seconds: before a user's next message.
+        tool_seconds: before the results of tools.
+    """
+
+    kind: Literal["agents"]
+    paired: bool = False
+    file: DataFile
+    turns: PositiveInt = 50
+    think_seconds: NotNegative = 0.0
+    tool_seconds: NotNegative = 0.0
+
+
 class JsonlWorkload(_Workload):
-    """Your own prompts: JSON lines with `prompt` or `messages`, and optionally `output_tokens` and `answers`."""
+    """Your own prompts: JSON lines with `prompt` or `messages`, and optionally `output_tokens` and `answers`.
+
+    Attributes:
+        file: of the lines; Parquet, as data sets on Hugging Face have it, where its name ends so.
+        columns: what the file calls a field, where it is another name, such as ``{prompt: question}``.
+    """
 
     kind: Literal["jsonl"]
     paired: bool = True
-    file: Path
+    file: DataFile
+    columns: Mapping[Literal["prompt", "messages", "output_tokens", "answers"], str] = {}
     output_tokens: PositiveInt = 128
 
 
 Workload = Annotated[
-    NeedleWorkload | RulerWorkload | DocumentWorkload | TextWorkload | TraceWorkload | ShareGptWorkload | JsonlWorkload,
+    NeedleWorkload
+    | RulerWorkload
+    | DocumentWorkload
+    | TextWorkload
+    | TraceWorkload
+    | ShareGptWorkload
+    | AgentWorkload
+    | JsonlWorkload,
     Field(discriminator="kind"),
 ]

@@ -1,0 +1,118 @@
+"""Times against the truth of a simulated server, and against what other tools say of the same server."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.loadtest.conftest import ROOT, LoadTest, Simulated, scenario_of
+
+TOKENIZER = ROOT / "loadtest" / "model" / "weights"
+CLOSED: dict[str, Any] = {"loop": "closed", "concurrency": [8], "requests": 64, "methods_apart": True}
+
+STREAMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "leading": {"leading": 7},
+    "finish": {"finish_seconds": 0.2},
+    "together": {"together": 4},
+    "dressed": {"dressed": True},
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "usage": {},
+    "token_ids": {"stream_options": {"include_usage": True}, "return_token_ids": True},
+    "events": {"stream_options": {"include_usage": True}},
+}
+
+
+def known(truth: Mapping[str, Any]) -> tuple[float, float, list[float]]:
+    """Time to the first token, mean time per token after it, and gaps, in seconds, of a request."""
+    times = [seconds for _, seconds in truth["tokens"]]
+    tokens = sum(count for count, _ in truth["tokens"])
+    return (
+        times[0] - truth["arrived_seconds"],
+        (times[-1] - times[0]) / (tokens - 1),
+        [after - before for before, after in itertools.pairwise(times)],
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_times_are_the_servers_to_a_millisecond(
+    load_test: LoadTest, simulated: Simulated, tmp_path: Path, way: str
+) -> None:
+    """1 ms or 1 %: of the server's own times, so that a server that a busy machine makes late is no error."""
+    timing = {"ttft_seconds": 0.23, "tpot_seconds": 0.017}
+    methods = {name: {**timing, **stream} for name, stream in STREAMS.items()}
+    load = {"loop": "open", "rates": [25], "requests": 100}
+    finished = load_test(scenario_of(tmp_path, methods, load, warm_up_rounds=0, request=WAYS[way]))
+    assert finished.code == 0, finished.output
+    assert finished.report["summary"]["counted_by"] == {way: 100}
+    stage = finished.report["summary"]["stages"][0]
+    for name, extras in methods.items():
+        truths = [known(truth) for truth in simulated.truths if truth["extras"] == extras]
+        one = stage["methods"][name]
+        assert len(truths) == one["succeeded"] == 20
+        gaps = [gap for _, _, some in truths for gap in some]
+        for measured, values in (
+            (one["ttft_from_send_seconds"], [ttft for ttft, _, _ in truths]),
+            (one["tpot_seconds"], [tpot for _, tpot, _ in truths]),
+            (one["gap_seconds"], gaps),
+        ):
+            assert measured["count"] == len(values)
+            expected = statistics.median(values)
+            assert measured["p50"] == pytest.approx(expected, rel=0.01, abs=0.001), name
+        # Not the whole millisecond: a token of 17 ms is known to 1 %.
+        assert one["tpot_seconds"]["mean"] == pytest.approx(statistics.fmean(tpot for _, tpot, _ in truths), rel=0.01)
+
+
+def _vllm(url: str, extras: Mapping[str, Any], folder: Path) -> dict[str, float]:
+    written = "result.json"
+    command = [
+        *(str(Path(sys.executable).with_name("vllm")), "bench", "serve", "--backend", "openai"),
+        *("--base-url", url, "--endpoint", "/v1/completions", "--model", "simulated"),
+        *("--tokenizer", str(TOKENIZER), "--dataset-name", "random", "--random-input-len", "20"),
+        *("--random-output-len", "20", "--num-prompts", "64", "--max-concurrency", "8", "--ignore-eos"),
+        *("--extra-body", json.dumps({"vllm_xargs": extras}), "--save-result", "--result-dir", str(folder)),
+        *("--result-filename", written),
+    ]
+    _run(command)
+    found = json.loads((folder / written).read_text())
+    return {
+        "ttft_seconds": found["mean_ttft_ms"] / 1e3,
+        "tpot_seconds": found["mean_tpot_ms"] / 1e3,
+        "output_tokens_per_second": found["output_throughput"],
+    }
+
+
+def _run(command: Sequence[str]) -> None:
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
+
+
+TOOLS = {"vllm": _vllm}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_other_tools_say_the_same(load_test: LoadTest, simulated: Simulated, tmp_path: Path, tool: str) -> None:
+    """TTFT, TPOT and throughput within 3 %, of a server that both ask for the same."""
+    if tool != "vllm" and shutil.which(tool) is None:
+        pytest.skip(f"{tool} is not installed")
+    extras = {"ttft_seconds": 0.4, "tpot_seconds": 0.03}
+    finished = load_test(scenario_of(tmp_path, {"plain": extras}, CLOSED, warm_up_rounds=0, endpoint="completions"))
+    assert finished.code == 0, finished.output
+    ours = finished.report["summary"]["stages"][0]["together"]
+    theirs = TOOLS[tool](simulated.url, extras, tmp_path)
+    measured = {
+        "ttft_seconds": ours["ttft_from_send_seconds"]["mean"],
+        "tpot_seconds": ours["tpot_seconds"]["mean"],
+        "output_tokens_per_second": ours["output_tokens_per_second"],
+    }
+    assert measured == pytest.approx(theirs, rel=0.03)
