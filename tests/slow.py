@@ -85,7 +85,15 @@ SLOW = {
         "test_the_rate_is_what_the_server_sustains",
         "test_times_tokens_and_answers_are_the_servers",
     },
+    "tests/loadtest/test_agreement.py": {
+        "test_times_are_the_servers_to_a_millisecond",
+        "test_vllm_bench_serve_says_the_same",
+    },
+    "tests/loadtest/test_pages.py": {
+        "test_a_page_compares_runs",
+    },
     "tests/loadtest/test_verdict.py": {
+        "test_a_rate_that_is_wanted_has_to_be_held",
         "test_the_exit_status_follows_the_conditions",
     },
     "tests/loadtest/test_clients.py": {

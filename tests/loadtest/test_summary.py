@@ -202,7 +202,7 @@ def drift_of(ttfts: list[float]) -> float | None:
         "level": 1.0,
         "methods": ["dense"],
         "start_seconds": 0.0,
-        "schedule": [{"arrival_seconds": float(number)} for number in range(len(ttfts))],
+        "schedule": [{"arrival_seconds": float(number), "turns": 1} for number in range(len(ttfts))],
         "requests": requests,
         "client": None,
         "stopped": None,
