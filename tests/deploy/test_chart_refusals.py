@@ -102,8 +102,14 @@ WRONG_TOGETHER: list[tuple[dict[str, Any], str]] = [
     (one_model(cache={"kind": "existingClaim"}), "models.m.cache"),
     (one_model(nodes=2, accelerator={"count": 0}), "models.m.nodes"),
     (one_model(rollout={"maxSurge": 0, "maxUnavailable": 0}), "models.m.rollout"),
-    (one_model(autoscaling={"kind": "hpa", "minReplicas": 5}), "models.m.autoscaling"),
-    (one_model(autoscaling={"kind": "hpa", "minReplicas": 0}), "models.m.autoscaling"),
+    (
+        one_model(autoscaling={"kind": "hpa", "minReplicas": 5}),
+        "models.m.autoscaling: minReplicas is 5, more than maxReplicas 4; lower it, or raise maxReplicas",
+    ),
+    (
+        one_model(autoscaling={"kind": "hpa", "minReplicas": 0}),
+        "models.m.autoscaling: minReplicas is 0, which only kind keda can do; write 1 or more",
+    ),
     (one_model(autoscaling={"kind": "keda"}), "models.m.autoscaling"),
     (one_model(ingress={"enabled": True}), "models.m.ingress"),
     (one_model(httpRoute={"enabled": True}), "models.m.httpRoute"),
