@@ -269,8 +269,9 @@ deploy/helm/generate.py writes.
 {{- $value = include "vllm-sparse.text" (index $arguments (add1 $index)) -}}
 {{- end -}}
 {{- with get $checks.values $argument -}}
-{{- if not (has $value .allowed) -}}
-{{- fail (printf "%s: %s is %q: %s; write one of %s, or leave it out" $place $argument $value .reason (.allowed | join ", ")) -}}
+{{- $allowed := ternary .gpu .cpu (gt (int $.model.accelerator.count) 0) -}}
+{{- if not (has $value $allowed) -}}
+{{- fail (printf "%s: %s is %q: %s; write one of %s, or leave it out" $place $argument $value .reason ($allowed | join ", ")) -}}
 {{- end -}}
 {{- end -}}
 {{- if and (eq $argument "--block-size") (gt (mod (int $value) 16) 0) -}}
