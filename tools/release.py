@@ -24,12 +24,12 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from deploy.docker.lock import BASES, base_images
 from setup import find_nvcc
 
 ROOT = Path(__file__).parents[1]
 DOCKER = Path("deploy/docker")
 CHART = Path("deploy/helm/vllm-sparse")
-BASES = DOCKER / "bases.env"
 CHECKSUMS = "SHA256SUMS"
 # Platforms of each image: Hopper beside x86_64 and beside Grace; requirements-cpu.txt is of x86_64.
 PLATFORMS = {"cuda": "linux/amd64,linux/arm64", "cpu": "linux/amd64"}
@@ -67,18 +67,22 @@ def missing_tools(images: bool) -> list[str]:
 
 
 def read_bases(path: Path) -> dict[str, str]:
-    """Build arguments that pin what images are built from.
+    """Build arguments that pin what images are built from: all base images of the Dockerfile, and the archives' time.
 
     Raises:
-        ReleaseError: there are none, or one is no digest.
+        ReleaseError: there are none, one is missing, or one is no digest of the image that the Dockerfile names.
     """
     pin = "run `python -m deploy.docker.lock --bases`, look at the change and commit it"
     if not path.exists():
         raise ReleaseError(f"{path}: not there, so the images' bases are not pinned; {pin}")
     bases = dict(line.split("=", 1) for line in path.read_text().splitlines() if line)
-    for argument, value in bases.items():
-        if argument != "APT_SNAPSHOT" and not re.search(r"@sha256:[0-9a-f]{64}$", value):
-            raise ReleaseError(f"{path}: {argument} is {value!r}, which has no digest; {pin}")
+    allowed = {argument: rf"{re.escape(image)}@sha256:[0-9a-f]{{64}}" for argument, image in base_images().items()}
+    allowed["APT_SNAPSHOT"] = r"\d{8}T\d{6}Z"
+    if bases.keys() != allowed.keys():
+        raise ReleaseError(f"{path}: pins {', '.join(bases)}; allowed: {', '.join(allowed)}; {pin}")
+    for argument, pattern in allowed.items():
+        if not re.fullmatch(pattern, bases[argument]):
+            raise ReleaseError(f"{path}: {argument} is {bases[argument]!r}; allowed: {pattern}; {pin}")
     return bases
 
 
@@ -194,7 +198,7 @@ def release(folder: Path, images: bool) -> None:
         raise ReleaseError(f"{folder} is not empty; name a new folder, so that nothing old is released")
     if changed := run("git", "status", "--porcelain"):
         raise ReleaseError(f"what is released is the commit, and these files differ from it:\n{changed}")
-    bases = read_bases(ROOT / BASES) if images else {}
+    bases = read_bases(BASES) if images else {}
     import helm_python
 
     folder.mkdir(parents=True, exist_ok=True)

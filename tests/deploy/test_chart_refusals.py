@@ -102,8 +102,14 @@ WRONG_TOGETHER: list[tuple[dict[str, Any], str]] = [
     (one_model(cache={"kind": "existingClaim"}), "models.m.cache"),
     (one_model(nodes=2, accelerator={"count": 0}), "models.m.nodes"),
     (one_model(rollout={"maxSurge": 0, "maxUnavailable": 0}), "models.m.rollout"),
-    (one_model(autoscaling={"kind": "hpa", "minReplicas": 5}), "models.m.autoscaling"),
-    (one_model(autoscaling={"kind": "hpa", "minReplicas": 0}), "models.m.autoscaling"),
+    (
+        one_model(autoscaling={"kind": "hpa", "minReplicas": 5}),
+        "models.m.autoscaling: minReplicas is 5, more than maxReplicas 4; lower it, or raise maxReplicas",
+    ),
+    (
+        one_model(autoscaling={"kind": "hpa", "minReplicas": 0}),
+        "models.m.autoscaling: minReplicas is 0, which only kind keda can do; write 1 or more",
+    ),
     (one_model(autoscaling={"kind": "keda"}), "models.m.autoscaling"),
     (one_model(ingress={"enabled": True}), "models.m.ingress"),
     (one_model(httpRoute={"enabled": True}), "models.m.httpRoute"),
@@ -137,8 +143,15 @@ WRONG_TOGETHER: list[tuple[dict[str, Any], str]] = [
         one_model(sparse={"flexprefill": {"max_budget_tokens": 512}}),
         "models.m.sparse.flexprefill.max_budget_tokens is 512, below min_budget_tokens 1024",
     ),
-    (one_model(extraArgs=["--kv-cache-dtype=fp8"]), 'models.m.extraArgs[0]: --kv-cache-dtype is "fp8"'),
-    (one_model(extraArgs=["--enforce-eager", "--kv_cache_dtype", "fp8_e4m3"]), "write one of auto, float16, bfloat16"),
+    (
+        one_model(extraArgs=["--kv-cache-dtype=fp8"], accelerator={"count": 0}),
+        'models.m.extraArgs[0]: --kv-cache-dtype is "fp8": sparse attention reads no such KV cache there; write one of '
+        "auto, float16, bfloat16, or",
+    ),
+    (
+        one_model(extraArgs=["--enforce-eager", "--kv_cache_dtype", "fp8_e5m2"]),
+        "write one of auto, float16, bfloat16, fp8, fp8_e4m3, or",
+    ),
     (one_model(extraArgs=["--runner", "pooling"]), "write one of auto, generate"),
     (one_model(extraArgs=["--block-size", 8]), "write a multiple of 16"),
     (
@@ -230,6 +243,7 @@ def test_other_arguments_pass() -> None:
     arguments = ["--enforce-eager", "--block-size", 32, "--cudagraph-capture-sizes", 1, 2, 4, "--kv-cache-dtype=auto"]
     container = server(one_model(extraArgs=arguments))
     assert container["args"][-len(arguments) :] == [str(argument) for argument in arguments]
+    assert "--kv-cache-dtype=fp8" in server(one_model(extraArgs=["--kv-cache-dtype=fp8"]))["args"], "GPUs have FP8"
 
 
 def test_every_refused_argument_is_refused_with_the_reason() -> None:

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from tests.deploy.chart import CHART, Manifest, example, find, manifest_text, one_model, pod_spec, render, server
+from vllm_sparse.backend.executors.rule import Device, stock_kernels
 from vllm_sparse.server.preset_header import PresetHeader
 
 # Settings whose values the chart hands on as they are.
@@ -279,12 +280,22 @@ class TestDevices:
         return module
 
     def test_of_another_kind_are_named_with_the_setting(self, script: ModuleType) -> None:
-        hopper, ampere = ("NVIDIA H200", (9, 0)), ("NVIDIA A100", (8, 0))
+        hopper, volta = ("NVIDIA H200", (9, 0)), ("NVIDIA V100", (7, 0))
         assert script.problem([hopper, hopper], 2, "models.m") is None
-        message = script.problem([hopper, ampere], 2, "models.m")
-        assert "GPU 1 is NVIDIA A100, compute capability 8.0" in message
+        message = script.problem([hopper, volta], 2, "models.m")
+        assert "GPU 1 is NVIDIA V100, compute capability 7.0" in message
         assert "models.m.nodeSelector" in message
         assert "models.m.accelerator.count is 2, and this pod sees 1" in script.problem([hopper], 2, "models.m")
+
+    @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 1)])
+    def test_are_refused_as_the_plugin_refuses_them(self, script: ModuleType, capability: tuple[int, int]) -> None:
+        refused = script.problem([("a GPU", capability)], 1, "models.m") is not None
+        try:
+            stock_kernels(Device("cuda", capability))
+        except ValueError:
+            assert refused
+        else:
+            assert not refused
 
     def test_are_checked_before_the_server_loads(self) -> None:
         values = one_model(accelerator={"count": 2}, initContainers=[{"name": "own"}])

@@ -31,6 +31,8 @@ from tests.tools import tool
 
 PODS = ("a-0", "a-1", "b-0", "b-1")
 SERVERS = tuple({"namespace": "llm", "pod": pod, "model_name": pod[0]} for pod in PODS)
+# Its counters stand still.
+IDLE = {"namespace": "idle", "pod": "c-0", "model_name": "c"}
 MINUTES = 40
 BOUNDS = ("0.1", "0.5", "1.0", "+Inf")
 
@@ -102,10 +104,11 @@ def series() -> Iterator[tuple[str, dict[str, str], float, float]]:
 def history(last_seconds: float) -> str:
     """What every server's series held minute by minute, as OpenMetrics."""
     lines = []
-    for server, (name, labels, start, growth) in itertools.product(SERVERS, series()):
+    for server, (name, labels, start, growth) in itertools.product((*SERVERS, IDLE), series()):
         told = ",".join(f'{label}="{value}"' for label, value in {**server, **labels}.items())
         for minute in range(MINUTES + 1):
-            lines.append(f"{name}{{{told}}} {start + growth * minute} {last_seconds + 60 * (minute - MINUTES)}\n")
+            value = start + growth * minute * (server is not IDLE)
+            lines.append(f"{name}{{{told}}} {value} {last_seconds + 60 * (minute - MINUTES)}\n")
     return "".join(lines) + "# EOF\n"
 
 
@@ -141,7 +144,7 @@ def told(legend: str, labels: dict[str, str]) -> str:
 def test_a_panel_tells_every_server_apart(clusters: Prometheus, now_seconds: float, title: str) -> None:
     legends = []
     for query, legend in [(query, legend) for name, query, legend in panel_targets() if name == title]:
-        samples = clusters.query(filled_in(query, "5m", "30m"), now_seconds)
+        samples = clusters.query(filled_in(query.replace("$namespace", "llm"), "5m", "30m"), now_seconds)
         finite = [sample["metric"] for sample in samples if math.isfinite(float(sample["value"][1]))]
         for server in SERVERS:
             assert any(server.items() <= labels.items() for labels in finite), f"{query} shows nothing of {server}"
@@ -157,6 +160,24 @@ def test_a_choice_leaves_the_other_servers_out(clusters: Prometheus, now_seconds
         assert {(sample["metric"]["model_name"], sample["metric"]["pod"]) for sample in samples} == {("b", "b-1")}, (
             title
         )
+
+
+def test_at_a_glance_what_had_no_traffic_is_left_out(clusters: Prometheus, now_seconds: float) -> None:
+    panels = [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] == "bargauge"]
+    assert len(panels) == 6
+    for panel in panels:
+        (target,) = panel["targets"]
+        samples = clusters.query(filled_in(target["expr"].replace("$namespace", "idle"), "5m", "30m"), now_seconds)
+        # Memory is taken without traffic too.
+        assert len(samples) == (2 if panel["title"].startswith("Memory") else 0), panel["title"]
+
+
+def test_bars_have_their_names_above_them() -> None:
+    """Names of pods are long; beside a bar Grafana cuts them, with the method and the reason behind them."""
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        if panel["type"] == "bargauge":
+            assert panel["options"]["minVizHeight"] > 40
+            assert panel["options"]["sizing"] == "manual"
 
 
 def test_the_file_is_what_its_script_writes() -> None:

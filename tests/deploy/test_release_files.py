@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from deploy.docker import lock
 from tools import release
 
 DIGEST = f"sha256:{'0f' * 32}"
-BASES = {"CUDA_BASE": f"vllm/vllm-openai:v0@{DIGEST}", "APT_SNAPSHOT": "20261128T000000Z"}
+BASES = {
+    **{argument: f"{image}@{DIGEST}" for argument, image in lock.base_images().items()},
+    "APT_SNAPSHOT": "20261128T000000Z",
+}
 
 
 def wheel(folder: Path, tag: str, *files: str) -> Path:
@@ -38,18 +44,82 @@ class TestWheel:
 
 
 class TestBases:
+    def read(self, folder: Path, bases: dict[str, str]) -> dict[str, str]:
+        (folder / "bases.env").write_text("".join(f"{name}={value}\n" for name, value in bases.items()))
+        return release.read_bases(folder / "bases.env")
+
     def test_by_digest_are_read(self, tmp_path: Path) -> None:
-        (tmp_path / "bases.env").write_text("".join(f"{name}={value}\n" for name, value in BASES.items()))
-        assert release.read_bases(tmp_path / "bases.env") == BASES
+        assert self.read(tmp_path, BASES) == BASES
+
+    def test_are_all_that_the_dockerfile_builds_from(self) -> None:
+        """Each stage begins with one of them or with a stage before it."""
+        begun: set[str] = set()
+        for base, name in re.findall(r"^FROM (\S+) AS (\S+)$", lock.DOCKERFILE.read_text(), re.MULTILINE):
+            assert base in begun or base.strip("${}") in BASES
+            begun.add(name)
+        assert {"cuda", "cpu"} <= begun
 
     def test_that_were_never_pinned_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(release.ReleaseError, match=r"bases\.env: not there.*deploy\.docker\.lock --bases"):
             release.read_bases(tmp_path / "bases.env")
 
-    def test_by_tag_are_refused(self, tmp_path: Path) -> None:
-        (tmp_path / "bases.env").write_text("CPU_BASE=debian:bookworm-slim\n")
-        with pytest.raises(release.ReleaseError, match="CPU_BASE is 'debian:bookworm-slim', which has no digest"):
-            release.read_bases(tmp_path / "bases.env")
+    @pytest.mark.parametrize("left_out", BASES)
+    def test_of_which_one_is_missing_are_refused(self, left_out: str, tmp_path: Path) -> None:
+        bases = {name: value for name, value in BASES.items() if name != left_out}
+        with pytest.raises(release.ReleaseError, match=f"allowed: .*{left_out}.*deploy.docker.lock --bases"):
+            self.read(tmp_path, bases)
+
+    @pytest.mark.parametrize(
+        ("argument", "value"),
+        [
+            ("CPU_BASE", "debian:bookworm-slim"),
+            ("CPU_BASE", f"debian:bookworm-slim@{DIGEST[:-1]}"),
+            # Of the image that the Dockerfile named before.
+            ("CUDA_BASE", f"vllm/vllm-openai:v0.1.0@{DIGEST}"),
+            ("APT_SNAPSHOT", ""),
+        ],
+    )
+    def test_that_pin_nothing_are_refused(self, argument: str, value: str, tmp_path: Path) -> None:
+        with pytest.raises(release.ReleaseError, match=f"{argument} is '{re.escape(value)}'; allowed: .*; run"):
+            self.read(tmp_path, {**BASES, argument: value})
+
+
+FAKE_SKOPEO = f"""#!/bin/sh
+echo "$@" >> "$(dirname "$0")/asked"
+echo {DIGEST}
+"""
+
+
+class TestPinning:
+    def test_asks_for_the_digest_of_each_base(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        (tmp_path / "skopeo").write_text(FAKE_SKOPEO)
+        (tmp_path / "skopeo").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        pinned = lock.bases_by_digest()
+        (tmp_path / "bases.env").write_text("".join(f"{name}={value}\n" for name, value in pinned.items()))
+        assert release.read_bases(tmp_path / "bases.env") == pinned
+        asked = (tmp_path / "asked").read_text().splitlines()
+        assert [line.split()[-1] for line in asked] == [f"docker://{image}" for image in lock.base_images().values()]
+
+    def test_needs_skopeo(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(SystemExit, match="skopeo is not on PATH"):
+            lock.bases_by_digest()
+
+
+def test_a_tool_has_the_hashes_of_all_its_files() -> None:
+    def package(digest: str) -> dict[str, Any]:
+        archive = {"archive_info": {"hashes": {"sha256": digest}}}
+        return {"metadata": {"name": "lxml", "version": "6"}, "download_info": archive}
+
+    # Of x86_64, of Arm, and one that is the same for both.
+    assert lock.locked([package("a"), package("b"), package("a")]) == "lxml==6 --hash=sha256:a --hash=sha256:b\n"
+
+
+def test_tools_have_hashes_for_both_machines() -> None:
+    """The list of packages is made in the CPU image, and in vLLM's of x86_64 and of Arm."""
+    (lxml,) = [line for line in lock.LOCK_SBOM.read_text().splitlines() if line.startswith("lxml==")]
+    assert lxml.count("--hash=sha256:") == 1 + len(lock.ELSEWHERE) == 3
 
 
 @pytest.mark.parametrize(("target", "arm"), [("cuda", True), ("cpu", False)])

@@ -6,8 +6,8 @@ Ends with a message otherwise, which `kubectl describe pod` shows: minutes befor
 import sys
 from pathlib import Path
 
-# As torch reports it: Hopper, where FlashAttention 3 runs.
-CAPABILITY = (9, 0)
+# Compute capability from which the plugin has kernels. Importing it would import vLLM.
+LEAST_CAPABILITY = (8, 0)
 TERMINATION_LOG = Path("/dev/termination-log")
 
 
@@ -19,11 +19,11 @@ def problem(devices: list[tuple[str, tuple[int, int]]], count: int, place: str) 
             f"driver and {place}.runtimeClassName."
         )
     for index, (name, capability) in enumerate(devices):
-        if capability != CAPABILITY:
+        if capability < LEAST_CAPABILITY:
             return (
                 f"GPU {index} is {name}, compute capability {capability[0]}.{capability[1]}: sparse attention runs on "
-                f"{CAPABILITY[0]}.{CAPABILITY[1]} only (Hopper: H100, H200, GH200). Choose such nodes by "
-                f"{place}.nodeSelector, for instance by their label nvidia.com/gpu.product."
+                f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} and newer, best on Hopper (H100, H200, GH200). Choose "
+                f"such nodes by {place}.nodeSelector, for instance by their label nvidia.com/gpu.product."
             )
     return None
 

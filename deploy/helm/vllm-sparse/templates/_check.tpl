@@ -82,10 +82,10 @@ deploy/helm/generate.py writes.
 {{- end -}}
 {{- $autoscaling := $model.autoscaling -}}
 {{- if and (ne $autoscaling.kind "none") (gt (int $autoscaling.minReplicas) (int $autoscaling.maxReplicas)) -}}
-{{- fail (printf "%s.autoscaling: minReplicas is %d, more than maxReplicas %d" $at (int $autoscaling.minReplicas) (int $autoscaling.maxReplicas)) -}}
+{{- fail (printf "%s.autoscaling: minReplicas is %d, more than maxReplicas %d; lower it, or raise maxReplicas" $at (int $autoscaling.minReplicas) (int $autoscaling.maxReplicas)) -}}
 {{- end -}}
 {{- if and (eq $autoscaling.kind "hpa") (lt (int $autoscaling.minReplicas) 1) -}}
-{{- fail (printf "%s.autoscaling: minReplicas is 0, which only kind keda can do" $at) -}}
+{{- fail (printf "%s.autoscaling: minReplicas is 0, which only kind keda can do; write 1 or more, or kind: keda" $at) -}}
 {{- end -}}
 {{- if and (eq $autoscaling.kind "keda") (not $autoscaling.prometheus) -}}
 {{- fail (printf "%s.autoscaling: kind is keda and prometheus is empty; give the URL of the Prometheus that scrapes the servers" $at) -}}
@@ -269,8 +269,9 @@ deploy/helm/generate.py writes.
 {{- $value = include "vllm-sparse.text" (index $arguments (add1 $index)) -}}
 {{- end -}}
 {{- with get $checks.values $argument -}}
-{{- if not (has $value .allowed) -}}
-{{- fail (printf "%s: %s is %q: %s; write one of %s, or leave it out" $place $argument $value .reason (.allowed | join ", ")) -}}
+{{- $allowed := ternary .gpu .cpu (gt (int $.model.accelerator.count) 0) -}}
+{{- if not (has $value $allowed) -}}
+{{- fail (printf "%s: %s is %q: %s; write one of %s, or leave it out" $place $argument $value .reason ($allowed | join ", ")) -}}
 {{- end -}}
 {{- end -}}
 {{- if and (eq $argument "--block-size") (gt (mod (int $value) 16) 0) -}}
