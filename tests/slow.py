@@ -87,7 +87,7 @@ SLOW = {
     },
     "tests/loadtest/test_agreement.py": {
         "test_times_are_the_servers_to_a_millisecond",
-        "test_vllm_bench_serve_says_the_same",
+        "test_peers_say_the_same",
     },
     "tests/loadtest/test_pages.py": {
         "test_a_page_compares_runs",

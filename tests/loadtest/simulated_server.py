@@ -131,12 +131,14 @@ class SimulatedServer:
         continuous = behaviour.usage and behaviour.continuous and options.get("continuous_usage_stats")
         # Newer clients of chats give the second name.
         words = _words(prompt, behaviour, body.get("max_tokens") or body["max_completion_tokens"])
+        # AIPerf reads no event without it.
+        kind = "chat.completion.chunk" if chat else "text_completion"
 
         async def send(text: str, tokens: int, so_far: int, **more: Any) -> None:
             choice: dict[str, Any] = {"delta": {"content": text}} if chat else {"text": text}
             if body.get("return_token_ids"):
                 choice["token_ids"] = list(range(so_far - tokens, so_far))
-            event: dict[str, Any] = {"choices": [choice | more]}
+            event: dict[str, Any] = {"object": kind, "choices": [choice | more]}
             if continuous:
                 event["usage"] = {"prompt_tokens": len(prompt.split()), "completion_tokens": so_far}
             await _send(response, event, behaviour.dressed)
@@ -162,7 +164,7 @@ class SimulatedServer:
             await send("", 0, len(words), finish_reason="length")
         if behaviour.usage:
             usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(words)}
-            await _send(response, {"choices": [], "usage": usage}, behaviour.dressed)
+            await _send(response, {"object": kind, "choices": [], "usage": usage}, behaviour.dressed)
         await response.write(b"data: [DONE]\n\n")
         return response
 
