@@ -125,9 +125,10 @@ def test_the_gate_on_a_real_checkpoint_and_every_measure(checkpoint: Path, tmp_p
     log = output / "server.log"
     # So few prompts pass nothing by the whole gate, but what is spoilt fails beyond doubt.
     assert ended.returncode == 1, f"{ended.stderr[-3000:]}\n{log.read_text()[-3000:] if log.exists() else ''}"
+    # 24 prompts say little: of the texts that are installed blocktopk loses up to 0.15, what is spoilt more than 0.5.
     limits = Limits(
-        least_mean_difference=-0.1,
-        least_interval_end=-0.3,
+        least_mean_difference=-0.25,
+        least_interval_end=-0.5,
         least_kinds=len(REAL_KINDS),
         least_prompts_per_kind=REAL_PROMPTS,
         most_loss_difference_nats=0.03,
