@@ -15,7 +15,7 @@ from vllm_sparse.kernels.page_summaries import SummaryKind, read_summaries
 from vllm_sparse.kernels.top_tokens import TokenBudget, top_pages, top_tokens
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.decode import DecodeMethod, LayerMemory, TopTokensMethod, choosing_in_each_layer
-from vllm_sparse.methods.knobs import KNOBS, BudgetTokens, DenseLayers, RecentTokens, SinkTokens
+from vllm_sparse.methods.knobs import KNOBS, BudgetTokens, Coverage, DenseLayers, RecentTokens, SinkTokens
 from vllm_sparse.pages import PageList
 from vllm_sparse.step.roles import Role
 from vllm_sparse.step.rows import DecodeRows, RowsPlace, TokenLists
@@ -70,15 +70,7 @@ class BlockTopk(TopTokensMethod):
             description="how many budgets of tokens the pages hold among which exact scores choose; 1 reads the pages",
         ),
     ] = 1
-    coverage: Annotated[
-        float,
-        Field(
-            gt=0,
-            le=1,
-            allow_inf_nan=False,
-            description="share of the candidates' attention at which a list ends; 1 reads the whole budget",
-        ),
-    ] = 1.0
+    coverage: Coverage = 1.0
 
     def __post_init__(self) -> None:
         self.check_budget()

@@ -30,6 +30,7 @@ from vllm_sparse.methods.knobs import (
     KNOBS,
     LIMITED_BUDGET,
     UNBOUNDED_TOKENS,
+    Coverage,
     DenseLayers,
     KnobError,
     ListPer,
@@ -142,15 +143,7 @@ class Dhsa(PrefillMethod):
         float,
         Field(ge=1, le=16, allow_inf_nan=False, description="pages whose mass is computed, in budgets; 1: none"),
     ] = 3.0
-    coverage: Annotated[
-        float,
-        Field(
-            gt=0,
-            le=1,
-            allow_inf_nan=False,
-            description="share of the candidates' attention at which a list ends before its budget; 1: none does",
-        ),
-    ] = 1.0
+    coverage: Coverage = 1.0
     density: Annotated[
         float,
         Field(gt=0, le=1, allow_inf_nan=False, description="share of the tokens in reach that a query block reads"),
@@ -249,7 +242,7 @@ class Dhsa(PrefillMethod):
         if score_heads < query_heads:
             mass = mass.view(score_heads, -1, *mass.shape[1:]).sum(1)
         kept = best_pages(mass, band_start, last_query, budget_pages, selection)
-        return self._covering(mass, kept, query_heads, band_start // PAGE_TOKENS, last_query // PAGE_TOKENS)
+        return self._covering(mass, kept, query_heads, band_start // PAGE_TOKENS)
 
     def prepare(self, blocks: PromptBlocks, prompt_tokens: Sequence[int | None]) -> PreparedChunks | None:
         """As `block_mask` works it out for one chunk, on the host, since key blocks of fixed length are known there."""
@@ -320,26 +313,20 @@ class Dhsa(PrefillMethod):
             if score_heads < query_heads:
                 mass = mass.view(score_heads, -1, *mass.shape[1:]).sum(1)
             mask = select_pages(mass, sink_pages, prepared.band_page, prepared.last_page, prepared.budget_pages)
-            mask = self._covering(mass, mask, query_heads, prepared.band_page, prepared.last_page)
+            mask = self._covering(mass, mask, query_heads, prepared.band_page)
         list_heads = lists.kept_tokens.shape[0] // blocks.blocks
         write_lists(shared(mask, list_heads), blocks, PAGE_TOKENS, list_heads, lists)
 
     def _covering(
-        self,
-        mass: torch.Tensor,
-        kept: torch.Tensor,
-        query_heads: int,
-        band_page: torch.Tensor,
-        last_page: torch.Tensor,
+        self, mass: torch.Tensor, kept: torch.Tensor, query_heads: int, band_page: torch.Tensor
     ) -> torch.Tensor:
         """Of the kept pages those that hold `coverage` of the mass, and the forced ones.
 
         Args:
             mass: ``[score_heads, blocks, pages]`` of the candidates, summed over heads that share scores.
-            kept: bool, as the mass.
+            kept: bool, as the mass; no page after a query block's last one.
             query_heads: of the mass before it was summed.
             band_page: ``[blocks]`` page from which on a query block reads everything.
-            last_page: ``[blocks]`` page of its last query.
         """
         if self.coverage == 1:
             return kept
@@ -348,7 +335,7 @@ class Dhsa(PrefillMethod):
         covering = coverage_mask(share, share.new_full((share.shape[0],), self.coverage), 0, pages).view_as(kept)
         page = torch.arange(pages, device=mass.device)
         forced = (page < -(-self.sink_tokens // PAGE_TOKENS)) | (page >= band_page.unsqueeze(1))
-        return kept & (covering | (forced & (page <= last_page.unsqueeze(1))))
+        return kept & (covering | forced)
 
     def _representation(self, chunks: PromptChunks, prepared: PreparedChunks) -> torch.Tensor:
         """What stands for the key blocks of each chunk, ``[kv_heads, chunks, key_blocks, ...]`` as in `KeyBlocks`."""

@@ -41,6 +41,15 @@ ScoresPer = Annotated[
 BudgetTokens = Annotated[
     int, Field(ge=16, le=UNBOUNDED_TOKENS, description="tokens read by a sparse layer"), LIMITED_BUDGET
 ]
+Coverage = Annotated[
+    float,
+    Field(
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="share of the candidates' attention at which a list ends before its budget; 1: none does",
+    ),
+]
 SinkTokens = Annotated[int, Field(ge=0, le=1 << 16, description="first tokens, always read"), LIMITED_BUDGET]
 RecentTokens = Annotated[int, Field(ge=0, le=1 << 16, description="last tokens, always read"), LIMITED_BUDGET]
 DenseEverySteps = Annotated[

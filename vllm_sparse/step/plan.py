@@ -338,7 +338,7 @@ def plan_step(
                 if behind and request.catches_up and not limits.full_graph:
                     # The step left the graphs for it, in which sparse pays, if not here.
                     _summarise(summarising, span, request, limits)
-                request.catches_up = pays and behind and limits.full_graph
+                request.catches_up = pays
                 continue
         _summarise(summarising, span, request, limits)
         if at_once:
@@ -441,10 +441,10 @@ def _summarise(rows: list[SummaryRow], span: RowSpan, request: SparseRequest, li
 
 def _is_behind(span: RowSpan, request: SparseRequest, limits: PlanLimits) -> bool:
     """Whether keys before this step have no summaries, other than in the block that the newest token is in."""
+    if request.summaries is None:
+        return False
     newest_block = (span.seq_len - 1) // limits.block_tokens * limits.block_tokens
-    return request.summaries is not None and request.summarised_tokens < min(
-        newest_block, span.seq_len - span.query_tokens
-    )
+    return request.summarised_tokens < min(newest_block, span.seq_len - span.query_tokens)
 
 
 def _learn_gain(

@@ -11,7 +11,7 @@ from loadtest.load.report.chart import Series, chart
 from loadtest.load.report.markup import document, figures, folded, note, section, table, text, warnings
 from loadtest.load.report.statistics import LEAST_CLUSTERS
 from loadtest.load.report.summary import Report
-from loadtest.load.report.tables import Group, holding, measured, ratios
+from loadtest.load.report.tables import Group, holding, measured, percentile_of, ratios
 from loadtest.load.report.words import load_unit_of, slo_in_words
 
 TITLE = "Load tests compared"
@@ -116,18 +116,14 @@ def _charts(reports: Mapping[str, Report]) -> str:
     return section(
         "Over the load",
         figures(
-            _over_load(reports, unit, "TTFT at the median", "TTFT p50, s", lambda one: one["ttft_seconds"]["p50"]),
-            _over_load(reports, unit, "TPOT at the median", "TPOT p50, ms", _milliseconds("tpot_seconds", "p50")),
-            _over_load(reports, unit, "Gaps at p99", "gap p99, ms", _milliseconds("gap_seconds", "p99")),
-            _over_load(reports, unit, "End to end", "p50, s", lambda one: one["latency_seconds"]["p50"]),
+            _over_load(reports, unit, "TTFT at the median", "TTFT p50, s", percentile_of("ttft_seconds", "p50")),
+            _over_load(reports, unit, "TPOT at the median", "TPOT p50, ms", percentile_of("tpot_seconds", "p50", 1e-3)),
+            _over_load(reports, unit, "Gaps at p99", "gap p99, ms", percentile_of("gap_seconds", "p99", 1e-3)),
+            _over_load(reports, unit, "End to end", "p50, s", percentile_of("latency_seconds", "p50")),
             _over_load(reports, unit, "Goodput", "good requests a second", lambda one: one["goodput_per_second"]),
             _over_load(reports, unit, "Share of good requests", "share", lambda one: one["good_share"]),
         ),
     )
-
-
-def _milliseconds(key: str, percentile: str) -> Callable[[Group], float | None]:
-    return lambda one: None if one[key][percentile] is None else one[key][percentile] * 1e3
 
 
 def _over_load(

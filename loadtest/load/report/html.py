@@ -24,7 +24,7 @@ from loadtest.load.report.over_time import in_flight, medians
 from loadtest.load.report.server_metrics import density_series, fallbacks, series_of, time_series
 from loadtest.load.report.statistics import LEAST_CLUSTERS, PERCENTILES, samples_needed
 from loadtest.load.report.summary import Report, compared
-from loadtest.load.report.tables import holding, measured, ratio_cell, ratios
+from loadtest.load.report.tables import holding, measured, percentile_of, ratio_cell, ratios
 from loadtest.load.report.words import (
     counting_in_words,
     load_unit_of,
@@ -243,20 +243,12 @@ def _latency(report: Report) -> str:
     ]
     if _levels(report) > 1:
         charts += [
-            _over_level(report, "TTFT at the median", "TTFT p50, s", _part("ttft_seconds", "p50", 1)),
-            _over_level(report, "TPOT at the median", "TPOT p50, ms", _part("tpot_seconds", "p50", 1e-3)),
-            _over_level(report, "Gaps at p99", "gap p99, ms", _part("gap_seconds", "p99", 1e-3)),
-            _over_level(report, "End to end at the median", "p50, s", _part("latency_seconds", "p50", 1)),
+            _over_level(report, "TTFT at the median", "TTFT p50, s", percentile_of("ttft_seconds", "p50")),
+            _over_level(report, "TPOT at the median", "TPOT p50, ms", percentile_of("tpot_seconds", "p50", 1e-3)),
+            _over_level(report, "Gaps at p99", "gap p99, ms", percentile_of("gap_seconds", "p99", 1e-3)),
+            _over_level(report, "End to end at the median", "p50, s", percentile_of("latency_seconds", "p50")),
         ]
     return section("Latency", figures(*charts))
-
-
-def _part(key: str, percentile: str, unit: float) -> Callable[[Mapping[str, Any]], float | None]:
-    def part(one: Mapping[str, Any]) -> float | None:
-        value = one[key][percentile]
-        return None if value is None else float(value) / unit
-
-    return part
 
 
 def _over_time(report: Report) -> str:

@@ -110,6 +110,16 @@ def _count(value: int | None) -> str:
     return "-" if value is None else str(value)
 
 
+def percentile_of(key: str, percentile: str, unit_seconds: float = 1.0) -> Callable[[Group], float | None]:
+    """Reads a percentile of a latency, such as ``p50`` of ``ttft_seconds``, in units of so many seconds."""
+
+    def read(one: Group) -> float | None:
+        value = one[key][percentile]
+        return None if value is None else float(value) / unit_seconds
+
+    return read
+
+
 def ratio_cell(found: Mapping[str, Any], row: Mapping[str, Any], form: str) -> str:
     """A ratio or difference with its interval; of few pairs it is grey and in parentheses.
 
