@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -19,8 +19,17 @@ ARGUMENTS = (
     *("--kv-cache-memory-bytes", "256M", "--max-model-len", "8192", "--enforce-eager", "--shutdown-timeout", "120"),
 )
 CLIENTS, END_SECONDS = 4, 150.0
+# Long enough that a signal reaches a server that generates, short enough that it ends in time.
+GENERATION_SECONDS = 10.0
 
 pytestmark = pytest.mark.usefixtures("no_server")
+
+
+def generate(server: Server, number: int, tokens: int) -> httpx.Response:
+    """One client's request, sparse in both phases, of so many tokens."""
+    body = {"model": MODEL_NAME, "prompt": [5 + number] * 1000, "max_tokens": tokens, "ignore_eos": True}
+    body |= {"vllm_xargs": {**BOTH, "sparse_min_tokens": 0, "tidal_budget_tokens": 256}}
+    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=2 * END_SECONDS)
 
 
 class Load:
@@ -38,10 +47,8 @@ class Load:
             time.sleep(0.2)
 
     def _ask(self, number: int) -> None:
-        body = {"model": MODEL_NAME, "prompt": [5 + number] * 1000, "max_tokens": self._tokens, "ignore_eos": True}
-        body |= {"vllm_xargs": {**BOTH, "sparse_min_tokens": 0, "tidal_budget_tokens": 256}}
         try:
-            reply = httpx.post(f"{self._server.url}/v1/completions", json=body, timeout=2 * END_SECONDS)
+            reply = generate(self._server, number, self._tokens)
             tokens = reply.json()["usage"]["completion_tokens"] if reply.status_code == 200 else 0
             self.ends.append(f"{reply.status_code}, {tokens} tokens")
         except httpx.TimeoutException:
@@ -58,13 +65,18 @@ class Load:
 
 
 @pytest.fixture
-def load(model_folder: Path, tmp_path: Path) -> Iterator[Callable[[int], tuple[Server, Load]]]:
-    """Starts a server that generates so many tokens for each of some clients."""
+def server(model_folder: Path, tmp_path: Path) -> Iterator[Server]:
+    """A server of each test's own, since the test ends it."""
     server = Server(model_folder, ARGUMENTS, tmp_path / "log", {"VLLM_PLUGINS": "sparse"})
     try:
-        yield lambda tokens: (server, Load(server, tokens))
+        yield server
     finally:
         server.stop()
+
+
+def processes_of(server: Server) -> list[psutil.Process]:
+    first = psutil.Process(server.pid)
+    return [first, *first.children(recursive=True)]
 
 
 def all_end(processes: list[psutil.Process], folders: set[Path]) -> bool:
@@ -73,24 +85,24 @@ def all_end(processes: list[psutil.Process], folders: set[Path]) -> bool:
     return not alive and not any(folder.exists() for folder in folders)
 
 
-def test_sigterm_lets_requests_end(load: Callable[[int], tuple[Server, Load]]) -> None:
-    server, clients = load(800)
-    first = psutil.Process(server.pid)
-    processes, folders = [first, *first.children(recursive=True)], file_folders(server)
+def test_sigterm_lets_requests_end(server: Server) -> None:
+    processes, folders = processes_of(server), file_folders(server)
     assert folders
+    generate(server, 0, 10)
+    begin = time.monotonic()
+    generate(server, 0, 200)
+    tokens = min(6000, max(400, int(200 * GENERATION_SECONDS / (time.monotonic() - begin))))
+    clients = Load(server, tokens)
     assert clients.ends == []
-    first.send_signal(signal.SIGTERM)
+    processes[0].send_signal(signal.SIGTERM)
     assert all_end(processes, folders)
-    assert clients.wait() == ["200, 800 tokens"] * CLIENTS
+    assert clients.wait() == [f"200, {tokens} tokens"] * CLIENTS
 
 
 @pytest.mark.parametrize("killed", ["EngineCore", "Worker"])
-def test_a_killed_process_ends_the_server_and_every_client_is_told(
-    load: Callable[[int], tuple[Server, Load]], killed: str
-) -> None:
-    server, clients = load(6000)
-    first = psutil.Process(server.pid)
-    processes, folders = [first, *first.children(recursive=True)], file_folders(server)
+def test_a_killed_process_ends_the_server_and_every_client_is_told(server: Server, killed: str) -> None:
+    processes, folders = processes_of(server), file_folders(server)
+    clients = Load(server, 6000)
     (victim,) = [process for process in processes if any(killed in part for part in process.cmdline())]
     victim.send_signal(signal.SIGKILL)
     assert all_end(processes, folders)
