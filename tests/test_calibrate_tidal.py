@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests import oracle
 from tests.test_command import run_installed
 from vllm_sparse.calibration.decode_search import modelled_cost
+from vllm_sparse.calibration.decoding import RoleLists
 from vllm_sparse.calibration.tidal_command import KEYS_SHARE
 from vllm_sparse.config.messages import SparseParamsError
 from vllm_sparse.config.request import SparseParams, deserialize, resolve
@@ -23,7 +24,6 @@ from vllm_sparse.config.server import parse_server_config
 from vllm_sparse.config.settings import ServerConfig
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.methods.tidal.calibration import (
-    PolicyLists,
     ReuseRecall,
     choose_roles,
     lists_of_steps,
@@ -135,7 +135,7 @@ def test_a_layer_that_attends_alike_is_served_and_another_is_not(generator: torc
 def test_a_layer_reads_the_list_of_its_role(generator: torch.Generator) -> None:
     roles = [Role.DENSE, Role.DENSE_AND_WRITE, Role.READ, Role.WRITE_AND_READ]
     method = Tidal(budget_tokens=40, sink_tokens=4, recent_tokens=8)
-    policy = PolicyLists(method, roles)
+    policy = RoleLists(roles, lambda query, key, scores, scale: lists_of_steps(method, scores))
     layers = [layer_of(200, 3, generator) for _ in roles]
     scores = [scores_of(*layer) for layer in layers]
     found = [policy.listed(n, *layer, scores[n], SCALE) for n, layer in enumerate(layers)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from tests import oracle
 from tests.test_calibrate_tidal import HEAD_SIZE, HEADS, KV_HEADS, MODEL, SCALE, layer_of, scores_of
 from tests.test_command import run_installed
 from vllm_sparse.calibration.decode_search import modelled_cost
+from vllm_sparse.calibration.decoding import RoleLists
 from vllm_sparse.calibration.tokentopk_command import CODE_SHARE, main
-from vllm_sparse.calibration.tokentopk_lists import CodedLists, coded_lists
+from vllm_sparse.calibration.tokentopk_lists import coded_lists
 from vllm_sparse.config.request import resolve
 from vllm_sparse.config.server import parse_server_config
 from vllm_sparse.methods.decode import LayerMemory
@@ -44,7 +46,7 @@ def test_lists_of_told_steps_are_those_that_the_method_selects(
 
 def test_a_layer_reads_the_list_of_its_role(generator: torch.Generator) -> None:
     method = TokenTopk(budget_tokens=100, sink_tokens=4, recent_tokens=8, dense_layers=1, reuse_layers=(2, 3))
-    lists = CodedLists(method, method.layer_roles(5))
+    lists = RoleLists(method.layer_roles(5), partial(coded_lists, method))
     layers = [layer_of(300, 3, generator) for _ in range(5)]
     found = []
     for number, (query, key) in enumerate(layers):

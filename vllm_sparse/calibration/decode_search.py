@@ -18,6 +18,22 @@ ANSWER_TOKENS = 32
 Searched = TypeVar("Searched", bound=DecodeMethod)
 
 
+def add_bounds(parser: argparse.ArgumentParser, most_divergence: float, least_same: float) -> None:
+    """Options ``--divergence`` and ``--same``: how far answers may move from dense decoding's; with their defaults."""
+    parser.add_argument(
+        "--divergence",
+        type=float,
+        default=most_divergence,
+        help="from dense decoding, nats a token, mean, at most (default %(default)s)",
+    )
+    parser.add_argument(
+        "--same",
+        type=float,
+        default=least_same,
+        help="share of tokens whose likeliest stays dense decoding's, at least (default %(default)s)",
+    )
+
+
 def check_dense_layers(parser: argparse.ArgumentParser, dense_layers: int, layers: int) -> None:
     """End the command unless ``--dense-layers`` leaves a layer that chooses and one after it."""
     if not 0 <= dense_layers <= layers - 2:

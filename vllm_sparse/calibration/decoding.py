@@ -6,13 +6,14 @@ the tokens are told; each has the keys and values of those before it as the list
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
 from vllm_sparse.calibration.model import dense_attention, full_layers, text_config
+from vllm_sparse.step.roles import Role
 
 ATTENTION_NAME = "vllm_sparse_told_decoding"
 
@@ -45,6 +46,32 @@ class Everything:
     ) -> torch.Tensor | None:
         """As of `Lists`."""
         return None
+
+
+class RoleLists:
+    """What layers read that choose or read the list of a layer before them; as of `Lists`.
+
+    Args:
+        roles: of each layer.
+        choose: the list of a layer that chooses, from its query, key, scores and scale, as `Lists.listed` gets them.
+    """
+
+    def __init__(
+        self,
+        roles: Sequence[Role],
+        choose: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor],
+    ) -> None:
+        self._roles = roles
+        self._choose = choose
+        self._lists = torch.empty(0)
+
+    def listed(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, scores: torch.Tensor, scale: float
+    ) -> torch.Tensor | None:
+        """As of `Lists`."""
+        if self._roles[layer].writes_list:
+            self._lists = self._choose(query, key, scores, scale)
+        return self._lists if self._roles[layer].reads_list else None
 
 
 @dataclass(frozen=True)

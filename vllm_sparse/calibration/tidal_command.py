@@ -16,9 +16,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from vllm_sparse.calibration import prompts as calibration_prompts
 from vllm_sparse.calibration.decode_search import (
     ANSWER_TOKENS,
+    add_bounds,
     check_bounds,
     check_dense_layers,
     check_lengths,
@@ -26,13 +29,13 @@ from vllm_sparse.calibration.decode_search import (
     modelled_cost,
     told_means,
 )
-from vllm_sparse.calibration.decoding import Decoder, Prefix
+from vllm_sparse.calibration.decoding import Decoder, Prefix, RoleLists
 from vllm_sparse.calibration.model import config_and_layers
 from vllm_sparse.methods.tidal import Tidal
 from vllm_sparse.methods.tidal.calibration import (
-    PolicyLists,
     ReuseRecall,
     choose_roles,
+    lists_of_steps,
     recall_of,
 )
 from vllm_sparse.methods.tidal.method import DENSE_LAYERS
@@ -178,18 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         help="what a layer that chooses reads itself; its own list costs a third of everything (default %(default)s)",
     )
     parser.add_argument("--selections", type=int, help="layers that choose (default: as few as stay within the bounds)")
-    parser.add_argument(
-        "--divergence",
-        type=float,
-        default=MOST_DIVERGENCE,
-        help="from dense decoding, nats a token, mean, at most (default %(default)s)",
-    )
-    parser.add_argument(
-        "--same",
-        type=float,
-        default=LEAST_SAME,
-        help="share of tokens whose likeliest stays dense decoding's, at least (default %(default)s)",
-    )
+    add_bounds(parser, MOST_DIVERGENCE, LEAST_SAME)
     parser.add_argument(
         "--recall-floor",
         type=float,
@@ -237,7 +229,11 @@ def _point(
 def _told(point: Point, decoder: Decoder, prefixes: Sequence[Prefix]) -> Point:
     """The point with what decoding by it changes."""
     roles = point.method.with_selection_reads(point.roles)
-    divergence, same = told_means(decoder, prefixes, lambda: PolicyLists(point.method, roles))
+
+    def choose(query: torch.Tensor, key: torch.Tensor, scores: torch.Tensor, scale: float) -> torch.Tensor:
+        return lists_of_steps(point.method, scores)
+
+    divergence, same = told_means(decoder, prefixes, lambda: RoleLists(roles, choose))
     return dataclasses.replace(point, divergence=divergence, same=same)
 
 

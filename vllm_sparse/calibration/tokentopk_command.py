@@ -12,11 +12,13 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from vllm_sparse.calibration import prompts as calibration_prompts
 from vllm_sparse.calibration.decode_search import (
     ANSWER_TOKENS,
+    add_bounds,
     check_bounds,
     check_dense_layers,
     check_lengths,
@@ -24,9 +26,9 @@ from vllm_sparse.calibration.decode_search import (
     modelled_cost,
     told_means,
 )
-from vllm_sparse.calibration.decoding import Decoder, Prefix
+from vllm_sparse.calibration.decoding import Decoder, Prefix, RoleLists
 from vllm_sparse.calibration.model import config_and_layers
-from vllm_sparse.calibration.tokentopk_lists import CodedLists
+from vllm_sparse.calibration.tokentopk_lists import coded_lists
 from vllm_sparse.methods.token_topk import TokenTopk
 
 # On a real checkpoint a set of 0.0007 nats passed the gate, and one of 0.0009 lost answers (docs/methods.md).
@@ -107,18 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         default=TokenTopk.dense_layers,
         help="first layers, dense; the next one chooses (default %(default)s)",
     )
-    parser.add_argument(
-        "--divergence",
-        type=float,
-        default=MOST_DIVERGENCE,
-        help="from dense decoding, nats a token, mean, at most (default %(default)s)",
-    )
-    parser.add_argument(
-        "--same",
-        type=float,
-        default=LEAST_SAME,
-        help="share of tokens whose likeliest stays dense decoding's, at least (default %(default)s)",
-    )
+    add_bounds(parser, MOST_DIVERGENCE, LEAST_SAME)
     parser.add_argument(
         "--context", type=int, help="tokens of context at which the cost is modelled (default: the longest prompt)"
     )
@@ -170,7 +161,7 @@ def _told(
         budget_tokens=method.budget_tokens, dense_layers=method.dense_layers, reuse_layers=tuple(reuse_layers)
     )
     roles = tried.layer_roles(layers)
-    divergence, same = told_means(decoder, prefixes, lambda: CodedLists(tried, roles))
+    divergence, same = told_means(decoder, prefixes, lambda: RoleLists(roles, partial(coded_lists, tried)))
     return Told(tried, divergence, same, modelled_cost(roles, tried.budget_tokens, context_tokens, CODE_SHARE))
 
 

@@ -2,36 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from vllm_sparse.kernels.page_summaries import coded_keys, page_summaries
 from vllm_sparse.keys import plain_keys
 from vllm_sparse.methods.token_topk import TokenTopk
-from vllm_sparse.step.roles import Role
-
-
-class CodedLists:
-    """Lists by the codes of keys; as of `vllm_sparse.calibration.decoding.Lists`.
-
-    Args:
-        method: which chooses; its own roles do not matter.
-        roles: of each layer.
-    """
-
-    def __init__(self, method: TokenTopk, roles: Sequence[Role]) -> None:
-        self.method = method
-        self.roles = roles
-        self._lists = torch.empty(0)
-
-    def listed(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, scores: torch.Tensor, scale: float
-    ) -> torch.Tensor | None:
-        """What a layer reads; None: everything."""
-        if self.roles[layer].writes_list:
-            self._lists = coded_lists(self.method, query, key, scores, scale)
-        return self._lists if self.roles[layer].reads_list else None
 
 
 def coded_lists(

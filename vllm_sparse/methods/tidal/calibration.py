@@ -39,28 +39,6 @@ def lists_of_steps(method: Tidal, scores: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(ranking, dtype=torch.bool).scatter_(3, best, True) & (positions <= newest)
 
 
-class PolicyLists:
-    """Lists of a method whose layers have roles; as of `vllm_sparse.calibration.decoding.Lists`.
-
-    Args:
-        method: which chooses; its own roles do not matter.
-        roles: of each layer.
-    """
-
-    def __init__(self, method: Tidal, roles: Sequence[Role]) -> None:
-        self.method = method
-        self.roles = roles
-        self._lists = torch.empty(0)
-
-    def listed(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, scores: torch.Tensor, scale: float
-    ) -> torch.Tensor | None:
-        """What a layer reads; None: everything."""
-        if self.roles[layer].writes_list:
-            self._lists = lists_of_steps(self.method, scores)
-        return self._lists if self.roles[layer].reads_list else None
-
-
 class ReuseRecall:
     """Attention that each layer would keep with the list of each layer before it, while a model decodes densely.
 
