@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.serving.hybrid_models import CONFIGS, WINDOW_TOKENS, full_layers, write_model
+from tests.serving.multimodal_models import LAYERS, write_mrope_model
 from tests.serving.server import random_prompt
 from tests.test_command import run_installed
 from vllm_sparse.calibration import model as calibration_model
@@ -102,6 +103,28 @@ def test_lists_are_for_full_layers(gemma: Path) -> None:
     decoder, numbers = Decoder(str(gemma), "cpu"), Numbers()
     decoder.tell(decoder.prefill(random_prompt(3, PROMPT_TOKENS), 4), numbers)
     assert numbers.layers == list(range(len(full_layers("gemma3"))))
+
+
+def test_a_model_that_reads_images_says_what_transformers_says(tmp_path: Path) -> None:
+    """Of a text: prompt and told steps, with positions of three axes."""
+    from transformers import PaddleOCRVLForConditionalGeneration
+
+    folder = write_mrope_model(tmp_path / "model")
+    prompt = random_prompt(4, 300)
+    decoder = Decoder(str(folder), "cpu")
+    decoder.model.float()
+    prefix = decoder.prefill(prompt, 8)
+    numbers = Numbers()
+    assert decoder.tell(prefix, numbers).divergence < 1e-6
+    assert numbers.layers == list(range(LAYERS))
+    stock = PaddleOCRVLForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.inference_mode():
+        logits = stock(input_ids=torch.tensor([[*prompt, *prefix.said[:-1]]])).logits[0, len(prompt) :]
+    ours, theirs = (found.float().log_softmax(1) for found in (prefix.logits, logits))
+    # Logits are kept in float16.
+    assert float((ours - theirs).abs().max()) < 0.05
 
 
 @pytest.mark.slow

@@ -330,7 +330,6 @@ def test_caches_that_cannot_be_summarised_are_refused(
     from vllm_sparse.backend.support import check_summaries
 
     config = copy.copy(engine.config)
-    del config._sparse_server_config
     enabled = {} if methods is None else {"methods": methods}
     config.additional_config = {"sparse": {**enabled, "blocktopk": {"page_tokens": 32}}}
     config.kv_transfer_config = KVTransferConfig(kv_connector=connector, kv_role="kv_both") if connector else None
@@ -346,7 +345,6 @@ def test_pages_smaller_than_blocks_are_said_to_cost_time(engine: Engine, caplog:
     from vllm_sparse.backend.support import check_summaries
 
     config = copy.copy(engine.config)
-    del config._sparse_server_config
     config.additional_config = {"sparse": {"methods": ["tokentopk", "blocktopk"]}}
     config.kv_transfer_config = None
     caplog.set_level("WARNING", logger="vllm.sparse")

@@ -1,4 +1,4 @@
-"""Run by test_hybrid.py in a process of its own: `LLM(...)` over token ids, log probabilities as JSON."""
+"""Run by other tests in a process of its own: `LLM(...)` over token ids, log probabilities as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ TOP = 5
 
 
 def run(
-    model_folder: str, backend: str, prompts: list[list[int]], extras: list[dict[str, Any]], dtype: str
+    model_folder: str,
+    backend: str,
+    prompts: list[list[int]],
+    extras: list[dict[str, Any]],
+    dtype: str,
+    options: dict[str, Any],
 ) -> list[Any]:
     """Log probabilities, one list per extras, one per prompt: of the prompt's tokens, then the largest of each step."""
     from vllm import LLM, SamplingParams
@@ -29,6 +34,7 @@ def run(
         max_num_batched_tokens=512,
         max_model_len=4096,
         block_size=32,
+        **options,
     )
     results = []
     for chosen in extras:

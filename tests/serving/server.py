@@ -51,11 +51,12 @@ def random_prompt(seed: int, tokens: int) -> list[int]:
     return [generator.randrange(10, 4000) for _ in range(tokens)]
 
 
-def serve_command(model_folder: Path, port: int, arguments: Sequence[str]) -> list[str]:
-    """`vllm serve` with the sparse backend, by this interpreter."""
+def serve_command(model_folder: Path, port: int, arguments: Sequence[str], *, stock: bool = False) -> list[str]:
+    """`vllm serve` by this interpreter, with the sparse backend or with what vLLM picks."""
     serve = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model_folder)]
-    common = ["--attention-backend", "sparse", "--host", "127.0.0.1", "--port", str(port)]
-    return [*serve, *common, *dtype_flags(), "--served-model-name", MODEL_NAME, *sparse_on_a_gpu(arguments)]
+    common = ["--host", "127.0.0.1", "--port", str(port), *dtype_flags(), "--served-model-name", MODEL_NAME]
+    chosen = arguments if stock else ["--attention-backend", "sparse", *sparse_on_a_gpu(arguments)]
+    return [*serve, *common, *chosen]
 
 
 def sparse_on_a_gpu(arguments: Sequence[str]) -> list[str]:
@@ -195,10 +196,17 @@ class Server:
         arguments: of `vllm serve`.
         log: file for its output.
         environment: variables beside those of this process.
+        stock: without the sparse backend; ``VLLM_PLUGINS`` empty in `environment` leaves the plugin out too.
     """
 
     def __init__(
-        self, model_folder: Path, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+        self,
+        model_folder: Path,
+        arguments: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        *,
+        stock: bool = False,
     ) -> None:
         self.log = log
         self.port = free_port()
@@ -206,7 +214,7 @@ class Server:
         self._salts = 0
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                serve_command(model_folder, self.port, arguments),
+                serve_command(model_folder, self.port, arguments, stock=stock),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(environment or {})},

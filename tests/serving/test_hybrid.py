@@ -41,10 +41,16 @@ SAME_IN_MEAN = 0.05
 PROMPTS = [random_prompt(1, LONG_TOKENS), random_prompt(2, SHORT_TOKENS)]
 
 
-def run_offline(model: Path, backend: str, extras: list[dict[str, Any]]) -> list[list[list[float]]]:
-    """Results of `hybrid_run.run` in a child process; an empty backend is vLLM's own choice."""
+def run_offline(model: Path, backend: str, extras: list[dict[str, Any]], **options: Any) -> list[list[list[float]]]:
+    """Results of `hybrid_run.run` in a child process; an empty backend is vLLM's own choice, `options` are of `LLM`."""
     task, result = model / f"task{backend}.json", model / f"result{backend}.json"
-    settings = {"model_folder": str(model), "backend": backend, "prompts": PROMPTS, "extras": extras}
+    settings = {
+        "model_folder": str(model),
+        "backend": backend,
+        "prompts": PROMPTS,
+        "extras": extras,
+        "options": options,
+    }
     task.write_text(json.dumps({**settings, "dtype": DTYPES.get(model.name, "float32")}))
     ended = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("hybrid_run.py")), str(task), str(result)],

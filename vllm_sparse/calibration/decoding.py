@@ -106,6 +106,14 @@ class Told:
     picks: list[int]
 
 
+def _auto_class(model_name: str) -> Any:
+    """What of transformers loads a model with its head: models that read images too are in a table of their own."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    reads_text_alone = type(AutoConfig.from_pretrained(model_name)) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForCausalLM if reads_text_alone else AutoModelForMultimodalLM
+
+
 class Decoder:
     """A model.
 
@@ -118,13 +126,13 @@ class Decoder:
     """
 
     def __init__(self, model_name: str, device: str) -> None:
-        from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AttentionInterface, AutoTokenizer
 
         self.lists: Lists = Everything()
         self._numbers = {layer: number for number, layer in enumerate(full_layers(text_config(model_name)))}
         # Before the model is loaded, which looks the name up.
         AttentionInterface.register(ATTENTION_NAME, self._attention)
-        loaded = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto", attn_implementation=ATTENTION_NAME)
+        loaded = _auto_class(model_name).from_pretrained(model_name, dtype="auto", attn_implementation=ATTENTION_NAME)
         self.model = loaded.to(device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model_name)
 

@@ -59,6 +59,26 @@ def check_sparse_layers(model_config: ModelConfig) -> None:
         )
 
 
+def check_directions(model_config: ModelConfig) -> None:
+    """Refuse a model in which the tokens of an image attend to each other in both directions.
+
+    What a query reads of its context is chosen among the tokens before it. vLLM asks the backend too, layer by layer
+    while the model is made, and says neither which models those are nor how their text is served.
+
+    Args:
+        model_config: vLLM's configuration of the model.
+
+    Raises:
+        ValueError: it is such a model, and the server takes images.
+    """
+    if model_config.is_mm_prefix_lm:
+        raise ValueError(
+            "attention backend sparse serves causal attention, and in this model "
+            f"({model_config.hf_config.model_type}) the tokens of an image attend to each other in both directions; "
+            "serve text alone with --language-model-only, or serve it without --attention-backend sparse"
+        )
+
+
 def layer_kinds(config: Any) -> list[str] | None:
     """The kind of each layer as the model's configuration spells it; None where it has one kind alone.
 

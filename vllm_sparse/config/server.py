@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -108,19 +108,31 @@ def uses_sparse_backend(vllm_config: VllmConfig) -> bool:
     return any(getattr(backend, "name", None) == "SPARSE" for backend in backends)
 
 
+class _ParsedSettings(dict[str, Any]):
+    """A ``"sparse"`` object of vLLM's ``additional_config``, with what it was parsed to.
+
+    It goes wherever that goes: to processes that start later, and to copies, such as that of the text part of a model
+    that reads images. vLLM makes such a copy from the fields of its configuration alone, and fails where there is
+    another attribute.
+    """
+
+    config: ServerConfig
+
+
 def server_config(vllm_config: VllmConfig) -> ServerConfig:
     """The configuration that the server was started with, parsed once; processes started later get it with vLLM's.
 
     Raises:
         ValueError: it is wrong.
     """
-    config: ServerConfig | None = getattr(vllm_config, "_sparse_server_config", None)
-    if config is None:
-        model = vllm_config.model_config
-        config = parse_server_config(
-            vllm_config.additional_config,
-            sparse_layers(model),
-            model.model_arch_config.total_num_attention_heads,
-        )
-        vllm_config._sparse_server_config = config
+    additional = vllm_config.additional_config
+    settings = additional.get("sparse", {}) if isinstance(additional, dict) else {}
+    if isinstance(settings, _ParsedSettings):
+        return settings.config
+    model = vllm_config.model_config
+    config = parse_server_config(additional, sparse_layers(model), model.model_arch_config.total_num_attention_heads)
+    if isinstance(additional, dict):
+        parsed = _ParsedSettings(settings)
+        parsed.config = config
+        vllm_config.additional_config = {**additional, "sparse": parsed}
     return config

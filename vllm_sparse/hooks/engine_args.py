@@ -34,13 +34,14 @@ def install() -> None:
 
 def _start_server(vllm_config: Any) -> None:
     """Check the plugin's configuration, if the server uses it, and say what it is."""
-    from vllm_sparse.config.model_layers import check_sparse_layers
+    from vllm_sparse.config.model_layers import check_directions, check_sparse_layers
     from vllm_sparse.config.server import server_config, uses_sparse_backend
     from vllm_sparse.hooks.output_processor import trace_requests
     from vllm_sparse.server.runtime_config import announce_directory
 
     if not uses_sparse_backend(vllm_config):
         return
+    check_directions(vllm_config.model_config)
     check_sparse_layers(vllm_config.model_config)
     config = server_config(vllm_config)
     announce_directory()

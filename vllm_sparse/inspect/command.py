@@ -29,6 +29,7 @@ from vllm_sparse.config.request import SparseParams, resolve
 from vllm_sparse.config.server import parse_server_config
 from vllm_sparse.inspect.kept import CHUNK_UNIT_TOKENS, DecodeInspection, KeptLayer, PromptInspection
 from vllm_sparse.inspect.page import Inspected, render
+from vllm_sparse.inspect.words import Words, read_words
 from vllm_sparse.methods.decode import DecodeMethod
 from vllm_sparse.methods.method import Method
 from vllm_sparse.methods.prefill import PrefillMethod
@@ -79,8 +80,9 @@ def main(arguments: list[str]) -> None:
         parser.error(f"--output {given.output}: there is no folder {given.output.parent}")
     text = prompt_text(parser, given.prompt)
     config, layers = config_and_layers(parser, given.model)
-    prompt, places = tokens_of(parser, given.model, text, config)
-    marks = [mark for wanted in given.mark for mark in marks_of(parser, wanted, text, places)]
+    words = words_of(parser, given.model, text, config)
+    prompt = words.tokens
+    marks = [mark for wanted in given.mark for mark in marks_of(parser, wanted, text, words)]
     params = request_params(parser, given, config, layers, len(prompt))
 
     prefill, prefill_note = prompt_inspection(params, len(prompt), given.chunk, given.attention_up_to)
@@ -115,7 +117,7 @@ def main(arguments: list[str]) -> None:
             kept["decode"] or None,
             {"prefill": prefill_note, "decode": decode_note},
             prefill is not None and prefill.true_attention,
-            words_of(text, places),
+            words.words(),
             marks,
         )
     )
@@ -169,36 +171,35 @@ def request_params(
     return params
 
 
-def tokens_of(
-    parser: argparse.ArgumentParser, model: str, text: str, config: Any
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of the prompt, and the characters of each; ends the command where the model cannot take as many."""
+def words_of(parser: argparse.ArgumentParser, model: str, text: str, config: Any) -> Words:
+    """Tokens of the prompt and their text; ends the command where the model cannot take as many or text is unknown."""
     from transformers import AutoTokenizer
 
-    found = AutoTokenizer.from_pretrained(model)(text, return_offsets_mapping=True)
-    tokens: list[int] = found["input_ids"]
-    if len(tokens) > config.max_position_embeddings:
+    try:
+        words = read_words(AutoTokenizer.from_pretrained(model), text)
+    except ValueError as error:
+        parser.error(f"{model}: {error}")
+    if len(words.tokens) > config.max_position_embeddings:
         parser.error(
-            f"--prompt: it has {len(tokens)} tokens, more than the {config.max_position_embeddings} of the model"
+            f"--prompt: it has {len(words.tokens)} tokens, more than the {config.max_position_embeddings} of the model"
         )
-    return tokens, [(start, stop) for start, stop in found["offset_mapping"]]
+    return words
 
 
-def words_of(text: str, places: list[tuple[int, int]]) -> list[str]:
-    """The text of each token."""
-    return [text[start:stop] for start, stop in places]
-
-
-def marks_of(
-    parser: argparse.ArgumentParser, wanted: str, text: str, places: list[tuple[int, int]]
-) -> list[tuple[int, int]]:
+def marks_of(parser: argparse.ArgumentParser, wanted: str, prompt: str, words: Words) -> list[tuple[int, int]]:
     """First token and the one after the last of each place where a text stands; ends the command if there is none."""
-    starts = [match.start() for match in re.finditer(re.escape(wanted), text)] if wanted else []
+    starts = [match.start() for match in re.finditer(re.escape(wanted), words.text)] if wanted else []
+    if wanted and not starts and wanted in prompt:
+        parser.error(
+            f"--mark {wanted!r}: the model's tokenizer writes it otherwise, in the prompt that it reads as "
+            f"{shortened(words.text)!r}"
+        )
     if not starts:
         parser.error(f"--mark {wanted!r}: a text that stands in the prompt is wanted")
     found = []
     for start in starts:
-        within = [token for token, (first, last) in enumerate(places) if first < start + len(wanted) and last > start]
+        stop = start + len(wanted)
+        within = [token for token, (first, last) in enumerate(words.places) if first < stop and last > start]
         found.append((within[0], within[-1] + 1))
     return found
 
