@@ -15,6 +15,7 @@ from vllm_sparse.keys import PlainKeys
 from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.prefill import Layer, PrefillMethod
+from vllm_sparse.methods.sale import Sale
 from vllm_sparse.pages import empty_lists
 from vllm_sparse.step.chunks import PromptChunks, prompt_blocks
 from vllm_sparse.step.plan import RowSpan
@@ -27,6 +28,8 @@ METHODS: dict[str, PrefillMethod] = {
     "dhsa, covering": Dhsa(density=0.5, coverage=0.9),
     "flexprefill": FlexPrefill(),
     "flexprefill by KV head": FlexPrefill(list_per="kv_head", query_block_tokens=64),
+    "sale": Sale(),
+    "sale, 128 rows": Sale(query_block_tokens=128),
 }
 SIZES = [(512, 4096), (300, 1000), (1, 700), (257, 2111), (640, 640)]
 

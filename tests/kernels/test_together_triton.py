@@ -10,6 +10,7 @@ from tests.methods.together import differing_lists, random_step, select_alone, s
 from tests.oracle import PLAIN
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.prefill import PrefillMethod
+from vllm_sparse.methods.sale import Sale
 
 pytest.importorskip("triton")
 
@@ -19,6 +20,8 @@ METHODS: dict[str, PrefillMethod] = {
     "flexprefill, pooled": FlexPrefill(
         gamma=0.4, divergence_threshold=1.0, min_budget_tokens=0, query_block_tokens=64, list_per="kv_head"
     ),
+    "sale": Sale(tau=0.3, recent_tokens=64),
+    "sale, 128 rows": Sale(tau=0.3, bits=4, query_block_tokens=128, list_per="kv_head", page_bounds=False),
 }
 
 

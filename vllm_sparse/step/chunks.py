@@ -168,6 +168,25 @@ def last_blocks(blocks: PromptBlocks, tokens: int) -> PromptBlocks:
     return prompt_blocks(spans, tokens, blocks.chunk.device)
 
 
+def parts_within(starts: Sequence[int], most: int) -> list[range]:
+    """Ranges of adjacent chunks that hold no more than so much each, but for a chunk that holds more alone.
+
+    Args:
+        starts: what all chunks before each one hold, and all of them, ascending from 0.
+        most: of a range.
+
+    Returns:
+        Ascending ranges that cover all chunks; each holds something if any does.
+    """
+    found, first = [], 0
+    for chunk in range(1, len(starts) - 1):
+        holds_something, adds_something = starts[chunk] > starts[first], starts[chunk + 1] > starts[chunk]
+        if holds_something and adds_something and starts[chunk + 1] - starts[first] > most:
+            found.append(range(first, chunk))
+            first = chunk
+    return [*found, range(first, len(starts) - 1)]
+
+
 @dataclass(frozen=True)
 class PromptChunks:
     """Prompt chunks in one layer.

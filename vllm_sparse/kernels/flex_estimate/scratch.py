@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllm_sparse.kernels.flex_estimate.samples import Samples
+from vllm_sparse.step.chunks import parts_within
 
 # Sums of a chunk are kept until their normalisers are known; if this is short, chunks take several launches.
 SCRATCH_BYTES = 1 << 28
@@ -35,11 +36,4 @@ def parts(samples: Samples, heads: int) -> list[range]:
         samples: of all chunks.
         heads: query heads.
     """
-    most_blocks = SCRATCH_BYTES // key_block_bytes(heads, samples.key_block_tokens)
-    chunks = len(samples.starts) - 1
-    found, first = [], 0
-    for chunk in range(1, chunks + 1):
-        if chunk == chunks or samples.starts[chunk + 1] - samples.starts[first] > most_blocks:
-            found.append(range(first, chunk))
-            first = chunk
-    return found
+    return parts_within(samples.starts, SCRATCH_BYTES // key_block_bytes(heads, samples.key_block_tokens))
