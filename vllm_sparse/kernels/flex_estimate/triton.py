@@ -67,7 +67,7 @@ def block_masses_kernel(
     context = tl.load(context_pointer + i_chunk)
     first_query = tl.load(first_query_pointer + i_chunk)
     p_table = block_table_pointer + tl.load(table_row_pointer + i_chunk).to(tl.int64) * table_row_stride
-    i_first_sum = i_head.to(tl.int64) * sums + tl.load(key_start_pointer + i_chunk) - first_sum
+    i_first_sum = i_head * sums + tl.load(key_start_pointer + i_chunk) - first_sum
     # At most as many rows as a block has keys.
     o_row = tl.arange(0, BLOCK)
     live_row = o_row < context - first_query
@@ -99,7 +99,7 @@ def block_masses_kernel(
         b_maximum = tl.max(b_score, axis=1)
         b_maximum = tl.where(b_maximum == float("-inf"), 0.0, b_maximum) * scale
         b_mass = tl.exp2(b_score * (scale * LOG2_E) - (b_maximum * LOG2_E)[:, None])
-        is_nearer = (o_key % BLOCK)[None, :] <= (position % BLOCK)[:, None]
+        is_nearer = tl.arange(0, BLOCK)[None, :] <= (position % BLOCK)[:, None]
         o_out = (i_first_sum + i_block) * BLOCK + o_row
         tl.store(maximum_pointer + o_out, b_maximum, mask=live_row)
         tl.store(total_pointer + o_out, tl.sum(b_mass, axis=1), mask=live_row)
