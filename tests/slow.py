@@ -138,6 +138,9 @@ SLOW = {
         "test_s1_a_tau_of_0_is_dense",
         "test_s3_no_key_with_a_probability_of_tau_is_dropped",
     },
+    "tests/methods/test_together.py": {
+        "test_chunks_together_get_what_each_gets_alone",
+    },
     "tests/metrics/test_directory.py": {
         "test_a_killed_servers_directory_is_removed_by_the_next_and_a_running_ones_is_not",
     },

@@ -6,6 +6,9 @@
 // thread holds the two of one scale group. So the largest integer of a page's group never leaves the registers of the
 // thread, and only bits, one per page, are exchanged between rows.
 //
+// Tables say which prompt chunk the 256 rows of a thread block belong to, where that chunk's queries lie in the step and
+// where its pages among the quantised ones of all chunks.
+//
 // On an H200, 131072 keys, 32 heads, 8192 rows: SALE's whole selection takes 6.8 ms with it, where the scores of the
 // Triton twin alone take 13.6 ms (command: python -m loadtest.benchmarks.kernels.prefill; tables: loadtest/RESULTS.md).
 
@@ -53,15 +56,24 @@ struct alignas(1024) Shared {
 };
 
 struct Arguments {
-  const void* query;             // [chunk, heads, 128]
-  const int8_t* query_levels;    // [heads, chunk, 128]
-  const float* row_numbers;      // [4, heads, chunk]: least, scale, norm, error
+  const void* query;             // [step tokens, heads, 128]
+  const int8_t* query_levels;    // [heads, step tokens, 128]
+  const float* row_numbers;      // [4, heads, step tokens]: least, scale, norm, error
   const int8_t* key_levels;      // [kv_heads, padded_pages, 32, 128], 16-byte pieces swizzled
   const void* means;             // [kv_heads, padded_pages / 32, 2, 32, 64], likewise
   const float* page_numbers;     // [kv_heads, padded_pages, 8]
-  uint8_t* kept;                 // [heads, ceil(chunk / 64), key_pages]
+  uint8_t* kept;                 // [heads, blocks, query_block / 64, key_pages]
+  const int* tile_chunk;         // [tiles] prompt chunk of the rows of a thread block
+  const int* tile_row;           // [tiles] its first row in the chunk
+  const int* chunk_start;        // [chunks + 1] first query block of each chunk
+  const int* first_query;        // [blocks] position in its context of each query block's first query
+  const int* first_token;        // [blocks] its place in the step
+  const int* context;            // [chunks] tokens in each cache
+  const int* page_start;         // [chunks + 1] first page of each chunk among the quantised ones of all
+  const int* pages;              // [chunks] pages of each chunk that are quantised
   long long query_row_stride, query_head_stride;
-  int chunk, context, padded_pages, key_pages, sink_pages, local_tokens, query_block, heads, group, page_bounds;
+  int step_tokens, blocks, first_page, padded_pages, key_pages, sink_pages, local_tokens, query_block, heads, group;
+  int page_bounds;
   float scale;
 };
 
@@ -192,9 +204,10 @@ __device__ __forceinline__ uint32_t pages_from(int first_page, int from) {
   return skipped <= 0 ? 0xFFFFFFFFu : skipped >= kBatchPages ? 0u : 0xFFFFFFFFu << skipped;
 }
 
-__device__ __forceinline__ int local_start(const Arguments& a, int row) {
-  const int first = a.context - a.chunk + row / a.query_block * a.query_block;
-  const int end = min(first + a.query_block, a.context);
+// First page of the local window of a row of a prompt chunk, which has `rows` rows at the end of `context`.
+__device__ __forceinline__ int local_start(const Arguments& a, int rows, int context, int row) {
+  const int first = context - rows + row / a.query_block * a.query_block;
+  const int end = min(first + a.query_block, context);
   return min(max(end - a.local_tokens, 0), first) / kPageTokens;
 }
 
@@ -203,8 +216,15 @@ __global__ void __launch_bounds__(kThreads, 1) low_bit_scores(const __grid_const
   extern __shared__ __align__(1024) uint8_t raw[];
   Shared& shared = *reinterpret_cast<Shared*>(raw);
 
-  const int first_row = blockIdx.x * kWarpgroups * kRows;
+  const int chunk = a.tile_chunk[blockIdx.x];
+  const int first_row = a.tile_row[blockIdx.x];
+  const int first_block = a.chunk_start[chunk];
+  const int context = a.context[chunk];
+  const int rows = context - a.first_query[first_block];
+  const int first_token = a.first_token[first_block] + first_row;
+  const int key_pages = (context + kPageTokens - 1) / kPageTokens;
   const int segment = blockIdx.y * kSegmentPages;
+  if (segment >= key_pages) return;
   const int head = blockIdx.z;
   const int kv_head = head / a.group;
   const int warpgroup = threadIdx.x / 128;
@@ -212,14 +232,16 @@ __global__ void __launch_bounds__(kThreads, 1) low_bit_scores(const __grid_const
   const int warp = threadIdx.x / 32;
 
   // Pages from `end` on are in the local window of all rows here: the last rows have the last local window.
-  const int last_row = min(first_row + kWarpgroups * kRows, a.chunk) - 1;
-  const int end = min(min(segment + kSegmentPages, a.key_pages), local_start(a, last_row));
+  // No page of a chunk without quantised ones is scored.
+  const int last_row = min(first_row + kWarpgroups * kRows, rows) - 1;
+  const int end = min(min(segment + kSegmentPages, a.pages[chunk]), local_start(a, rows, context, last_row));
   const int batches = max(end - segment + kBatchPages - 1, 0) / kBatchPages;
 
-  const int8_t* levels = a.key_levels + (static_cast<long long>(kv_head) * a.padded_pages + segment) * kPageBytes;
-  const Number* means = static_cast<const Number*>(a.means) +
-                        (static_cast<long long>(kv_head) * a.padded_pages + segment) * kHeadSize;
-  const float* numbers = a.page_numbers + (static_cast<long long>(kv_head) * a.padded_pages + segment) * kPageNumbers;
+  const long long stored =
+      static_cast<long long>(kv_head) * a.padded_pages + a.page_start[chunk] - a.first_page + segment;
+  const int8_t* levels = a.key_levels + stored * kPageBytes;
+  const Number* means = static_cast<const Number*>(a.means) + stored * kHeadSize;
+  const float* numbers = a.page_numbers + stored * kPageNumbers;
 
   auto fetch_tile = [&](int tile) {
     const int stage = tile % kStages;
@@ -255,21 +277,21 @@ __global__ void __launch_bounds__(kThreads, 1) low_bit_scores(const __grid_const
   for (int piece = threadIdx.x; piece < kWarpgroups * kRows * 16; piece += kThreads) {
     const int row = piece / 16, part = piece % 16;
     uint4 values = {0, 0, 0, 0};
-    if (first_row + row < a.chunk) {
-      values = *reinterpret_cast<const uint4*>(query + (first_row + row) * a.query_row_stride + part * 8);
+    if (first_row + row < rows) {
+      values = *reinterpret_cast<const uint4*>(query + (first_token + row) * a.query_row_stride + part * 8);
     }
     const int in_group = row % kRows;
     uint8_t* to = shared.query[row / kRows][part / 8] + swizzled(in_group, part % 8 * 16);
     *reinterpret_cast<uint4*>(to) = values;
   }
-  const long long rows = static_cast<long long>(a.heads) * a.chunk;
+  const long long all_numbers = static_cast<long long>(a.heads) * a.step_tokens;
   for (int row = threadIdx.x; row < kWarpgroups * kRows; row += kThreads) {
-    const bool live = first_row + row < a.chunk;
-    const float* from = a.row_numbers + static_cast<long long>(head) * a.chunk + first_row + row;
+    const bool live = first_row + row < rows;
+    const float* from = a.row_numbers + static_cast<long long>(head) * a.step_tokens + first_token + row;
     shared.least[row] = live ? from[0] : __int_as_float(0x7F800000);
-    shared.worth[row] = live ? 1.0f / (from[rows] * a.scale) : 1.0f;
-    shared.norm[row] = live ? from[2 * rows] * a.scale : 0.0f;
-    shared.error[row] = live ? from[3 * rows] * a.scale : 0.0f;
+    shared.worth[row] = live ? 1.0f / (from[all_numbers] * a.scale) : 1.0f;
+    shared.norm[row] = live ? from[2 * all_numbers] * a.scale : 0.0f;
+    shared.error[row] = live ? from[3 * all_numbers] * a.scale : 0.0f;
   }
 
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -292,18 +314,20 @@ __global__ void __launch_bounds__(kThreads, 1) low_bit_scores(const __grid_const
   uint32_t left[4][4];
   for (int step = 0; step < 4; ++step) {
     for (int part = 0; part < 4; ++part) {
-      const int of_row = first_row + row + part % 2 * 8;
-      const int8_t* from = a.query_levels + (static_cast<long long>(head) * a.chunk + of_row) * kHeadSize;
+      const int of_tile = row + part % 2 * 8;
+      const int8_t* from =
+          a.query_levels + (static_cast<long long>(head) * a.step_tokens + first_token + of_tile) * kHeadSize;
       from += step * 32 + part / 2 * 16 + lane % 4 * 4;
-      left[step][part] = of_row < a.chunk ? *reinterpret_cast<const uint32_t*>(from) : 0u;
+      left[step][part] = first_row + of_tile < rows ? *reinterpret_cast<const uint32_t*>(from) : 0u;
     }
   }
 
   const int first_own = first_row + warpgroup * kRows;
-  const bool idle = first_own >= a.chunk;
-  const int start_of_near = local_start(a, min(first_own, a.chunk - 1));
-  uint8_t* kept = a.kept +
-                  (static_cast<long long>(head) * ((a.chunk + kRows - 1) / kRows) + first_own / kRows) * a.key_pages;
+  const bool idle = first_own >= rows;
+  const int start_of_near = local_start(a, rows, context, min(first_own, rows - 1));
+  const int parts = a.query_block / kRows;
+  uint8_t* kept = a.kept + ((static_cast<long long>(head) * a.blocks + first_block) * parts + first_own / kRows) *
+                               a.key_pages;
   const uint32_t query_address = shared_address(shared.query[warpgroup][0]);
   int32_t first_half[kHalfPages * 16] = {}, second_half[kHalfPages * 16] = {};
   const auto multiply = [&](int32_t(&sum)[kHalfPages * 16], uint64_t keys) {
@@ -443,23 +467,22 @@ __global__ void __launch_bounds__(kThreads, 1) low_bit_scores(const __grid_const
     }
     const uint32_t keep = decided | (scored & any_thread(shared, warpgroup, 2 + batch % 2, passing));
     if (lane == 0) arrive(&shared.batch_empty[batch_stage]);
-    if (warp % 4 == 0 && !idle && first_page + lane < a.key_pages) kept[first_page + lane] = keep >> lane & 1u;
+    if (warp % 4 == 0 && !idle && first_page + lane < key_pages) kept[first_page + lane] = keep >> lane & 1u;
   }
 
   // Pages that no row here has to score.
   if (!idle) {
-    const int stop = min(segment + kSegmentPages, a.key_pages);
+    const int stop = min(segment + kSegmentPages, key_pages);
     for (int page = segment + batches * kBatchPages + threadIdx.x % 128; page < stop; page += 128) kept[page] = 1;
   }
 }
 
 template <typename Number>
-cudaError_t launch(const Arguments& a, cudaStream_t stream) {
+cudaError_t launch(const Arguments& a, int tiles, cudaStream_t stream) {
   const int bytes = sizeof(Shared);
   cudaError_t status = cudaFuncSetAttribute(low_bit_scores<Number>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
-  const dim3 grid((a.chunk + kWarpgroups * kRows - 1) / (kWarpgroups * kRows),
-                  (a.key_pages + kSegmentPages - 1) / kSegmentPages, a.heads);
+  const dim3 grid(tiles, (a.key_pages + kSegmentPages - 1) / kSegmentPages, a.heads);
   low_bit_scores<Number><<<grid, kThreads, bytes, stream>>>(a);
   return cudaGetLastError();
 }
@@ -467,12 +490,13 @@ cudaError_t launch(const Arguments& a, cudaStream_t stream) {
 }  // namespace
 
 // Returns a CUDA error code. Strides count numbers; `is_half` tells float16 from bfloat16.
-extern "C" int vllm_sparse_low_bit_scores(const void* query, const void* query_levels, const void* row_numbers,
-                                          const void* key_levels, const void* means, const void* page_numbers,
-                                          void* kept, long long query_row_stride, long long query_head_stride,
-                                          int chunk, int context, int padded_pages, int key_pages, int sink_pages,
-                                          int local_tokens, int query_block, int heads, int group, int page_bounds,
-                                          float scale, int is_half, void* stream) {
+extern "C" int vllm_sparse_low_bit_scores(
+    const void* query, const void* query_levels, const void* row_numbers, const void* key_levels, const void* means,
+    const void* page_numbers, void* kept, const void* tile_chunk, const void* tile_row, const void* chunk_start,
+    const void* first_query, const void* first_token, const void* context, const void* page_start, const void* pages,
+    long long query_row_stride, long long query_head_stride, int tiles, int step_tokens, int blocks, int first_page,
+    int padded_pages, int key_pages, int sink_pages, int local_tokens, int query_block, int heads, int group,
+    int page_bounds, float scale, int is_half, void* stream) {
   const Arguments a{query,
                     static_cast<const int8_t*>(query_levels),
                     static_cast<const float*>(row_numbers),
@@ -480,10 +504,19 @@ extern "C" int vllm_sparse_low_bit_scores(const void* query, const void* query_l
                     means,
                     static_cast<const float*>(page_numbers),
                     static_cast<uint8_t*>(kept),
+                    static_cast<const int*>(tile_chunk),
+                    static_cast<const int*>(tile_row),
+                    static_cast<const int*>(chunk_start),
+                    static_cast<const int*>(first_query),
+                    static_cast<const int*>(first_token),
+                    static_cast<const int*>(context),
+                    static_cast<const int*>(page_start),
+                    static_cast<const int*>(pages),
                     query_row_stride,
                     query_head_stride,
-                    chunk,
-                    context,
+                    step_tokens,
+                    blocks,
+                    first_page,
                     padded_pages,
                     key_pages,
                     sink_pages,
@@ -494,5 +527,5 @@ extern "C" int vllm_sparse_low_bit_scores(const void* query, const void* query_l
                     page_bounds,
                     scale};
   const auto on = static_cast<cudaStream_t>(stream);
-  return is_half ? launch<__half>(a, on) : launch<__nv_bfloat16>(a, on);
+  return is_half ? launch<__half>(a, tiles, on) : launch<__nv_bfloat16>(a, tiles, on);
 }

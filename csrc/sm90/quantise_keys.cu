@@ -1,5 +1,7 @@
 // Quantises the keys of whole pages, less the page's mean, to 8-bit integers: one warp per page, in its registers.
 //
+// Pages of several requests lie one request after another, each with its last batch of pages filled up.
+//
 // The specification is `quantise_keys` in vllm_sparse/kernels/low_bit_scores/reference.py.
 
 #include <cuda_bf16.h>
@@ -19,12 +21,16 @@ constexpr int kHalfPage = 16;  // Always in one block of the cache, whose length
 
 struct Arguments {
   const void* cache;          // [blocks, kv_heads, block_size, 2 * 128]
-  const int* block_table;     // [blocks of the request]
+  const int* block_table;     // [batch, blocks]
+  const int* batch_chunk;     // [padded_pages / 32] prompt chunk of each batch of pages
+  const int* page_start;      // [chunks + 1] first page of each chunk among those of all
+  const int* pages;           // [chunks] pages of each chunk that are quantised
+  const int* table_row;       // [chunks] row of its request in the block table
   int8_t* levels;             // [kv_heads, padded_pages, 32, 128], swizzled
   void* means;                // [kv_heads, padded_pages / 32, 2, 32, 64], swizzled
   float* numbers;             // [kv_heads, padded_pages, 8]
-  long long block_stride, head_stride, token_stride;
-  int block_size, pages, padded_pages, top_level;
+  long long table_row_stride, block_stride, head_stride, token_stride;
+  int block_size, first_page, padded_pages, top_level;  // The first page here, among those of all chunks.
   float tiny, rounding;
 };
 
@@ -88,17 +94,20 @@ __device__ __forceinline__ float largest_sum(float (&parts)[kPageTokens], int la
 
 template <typename Number>
 __global__ void __launch_bounds__(kWarps * 32, 3) quantise_keys(const __grid_constant__ Arguments a) {
-  const int page = blockIdx.x * kWarps + threadIdx.x / 32;
+  const int stored = blockIdx.x * kWarps + threadIdx.x / 32;
   const int kv_head = blockIdx.y;
   const int lane = threadIdx.x % 32;
-  if (page >= a.pages) return;
+  const int chunk = a.batch_chunk[stored / kBatchPages];
+  const int page = a.first_page + stored - a.page_start[chunk];
+  if (page >= a.pages[chunk]) return;
+  const int* block_table = a.block_table + a.table_row[chunk] * a.table_row_stride;
 
   // Four channels of each token.
   uint2 raw[kPageTokens];
 #pragma unroll
   for (int half = 0; half < kPageTokens / kHalfPage; ++half) {
     const int first = page * kPageTokens + half * kHalfPage;
-    const long long block = a.block_table[first / a.block_size];
+    const long long block = block_table[first / a.block_size];
     const Number* keys = static_cast<const Number*>(a.cache) + block * a.block_stride + kv_head * a.head_stride +
                          first % a.block_size * a.token_stride + lane * 4;
 #pragma unroll
@@ -116,9 +125,9 @@ __global__ void __launch_bounds__(kWarps * 32, 3) quantise_keys(const __grid_con
   const uint2 rounded = {Pair<Number>::write({mean.x * share, mean.y * share}),
                          Pair<Number>::write({mean.z * share, mean.w * share})};
   const float2 mean_low = Pair<Number>::read(rounded.x), mean_high = Pair<Number>::read(rounded.y);
-  const long long batch = (static_cast<long long>(kv_head) * a.padded_pages + page) / kBatchPages;
+  const long long batch = (static_cast<long long>(kv_head) * a.padded_pages + stored) / kBatchPages;
   uint8_t* means = static_cast<uint8_t*>(a.means) + batch * kMeanBytes + lane / 16 * (kMeanBytes / 2);
-  *reinterpret_cast<uint2*>(means + swizzled(page % kBatchPages, lane % 16 * 8)) = rounded;
+  *reinterpret_cast<uint2*>(means + swizzled(stored % kBatchPages, lane % 16 * 8)) = rounded;
 
   // Converted again in each pass, because as float32 the keys do not fit the registers.
   auto rest = [&](int token) {
@@ -143,7 +152,7 @@ __global__ void __launch_bounds__(kWarps * 32, 3) quantise_keys(const __grid_con
     levels_per_unit[group] = 1.0f / scale[group];
   }
 
-  const long long out = static_cast<long long>(kv_head) * a.padded_pages + page;
+  const long long out = static_cast<long long>(kv_head) * a.padded_pages + stored;
   int8_t* levels = a.levels + out * kPageBytes;
 #pragma unroll
   for (int token = 0; token < kPageTokens; ++token) {
@@ -172,7 +181,8 @@ __global__ void __launch_bounds__(kWarps * 32, 3) quantise_keys(const __grid_con
 
 template <typename Number>
 cudaError_t launch(const Arguments& a, int kv_heads, cudaStream_t stream) {
-  const dim3 grid((a.pages + kWarps - 1) / kWarps, kv_heads);
+  static_assert(kBatchPages % kWarps == 0);
+  const dim3 grid(a.padded_pages / kWarps, kv_heads);
   quantise_keys<Number><<<grid, kWarps * 32, 0, stream>>>(a);
   return cudaGetLastError();
 }
@@ -180,21 +190,27 @@ cudaError_t launch(const Arguments& a, int kv_heads, cudaStream_t stream) {
 }  // namespace
 
 // Returns a CUDA error code. Strides count numbers; `is_half` tells float16 from bfloat16.
-extern "C" int vllm_sparse_quantise_keys(const void* cache, const void* block_table, void* levels, void* means,
-                                         void* numbers, long long block_stride, long long head_stride,
-                                         long long token_stride, int block_size, int pages, int padded_pages,
-                                         int kv_heads, int top_level, float tiny, float rounding, int is_half,
-                                         void* stream) {
+extern "C" int vllm_sparse_quantise_keys(const void* cache, const void* block_table, const void* batch_chunk,
+                                         const void* page_start, const void* pages, const void* table_row,
+                                         void* levels, void* means, void* numbers, long long table_row_stride,
+                                         long long block_stride, long long head_stride, long long token_stride,
+                                         int block_size, int first_page, int padded_pages, int kv_heads, int top_level,
+                                         float tiny, float rounding, int is_half, void* stream) {
   const Arguments a{cache,
                     static_cast<const int*>(block_table),
+                    static_cast<const int*>(batch_chunk),
+                    static_cast<const int*>(page_start),
+                    static_cast<const int*>(pages),
+                    static_cast<const int*>(table_row),
                     static_cast<int8_t*>(levels),
                     means,
                     static_cast<float*>(numbers),
+                    table_row_stride,
                     block_stride,
                     head_stride,
                     token_stride,
                     block_size,
-                    pages,
+                    first_page,
                     padded_pages,
                     top_level,
                     tiny,

@@ -11,11 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import oracle
 from tests.oracle import PACKED, PLAIN, Platform
-from vllm_sparse.kernels.flex_estimate import flex_estimate, token_profiles
+from vllm_sparse.kernels.flex_estimate import FlexEstimate, flex_estimate, last_queries, token_profiles
 from vllm_sparse.kernels.token_scores import token_scores
-from vllm_sparse.keys import PlainKeys
+from vllm_sparse.keys import PagedKeys, PlainKeys
 from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.prefill import Layer
+from vllm_sparse.step.chunks import chunk_alone
 
 BLOCK = 128
 SCALE = 0.13
@@ -39,6 +40,12 @@ class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(tensor, torch.Tensor):
                 self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
         return result
+
+
+def estimate_of(sample: torch.Tensor, keys: PagedKeys) -> FlexEstimate:
+    """The estimate of one prompt chunk."""
+    chunk = chunk_alone(sample, keys, SCALE, BLOCK)
+    return flex_estimate(chunk, last_queries(chunk.blocks, BLOCK))
 
 
 def sampled_profiles(sample: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,13 +72,13 @@ def test_estimate_equals_full_attention(
     for heads, kv_heads in ((2, 2), (3, 1)):
         data = oracle.random_paged(platform, generator, [context], kv_heads, 32, 32)
         sample = oracle.random_tensor(platform, generator, rows, heads, 32, spread=3)
-        estimate = flex_estimate(sample, data.reader(0), SCALE, BLOCK)
+        estimate = estimate_of(sample, data.reader(0))
         column, distance = sampled_profiles(sample, data.keys[0])
         means = torch.stack([part.mean(1) for part in torch.split(data.keys[0].double().cpu(), BLOCK, dim=1)], dim=1)
         for name, got, expected in (
-            ("column mass", estimate.column_mass, block_sums(column)),
-            ("band mass", estimate.band_mass, block_sums(distance)),
-            ("mean keys", estimate.key_block_mean, means),
+            ("column mass", estimate.column_mass[:, 0], block_sums(column)),
+            ("band mass", estimate.band_mass[:, 0], block_sums(distance)),
+            ("mean keys", estimate.key_block_mean[:, 0], means),
         ):
             assert got.dtype == torch.float32
             assert got.shape == expected.shape, name
@@ -96,11 +103,11 @@ def test_extreme_logits_stay_finite(generator: torch.Generator) -> None:
     context = 9000
     data = oracle.random_paged(PLAIN, generator, [context], 1, 32, 64)
     sample = oracle.random_tensor(PLAIN, generator, 128, 2, 32, spread=3000)
-    estimate = flex_estimate(sample, data.reader(0), SCALE, BLOCK)
+    estimate = estimate_of(sample, data.reader(0))
     column, distance = sampled_profiles(sample, data.keys[0])
     # float32 logits of that size carry errors near 1e-3, which the exponential turns into relative errors of mass.
-    assert oracle.relative_error(estimate.column_mass, block_sums(column)) < 1e-2
-    assert oracle.relative_error(estimate.band_mass, block_sums(distance)) < 1e-2
+    assert oracle.relative_error(estimate.column_mass[:, 0], block_sums(column)) < 1e-2
+    assert oracle.relative_error(estimate.band_mass[:, 0], block_sums(distance)) < 1e-2
     profiles = token_profiles(sample, data.reader(0), SCALE)
     assert oracle.relative_error(profiles.column, column) < 1e-2
     assert oracle.relative_error(profiles.distance, distance) < 1e-2
@@ -120,7 +127,7 @@ def test_estimate_holds_no_score_matrix() -> None:
     sample = torch.randn(128, HEADS, HEAD_SIZE).bfloat16()
     keys = long_keys(CONTEXT, HEAD_SIZE)
     with Largest() as largest:
-        flex_estimate(sample, keys, SCALE, BLOCK)
+        estimate_of(sample, keys)
     assert 0 < largest.bytes <= 4 * HEADS * 128 * CONTEXT // 16
 
 

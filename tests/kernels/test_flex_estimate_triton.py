@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from tests import oracle
+from tests.kernels.chunks import SPANS, STEP_TOKENS, some_chunks
 from tests.kernels.hopper import compile_for_hopper
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
-from vllm_sparse.kernels.flex_estimate import reference
+from vllm_sparse.kernels.flex_estimate import last_queries, reference, scratch
+from vllm_sparse.kernels.flex_estimate.samples import SEGMENT_BLOCKS
 from vllm_sparse.keys import PlainKeys
+from vllm_sparse.step.chunks import PromptChunks, chunk_alone
 
 pytest.importorskip("triton")
 
@@ -20,7 +23,7 @@ BLOCK = 128
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=5)
+    run_under_the_interpreter(__file__, passing=8)
 
 
 @needs_triton
@@ -35,8 +38,6 @@ def test_under_the_interpreter() -> None:
     ],
 )
 def test_equals_reference(heads: int, kv_heads: int, head_size: int, context: int, rows: int, block_size: int) -> None:
-    from vllm_sparse.kernels.flex_estimate import triton as flex_triton
-
     seed = random.randrange(1 << 30)
     generator = torch.Generator().manual_seed(seed)
     blocks = -(-context // block_size)
@@ -46,16 +47,48 @@ def test_equals_reference(heads: int, kv_heads: int, head_size: int, context: in
     stale = blocks * block_size - context
     if stale:
         cache[int(block_table[-1]), :, block_size - stale :] = float("nan")
-    sample = torch.randn(rows, heads, head_size, generator=generator).to(DEVICE)
-    keys = PlainKeys(cache, block_table, context)
-    expected = reference.block_masses(sample, keys, 0.2, BLOCK)
-    actual = flex_triton.block_masses(sample, keys, 0.2, BLOCK)
-    for name, reference_part in vars(expected).items():
-        error = (getattr(actual, name) - reference_part).norm() / reference_part.norm()
-        assert error < 1e-5, f"{name} differs by {error} (seed {seed})"
-    combined = flex_triton.combine(actual, context, BLOCK)
-    error = oracle.relative_error(combined.line_mass, reference.combine(expected, context, BLOCK).line_mass)
-    assert error < 1e-5, f"line masses differ by {error} (seed {seed})"
+    query = torch.randn(rows + 3, heads, head_size, generator=generator).to(DEVICE)[:rows]
+    chunk = chunk_alone(query, PlainKeys(cache, block_table, context), 0.2, 64)
+    assert_equals_reference(chunk, seed)
+
+
+@needs_triton
+@pytest.mark.parametrize(("heads", "kv_heads", "parts"), [(2, 2, 1), (4, 1, 3), (7, 1, 1)])
+def test_several_chunks_equal_the_reference(
+    heads: int, kv_heads: int, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the memory for sums is short, too."""
+    seed = random.randrange(1 << 30)
+    generator = torch.Generator().manual_seed(seed)
+    width = -(-max(span.seq_len for span in SPANS) // 64)
+    rows = max(span.row for span in SPANS) + 1
+    table = torch.randperm(rows * width, generator=generator).view(rows, width).int().to(DEVICE)
+    cache = torch.randn(rows * width, kv_heads, 64, 64, generator=generator).to(DEVICE)
+    query = torch.randn(STEP_TOKENS, heads + 1, 32, generator=generator).to(DEVICE)[:, 1:]
+    keys = tuple(PlainKeys(cache, table[span.row], span.seq_len) for span in SPANS)
+    chunks = PromptChunks(some_chunks(64, DEVICE), query, keys, table, 0.2)
+    if parts > 1:
+        # The first two contexts, of 8 key blocks and one; the third, of 21; the last.
+        monkeypatch.setattr(scratch, "SCRATCH_BYTES", 12 * heads * BLOCK * 9)
+    assert len(scratch.parts(last_queries(chunks.blocks, BLOCK), heads)) == parts
+    assert_equals_reference(chunks, seed)
+
+
+def assert_equals_reference(chunks: PromptChunks, seed: int) -> None:
+    from vllm_sparse.kernels.flex_estimate import triton as flex_triton
+
+    samples = last_queries(chunks.blocks, BLOCK)
+    expected = reference.flex_estimate(chunks, samples)
+    actual = flex_triton.flex_estimate(chunks, samples)
+    assert actual.line_mass.shape == expected.line_mass.shape
+    for chunk, span in enumerate(chunks.blocks.spans):
+        blocks = -(-span.seq_len // BLOCK)
+        for name, found, wanted in (
+            ("line masses", actual.line_mass[:, :, chunk], expected.line_mass[:, :, chunk]),
+            ("mean keys", actual.key_block_mean[:, chunk, :blocks], expected.key_block_mean[:, chunk, :blocks]),
+        ):
+            error = oracle.relative_error(found, wanted)
+            assert error < 1e-5, f"{name} of chunk {chunk} differ by {error} (seed {seed})"
 
 
 @pytest.mark.skipif(CAN_RUN and DEVICE == "cpu", reason="Triton only interprets in this process")
@@ -63,16 +96,19 @@ def test_kernels_compile_for_hopper() -> None:
     from vllm_sparse.kernels.flex_estimate import triton as flex_triton
 
     masses = dict.fromkeys(("maximum_pointer", "total_pointer", "nearer_pointer"), "*fp32")
-    lengths = dict.fromkeys(("context", "rows", "blocks"), "i32")
-    strides = ("sample_row_stride", "sample_head_stride", "cache_block_stride", "cache_head_stride")
+    spans = dict.fromkeys(("key_start_pointer", "first_query_pointer", "context_pointer"), "*i32")
+    tables = ("segment_chunk_pointer", "segment_block_pointer", "first_token_pointer", "table_row_pointer")
+    strides = ("query_row_stride", "query_head_stride", "cache_block_stride", "cache_head_stride", "cache_token_stride")
+    part = dict.fromkeys(("first_chunk", "first_sum", "sums"), "i32")
     compile_for_hopper(
         flex_triton.block_masses_kernel,
         {
             **masses,
-            **lengths,
-            **dict.fromkeys((*strides, "cache_token_stride"), "i32"),
-            **dict.fromkeys(("sample_pointer", "cache_pointer"), "*bf16"),
-            "block_table_pointer": "*i32",
+            **spans,
+            **part,
+            **dict.fromkeys(("table_row_stride", *strides), "i32"),
+            **dict.fromkeys(("query_pointer", "cache_pointer"), "*bf16"),
+            **dict.fromkeys(("block_table_pointer", *tables), "*i32"),
             "scale": "fp32",
         },
         {
@@ -80,19 +116,17 @@ def test_kernels_compile_for_hopper() -> None:
             "GROUP": 4,
             "HEAD_SIZE": 128,
             "HEAD_TILE": 128,
-            "ROW_TILE": 128,
             "BLOCK": BLOCK,
-            "SEGMENT": flex_triton.SEGMENT_BLOCKS,
+            "SEGMENT": SEGMENT_BLOCKS,
         },
         num_warps=8,
         num_stages=2,
     )
-    tiles = {"BLOCK_TILE": 128, "ROW_TILE": flex_triton.NORMALISER_TILE}
+    tiles = {"BLOCK": BLOCK, "BLOCK_TILE": 128, "ROW_TILE": flex_triton.NORMALISER_TILE}
+    normaliser = {"normaliser_pointer": "*fp32"}
+    compile_for_hopper(flex_triton.normaliser_kernel, {**masses, **spans, **part, **normaliser}, tiles, num_warps=8)
+    lines = {"line_pointer": "*fp32", "chunks": "i32", "width": "i32"}
+    tiles = {"BLOCK": BLOCK, "BLOCK_TILE": flex_triton.COMBINE_TILE}
     compile_for_hopper(
-        flex_triton.normaliser_kernel, {**masses, **lengths, "normaliser_pointer": "*fp32"}, tiles, num_warps=8
-    )
-    lines = dict.fromkeys(("normaliser_pointer", "column_pointer", "band_pointer"), "*fp32")
-    tiles = {"BLOCK_TILE": flex_triton.COMBINE_TILE, "ROW_TILE": 128}
-    compile_for_hopper(
-        flex_triton.combine_kernel, {**masses, **lengths, **lines}, {"BLOCK": BLOCK, **tiles}, num_warps=8
+        flex_triton.combine_kernel, {**masses, **spans, **part, **normaliser, **lines}, tiles, num_warps=8
     )

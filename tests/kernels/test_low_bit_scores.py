@@ -8,7 +8,7 @@ import torch
 from tests import oracle
 from tests.kernels.test_flex_estimate import CONTEXT, Largest, long_keys
 from tests.oracle import PACKED, PLAIN, Paged, Platform
-from vllm_sparse.kernels.low_bit_scores import LowBitScoring, kept_map, reference
+from vllm_sparse.kernels.low_bit_scores import LowBitScoring, reference
 
 SCALE = 0.13
 PAGE = 32
@@ -188,7 +188,7 @@ def test_s4_the_4_bit_map_is_the_papers(generator: torch.Generator) -> None:
     # About half of each head's pages pass.
     log_tau = torch.stack([passing[head][middle[head]].median() for head in range(heads)]).float()
     passing -= log_tau.double()[:, None, None]
-    kept = kept_map(
+    kept = reference.kept_map(
         query, data.reader(0), SCALE, log_tau,
         LowBitScoring(bits=4, page_bounds=False, sink_tokens=32, local_tokens=64, query_block_tokens=64),
     )  # fmt: skip
@@ -203,7 +203,7 @@ def test_no_matrix_of_scores_is_held() -> None:
     head_size = 16
     query = torch.randn(256, 1, head_size).bfloat16()
     with Largest() as largest:
-        kept_map(
+        reference.kept_map(
             query, long_keys(CONTEXT, head_size), SCALE, torch.tensor([3.0]),
             LowBitScoring(bits=8, page_bounds=True, sink_tokens=32, local_tokens=128, query_block_tokens=64),
         )  # fmt: skip

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from setup import ROOT, find_nvcc, nvcc_command
-from tests.kernels.low_bit import PAGE, SLACK, request
+from tests.kernels.low_bit import PAGE, SLACK, alone, assert_chunks_keep_what_each_keeps_alone, request, several
 from tests.oracle import has_hopper, relative_error
-from vllm_sparse.kernels.low_bit_scores import LowBitScoring, cuda, reference
+from vllm_sparse.kernels.low_bit_scores import LowBitScoring, cuda, reference, tables
+from vllm_sparse.step.chunks import chunk_alone
 
 needs_hopper = pytest.mark.skipif(not has_hopper(), reason="no Hopper GPU")
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc, or no g++ for it")
@@ -36,8 +37,9 @@ def unswizzled(rows: torch.Tensor) -> torch.Tensor:
 )
 def test_keys_equal_the_reference(bits: int, kv_heads: int, block_size: int, pages: int, dtype: torch.dtype) -> None:
     seed, query, keys = request(1, pages * PAGE + 3, kv_heads, kv_heads, 128, block_size, dtype)
-    assert cuda.can_run(query, keys)
-    levels, mean, numbers = cuda.quantise_keys(keys, pages, bits)
+    chunk, middle = alone(query, keys, 1.0, LowBitScoring(bits, True, 32, 0, 64))
+    assert cuda.can_run(chunk)
+    levels, mean, numbers = cuda.quantise_keys(chunk, middle, range(1), bits)
     expected = reference.quantise_keys(keys, pages, bits)
     natural = unswizzled(levels)[:, :pages]
     grouped = natural.view(kv_heads, pages, 4, 4, 2, 128).transpose(2, 3).reshape(expected.levels.shape)
@@ -81,16 +83,17 @@ def test_the_map_equals_the_reference(
 ) -> None:
     """It lies between the reference's maps for thresholds a little higher and a little lower."""
     seed, query, keys = request(query_tokens, context, heads, kv_heads, 128, 48, dtype)
-    assert cuda.can_run(query, keys)
     # Of more keys the best is better: thresholds that split the pages rise with the length.
     log_tau = torch.linspace(-0.5, 3.0, heads, device="cuda")
 
     scoring = LowBitScoring(bits, bounds, 32, 128, query_block_tokens)
+    chunk, own = alone(query, keys, 128**-0.5, scoring)
+    assert cuda.can_run(chunk)
 
     def expected(shift: float) -> torch.Tensor:
         return reference.kept_map(query, keys, 128**-0.5, log_tau + shift, scoring)
 
-    kept = cuda.kept_map(query, keys, 128**-0.5, log_tau, scoring)
+    kept = cuda.kept_maps(chunk, own, log_tau, scoring)
     few, many = expected(SLACK), expected(-SLACK)
     assert kept.shape == few.shape
     assert kept.dtype == torch.bool
@@ -106,12 +109,33 @@ def test_the_map_equals_the_reference(
 
 
 @needs_hopper
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 1), (7, 1), (8, 1)])
+@pytest.mark.parametrize("query_block_tokens", [64, 128])
+def test_several_chunks_keep_what_each_keeps_alone(
+    heads: int, kv_heads: int, query_block_tokens: int, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the memory for quantised keys is short, too."""
+    scoring = LowBitScoring(8, True, 32, 128, query_block_tokens)
+    seed, chunks, middle = several(heads, kv_heads, 128, torch.bfloat16, scoring)
+    assert cuda.can_run(chunks)
+    if parts > 1:
+        monkeypatch.setattr(tables, "SCRATCH_BYTES", 64 * kv_heads * tables.PAGE_BYTES)
+    assert len(middle.parts(kv_heads)) == parts
+    assert_chunks_keep_what_each_keeps_alone(cuda, chunks, middle, scoring, seed)
+
+
+@needs_hopper
 def test_other_inputs_are_left_to_triton() -> None:
     _, query, keys = request(64, 300, 2, 1, 128, 16, torch.bfloat16)
-    assert cuda.can_run(query, keys)
-    assert not cuda.can_run(query[..., :64], keys)
-    assert not cuda.can_run(query.float(), keys)
-    assert not cuda.can_run(query.transpose(0, 2).contiguous().transpose(0, 2), keys)
+
+    def can_run(queries: torch.Tensor) -> bool:
+        return cuda.can_run(chunk_alone(queries, keys, 1.0, 64))
+
+    assert can_run(query)
+    assert not can_run(query[..., :64])
+    assert not can_run(query.float())
+    assert not can_run(query.transpose(0, 2).contiguous().transpose(0, 2))
 
 
 @needs_nvcc

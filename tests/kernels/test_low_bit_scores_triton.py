@@ -7,15 +7,15 @@ import torch
 
 from tests.kernels.hopper import compile_for_hopper
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
-from tests.kernels.low_bit import PAGE, SLACK, request
-from vllm_sparse.kernels.low_bit_scores import LowBitScoring, reference
+from tests.kernels.low_bit import PAGE, SLACK, alone, assert_chunks_keep_what_each_keeps_alone, request, several
+from vllm_sparse.kernels.low_bit_scores import LowBitScoring, reference, tables
 
 pytest.importorskip("triton")
 
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=13)
+    run_under_the_interpreter(__file__, passing=16)
 
 
 @needs_triton
@@ -24,8 +24,10 @@ def test_under_the_interpreter() -> None:
 def test_keys_equal_the_reference(bits: int, kv_heads: int, head_size: int, block_size: int) -> None:
     from vllm_sparse.kernels.low_bit_scores import triton as sale_triton
 
-    seed, _, keys = request(1, 5 * PAGE + 3, kv_heads, kv_heads, head_size, block_size, torch.float32)
-    levels, mean, numbers = sale_triton.quantise_keys(keys, 5, bits)
+    seed, query, keys = request(1, 5 * PAGE + 3, kv_heads, kv_heads, head_size, block_size, torch.float32)
+    chunk, middle = alone(query, keys, 1.0, LowBitScoring(bits, True, 32, 0, 64))
+    stored = sale_triton.quantise_keys(chunk, middle, range(1), bits)
+    levels, mean, numbers = stored[0][:, :5], stored[1][:, :5], stored[2][..., :5]
     expected = reference.quantise_keys(keys, 5, bits)
     assert bool((levels[..., head_size:] == 0).all())
     difference = levels[..., :head_size].int() - expected.levels.int()
@@ -56,7 +58,7 @@ def test_rows_equal_the_reference(
     seed, query, keys = request(query_tokens, context, heads, 2, head_size, 48, torch.float32)
     log_tau = torch.tensor([-1.0, 0.0, 2.0, float("-inf")], device=DEVICE)
     scoring = LowBitScoring(bits, True, sink, local, query_block_tokens)
-    levels, numbers = sale_triton.quantise_rows(query, keys, 0.1, log_tau, scoring)
+    levels, numbers = sale_triton.quantise_rows(alone(query, keys, 0.1, scoring)[0], log_tau, scoring)
     rows = query.transpose(0, 1).contiguous()
     expected = reference.quantise_queries(rows, bits)
     least = reference.thresholds(rows, keys, 0.1, log_tau, scoring)
@@ -98,7 +100,7 @@ def test_the_map_equals_the_reference(
     def expected(shift: float) -> torch.Tensor:
         return reference.kept_map(query, keys, scale, log_tau + shift, scoring)
 
-    kept = sale_triton.kept_map(query, keys, scale, log_tau, scoring)
+    kept = sale_triton.kept_maps(*alone(query, keys, scale, scoring), log_tau, scoring)
     few, many = expected(SLACK), expected(-SLACK)
     assert kept.shape == few.shape
     assert kept.dtype == torch.bool
@@ -107,6 +109,25 @@ def test_the_map_equals_the_reference(
     middle = few[..., 1 : reference.middle_end(query_tokens, context, 128, query_block_tokens)]
     share = float(middle.float().mean())
     assert 0 < share < 1, f"a test of nothing: {share}, seed {seed}"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "bits", "query_block_tokens", "parts"),
+    [(2, 2, 8, 64, 1), (4, 1, 4, 128, 2), (7, 1, 8, 64, 2)],
+)
+def test_several_chunks_keep_what_each_keeps_alone(
+    heads: int, kv_heads: int, bits: int, query_block_tokens: int, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the memory for quantised keys is short, too."""
+    from vllm_sparse.kernels.low_bit_scores import triton as sale_triton
+
+    scoring = LowBitScoring(bits, True, 32, 128, query_block_tokens)
+    seed, chunks, middle = several(heads, kv_heads, 32, torch.float32, scoring)
+    if parts > 1:
+        monkeypatch.setattr(tables, "SCRATCH_BYTES", 64 * kv_heads * tables.PAGE_BYTES)
+    assert len(middle.parts(kv_heads)) == parts
+    assert_chunks_keep_what_each_keeps_alone(sale_triton, chunks, middle, scoring, seed)
 
 
 @pytest.mark.skipif(CAN_RUN and DEVICE == "cpu", reason="Triton only interprets in this process")
@@ -119,6 +140,8 @@ def test_kernels_compile_for_hopper(head_size: int, query_block_tokens: int) -> 
         "HEAD_SIZE": head_size,
         "HEAD_TILE": 1 << (head_size - 1).bit_length(),
         "PAGE": PAGE,
+        "BATCH": tables.BATCH_PAGES,
+        "TILES": tables.TILE_ROWS // sale_triton.SCORED_ROWS,
         "GROUPS": 4,
         "TOP_LEVEL": 127,
         "MARGIN": True,
@@ -137,7 +160,6 @@ def test_kernels_compile_for_hopper(head_size: int, query_block_tokens: int) -> 
         **dict.fromkeys(("query_pointer", "cache_pointer", "mean_pointer"), "*bf16"),
         **dict.fromkeys(("levels_pointer", "query_levels_pointer", "key_levels_pointer"), "*i8"),
         **dict.fromkeys(("number_pointer", "row_number_pointer", "page_number_pointer", "log_tau_pointer"), "*fp32"),
-        "block_table_pointer": "*i32",
         "kept_pointer": "*u8",
         "scale": "fp32",
     }
@@ -147,5 +169,6 @@ def test_kernels_compile_for_hopper(head_size: int, query_block_tokens: int) -> 
         (sale_triton.scores_kernel, 8),
     ):
         names = kernel.arg_names
-        types = {name: pointers.get(name, "i32") for name in names if name not in constants}
+        table = {name: "*i32" for name in names if name.endswith("_pointer")}
+        types = {name: {**table, **pointers}.get(name, "i32") for name in names if name not in constants}
         compile_for_hopper(kernel, types, {name: constants[name] for name in names if name in constants}, num_warps)

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Annotated, ClassVar
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vllm_sparse.kernels.block_scores import pooled_queries
-from vllm_sparse.kernels.coverage import coverage_mask
+from vllm_sparse.kernels.block_scores import chunk_page_scores
+from vllm_sparse.kernels.coverage import chunk_coverage, coverage_mask
 from vllm_sparse.kernels.coverage.reference import top_mask
-from vllm_sparse.kernels.flex_estimate import FlexEstimate, flex_estimate, token_profiles
-from vllm_sparse.kernels.flex_lines import BlockGrid, line_map
+from vllm_sparse.kernels.flex_estimate import (
+    FlexEstimate,
+    Samples,
+    flex_estimate,
+    last_queries,
+    scratch_bytes,
+    token_profiles,
+)
+from vllm_sparse.kernels.flex_lines import line_map
 from vllm_sparse.kernels.flex_lines.reference import with_forced
-from vllm_sparse.kernels.flex_pattern import pooled_distance
-from vllm_sparse.kernels.page_list import query_blocks
+from vllm_sparse.kernels.flex_pattern import pooled_attention, pooled_distance
+from vllm_sparse.kernels.page_list import write_lists
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.knobs import KNOBS, LIMITED_BUDGET, DenseLayers, KnobError, ListPer, QueryBlockTokens
-from vllm_sparse.methods.prefill import Layer, PrefillMethod, density_at, mean_reach
+from vllm_sparse.methods.prefill import Layer, PrefillMethod, density_at, mean_reach, shared
+from vllm_sparse.pages import PageList
+from vllm_sparse.step.chunks import PromptBlocks, PromptChunks, chunk_alone
 
 BLOCK_TOKENS = 128
 # Density at 8K, where 4096 keys are in reach on average, was 0.42 at gamma 0.9, 0.50 at 0.95 and 0.61 at 0.98; at 32K
@@ -91,34 +101,60 @@ class FlexPrefill(PrefillMethod):
             density = density_at(reach, density, DENSITY_BY_REACH)
         return min(max(density * reach, least), most, reach)
 
-    def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
-        chunk, heads, head_size = query.shape
-        context = keys.seq_len
-        future = future_blocks(chunk, context, self.query_block_tokens, query.device)
-        if self.exactly_dense:
-            return ~future.expand(heads, -1, -1)
+    def selection_bytes(self, query_tokens: int, seq_len: int, query_heads: int, kv_heads: int) -> int:
+        lists = super().selection_bytes(query_tokens, seq_len, query_heads, kv_heads)
+        chunks = max(query_tokens // self.min_query_tokens, 1)
+        # The sample's memory is free again before there are lists.
+        return max(lists, scratch_bytes(chunks, -(-seq_len // BLOCK_TOKENS), query_heads, BLOCK_TOKENS))
 
-        # The official code samples with 1/sqrt(head_size), whatever the model's scale.
-        sample_scale = head_size**-0.5 if self.faithful else scale
-        sample = query[-BLOCK_TOKENS:]
-        estimate = flex_estimate(sample, keys, sample_scale, BLOCK_TOKENS)
+    def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
+        chunk = chunk_alone(query, keys, scale, self.query_block_tokens)
+        return self._map(chunk, last_queries(chunk.blocks, BLOCK_TOKENS))
+
+    def prepare(self, blocks: PromptBlocks, prompt_tokens: Sequence[int | None]) -> Samples:
+        return last_queries(blocks, BLOCK_TOKENS)
+
+    def select_chunks(self, chunks: PromptChunks, layers: Sequence[Layer], prepared: Any, lists: PageList) -> None:
+        if self.faithful:
+            # Its counts per token are taken of one context at a time.
+            super().select_chunks(chunks, layers, prepared, lists)
+            return
+        list_heads = lists.kept_tokens.shape[0] // chunks.blocks.blocks
+        mask = shared(self._map(chunks, prepared), list_heads)
+        write_lists(mask, chunks.blocks, BLOCK_TOKENS, list_heads, lists)
+
+    def _map(self, chunks: PromptChunks, samples: Samples) -> torch.Tensor:
+        """Key blocks that each query block reads: bool ``[heads, blocks, key_blocks]``; of one chunk if `faithful`."""
+        heads, head_size = chunks.query.shape[1:]
+        if self.exactly_dense:
+            shape = heads, chunks.blocks.blocks, samples.key_blocks
+            return torch.ones(shape, dtype=torch.bool, device=chunks.query.device)
+        if self.faithful:
+            # The official code samples with this scale, whatever the model's.
+            chunks = replace(chunks, scale=head_size**-0.5)
+        estimate = flex_estimate(chunks, samples)
         distance = pooled_distance(
-            sample, estimate.key_block_mean, estimate.column_mass, sample_scale, guard_zeros=not self.faithful
+            self._pooled_scores(chunks, samples.queries, estimate, samples),
+            estimate.column_mass,
+            samples.queries,
+            BLOCK_TOKENS,
+            chunks.scale,
+            guard_zeros=not self.faithful,
         )
         query_aware = distance < self.divergence_threshold
         pooled: torch.Tensor | None = None
         # Few heads want the pooled map. On a GPU asking whether any does would wait for the device.
-        if self.divergence_threshold > 0 and (query.is_cuda or bool(query_aware.any())):
-            pooled = self._pooled_map(query, estimate, future, query_aware, sample_scale)
+        if self.divergence_threshold > 0 and (query_aware.is_cuda or bool(query_aware.any())):
+            pooled = self._pooled_map(chunks, estimate, samples, query_aware)
         if self.faithful:
-            return self._faithful_map(query, keys, sample_scale, estimate, query_aware, pooled)
+            return self._faithful_map(chunks, estimate, query_aware.squeeze(1), pooled)
         # The pooled map's cut is global and may leave a query block next to nothing, not even its neighbours; as in
         # the official code its heads keep the least budget of lines.
-        gamma = ~query_aware * self.gamma
+        gamma = (~query_aware * self.gamma).flatten()
         low, high = self._budget_blocks
-        lines = coverage_mask(estimate.line_mass.flatten(0, 1), gamma.repeat(2), low, high)
-        columns, bands = lines.view(2, heads, -1)
-        return line_map(columns, bands, pooled, BlockGrid(chunk, context, self.query_block_tokens, BLOCK_TOKENS))
+        lines = coverage_mask(estimate.line_mass.flatten(0, 2), gamma.repeat(2), low, high)
+        columns, bands = lines.view(estimate.line_mass.shape)
+        return line_map(columns, bands, pooled, chunks.blocks, BLOCK_TOKENS)
 
     @property
     def _budget_blocks(self) -> tuple[int, int]:
@@ -126,20 +162,15 @@ class FlexPrefill(PrefillMethod):
         return max(-(-self.min_budget_tokens // BLOCK_TOKENS), 1), max(-(-self.max_budget_tokens // BLOCK_TOKENS), 1)
 
     def _faithful_map(
-        self,
-        query: torch.Tensor,
-        keys: PagedKeys,
-        scale: float,
-        estimate: FlexEstimate,
-        query_aware: torch.Tensor,
-        pooled: torch.Tensor | None,
+        self, chunk: PromptChunks, estimate: FlexEstimate, query_aware: torch.Tensor, pooled: torch.Tensor | None
     ) -> torch.Tensor:
-        """Line counts from token profiles and one block a band, as the official code takes them."""
-        profiles = token_profiles(query[-BLOCK_TOKENS:], keys, scale)
-        context = keys.seq_len
-        blocks = estimate.column_mass.shape[1]
+        """Line counts from token profiles and one block a band, as the official code takes them; of one chunk."""
+        (keys,) = chunk.keys
+        profiles = token_profiles(chunk.query[-BLOCK_TOKENS:], keys, chunk.scale)
+        column_mass = estimate.column_mass.squeeze(1)
+        blocks = column_mass.shape[1]
         # The official code pools the distance profile from its far end.
-        far_first = torch.nn.functional.pad(profiles.distance.flip(1), (0, blocks * BLOCK_TOKENS - context))
+        far_first = torch.nn.functional.pad(profiles.distance.flip(1), (0, blocks * BLOCK_TOKENS - keys.seq_len))
         band_mass = far_first.view(-1, blocks, BLOCK_TOKENS).sum(2).flip(1)
         low, high = self._budget_blocks
 
@@ -149,46 +180,31 @@ class FlexPrefill(PrefillMethod):
             counts = (tokens // BLOCK_TOKENS + 1).clamp(min=low, max=high)
             return torch.where(query_aware, low, counts)
 
-        columns = top_mask(estimate.column_mass, blocks_for(profiles.column))
+        columns = top_mask(column_mass, blocks_for(profiles.column))
         bands = top_mask(band_mass, blocks_for(profiles.distance))
-        first_query, last_query = query_blocks(query.shape[0], context, self.query_block_tokens, query.device)
-        offset = (last_query // BLOCK_TOKENS).unsqueeze(1) - torch.arange(blocks, device=query.device)
+        first_query, last_query = chunk.blocks.first_query, chunk.blocks.last_query
+        offset = (last_query // BLOCK_TOKENS).unsqueeze(1) - torch.arange(blocks, device=last_query.device)
         chosen = columns.unsqueeze(1) | bands[:, offset.clamp(min=0)] & (offset >= 0)
         return with_forced(chosen if pooled is None else chosen | pooled, first_query, last_query, BLOCK_TOKENS)
 
-    def _pooled_map(
-        self,
-        query: torch.Tensor,
-        estimate: FlexEstimate,
-        future: torch.Tensor,
-        query_aware: torch.Tensor,
-        scale: float,
+    def _pooled_scores(
+        self, chunks: PromptChunks, blocks: PromptBlocks, estimate: FlexEstimate, samples: Samples
     ) -> torch.Tensor:
-        """The shortest prefix of all block pairs that covers `gamma` of the pooled map (section 3.3).
+        """Products of pooled queries and mean keys: float32 ``[heads, blocks, key_blocks]``."""
+        edges = samples.first_key_block, samples.last_key_block
+        return chunk_page_scores(chunks.query, estimate.key_block_mean, *edges, blocks, chunks.query.shape[1])
 
-        Bool ``[heads, query_blocks, key_blocks]``; nothing for heads that are not query-aware.
+    def _pooled_map(
+        self, chunks: PromptChunks, estimate: FlexEstimate, samples: Samples, query_aware: torch.Tensor
+    ) -> torch.Tensor:
+        """The shortest prefix of all of a chunk's block pairs that covers `gamma` of the pooled map (section 3.3).
+
+        Bool ``[heads, blocks, key_blocks]``; nothing for heads that are not query-aware in a chunk.
         """
-        chunk, heads, head_size = query.shape
-        means = estimate.key_block_mean
-        blocks = future.shape[0]
-        pooled = pooled_queries(query, self.query_block_tokens)
-        # Means, where DHSA wants them scaled by the square root of their length.
-        pooled[:, :-1].div_(self.query_block_tokens**0.5)
-        pooled[:, -1].div_((chunk - (blocks - 1) * self.query_block_tokens) ** 0.5)
-        pooled = pooled.view(means.shape[0], -1, head_size)
-        logits = torch.matmul(pooled, means.transpose(1, 2)).mul(scale).view(heads, blocks, -1)
-        weight = logits.masked_fill(future, float("-inf")).softmax(-1).flatten(1) / blocks
+        scores = self._pooled_scores(chunks, chunks.blocks, estimate, samples)
+        weight = pooled_attention(scores, chunks.blocks, BLOCK_TOKENS, chunks.scale)
         if self.faithful:
-            ordered, order = weight.sort(dim=1, descending=True, stable=True)
-            keep = (ordered.cumsum(1) <= self.gamma) & query_aware.unsqueeze(1)
-            return torch.zeros_like(keep).scatter_(1, order, keep).view(heads, blocks, -1)
-        gamma = query_aware * self.gamma
-        return coverage_mask(weight, gamma, 0, weight.shape[1]).view(heads, blocks, -1)
-
-
-@functools.lru_cache(maxsize=64)
-def future_blocks(chunk: int, context: int, query_block_tokens: int, device: torch.device) -> torch.Tensor:
-    """Key blocks out of reach of each query block: bool ``[query_blocks, key_blocks]``, the same for all layers."""
-    _, last_query = query_blocks(chunk, context, query_block_tokens, device)
-    key_block = torch.arange(-(-context // BLOCK_TOKENS), device=device)
-    return key_block * BLOCK_TOKENS > last_query.unsqueeze(1)
+            ordered, order = weight.flatten(1).sort(dim=1, descending=True, stable=True)
+            keep = (ordered.cumsum(1) <= self.gamma) & query_aware
+            return torch.zeros_like(keep).scatter_(1, order, keep).view_as(weight)
+        return chunk_coverage(weight, query_aware * self.gamma, chunks.blocks)

@@ -132,8 +132,8 @@ def int_tables(tables: Sequence[np.ndarray], device: torch.device) -> list[torch
 
 
 @dataclass(frozen=True)
-class _OneSpan:
-    """The only chunk of a step."""
+class _Span:
+    """A span of no step's plan: by default the only one."""
 
     query_tokens: int
     seq_len: int
@@ -151,7 +151,40 @@ def one_chunk(query_tokens: int, seq_len: int, query_block_tokens: int, device: 
         query_block_tokens: query tokens of a query block.
         device: of the tables.
     """
-    return prompt_blocks([_OneSpan(query_tokens, seq_len)], query_block_tokens, device)
+    return prompt_blocks([_Span(query_tokens, seq_len)], query_block_tokens, device)
+
+
+def last_blocks(blocks: PromptBlocks, tokens: int) -> PromptBlocks:
+    """The last queries of each chunk as its only query block.
+
+    Args:
+        blocks: of the chunks.
+        tokens: most of a chunk's.
+    """
+    spans = []
+    for span in blocks.spans:
+        before = max(span.query_tokens - tokens, 0)
+        spans.append(_Span(span.query_tokens - before, span.seq_len, span.row, span.query_start + before))
+    return prompt_blocks(spans, tokens, blocks.chunk.device)
+
+
+def parts_within(starts: Sequence[int], most: int) -> list[range]:
+    """Ranges of adjacent chunks that hold no more than so much each, but for a chunk that holds more alone.
+
+    Args:
+        starts: what all chunks before each one hold, and all of them, ascending from 0.
+        most: of a range.
+
+    Returns:
+        Ascending ranges that cover all chunks; each holds something if any does.
+    """
+    found, first = [], 0
+    for chunk in range(1, len(starts) - 1):
+        holds_something, adds_something = starts[chunk] > starts[first], starts[chunk + 1] > starts[chunk]
+        if holds_something and adds_something and starts[chunk + 1] - starts[first] > most:
+            found.append(range(first, chunk))
+            first = chunk
+    return [*found, range(first, len(starts) - 1)]
 
 
 @dataclass(frozen=True)
@@ -176,6 +209,19 @@ class PromptChunks:
         """``[query_tokens, query_heads, head_size]`` of a chunk."""
         span = self.blocks.spans[chunk]
         return self.query[span.query_start : span.query_start + span.query_tokens]
+
+
+def chunk_alone(query: torch.Tensor, keys: PagedKeys, scale: float, query_block_tokens: int) -> PromptChunks:
+    """One request's prompt chunk as if it were all of a step.
+
+    Args:
+        query: ``[query_tokens, query_heads, head_size]``, at the last positions of the context.
+        keys: the request's, the chunk's included.
+        scale: softmax scale of the model; positive.
+        query_block_tokens: query tokens of a query block.
+    """
+    blocks = one_chunk(query.shape[0], keys.seq_len, query_block_tokens, query.device)
+    return PromptChunks(blocks, query, (keys,), keys.block_table.unsqueeze(0), scale)
 
 
 @dataclass(frozen=True)

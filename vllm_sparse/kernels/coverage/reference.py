@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from vllm_sparse.step.chunks import PromptBlocks
+
 
 def coverage_count(mass: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     """Least number of each row's largest entries whose sum reaches `gamma`: int64 ``[rows]``.
@@ -26,3 +28,13 @@ def top_mask(mass: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 def coverage_mask(mass: torch.Tensor, gamma: torch.Tensor, min_count: int, max_count: int) -> torch.Tensor:
     """Keep the fewest entries that reach `gamma`; arguments as in the public function."""
     return top_mask(mass, coverage_count(mass, gamma).clamp(min=min_count, max=max_count))
+
+
+def chunk_coverage(mass: torch.Tensor, gamma: torch.Tensor, blocks: PromptBlocks) -> torch.Tensor:
+    """Keep the fewest pairs of each chunk that reach `gamma`; arguments as in the public function."""
+    keep = torch.empty(mass.shape, dtype=torch.bool, device=mass.device)
+    for chunk in range(len(blocks.spans)):
+        rows = slice(blocks.starts[chunk], blocks.starts[chunk + 1])
+        pairs = mass[:, rows].flatten(1)
+        keep[:, rows] = coverage_mask(pairs, gamma[:, chunk], 0, pairs.shape[1]).view_as(mass[:, rows])
+    return keep

@@ -1,4 +1,4 @@
-"""The largest entries of each row that cover a share of it, in Triton: one program per row.
+"""The largest entries of each row that cover a share of it, in Triton: one program per row, or head and prompt chunk.
 
 A first search finds the threshold whose entries sum to gamma, and so their number. If the least or the most number of
 entries demands another number, a second search finds the threshold for that one.
@@ -11,25 +11,33 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.common.triton import chosen_entries, ordered_scores, row_threshold, threshold_tile
+from vllm_sparse.step.chunks import PromptBlocks, one_chunk
 
 TILE = 4096
 
 
 # Lengths change with every prompt chunk; specialising on them would compile in the middle of serving.
-@triton.jit(do_not_specialize=["n", "min_count", "max_count"])
+@triton.jit(do_not_specialize=["blocks", "width", "min_count", "max_count"])
 def coverage_mask_kernel(
     mass_pointer,
     gamma_pointer,
     keep_pointer,
-    n,
+    chunk_start_pointer,
+    blocks,
+    width,
     min_count,
     max_count,
     ROW_TILE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    i_row = tl.program_id(0).to(tl.int64)
-    p_mass = mass_pointer + i_row * n
-    gamma = tl.load(gamma_pointer + i_row)
+    i_head = tl.program_id(0).to(tl.int64)
+    i_chunk = tl.program_id(1)
+    # The row of a head and chunk is all of the chunk's query blocks.
+    first_block = tl.load(chunk_start_pointer + i_chunk)
+    n = (tl.load(chunk_start_pointer + i_chunk + 1) - first_block) * width
+    o_row = (i_head * blocks + first_block) * width
+    p_mass = mass_pointer + o_row
+    gamma = tl.load(gamma_pointer + i_head * tl.num_programs(1) + i_chunk)
     # No key is above the largest integer. Many rows want no entry, and need no search.
     threshold, above, count = 0x7FFFFFFF, 0, 0
     if gamma >= 1:
@@ -57,21 +65,36 @@ def coverage_mask_kernel(
         b_key = ordered_scores(p_mass, o_entry, o_entry < n)
         b_equal = (b_key == threshold).to(tl.int32)
         b_keep, equal_left = chosen_entries(b_key, b_equal, threshold, equal_left)
-        tl.store(keep_pointer + i_row * n + o_entry, b_keep.to(tl.uint8), mask=o_entry < n)
+        tl.store(keep_pointer + o_row + o_entry, b_keep.to(tl.uint8), mask=o_entry < n)
 
 
 def coverage_mask(mass: torch.Tensor, gamma: torch.Tensor, min_count: int, max_count: int) -> torch.Tensor:
     """Equal to `reference.coverage_mask` up to float32 rounding of the sums; arguments as there."""
-    rows, n = mass.shape
-    keep = torch.empty(rows, n, dtype=torch.bool, device=mass.device)
-    entries, num_warps = threshold_tile(n)
-    coverage_mask_kernel[(rows,)](
+    row = one_chunk(1, 1, 1, mass.device)
+    return _covering(mass.unsqueeze(1), gamma, row, min_count, max_count).squeeze(1)
+
+
+def chunk_coverage(mass: torch.Tensor, gamma: torch.Tensor, blocks: PromptBlocks) -> torch.Tensor:
+    """Equal to `reference.chunk_coverage` up to float32 rounding of the sums; arguments as there."""
+    return _covering(mass, gamma, blocks, 0, blocks.most_blocks * mass.shape[2])
+
+
+def _covering(
+    mass: torch.Tensor, gamma: torch.Tensor, blocks: PromptBlocks, min_count: int, max_count: int
+) -> torch.Tensor:
+    heads, _, width = mass.shape
+    keep = torch.empty(mass.shape, dtype=torch.bool, device=mass.device)
+    longest = blocks.most_blocks * width
+    entries, num_warps = threshold_tile(longest)
+    coverage_mask_kernel[(heads, len(blocks.spans))](
         mass.contiguous(),
-        gamma,
+        gamma.contiguous(),
         keep.view(torch.uint8),
-        n,
+        blocks.chunk_start,
+        blocks.blocks,
+        width,
         min_count,
-        min(max_count, n),
+        min(max_count, longest),
         ROW_TILE=entries,
         TILE=min(entries, TILE),
         num_warps=num_warps,

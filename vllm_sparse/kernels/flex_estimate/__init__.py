@@ -1,31 +1,37 @@
-"""FlexPrefill's sample: the attention of the last queries of a prompt chunk, by key block and by distance."""
+"""FlexPrefill's sample: the attention of the last queries of prompt chunks, by key block and by distance."""
 
 from __future__ import annotations
 
-import torch
-
 from vllm_sparse.kernels.flex_estimate import reference
 from vllm_sparse.kernels.flex_estimate.reference import FlexEstimate, TokenProfiles, token_profiles
-from vllm_sparse.keys import PagedKeys, PlainKeys
+from vllm_sparse.kernels.flex_estimate.samples import Samples, last_queries
+from vllm_sparse.kernels.flex_estimate.scratch import scratch_bytes
+from vllm_sparse.keys import PlainKeys
+from vllm_sparse.step.chunks import PromptChunks
 
-__all__ = ["FlexEstimate", "TokenProfiles", "flex_estimate", "token_profiles"]
+__all__ = [
+    "FlexEstimate",
+    "Samples",
+    "TokenProfiles",
+    "flex_estimate",
+    "last_queries",
+    "scratch_bytes",
+    "token_profiles",
+]
 
 
-def flex_estimate(sample: torch.Tensor, keys: PagedKeys, scale: float, block_size_tokens: int) -> FlexEstimate:
+def flex_estimate(chunks: PromptChunks, samples: Samples) -> FlexEstimate:
     """Mean attention of the sampled queries per key block and per distance band (FlexPrefill, arXiv 2502.20766).
 
-    Runs in Triton on CUDA, else in PyTorch.
+    Runs in Triton on CUDA, in as many launches as one chunk needs, unless the memory between them is short; else in
+    PyTorch.
 
     Args:
-        sample: ``[rows, query_heads, head_size]`` last queries of the prompt chunk, at the last `rows` positions.
-        keys: the request's keys, those of the prompt chunk included.
-        scale: softmax scale of the model.
-        block_size_tokens: tokens of a key block and width of a distance band.
+        chunks: the prompt chunks, of any query blocks.
+        samples: their last queries.
     """
-    if sample.is_cuda and isinstance(keys, PlainKeys):
+    if chunks.query.is_cuda and isinstance(chunks.keys[0], PlainKeys):
         from vllm_sparse.kernels.flex_estimate import triton
 
-        masses = triton.block_masses(sample, keys, scale, block_size_tokens)
-        return triton.combine(masses, keys.seq_len, block_size_tokens)
-    masses = reference.block_masses(sample, keys, scale, block_size_tokens)
-    return reference.combine(masses, keys.seq_len, block_size_tokens)
+        return triton.flex_estimate(chunks, samples)
+    return reference.flex_estimate(chunks, samples)

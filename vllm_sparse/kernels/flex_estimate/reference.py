@@ -8,11 +8,13 @@ the sums by tiles are this project's).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from vllm_sparse.kernels.flex_estimate.samples import Samples
 from vllm_sparse.keys import PagedKeys
+from vllm_sparse.step.chunks import PromptChunks
 
 # A multiple of every block size. So small that on a CPU the scores of a tile stay in its cache.
 TILE_TOKENS = 1024
@@ -20,12 +22,13 @@ TILE_TOKENS = 1024
 
 @dataclass(frozen=True)
 class FlexEstimate:
-    """Mean attention of the sampled rows, per query head.
+    """Mean attention of the sampled rows, per query head and prompt chunk.
 
     Attributes:
-        line_mass: float32 ``[2, heads, blocks]`` mass per key block, then per band of distances ``query - key`` in
-            ``[band * block, (band + 1) * block)``; every row sums to 1.
-        key_block_mean: float32 ``[kv_heads, blocks, head_size]`` mean key of each block's live tokens.
+        line_mass: float32 ``[2, heads, chunks, key_blocks]`` mass per key block, then per band of distances
+            ``query - key`` in ``[band * block, (band + 1) * block)``; every row sums to 1. 0 past a context.
+        key_block_mean: float32 ``[kv_heads, chunks, key_blocks, head_size]`` mean key of each block's live tokens,
+            anything past a context.
     """
 
     line_mass: torch.Tensor
@@ -33,12 +36,12 @@ class FlexEstimate:
 
     @property
     def column_mass(self) -> torch.Tensor:
-        """float32 ``[heads, blocks]`` mass per key block."""
+        """float32 ``[heads, chunks, key_blocks]`` mass per key block."""
         return self.line_mass[0]
 
     @property
     def band_mass(self) -> torch.Tensor:
-        """float32 ``[heads, blocks]`` mass per distance band."""
+        """float32 ``[heads, chunks, key_blocks]`` mass per distance band."""
         return self.line_mass[1]
 
 
@@ -128,8 +131,8 @@ def block_masses(sample: torch.Tensor, keys: PagedKeys, scale: float, block_size
     )
 
 
-def combine(masses: BlockMasses, seq_len: int, block_size_tokens: int) -> FlexEstimate:
-    """Normalise block masses and sum them over the rows, by key block and by distance band."""
+def combine(masses: BlockMasses, seq_len: int, block_size_tokens: int) -> torch.Tensor:
+    """Normalise block masses and sum them over the rows, by key block and by band: float32 ``[2, heads, blocks]``."""
     heads, rows, blocks = masses.total.shape
     block = block_size_tokens
     first_position = seq_len - rows
@@ -150,7 +153,22 @@ def combine(masses: BlockMasses, seq_len: int, block_size_tokens: int) -> FlexEs
         # Key block J lies in bands query_block - J (nearer part) and query_block - J - 1 (farther part).
         band_mass[:, : query_block + 1] += near[:, begin:end, : query_block + 1].sum(1).flip(1)
         band_mass[:, :query_block] += far[:, begin:end, :query_block].sum(1).flip(1)
-    return FlexEstimate(line_mass, masses.key_mean)
+    return line_mass
+
+
+def flex_estimate(chunks: PromptChunks, samples: Samples) -> FlexEstimate:
+    """The estimate of prompt chunks, one after another; arguments as in the public function."""
+    heads, head_size = chunks.query.shape[1:]
+    shape = len(chunks.keys), samples.key_blocks
+    line_mass = torch.zeros(2, heads, *shape, device=chunks.query.device)
+    key_block_mean = torch.zeros(chunks.keys[0].num_kv_heads, *shape, head_size, device=chunks.query.device)
+    sampled = replace(chunks, blocks=samples.queries)
+    for chunk, keys in enumerate(chunks.keys):
+        blocks = samples.key_blocks_of(chunk)
+        masses = block_masses(sampled.query_of(chunk), keys, chunks.scale, samples.key_block_tokens)
+        line_mass[:, :, chunk, :blocks] = combine(masses, keys.seq_len, samples.key_block_tokens)
+        key_block_mean[:, chunk, :blocks] = masses.key_mean
+    return FlexEstimate(line_mass, key_block_mean)
 
 
 def token_profiles(sample: torch.Tensor, keys: PagedKeys, scale: float) -> TokenProfiles:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.flex_lines.reference import BlockGrid
+from vllm_sparse.step.chunks import PromptBlocks
 
 BLOCK_TILE = 1024
 
@@ -14,7 +14,7 @@ BLOCK_TILE = 1024
 # Lengths change with every prompt chunk; specialising on them would compile in the middle of serving.
 # Bands follow columns in one tensor, so their first address has any alignment.
 @triton.jit(
-    do_not_specialize=["query_tokens", "context", "query_block_count", "key_blocks"],
+    do_not_specialize=["chunks", "key_blocks"],
     do_not_specialize_on_alignment=["band_pointer"],
 )
 def line_map_kernel(
@@ -22,26 +22,27 @@ def line_map_kernel(
     band_pointer,
     pooled_pointer,
     map_pointer,
-    query_tokens,
-    context,
-    query_block_count,
+    first_query_pointer,
+    last_query_pointer,
+    chunk_pointer,
+    chunks,
     key_blocks,
-    QUERY_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_POOLED: tl.constexpr,
     TILE: tl.constexpr,
 ):
     i_query_block = tl.program_id(0)
     i_head = tl.program_id(1).to(tl.int64)
-    first = context - query_tokens + i_query_block * QUERY_BLOCK
-    last_block = (tl.minimum(first + QUERY_BLOCK, context) - 1) // BLOCK
-    o_row = (i_head * query_block_count + i_query_block) * key_blocks
+    first = tl.load(first_query_pointer + i_query_block)
+    last_block = tl.load(last_query_pointer + i_query_block) // BLOCK
+    o_line = (i_head * chunks + tl.load(chunk_pointer + i_query_block)) * key_blocks
+    o_row = (i_head * tl.num_programs(0) + i_query_block) * key_blocks
     for start in range(0, key_blocks, TILE):
         o_block = start + tl.arange(0, TILE)
         in_map = o_block < key_blocks
         in_reach = o_block <= last_block
         b_touched = (o_block == 0) | (o_block >= first // BLOCK)
-        b_touched = b_touched | (tl.load(column_pointer + i_head * key_blocks + o_block, mask=in_reach, other=0) != 0)
+        b_touched = b_touched | (tl.load(column_pointer + o_line + o_block, mask=in_reach, other=0) != 0)
         if HAS_POOLED:
             b_touched = b_touched | (tl.load(pooled_pointer + o_row + o_block, mask=in_reach, other=0) != 0)
         # At most three bands lead to a key block (reference.band_blocks).
@@ -49,26 +50,31 @@ def line_map_kernel(
         for step in tl.static_range(3):
             band = lowest + step
             valid = in_reach & (band >= 0) & (band <= last_block - o_block)
-            b_touched = b_touched | (tl.load(band_pointer + i_head * key_blocks + band, mask=valid, other=0) != 0)
+            b_touched = b_touched | (tl.load(band_pointer + o_line + band, mask=valid, other=0) != 0)
         tl.store(map_pointer + o_row + o_block, (b_touched & in_reach).to(tl.uint8), mask=in_map)
 
 
-def line_map(columns: torch.Tensor, bands: torch.Tensor, pooled: torch.Tensor | None, grid: BlockGrid) -> torch.Tensor:
+def line_map(
+    columns: torch.Tensor,
+    bands: torch.Tensor,
+    pooled: torch.Tensor | None,
+    blocks: PromptBlocks,
+    key_block_tokens: int,
+) -> torch.Tensor:
     """Equal to `reference.line_map`; arguments as there."""
-    heads, key_blocks = columns.shape
-    query_block_count = -(-grid.query_tokens // grid.query_block_tokens)
-    touched = torch.empty(heads, query_block_count, key_blocks, dtype=torch.bool, device=columns.device)
-    line_map_kernel[(query_block_count, heads)](
+    heads, chunks, key_blocks = columns.shape
+    touched = torch.empty(heads, blocks.blocks, key_blocks, dtype=torch.bool, device=columns.device)
+    line_map_kernel[(blocks.blocks, heads)](
         columns.contiguous().view(torch.uint8),
         bands.contiguous().view(torch.uint8),
         touched if pooled is None else pooled.contiguous().view(torch.uint8),
         touched.view(torch.uint8),
-        grid.query_tokens,
-        grid.seq_len,
-        query_block_count,
+        blocks.first_query,
+        blocks.last_query,
+        blocks.chunk,
+        chunks,
         key_blocks,
-        QUERY_BLOCK=grid.query_block_tokens,
-        BLOCK=grid.key_block_tokens,
+        BLOCK=key_block_tokens,
         HAS_POOLED=pooled is not None,
         TILE=BLOCK_TILE,
         num_warps=4,

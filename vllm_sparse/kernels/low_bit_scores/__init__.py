@@ -6,14 +6,14 @@ import torch
 
 from vllm_sparse.kernels.low_bit_scores import reference
 from vllm_sparse.kernels.low_bit_scores.reference import PAGE_TOKENS, LowBitScoring
-from vllm_sparse.keys import PagedKeys, PlainKeys
+from vllm_sparse.kernels.low_bit_scores.tables import MiddlePages, middle_pages, scratch_bytes
+from vllm_sparse.keys import PlainKeys
+from vllm_sparse.step.chunks import PromptChunks
 
-__all__ = ["PAGE_TOKENS", "LowBitScoring", "kept_map"]
+__all__ = ["PAGE_TOKENS", "LowBitScoring", "MiddlePages", "kept_maps", "middle_pages", "scratch_bytes"]
 
 
-def kept_map(
-    query: torch.Tensor, keys: PagedKeys, scale: float, log_tau: torch.Tensor, scoring: LowBitScoring
-) -> torch.Tensor:
+def kept_maps(chunks: PromptChunks, middle: MiddlePages, log_tau: torch.Tensor, scoring: LowBitScoring) -> torch.Tensor:
     """Keep the pages of 32 keys in which a key scores ``m + log(tau * l)`` or more in some row of a query block.
 
     For each row, `m` is the largest score over the sink and the local window, and `l` the sum of ``exp(score - m)``
@@ -22,23 +22,26 @@ def kept_map(
     may have lowered it, so each key whose attention probability is at least tau is kept: `l` sums over a part of the
     keys, so it is at most the sum over all. With 4 bits, the scores are the paper's and promise nothing.
 
-    Runs in CUDA where the kernels of csrc/ support the inputs, else in Triton on CUDA, else in PyTorch.
+    Runs in CUDA where the kernels of csrc/ support the inputs, else in Triton on CUDA, in as many launches as one chunk
+    needs unless the memory for quantised keys is short; else in PyTorch.
 
     Args:
-        query: ``[query_tokens, query_heads, head_size]`` of a prompt chunk, at the last positions of the context.
-        keys: the request's keys, those of the prompt chunk included.
-        scale: softmax scale of the model.
+        chunks: the prompt chunks.
+        middle: of their query blocks.
         log_tau: float32 ``[query_heads]`` natural logarithm of the threshold; minus infinity keeps all pages.
         scoring: the integers, the regions that are always kept, and the query blocks.
 
     Returns:
-        bool ``[query_heads, ceil(query_tokens / query_block_tokens), ceil(context / 32)]``. Pages after a query block's
-        last position may be kept or not.
+        bool ``[query_heads, blocks, ceil(longest context / 32)]``. Pages after a query block's last position may be
+        kept or not.
     """
-    if query.is_cuda and isinstance(keys, PlainKeys):
+    if chunks.query.is_cuda and isinstance(chunks.keys[0], PlainKeys):
+        if middle.starts[-1] == 0:
+            shape = chunks.query.shape[1], chunks.blocks.blocks, -(-chunks.blocks.longest_seq_len // PAGE_TOKENS)
+            return torch.ones(shape, dtype=torch.bool, device=chunks.query.device)
         from vllm_sparse.kernels.low_bit_scores import cuda, triton
 
-        if cuda.can_run(query, keys):
-            return cuda.kept_map(query, keys, scale, log_tau, scoring)
-        return triton.kept_map(query, keys, scale, log_tau, scoring)
-    return reference.kept_map(query, keys, scale, log_tau, scoring)
+        if cuda.can_run(chunks):
+            return cuda.kept_maps(chunks, middle, log_tau, scoring)
+        return triton.kept_maps(chunks, middle, log_tau, scoring)
+    return reference.kept_maps(chunks, log_tau, scoring)

@@ -19,6 +19,7 @@ import torch
 
 from vllm_sparse.kernels.page_list.reference import query_blocks
 from vllm_sparse.keys import PagedKeys
+from vllm_sparse.step.chunks import PromptChunks
 
 PAGE_TOKENS = 32
 # The keys j of a page with equal (j mod 8) // 2 share a scale; so do the queries r and r + 8 of 16 rows.
@@ -39,7 +40,7 @@ SCORED_PAGES = 64
 
 @dataclass(frozen=True)
 class LowBitScoring:
-    """How `kept_map` scores keys, and what it keeps unscored.
+    """How `kept_maps` scores keys, and what it keeps unscored.
 
     Attributes:
         bits: of the integers, 8 or 4.
@@ -166,7 +167,7 @@ def thresholds(
 ) -> torch.Tensor:
     """Least score with which a key holds tau of a row's attention to the sink and the local window.
 
-    Arguments as in the public function, but `query` is float32 ``[query_heads, query_tokens, head_size]``.
+    Arguments as of `kept_map`, but `query` is float32 ``[query_heads, query_tokens, head_size]``.
 
     Returns:
         float32 ``[query_heads, query_tokens]``: ``m + log(tau * l)``, less the allowance for float32 rounding.
@@ -223,7 +224,18 @@ def integer_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def kept_map(
     query: torch.Tensor, keys: PagedKeys, scale: float, log_tau: torch.Tensor, scoring: LowBitScoring
 ) -> torch.Tensor:
-    """Select pages; arguments and result as in the public function."""
+    """Select pages of one prompt chunk.
+
+    Args:
+        query: ``[query_tokens, query_heads, head_size]`` of a prompt chunk, at the last positions of the context.
+        keys: the request's keys, those of the prompt chunk included.
+        scale: softmax scale of the model.
+        log_tau: as in the public function.
+        scoring: likewise.
+
+    Returns:
+        bool ``[query_heads, ceil(query_tokens / query_block_tokens), ceil(context / 32)]``.
+    """
     query_block_tokens = scoring.query_block_tokens
     query_tokens, heads, _ = query.shape
     device = query.device
@@ -259,6 +271,17 @@ def kept_map(
             kept[head, blocks, middle] |= _passing(
                 above, head_keys, head_queries, scale, candidates, scoring.page_bounds
             ).t()
+    return kept
+
+
+def kept_maps(chunks: PromptChunks, log_tau: torch.Tensor, scoring: LowBitScoring) -> torch.Tensor:
+    """Select pages of prompt chunks, one after another; arguments and result as in the public function."""
+    blocks = chunks.blocks
+    shape = chunks.query.shape[1], blocks.blocks, -(-blocks.longest_seq_len // PAGE_TOKENS)
+    kept = torch.zeros(shape, dtype=torch.bool, device=chunks.query.device)
+    for chunk, keys in enumerate(chunks.keys):
+        rows, pages = slice(blocks.starts[chunk], blocks.starts[chunk + 1]), -(-keys.seq_len // PAGE_TOKENS)
+        kept[:, rows, :pages] = kept_map(chunks.query_of(chunk), keys, chunks.scale, log_tau, scoring)
     return kept
 
 

@@ -10,9 +10,10 @@ import math
 
 import torch
 
-from vllm_sparse.kernels.low_bit_scores import PAGE_TOKENS, LowBitScoring, kept_map
+from vllm_sparse.kernels.low_bit_scores import PAGE_TOKENS, LowBitScoring, kept_maps, middle_pages
 from vllm_sparse.keys import plain_keys
 from vllm_sparse.methods.sale.thresholds import log_thresholds
+from vllm_sparse.step.chunks import chunk_alone
 
 # Thresholds are halved until the error is within the bound; below the least one a head stays dense.
 FIRST_TAU = 0.008
@@ -77,19 +78,15 @@ def prompt_map(query: torch.Tensor, key: torch.Tensor, scale: float, taus: list[
 
     Arguments as in `SaleCalibrator.observe`, `taus` one threshold a head.
     """
-    return kept_map(
-        query.transpose(0, 1),
-        plain_keys(key),
-        scale,
-        log_thresholds(taus, query.device),
-        LowBitScoring(
-            bits=8,
-            page_bounds=True,
-            sink_tokens=SINK_TOKENS,
-            local_tokens=LOCAL_TOKENS,
-            query_block_tokens=QUERY_BLOCK_TOKENS,
-        ),
+    chunk = chunk_alone(query.transpose(0, 1), plain_keys(key), scale, QUERY_BLOCK_TOKENS)
+    scoring = LowBitScoring(
+        bits=8,
+        page_bounds=True,
+        sink_tokens=SINK_TOKENS,
+        local_tokens=LOCAL_TOKENS,
+        query_block_tokens=QUERY_BLOCK_TOKENS,
     )
+    return kept_maps(chunk, middle_pages(chunk.blocks, scoring), log_thresholds(taus, query.device), scoring)
 
 
 def head_error(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, kept: torch.Tensor) -> float:

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vllm_sparse.kernels.low_bit_scores import PAGE_TOKENS, LowBitScoring, kept_map
+from vllm_sparse.kernels.low_bit_scores import (
+    PAGE_TOKENS,
+    LowBitScoring,
+    MiddlePages,
+    kept_maps,
+    middle_pages,
+    scratch_bytes,
+)
+from vllm_sparse.kernels.page_list import write_lists
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.knobs import COMPILES, KNOBS, LIMITED_BUDGET, DenseLayers, KnobError, ListPer, QueryBlockTokens
-from vllm_sparse.methods.prefill import Layer, PrefillMethod, density_at, mean_reach
+from vllm_sparse.methods.prefill import Layer, PrefillMethod, density_at, mean_reach, shared
 from vllm_sparse.methods.sale.thresholds import load, log_thresholds
+from vllm_sparse.pages import PageList
+from vllm_sparse.step.chunks import PromptBlocks, PromptChunks, chunk_alone
 
 DEFAULT_TAU = 0.004
 # Density at 8K, where 4096 keys are in reach on average, was 0.49 at the default, 0.31 at 0.02 and 0.23 at 0.05; at 32K
@@ -129,15 +140,32 @@ class Sale(PrefillMethod):
         kept = max(density, 0.0) * reach
         return min(max(kept, self.sink_tokens + self.recent_tokens + self.query_block_tokens), reach)
 
+    def selection_bytes(self, query_tokens: int, seq_len: int, query_heads: int, kv_heads: int) -> int:
+        lists = super().selection_bytes(query_tokens, seq_len, query_heads, kv_heads)
+        chunks = max(query_tokens // self.min_query_tokens, 1)
+        return lists + scratch_bytes(chunks, -(-seq_len // PAGE_TOKENS), kv_heads)
+
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         """Kept pages of 32 tokens, perhaps some of the future: bool ``[query_heads, query_blocks, pages]``."""
-        return kept_map(
-            query,
-            keys,
-            scale,
-            _log_thresholds(self.thresholds(layer, query.shape[1]), query.device),
-            LowBitScoring(self.bits, self.page_bounds, self.sink_tokens, self.recent_tokens, self.query_block_tokens),
-        )
+        chunk = chunk_alone(query, keys, scale, self.query_block_tokens)
+        return self._maps(chunk, middle_pages(chunk.blocks, self._scoring), layer)
+
+    def prepare(self, blocks: PromptBlocks, prompt_tokens: Sequence[int | None]) -> MiddlePages:
+        return middle_pages(blocks, self._scoring)
+
+    def select_chunks(self, chunks: PromptChunks, layers: Sequence[Layer], prepared: Any, lists: PageList) -> None:
+        list_heads = lists.kept_tokens.shape[0] // chunks.blocks.blocks
+        mask = shared(self._maps(chunks, prepared, layers[0]), list_heads)
+        write_lists(mask, chunks.blocks, PAGE_TOKENS, list_heads, lists)
+
+    @property
+    def _scoring(self) -> LowBitScoring:
+        return LowBitScoring(self.bits, self.page_bounds, self.sink_tokens, self.recent_tokens, self.query_block_tokens)
+
+    def _maps(self, chunks: PromptChunks, middle: MiddlePages, layer: Layer) -> torch.Tensor:
+        """Kept pages of the chunks in a layer, which is the same for all of them."""
+        thresholds = _log_thresholds(self.thresholds(layer, chunks.query.shape[1]), chunks.query.device)
+        return kept_maps(chunks, middle, thresholds, self._scoring)
 
     def thresholds(self, layer: Layer, query_heads: int) -> tuple[float, ...]:
         """Threshold of each of this process's query heads in a layer.

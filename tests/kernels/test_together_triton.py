@@ -1,0 +1,44 @@
+"""Prompt chunks that choose together by the kernels of a GPU, interpreted, get the lists that each gets alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.interpreter import CAN_RUN, DEVICE, run_under_the_interpreter
+from tests.methods.together import differing_lists, random_step, select_alone, select_together
+from tests.oracle import PLAIN
+from vllm_sparse.methods.flexprefill import FlexPrefill
+from vllm_sparse.methods.prefill import PrefillMethod
+from vllm_sparse.methods.sale import Sale
+
+pytest.importorskip("triton")
+
+SIZES = [(140, 300), (1, 129), (65, 600), (64, 64)]
+METHODS: dict[str, PrefillMethod] = {
+    "flexprefill": FlexPrefill(gamma=0.5, min_budget_tokens=0),
+    "flexprefill, pooled": FlexPrefill(
+        gamma=0.4, divergence_threshold=1.0, min_budget_tokens=0, query_block_tokens=64, list_per="kv_head"
+    ),
+    "sale": Sale(tau=0.3, recent_tokens=64),
+    "sale, 128 rows": Sale(tau=0.3, bits=4, query_block_tokens=128, list_per="kv_head", page_bounds=False),
+}
+
+
+@pytest.mark.skipif(CAN_RUN, reason="runs right here")
+def test_under_the_interpreter() -> None:
+    run_under_the_interpreter(__file__, passing=2 * len(METHODS))
+
+
+@pytest.mark.skipif(not CAN_RUN or DEVICE != "cpu", reason="in a process of its own: test_under_the_interpreter")
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (7, 1)])
+def test_chunks_together_get_what_each_gets_alone(
+    name: str, heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    step = random_step(PLAIN, generator, SIZES, heads, kv_heads)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    together, alone = (select(METHODS[name], step, 64) for select in (select_together, select_alone))
+    for size, found, wanted in zip(SIZES, together, alone, strict=True):
+        assert differing_lists(found, wanted) == 0, f"{size}"
