@@ -33,7 +33,7 @@ class Library:
 # By name of the library. What needs Hopper's tensor cores is Hopper's alone; on others Triton runs in its place.
 ARCHITECTURES = {
     "sm90": Library("arch=compute_90a,code=sm_90a", ("*.cu",)),
-    "sm100": Library("arch=compute_100,code=sm_100", ("top_tokens.cu", "top_coded_tokens.cu")),
+    "sm100": Library("arch=compute_100,code=sm_100", ("top_tokens.cu", "top_coded_tokens.cu", "interface.cu")),
 }
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from setup import ARCHITECTURES, architectures_of, build_libraries, find_nvcc
+from setup import ARCHITECTURES, architectures_of, build_libraries, find_nvcc, nvcc_command
 from vllm_sparse.kernels import cuda_library
 
-OF_ANY = ("vllm_sparse_top_tokens", "vllm_sparse_top_coded_tokens")
+OF_ANY = ("vllm_sparse_interface", "vllm_sparse_top_tokens", "vllm_sparse_top_coded_tokens")
 # Of the library of each architecture.
+CSRC = Path(__file__).parents[2] / "csrc" / "sm90"
+# SHA-256 of what csrc/ declares to Python, for each interface that it has had.
+DECLARATIONS = {2: "16ebddea9f927626b39080f49d9f3f1ffd14d573b480a845aaeea4fff78049d5"}
 FUNCTIONS = {"sm90": ("vllm_sparse_quantise_keys", "vllm_sparse_low_bit_scores", *OF_ANY), "sm100": OF_ANY}
 
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc, or no g++ for it")
@@ -39,6 +45,27 @@ def test_sources_compile_with_nvcc_alone_and_load_without_a_gpu(tmp_path: Path) 
     for architecture in architectures_of(nvcc):
         library = ctypes.CDLL(str(tmp_path / f"{architecture}.so"))
         assert [name for name in FUNCTIONS["sm90"] if hasattr(library, name)] == list(FUNCTIONS[architecture])
+
+
+def test_the_interface_rises_with_the_functions_arguments() -> None:
+    """Whoever changes arguments raises the number in interface.cu and `INTERFACE`, and adds the new digest here."""
+    sources = "".join(path.read_text() for path in sorted(CSRC.glob("*.cu")))
+    declarations = re.findall(r'extern "C" [^{]*', sources)
+    assert len(declarations) == len(FUNCTIONS["sm90"]) + 1, "and the splits of the choice of tokens"
+    assert re.search(r"vllm_sparse_interface\(\) { return (\d+); }", sources).group(1) == str(cuda_library.INTERFACE)  # type: ignore[union-attr]
+    digest = hashlib.sha256(" ".join("".join(declarations).split()).encode()).hexdigest()
+    assert DECLARATIONS[cuda_library.INTERFACE] == digest
+
+
+@needs_nvcc
+def test_a_library_of_other_sources_is_refused(tmp_path: Path) -> None:
+    source, library = tmp_path / "old.cu", tmp_path / "old.so"
+    source.write_text('extern "C" int vllm_sparse_top_tokens() { return 0; }')
+    nvcc = find_nvcc()
+    assert nvcc is not None
+    subprocess.run([*nvcc_command(nvcc, "sm90"), "-shared", "-Xcompiler=-fPIC", "-o", library, source], check=True)
+    with pytest.raises(cuda_library.CudaError, match=r"interface 1, this package calls interface 2\. Install the"):
+        cuda_library.load(library)
 
 
 def test_every_library_is_some_devices() -> None:

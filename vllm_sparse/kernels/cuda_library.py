@@ -15,9 +15,12 @@ FOLDER = Path(__file__).parent / "libraries"
 # Name of the library for each compute capability that has one.
 ARCHITECTURES = {(9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}
 
+# Of csrc/sm90/interface.cu: arguments as this package passes them.
+INTERFACE = 2
+
 
 class CudaError(RuntimeError):
-    """A kernel of csrc/ was not launched."""
+    """A kernel of csrc/ was not launched, or its library is not this package's."""
 
 
 @functools.cache
@@ -25,6 +28,9 @@ def cuda_library(device: torch.device) -> ctypes.CDLL | None:
     """The library for a device, or None if there is none.
 
     A missing library for an architecture that csrc/ supports is logged once.
+
+    Raises:
+        CudaError: the library was compiled from other sources than this package's.
     """
     # AMD's GPUs are "cuda" to PyTorch, and some have capability 9.0.
     if device.type != "cuda" or torch.version.hip is not None:
@@ -42,7 +48,27 @@ def cuda_library(device: torch.device) -> ctypes.CDLL | None:
             path,
         )
         return None
-    return ctypes.CDLL(str(path))
+    return load(path)
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The library in a file.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        CudaError: the library was compiled from other sources than this package's.
+    """
+    library = ctypes.CDLL(str(path))
+    found = library.vllm_sparse_interface() if hasattr(library, "vllm_sparse_interface") else 1
+    if found != INTERFACE:
+        raise CudaError(
+            f"{path} was compiled from other sources: its functions have interface {found}, this package calls "
+            f"interface {INTERFACE}. Install the package again with nvcc and g++ on PATH, or remove the file: Triton "
+            "then runs in its place, which takes longer."
+        )
+    return library
 
 
 def has_kernel(name: str, device: torch.device) -> bool:
