@@ -18,7 +18,8 @@ def install() -> None:
     from vllm.v1.worker.gpu_worker import Worker
 
     original = Worker.determine_available_memory
-    if hasattr(original, "__wrapped__"):
+    # vLLM's own function is wrapped too, by torch's inference mode.
+    if hasattr(original, "__sparse__"):
         return
 
     @functools.wraps(original)
@@ -46,4 +47,5 @@ def install() -> None:
         )
         return left
 
+    determine_available_memory.__sparse__ = True  # type: ignore[attr-defined]
     Worker.determine_available_memory = determine_available_memory
