@@ -306,6 +306,9 @@ class GpuDeclarations(SparseDeclarations):
 
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16", "fp8", "fp8_e4m3"]
 
+    # FlashAttention's, from vLLM 0.33 on, allows models to write keys themselves and to leave them out here: not tested.
+    supports_kv_cache_update_bypass: ClassVar[bool] = False
+
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
         """Wider heads' tiles do not fit the shared memory of AMD's GPUs (tests/kernels/test_targets.py)."""
