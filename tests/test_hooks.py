@@ -88,8 +88,8 @@ GIVEN = {
     f"{GRAPHS}.capture": "progress_bar_desc",
     "vllm.v1.attention.ops.triton_unified_attention:unified_attention": (
         "q k v out cu_seqlens_q max_seqlen_q seqused_k max_seqlen_k softmax_scale causal window_size block_table "
-        "softcap q_descale k_descale v_descale kv_quant_mode seq_threshold_3D num_par_softmax_segments softmax_segm_output "
-        "softmax_segm_max softmax_segm_expsum"
+        "softcap q_descale k_descale v_descale kv_quant_mode seq_threshold_3D num_par_softmax_segments "
+        "softmax_segm_output softmax_segm_max softmax_segm_expsum"
     ),
     "vllm._custom_ops:cpu_attn_get_scheduler_metadata": (
         "num_reqs num_heads num_kv_heads head_dim seq_lens dtype query_start_loc causal sliding_window_size isa "

@@ -306,7 +306,7 @@ class GpuDeclarations(SparseDeclarations):
 
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16", "fp8", "fp8_e4m3"]
 
-    # FlashAttention's, from vLLM 0.33 on, allows models to write keys themselves and to leave them out here: not tested.
+    # From vLLM 0.33 on FlashAttention lets models write keys themselves and leave them out here. Not tested.
     supports_kv_cache_update_bypass: ClassVar[bool] = False
 
     @classmethod
