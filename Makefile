@@ -8,12 +8,13 @@ PORT   ?= 8000
 ARGS   ?=
 SCENARIO ?= smoke
 RELEASE ?= release
+VERSION ?=
 
 set_up  = @PYTHON='$(PYTHON)' VENV='$(VENV)' DEVICE='$(DEVICE)' tools/setup.sh
 # vLLM and torch start tools of the environment (ninja) by name.
 in_venv = PATH="$(abspath $(VENV))/bin:$$PATH"
 
-.PHONY: help serve loadtest test test-fast test-gpu lint format setup chart docs image-test release release-files clean
+.PHONY: help serve loadtest test test-fast test-gpu test-vllm lint format setup chart docs image-test release release-files clean
 
 help:
 	@echo 'make serve     set up what is missing and serve the bundled model with sparse attention'
@@ -21,6 +22,7 @@ help:
 	@echo 'make test      set up what is missing and run the whole test suite'
 	@echo 'make test-fast only the tests that need no server, no interpreter of Triton, no GPU and little time'
 	@echo 'make test-gpu  only the tests that need a GPU; one of them: ARGS="-k name"'
+	@echo 'make test-vllm VERSION=0.33.0   with another vLLM, what needs none of its kernels: in an environment of its own'
 	@echo 'make lint      ruff check, ruff format --check, mypy'
 	@echo 'make format    let ruff fix and format the code'
 	@echo 'make setup     only set up'
@@ -63,6 +65,11 @@ test-fast:
 test-gpu:
 	$(set_up) test
 	$(in_venv) exec python -m pytest -m gpu $(ARGS)
+
+test-vllm:
+	@test -n '$(VERSION)' || { echo 'make $@: VERSION: name a release of vLLM: make $@ VERSION=0.33.0' >&2; exit 2; }
+	$(set_up) test
+	$(in_venv) VENV='$(VENV)' exec python -m tools.another_vllm '$(VERSION)' $(ARGS)
 
 lint:
 	$(set_up) test

@@ -7,13 +7,20 @@ import copy
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from vllm.platforms import current_platform
 
-from tests.oracle import needs_cpu_kernel
 from vllm_sparse import plugin
+from vllm_sparse.backend.cpu import DEFAULT_BLOCK_TOKENS
+
+MODEL = str(Path(__file__).parents[1] / "loadtest" / "model" / "weights")
+
+
+needs_cpu_platform = pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM's platform is not the CPU")
 
 
 def member() -> Any:
@@ -103,7 +110,7 @@ def select(backend: Any, **changes: Any) -> str:
     return path
 
 
-@needs_cpu_kernel
+@needs_cpu_platform
 @pytest.mark.parametrize(
     "changes",
     [{}, {"head_size": 128}, {"dtype": torch.float32}, {"block_size": None}, {"block_size": 48},
@@ -114,7 +121,7 @@ def test_the_cpu_platform_selects_the_backend(changes: dict[str, Any]) -> None:
     assert select(member(), **changes) == plugin.BACKEND_PATH
 
 
-@needs_cpu_kernel
+@needs_cpu_platform
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -138,7 +145,7 @@ def test_the_cpu_platform_refuses_what_the_backend_cannot_do(changes: dict[str, 
     assert "serve without --attention-backend sparse" in str(caught.value)
 
 
-@needs_cpu_kernel
+@needs_cpu_platform
 def test_other_backends_are_selected_as_before() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -146,3 +153,35 @@ def test_other_backends_are_selected_as_before() -> None:
         assert select(backend) == AttentionBackendEnum.CPU_ATTN.get_path()
         assert select(backend, kv_cache_dtype="fp8") == AttentionBackendEnum.CPU_ATTN.get_path()
         assert "mla" in select(backend, use_mla=True).lower()
+
+
+@needs_cpu_platform
+@pytest.mark.parametrize(("asked", "expected"), [(None, DEFAULT_BLOCK_TOKENS), (64, 64)])
+@pytest.mark.parametrize("window", [False, True], ids=["one backend", "two backends"])
+def test_blocks_are_small_unless_the_command_line_says_otherwise(
+    asked: int | None, expected: int, window: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page is a block on a CPU. vLLM chooses with the configuration, from 0.33 on again when layers are known."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    plugin.register()
+    backends = [member().get_class(), *([AttentionBackendEnum.CPU_ATTN.get_class()] if window else [])]
+    monkeypatch.setattr(CpuPlatform, "_find_non_ssm_backends", lambda _: backends)
+    config = EngineArgs(model=MODEL, attention_backend="sparse", block_size=asked).create_engine_config()
+    CpuPlatform.update_block_size_for_backend(config)
+    assert config.cache_config.block_size == expected
+
+
+@needs_cpu_platform
+def test_stock_blocks_are_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    plugin.register()
+    monkeypatch.setattr(CpuPlatform, "_find_non_ssm_backends", lambda _: [AttentionBackendEnum.CPU_ATTN.get_class()])
+    config = EngineArgs(model=MODEL).create_engine_config()
+    CpuPlatform.update_block_size_for_backend(config)
+    assert config.cache_config.block_size == 128

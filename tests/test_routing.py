@@ -201,6 +201,22 @@ def test_runner_v2_tells_how_long_a_prompt_is(monkeypatch: pytest.MonkeyPatch) -
     assert found[0].prompt_tokens == 700
 
 
+def test_profiling_takes_all_slots_and_leaves_them_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runner V2 of vLLM 0.33 adds a request to each slot before there is any, with no prompt."""
+    from vllm_sparse.hooks import gpu_model_runner, model_cuda_graph_manager
+
+    for hook in (gpu_model_runner, model_cuda_graph_manager):
+        monkeypatch.setattr(hook, "install", lambda: None)
+    config: Any = None
+    slots = np.arange(5, dtype=np.int32)
+    processor = SparseParamsProcessor(config, SimpleNamespace(prompt_len=SimpleNamespace(np=np.zeros(5, np.int32))))
+    for slot in slots.tolist():
+        processor.add_request(slot, SamplingParams.for_sampler_warmup())
+    found = TABLE.sparse_rows(slots, 5)
+    TABLE.attach(slots_in_metadata=False)
+    assert found == {}
+
+
 def test_the_v1_loader_builds_the_processor_as_argmax_invariant() -> None:
     from vllm.v1.sample.logits_processor import build_logitsprocs
 

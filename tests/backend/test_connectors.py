@@ -13,10 +13,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_kv_cache_configs, get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request
 
+from tests.vllm_versions import kv_cache_config
 from vllm_sparse.backend.support import SALTED_CONNECTORS, check_server
 from vllm_sparse.config.request import SparseParams
 from vllm_sparse.config.salt import cache_salt
@@ -52,7 +53,7 @@ def scheduler_side(config: VllmConfig) -> Any:
     spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=2, head_size=32, dtype=torch.float32)
     layers = {f"model.layers.{layer}.self_attn.attn": spec for layer in range(2)}
     config.cache_config.kv_cache_layout = "LBHNC"
-    (cache,) = get_kv_cache_configs(config, [layers], [1 << 26])
+    cache = kv_cache_config(config, layers, 1 << 26)
     return KVConnectorFactory.create_connector(config, KVConnectorRole.SCHEDULER, cache)
 
 

@@ -54,6 +54,12 @@ def test_fp8_caches_are_e4m3(stock: Any) -> None:
     assert not stock.supports_per_head_quant_scales()
 
 
+@pytest.mark.parametrize("stock", [SparseFlashAttentionBackend, SparseTritonBackend])
+def test_attention_is_always_given_its_keys(stock: Any) -> None:
+    """vLLM 0.33 asks, and FlashAttention says otherwise."""
+    assert not stock.supports_kv_cache_update_bypass
+
+
 def test_wide_heads_are_refused_where_tiles_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_sparse.backend import cuda
 

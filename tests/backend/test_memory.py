@@ -208,6 +208,7 @@ def test_the_worker_gives_the_cache_the_rest(monkeypatch: pytest.MonkeyPatch, fi
         cache_config = SimpleNamespace(kv_cache_memory_bytes=fixed)
         available_kv_cache_memory_bytes = 100 << 30
 
+        @torch.inference_mode()
         def determine_available_memory(self) -> int:
             return self.available_kv_cache_memory_bytes
 

@@ -26,6 +26,7 @@ from tests.deploy.chart import (
     render,
     server,
 )
+from tests.vllm_versions import serve_parser
 from vllm_sparse.config.names import METHODS, PHASES, knob_schema
 from vllm_sparse.config.server import parse_server_config
 from vllm_sparse.config.settings import ServerConfig
@@ -91,10 +92,7 @@ class TestSparseSettings:
 class TestArguments:
     @pytest.mark.parametrize("name", EXAMPLES)
     def test_vllm_knows_them(self, name: str) -> None:
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-        parser = make_arg_parser(FlexibleArgumentParser())
+        parser = serve_parser()
         for container in server_containers(render(example(name))):
             given = [argument.replace("$(LWS_WORKER_INDEX)", "1") for argument in container["args"]]
             parsed = parser.parse_args(given)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from deploy.helm import generate
 from tests.deploy.chart import CHART, find, one_model, refusal, render, server
+from tests.vllm_versions import serve_parser
 from vllm_sparse.config.names import METHODS, PHASES, knob_schema
 from vllm_sparse.config.presets import PRESETS
 from vllm_sparse.config.server import parse_server_config
@@ -254,13 +255,10 @@ def test_every_refused_argument_is_refused_with_the_reason() -> None:
 
 def test_refused_arguments_are_vllms_and_no_other_is_taken_for_one() -> None:
     """An argument may be shortened, so one that is allowed must not be the beginning of one that is refused."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
     refused = generate.checks()["arguments"]
     known = [
         [option for option in action.option_strings if option.startswith("--") and not option.startswith("--no-")]
-        for action in make_arg_parser(FlexibleArgumentParser())._actions
+        for action in serve_parser()._actions
     ]
     assert set(refused) <= {option for options in known for option in options}
     for options in known:

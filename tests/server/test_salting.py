@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 
 from tests.backend.test_forward import Row, common_metadata
 from vllm_sparse.config.request import SparseParams
@@ -24,19 +26,20 @@ from vllm_sparse.step.plan import PlanLimits, plan_step
 from vllm_sparse.step.requests import SparseRequest
 
 BLOCK_TOKENS = 16
+LOOKS_AHEAD = "num_hash_lookahead_tokens" in inspect.signature(get_request_block_hasher).parameters
 TIDAL, OTHER = SparseParams(decode=Tidal(), min_tokens=0), SparseParams(decode=Tidal(budget_tokens=99), min_tokens=0)
 
 
-def keys_of(tokens: list[int], salt: str | None) -> list[bytes]:
-    """Keys of a request's blocks, as the engine makes them."""
+def keys_of(tokens: list[int], salt: str | None, **settings: int) -> list[bytes]:
+    """Keys of a request's blocks, as the engine makes them; settings are those of vLLM's hasher."""
     from vllm.sampling_params import SamplingParams
     from vllm.utils.hashing import sha256
-    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.core.kv_cache_utils import init_none_hash
     from vllm.v1.request import Request
 
     hook.install()
     init_none_hash(sha256)
-    hasher = get_request_block_hasher(BLOCK_TOKENS, sha256)
+    hasher = get_request_block_hasher(BLOCK_TOKENS, sha256, **settings)
     request: Any = Request("r", tokens, SamplingParams(max_tokens=4), None, cache_salt=salt, block_hasher=hasher)
     return list(request.block_hashes)
 
@@ -59,6 +62,25 @@ def test_keys_differ_from_the_first_sparse_token_on(tokens: list[int], first: in
     assert shared(sparse, keys_of(tokens, cache_salt(OTHER, user, first))) == min(first // BLOCK_TOKENS, len(dense))
     if dense:
         assert shared(sparse, keys_of(tokens, cache_salt(TIDAL, "yours", first))) == 0
+
+
+@pytest.mark.skipif(not LOOKS_AHEAD, reason="this vLLM's keys do not look ahead")
+@given(
+    tokens=st.lists(st.integers(0, 99), min_size=1, max_size=200),
+    first=st.integers(0, 220),
+    ahead=st.integers(1, 3),
+)
+def test_keys_that_look_ahead_differ_no_later(tokens: list[int], first: int, ahead: int) -> None:
+    """With speculative decoding vLLM 0.33 puts tokens after a block into its key: what they salt, salts the block."""
+    dense, sparse, other = (
+        keys_of(tokens, salt, num_hash_lookahead_tokens=ahead)
+        for salt in (None, cache_salt(TIDAL, None, first), cache_salt(OTHER, None, first))
+    )
+    assert len(dense) == max(0, (len(tokens) - ahead) // BLOCK_TOKENS)
+    assert shared(dense, sparse) == shared(other, sparse) == min(max(0, first - ahead) // BLOCK_TOKENS, len(dense))
+    assert shared(sparse, keys_of(tokens, cache_salt(TIDAL, None, first), num_hash_lookahead_tokens=ahead)) == len(
+        sparse
+    )
 
 
 @given(first=st.integers(0, 1000), block_tokens=st.sampled_from([1, 16, 48, 128]), user=st.sampled_from([None, "mine"]))

@@ -306,6 +306,9 @@ class GpuDeclarations(SparseDeclarations):
 
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16", "fp8", "fp8_e4m3"]
 
+    # From vLLM 0.33 on FlashAttention lets models write keys themselves and leave them out here. Not tested.
+    supports_kv_cache_update_bypass: ClassVar[bool] = False
+
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
         """Wider heads' tiles do not fit the shared memory of AMD's GPUs (tests/kernels/test_targets.py)."""

@@ -7,11 +7,12 @@ more once `backend_per_kind` has both.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
+
+from vllm_sparse.hooks.wrapping import is_wrapped, wraps
 
 # Modules whose layers derive from full attention and change what it reads.
 DERIVING_MODULES = ("chunked_local_attention", "static_sink_attention", "prefill_prefix_lm_attention")
@@ -30,17 +31,15 @@ def install(name: str) -> None:
 
     sparse = AttentionBackendEnum.__members__[name]
     choose = selector._cached_get_attn_backend
-    # vLLM's own function is wrapped too, by the cache.
-    if hasattr(choose, "__sparse__"):
+    if is_wrapped(choose):
         return
 
-    @functools.wraps(choose)
+    @wraps(choose)
     def choose_for_layer(backend: Any, attn_selector_config: Any, num_heads: Any = None, **others: Any) -> Any:
         if backend is sparse and (_DERIVING.get() or attn_selector_config.has_sliding_window):
             backend = None
         return choose(backend=backend, attn_selector_config=attn_selector_config, num_heads=num_heads, **others)
 
-    choose_for_layer.__sparse__ = True  # type: ignore[attr-defined]
     selector._cached_get_attn_backend = choose_for_layer
 
 
@@ -51,12 +50,12 @@ def install_deriving() -> None:
     """
     for name in DERIVING_MODULES:
         module: Any = importlib.import_module(f"vllm.model_executor.layers.attention.{name}")
-        if not hasattr(module.get_attn_backend, "__wrapped__"):
+        if not is_wrapped(module.get_attn_backend):
             module.get_attn_backend = _deriving(module.get_attn_backend)
 
 
 def _deriving(choose: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(choose)
+    @wraps(choose)
     def choose_for_deriving(*args: Any, **kwargs: Any) -> Any:
         token = _DERIVING.set(True)
         try:

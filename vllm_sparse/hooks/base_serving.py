@@ -6,10 +6,10 @@ needed any more once vLLM processes a request's inputs before it answers a strea
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
+from vllm_sparse.hooks.wrapping import is_wrapped, wraps
 from vllm_sparse.server.door import check_body, check_request
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def install(vllm_config: VllmConfig) -> None:
     from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
     from vllm.entrypoints.serve.engine.serving import BaseServing
 
-    if hasattr(BaseServing._check_model, "__wrapped__"):
+    if is_wrapped(BaseServing._check_model):
         return
     for serving in (BaseServing, PoolingBaseServing):
         serving._check_model = _checking_parsed(vllm_config, serving._check_model)
@@ -43,7 +43,7 @@ def _checking_parsed(vllm_config: VllmConfig, look_up: Handler) -> Handler:
     from vllm.entrypoints.scale_out.derender.serving import ServingDerender
     from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 
-    @functools.wraps(look_up)
+    @wraps(look_up)
     async def check_model(self: Any, request: Any) -> Any:
         # These run no model, and clients send them the bodies of other routes.
         if not isinstance(self, ServingDerender | ServingTokenization):
@@ -54,7 +54,7 @@ def _checking_parsed(vllm_config: VllmConfig, look_up: Handler) -> Handler:
 
 
 def _checking_body(handle: Handler) -> Handler:
-    @functools.wraps(handle)
+    @wraps(handle)
     async def handle_checked(self: Any, request: Any, raw_request: Any = None) -> Any:
         if raw_request is not None:
             # Parsed before, and kept by the request.

@@ -7,10 +7,11 @@ check `additional_config` when the configuration is made.
 
 from __future__ import annotations
 
-import functools
 import logging
 import sys
 from typing import Any
+
+from vllm_sparse.hooks.wrapping import is_wrapped, wraps
 
 
 def install() -> None:
@@ -20,10 +21,10 @@ def install() -> None:
     """
     arguments = sys.modules.get("vllm.engine.arg_utils")
     create = getattr(getattr(arguments, "EngineArgs", None), "create_engine_config", None)
-    if create is None or hasattr(create, "__wrapped__"):
+    if create is None or is_wrapped(create):
         return
 
-    @functools.wraps(create)
+    @wraps(create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         vllm_config = create(self, *args, **kwargs)
         _start_server(vllm_config)

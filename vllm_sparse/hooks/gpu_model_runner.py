@@ -8,10 +8,10 @@ builder, step by step, whether a FULL graph may run.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.backend.decode_graphs import current_graphs
+from vllm_sparse.hooks.wrapping import is_wrapped, wraps
 from vllm_sparse.step.requests import TABLE
 
 if TYPE_CHECKING:
@@ -23,10 +23,10 @@ def install() -> None:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     gather = GPUModelRunner.gather_batch_req_state
-    if hasattr(gather, "__wrapped__"):
+    if is_wrapped(gather):
         return
 
-    @functools.wraps(gather)
+    @wraps(gather)
     def gather_batch_req_state(self: Any, scheduler_output: Any, dummy_run: bool) -> tuple[Any, int | None]:
         batch, uniform_tokens = gather(self, scheduler_output, dummy_run)
         TABLE.dummy_step = dummy_run

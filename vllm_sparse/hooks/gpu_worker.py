@@ -6,9 +6,10 @@ more once backends can say what they keep beside the cache.
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Any
+
+from vllm_sparse.hooks.wrapping import is_wrapped, wraps
 
 logger = logging.getLogger("vllm.sparse")
 
@@ -18,10 +19,10 @@ def install() -> None:
     from vllm.v1.worker.gpu_worker import Worker
 
     original = Worker.determine_available_memory
-    if hasattr(original, "__wrapped__"):
+    if is_wrapped(original):
         return
 
-    @functools.wraps(original)
+    @wraps(original)
     def determine_available_memory(self: Any) -> int:
         available: int = original(self)
         # Imported here: the platform must not be chosen while plugins are loaded.

@@ -6,8 +6,9 @@ plugins that may change an engine request; `LogitsProcessor.validate_params` may
 
 from __future__ import annotations
 
-import functools
 from typing import Any
+
+from vllm_sparse.hooks.wrapping import is_wrapped, wraps
 
 
 def install() -> None:
@@ -15,10 +16,10 @@ def install() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
     original = InputProcessor.process_inputs
-    if hasattr(original, "__wrapped__"):
+    if is_wrapped(original):
         return
 
-    @functools.wraps(original)
+    @wraps(original)
     def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         # Imported here: workers load this plugin too, and admit nothing.
         from vllm_sparse.server.admission import admit

@@ -7,11 +7,11 @@ wrongly. Not needed any more once a salt can say from which token on it counts.
 
 from __future__ import annotations
 
-import functools
 import sys
 from typing import Any
 
 from vllm_sparse.config.salt import split_salt
+from vllm_sparse.hooks.wrapping import is_wrapped, wraps
 
 # Modules of vLLM that have the function by name, if they were imported before.
 IMPORTED_BY = ("vllm.v1.core.block_pool", "vllm.v1.simple_kv_offload.manager")
@@ -22,10 +22,10 @@ def install() -> None:
     from vllm.v1.core import kv_cache_utils
 
     original = kv_cache_utils.generate_block_hash_extra_keys
-    if hasattr(original, "__wrapped__"):
+    if is_wrapped(original):
         return
 
-    @functools.wraps(original)
+    @wraps(original)
     def generate_block_hash_extra_keys(
         request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
     ) -> tuple[tuple[Any, ...] | None, int]:

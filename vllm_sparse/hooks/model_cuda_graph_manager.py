@@ -6,10 +6,10 @@ backend can have several graphs of some sizes and name the one to replay.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from vllm_sparse.backend.decode_graphs import captured_sizes, current_graphs
+from vllm_sparse.hooks.wrapping import is_wrapped, wraps
 
 
 def install() -> None:
@@ -19,10 +19,10 @@ def install() -> None:
 
     capture, dispatch = ModelCudaGraphManager.capture, ModelCudaGraphManager.dispatch
     run = ModelCudaGraphManager.run_fullgraph
-    if hasattr(run, "__wrapped__"):
+    if is_wrapped(run):
         return
 
-    @functools.wraps(capture)
+    @wraps(capture)
     def capture_all(self: Any, *args: Any, **kwargs: Any) -> None:
         capture(self, *args, **kwargs)
         graphs = current_graphs()
@@ -53,7 +53,7 @@ def install() -> None:
             graphs.capturing = None
             self.graphs, self._capture_descs = own_graphs, own_shapes
 
-    @functools.wraps(dispatch)
+    @wraps(dispatch)
     def dispatch_padded(self: Any, num_reqs: int, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
         desc = dispatch(self, num_reqs, num_tokens, *args, **kwargs)
         graphs = current_graphs()
@@ -62,7 +62,7 @@ def install() -> None:
         size = graphs.padded(desc.num_reqs)
         return desc if size == desc.num_reqs else dispatch(self, size, size, *args, **kwargs)
 
-    @functools.wraps(run)
+    @wraps(run)
     def run_fullgraph(self: Any, desc: Any) -> Any:
         graphs = current_graphs()
         name = None if graphs is None else graphs.prepare(desc.num_reqs)

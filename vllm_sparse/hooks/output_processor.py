@@ -6,12 +6,12 @@ Not needed any more once plugins may add attributes to a span, and stat loggers 
 
 from __future__ import annotations
 
-import functools
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.config.request import ALL_DENSE
 from vllm_sparse.hooks import request_state
+from vllm_sparse.hooks.wrapping import is_wrapped, wraps
 from vllm_sparse.server.latency import observed_of
 from vllm_sparse.server.spans import span_attributes
 
@@ -29,13 +29,13 @@ def trace_requests(vllm_config: VllmConfig) -> None:
 
     request_state.install()
     trace, make_span = OutputProcessor.do_tracing, output_processor.instrument_manual
-    if hasattr(trace, "__wrapped__"):
+    if is_wrapped(trace):
         return
 
     # Verification steps of speculative decoding run dense.
     token_lists = current_platform.is_cuda() and vllm_config.speculative_config is None
 
-    @functools.wraps(trace)
+    @wraps(trace)
     def do_tracing(self: Any, engine_core_output: Any, req_state: Any, iteration_stats: Any) -> None:
         # The newest token that was generated is in no context yet.
         seq_len = req_state.prompt_len + req_state.stats.num_generation_tokens - 1
@@ -47,7 +47,7 @@ def trace_requests(vllm_config: VllmConfig) -> None:
         finally:
             _REQUEST_ATTRIBUTES.reset(token)
 
-    @functools.wraps(make_span)
+    @wraps(make_span)
     def instrument_manual(*args: Any, attributes: dict[str, Any], **kwargs: Any) -> Any:
         return make_span(*args, attributes={**attributes, **(_REQUEST_ATTRIBUTES.get() or {})}, **kwargs)
 
@@ -64,10 +64,10 @@ def observe_requests() -> None:
 
     request_state.install()
     update, finish = OutputProcessor._update_stats_from_output, OutputProcessor._update_stats_from_finished
-    if hasattr(update, "__wrapped__"):
+    if is_wrapped(update):
         return
 
-    @functools.wraps(update)
+    @wraps(update)
     def update_from_output(self: Any, state: Any, output: Any, timestamp: Any, iteration_stats: Any) -> None:
         update(self, state, output, timestamp, iteration_stats)
         params = request_state.params_of(state)
@@ -82,7 +82,7 @@ def observe_requests() -> None:
         if output.prefill_stats is not None:
             observed.prompt_tokens += output.prefill_stats.num_computed_tokens
 
-    @functools.wraps(finish)
+    @wraps(finish)
     def update_from_finished(self: Any, state: Any, finish_reason: Any, iteration_stats: Any) -> None:
         finish(self, state, finish_reason, iteration_stats)
         params = request_state.params_of(state)

@@ -5,10 +5,10 @@ Spans and latencies by method need it. Not needed any more once the state keeps 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from vllm_sparse.config.request import ALL_DENSE, RESOLVED_KEY, SparseParams, deserialize
+from vllm_sparse.hooks.wrapping import is_wrapped, wraps
 
 
 def install() -> None:
@@ -16,10 +16,10 @@ def install() -> None:
     from vllm.v1.engine.output_processor import RequestState
 
     make = RequestState.__dict__["from_new_request"].__func__
-    if hasattr(make, "__wrapped__"):
+    if is_wrapped(make):
         return
 
-    @functools.wraps(make)
+    @wraps(make)
     def from_new_request(cls: Any, tokenizer: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         state = make(cls, tokenizer, request, *args, **kwargs)
         if request.sampling_params is not None:

@@ -6,9 +6,9 @@ vLLM processes a request's inputs before it answers a stream.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
+from vllm_sparse.hooks.wrapping import is_wrapped, wraps
 from vllm_sparse.server.door import keep_checked
 
 
@@ -17,10 +17,10 @@ def install() -> None:
     from vllm.sampling_params import SamplingParams
 
     original = SamplingParams.from_optional
-    if hasattr(original, "__wrapped__"):
+    if is_wrapped(original):
         return
 
-    @functools.wraps(original)
+    @wraps(original)
     def from_optional(*args: Any, **kwargs: Any) -> Any:
         return keep_checked(original(*args, **kwargs))
 

@@ -6,10 +6,10 @@ chunked-local layers (`attention_selector`).
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from vllm_sparse.hooks import attention_selector
+from vllm_sparse.hooks.wrapping import is_wrapped, wraps
 
 WORKER_METHOD = "sparse_stats"
 LAYERS_METHOD = "sparse_layers"
@@ -20,12 +20,12 @@ def install() -> None:
     from vllm.v1.worker.worker_base import WorkerBase
 
     start = WorkerBase.__init__
-    if hasattr(start, "__wrapped__"):
+    if is_wrapped(start):
         return
     setattr(WorkerBase, WORKER_METHOD, _sparse_stats)
     setattr(WorkerBase, LAYERS_METHOD, _sparse_layers)
 
-    @functools.wraps(start)
+    @wraps(start)
     def start_worker(self: Any, *args: Any, **kwargs: Any) -> None:
         attention_selector.install_deriving()
         start(self, *args, **kwargs)
