@@ -19,8 +19,9 @@ STRATA = 10
 # No tokenizer takes more characters of prose or code into a token on average.
 _CHARS_PER_TOKEN = 6
 _LEAST_FILLED = 0.97
-_AIM = 0.99
 _COUNTS = 6
+# Attempts that end with a line or a word, as the draft asks; later ones end anywhere.
+_WHOLE_PARTS = 2
 
 
 @dataclass(frozen=True)
@@ -126,28 +127,40 @@ def to_length(name: str, origin: str, draft: Draft, tokens: int, count: CountTok
     available = sum(map(len, draft.filler))
     chars = int(3.5 * (tokens - room)) - planted_chars
     before: tuple[int, int] | None = None
-    for _ in range(_COUNTS - 1):
+    # Characters of the longest attempt that was too short, and of the shortest that was too long.
+    short, long = -1, available + 1
+    for attempt in range(_COUNTS - 1):
         if chars > available:
             raise ValueError(
                 f"{origin}: a document of {tokens:,} tokens of the kinds {_kinds(draft)} needs {chars:,} characters of"
                 f" different text, {available:,} found; add files or ask for a shorter length"
             )
-        parts = _placed(draft, _taken(draft, max(chars, 0)))
+        # A single line, or a word of code, may be longer than what a document may vary by.
+        filler = _taken(draft, max(chars, 0), draft.last_part if attempt < _WHOLE_PARTS else "character")
+        parts = _placed(draft, filler)
         messages = draft.render(parts)
         length = count(messages)
         if low <= length + room <= high:
             return Document(name, tuple(_task(question, messages) for question in draft.questions))
-        written = sum(len(message["content"]) for message in messages)
-        tokens_per_char = length / written
-        if before is not None and abs(chars - before[0]) > 200 and length != before[1]:
-            tokens_per_char = (length - before[1]) / (chars - before[0])
-        before = chars, length
         if chars <= 0 and length + room > high:
             raise ValueError(
                 f"{tokens:,} tokens are too few for the kinds {_kinds(draft)}, which need {length + room:,} without"
                 " any text around them; ask for a greater length or fewer kinds"
             )
-        chars = max(0, round(chars + (_AIM * tokens - room - length) / tokens_per_char))
+        chars = sum(map(len, filler))
+        written = sum(len(message["content"]) for message in messages)
+        tokens_per_char = length / written
+        if before is not None and abs(chars - before[0]) > 200 and length != before[1]:
+            tokens_per_char = (length - before[1]) / (chars - before[0])
+        before = chars, length
+        if length + room > high:
+            long = chars
+        else:
+            short = chars
+        chars = max(0, round(chars + ((low + high) / 2 - room - length) / tokens_per_char))
+        if short >= 0 and long <= available and not short < chars < long:
+            # Text is not evenly dense: what was learnt from one part of it led astray.
+            chars = (short + long) // 2
     raise ValueError(
         f"{name}: its length was not brought to {tokens:,} tokens; the last attempt has {length + room:,};"
         " ask for a greater length"
@@ -175,12 +188,12 @@ def _kinds(draft: Draft) -> str:
     return ", ".join(dict.fromkeys(question.kind for question in draft.questions))
 
 
-def _taken(draft: Draft, chars: int) -> list[str]:
-    """So many characters from the beginning of the filler."""
+def _taken(draft: Draft, chars: int, last_part: Literal["character", "word", "line"]) -> list[str]:
+    """So many characters from the beginning of the filler, whose last part stays whole."""
     found = []
     for text in draft.filler:
         if len(text) >= chars:
-            end = text.rfind("\n" if draft.last_part == "line" else " ", 0, chars)
+            end = chars if last_part == "character" else text.rfind("\n" if last_part == "line" else " ", 0, chars)
             if end > 0:
                 found.append(text[:end])
             break
