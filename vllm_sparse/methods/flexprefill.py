@@ -103,7 +103,7 @@ class FlexPrefill(PrefillMethod):
 
     def selection_bytes(self, query_tokens: int, seq_len: int, query_heads: int, kv_heads: int) -> int:
         lists = super().selection_bytes(query_tokens, seq_len, query_heads, kv_heads)
-        chunks = max(query_tokens // self.min_query_tokens, 1)
+        chunks = self.most_chunks(query_tokens)
         # The sample's memory is free again before there are lists.
         return max(lists, scratch_bytes(chunks, -(-seq_len // BLOCK_TOKENS), query_heads, BLOCK_TOKENS))
 

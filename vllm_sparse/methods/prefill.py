@@ -90,6 +90,10 @@ class PrefillMethod(Method):
         """Shorter prompt chunks run dense: choosing would cost as much as the chunk."""
         return 2 * self.query_block_tokens
 
+    def most_chunks(self, query_tokens: int) -> int:
+        """Sparse prompt chunks that so many queries of a step can be."""
+        return max(query_tokens // self.min_query_tokens, 1)
+
     @abstractmethod
     def read_tokens(self, query_tokens: int, seq_len: int) -> float:
         """Keys that a query of a prompt chunk reads, mean over the chunk, by which a server decides whether it pays.

@@ -187,6 +187,17 @@ def parts_within(starts: Sequence[int], most: int) -> list[range]:
     return [*found, range(first, len(starts) - 1)]
 
 
+def held_at_once(chunks: int, of_a_chunk: int, most: int) -> int:
+    """What a range of `parts_within` holds at the most, of chunks that are alike.
+
+    Args:
+        chunks: how many.
+        of_a_chunk: what one of them holds.
+        most: of a range, as of `parts_within`.
+    """
+    return min(chunks * of_a_chunk, max(most, of_a_chunk))
+
+
 @dataclass(frozen=True)
 class PromptChunks:
     """Prompt chunks in one layer.

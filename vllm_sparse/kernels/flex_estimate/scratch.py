@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_sparse.kernels.flex_estimate.samples import Samples
-from vllm_sparse.step.chunks import parts_within
+from vllm_sparse.step.chunks import held_at_once, parts_within
 
 # Sums of a chunk are kept until their normalisers are known; if this is short, chunks take several launches.
 SCRATCH_BYTES = 1 << 28
@@ -25,8 +25,7 @@ def scratch_bytes(chunks: int, key_blocks: int, heads: int, key_block_tokens: in
         heads: query heads of this process.
         key_block_tokens: tokens of a key block.
     """
-    of_a_chunk = key_blocks * key_block_bytes(heads, key_block_tokens)
-    return min(chunks * of_a_chunk, max(SCRATCH_BYTES, of_a_chunk))
+    return held_at_once(chunks, key_blocks * key_block_bytes(heads, key_block_tokens), SCRATCH_BYTES)
 
 
 def parts(samples: Samples, heads: int) -> list[range]:

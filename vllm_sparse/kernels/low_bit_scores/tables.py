@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from vllm_sparse.kernels.low_bit_scores.reference import PAGE_TOKENS, LowBitScoring, middle_end
-from vllm_sparse.step.chunks import PromptBlocks, int_tables, parts_within
+from vllm_sparse.step.chunks import PromptBlocks, held_at_once, int_tables, parts_within
 
 # Quantised pages of a chunk are padded to multiples of these, and rows are scored in tiles of those; kBatchPages and
 # kWarpgroups * kRows in csrc/sm90.
@@ -87,5 +87,4 @@ def scratch_bytes(chunks: int, pages: int, kv_heads: int) -> int:
         pages: of the longest context.
         kv_heads: of this process.
     """
-    of_a_chunk = pages * kv_heads * PAGE_BYTES
-    return min(chunks * of_a_chunk, max(SCRATCH_BYTES, of_a_chunk))
+    return held_at_once(chunks, pages * kv_heads * PAGE_BYTES, SCRATCH_BYTES)

@@ -142,7 +142,7 @@ class Sale(PrefillMethod):
 
     def selection_bytes(self, query_tokens: int, seq_len: int, query_heads: int, kv_heads: int) -> int:
         lists = super().selection_bytes(query_tokens, seq_len, query_heads, kv_heads)
-        chunks = max(query_tokens // self.min_query_tokens, 1)
+        chunks = self.most_chunks(query_tokens)
         return lists + scratch_bytes(chunks, -(-seq_len // PAGE_TOKENS), kv_heads)
 
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:

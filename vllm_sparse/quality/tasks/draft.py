@@ -127,8 +127,6 @@ def to_length(name: str, origin: str, draft: Draft, tokens: int, count: CountTok
     available = sum(map(len, draft.filler))
     chars = int(3.5 * (tokens - room)) - planted_chars
     before: tuple[int, int] | None = None
-    # Characters of the longest attempt that was too short, and of the shortest that was too long.
-    short, long = -1, available + 1
     for attempt in range(_COUNTS - 1):
         if chars > available:
             raise ValueError(
@@ -153,14 +151,7 @@ def to_length(name: str, origin: str, draft: Draft, tokens: int, count: CountTok
         if before is not None and abs(chars - before[0]) > 200 and length != before[1]:
             tokens_per_char = (length - before[1]) / (chars - before[0])
         before = chars, length
-        if length + room > high:
-            long = chars
-        else:
-            short = chars
         chars = max(0, round(chars + ((low + high) / 2 - room - length) / tokens_per_char))
-        if short >= 0 and long <= available and not short < chars < long:
-            # Text is not evenly dense: what was learnt from one part of it led astray.
-            chars = (short + long) // 2
     raise ValueError(
         f"{name}: its length was not brought to {tokens:,} tokens; the last attempt has {length + room:,};"
         " ask for a greater length"
