@@ -5,7 +5,9 @@ Methods see keys in logical order, ``[kv_heads, tokens, head_size]``, and never 
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from typing import Self
 
 import torch
 
@@ -34,6 +36,12 @@ class PagedKeys(ABC):
         self.num_kv_heads = kv_cache.shape[1]
         self.block_size_tokens = kv_cache.shape[2]
         self.head_size = kv_cache.shape[3] // 2
+
+    def until(self, seq_len: int) -> Self:
+        """The same request's keys when its cache held so many tokens."""
+        earlier = copy.copy(self)
+        earlier.seq_len = seq_len
+        return earlier
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Keys at positions ``start`` to ``stop - 1``: ``[kv_heads, stop - start, head_size]``, in the cache's dtype.

@@ -27,6 +27,7 @@ from vllm_sparse.backend.decode_graphs import DENSE_ROW, DecodeGraphs, captured_
 from vllm_sparse.backend.warm_up import warm_up_chunks
 from vllm_sparse.methods.decode import BatchDecodeMethod
 from vllm_sparse.methods.dhsa import Dhsa
+from vllm_sparse.methods.flexprefill import FlexPrefill
 from vllm_sparse.methods.prefill import PrefillMethod
 from vllm_sparse.methods.registry import DECODE_METHODS, PREFILL_METHODS
 from vllm_sparse.step.plan import layer_roles
@@ -51,12 +52,14 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Mapping[tuple[str, str], Noted]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (7, 1), (8, 2)])
-@pytest.mark.parametrize("name", [*PREFILL_METHODS, "dhsa, first stage"])
+@pytest.mark.parametrize("name", [*PREFILL_METHODS, "dhsa, first stage", "flexprefill, stretches"])
 def test_no_chunk_waits_for_the_compiler(
     name: str, heads: int, kv_heads: int, launched: Mapping[tuple[str, str], Noted]
 ) -> None:
-    first_stage = Dhsa(bound_weight=0.0, candidate_factor=1.0)
-    method: Any = PREFILL_METHODS[name]() if name in PREFILL_METHODS else first_stage
+    other = {"dhsa, first stage": Dhsa(bound_weight=0.0, candidate_factor=1.0), "flexprefill, stretches": FlexPrefill()}
+    method: Any = PREFILL_METHODS[name]() if name in PREFILL_METHODS else other[name]
+    # No value of this knob needs other kernels than those of a server that leaves it.
+    of_request = FlexPrefill(sample_every_tokens=512) if "stretches" in name else None
     assert isinstance(method, PrefillMethod)
     cache = torch.zeros(LONGEST // BLOCK_TOKENS, kv_heads, BLOCK_TOKENS, 2 * HEAD_SIZE, dtype=torch.bfloat16)
 
@@ -68,6 +71,8 @@ def test_no_chunk_waits_for_the_compiler(
         serve((chunk.tokens, chunk.seq_len))
     at_start = set(launched)
     assert at_start
+    if of_request is not None:
+        method = of_request
     for _ in range(CHUNKS):
         count = random.randint(1, 3)
         sizes = [

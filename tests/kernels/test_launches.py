@@ -28,6 +28,7 @@ METHODS: dict[str, PrefillMethod] = {
     "dhsa, covering": Dhsa(density=0.5, coverage=0.9),
     "flexprefill": FlexPrefill(),
     "flexprefill by KV head": FlexPrefill(list_per="kv_head", query_block_tokens=64),
+    "flexprefill in stretches": FlexPrefill(sample_every_tokens=512),
     "sale": Sale(),
     "sale, 128 rows": Sale(query_block_tokens=128),
 }
@@ -89,3 +90,10 @@ def test_several_chunks_take_as_many_launches_as_one(name: str, monkeypatch: pyt
     # What a process makes once is there afterwards.
     calls(METHODS[name], SIZES, monkeypatch)
     assert calls(METHODS[name], SIZES, monkeypatch) == calls(METHODS[name], SIZES[:1], monkeypatch)
+
+
+def test_several_stretches_take_as_many_launches_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = [(2048, 4096)]
+    one, four = FlexPrefill(), FlexPrefill(sample_every_tokens=512)
+    calls(four, size, monkeypatch)
+    assert calls(four, size, monkeypatch) == calls(one, size, monkeypatch)

@@ -14,11 +14,20 @@ from vllm_sparse.methods.sale import Sale
 
 pytest.importorskip("triton")
 
-SIZES = [(140, 300), (1, 129), (65, 600), (64, 64)]
+SIZES = [(140, 300), (1, 129), (230, 600), (64, 64)]
 METHODS: dict[str, PrefillMethod] = {
     "flexprefill": FlexPrefill(gamma=0.5, min_budget_tokens=0),
     "flexprefill, pooled": FlexPrefill(
         gamma=0.4, divergence_threshold=1.0, min_budget_tokens=0, query_block_tokens=64, list_per="kv_head"
+    ),
+    "flexprefill, stretches": FlexPrefill(gamma=0.5, min_budget_tokens=0, sample_every_tokens=512),
+    "flexprefill, stretches, pooled": FlexPrefill(
+        gamma=0.4,
+        divergence_threshold=1.0,
+        min_budget_tokens=0,
+        query_block_tokens=64,
+        list_per="kv_head",
+        sample_every_tokens=512,
     ),
     "sale": Sale(tau=0.3, recent_tokens=64),
     "sale, 128 rows": Sale(tau=0.3, bits=4, query_block_tokens=128, list_per="kv_head", page_bounds=False),

@@ -78,6 +78,18 @@ PREFILL = [
         FlexPrefill(gamma=0.4, divergence_threshold=1.0, min_budget_tokens=0, query_block_tokens=64, faithful=True),
     ),
     PrefillCase("flex-kv-head", FlexPrefill(gamma=0.4, min_budget_tokens=128, list_per="kv_head")),
+    PrefillCase("flex-stretches", FlexPrefill(gamma=0.4, min_budget_tokens=128, sample_every_tokens=512)),
+    PrefillCase(
+        "flex-stretches-pooled",
+        FlexPrefill(
+            gamma=0.4,
+            divergence_threshold=1.0,
+            min_budget_tokens=0,
+            query_block_tokens=64,
+            list_per="kv_head",
+            sample_every_tokens=640,
+        ),
+    ),
     PrefillCase("dhsa-default", Dhsa()),
     PrefillCase(
         "dhsa-16", Dhsa(key_block_tokens=16, budget_tokens=288, sink_tokens=20, recent_tokens=40, dense_tail_tokens=0)
@@ -153,6 +165,10 @@ PREFILL_DENSE = [
     PrefillCase("flex-gamma-1", FlexPrefill(gamma=1.0)),
     PrefillCase("flex-gamma-1-faithful", FlexPrefill(gamma=1.0, faithful=True)),
     PrefillCase("flex-min-budget", FlexPrefill(gamma=0.1, divergence_threshold=0.0, min_budget_tokens=1 << 24)),
+    PrefillCase(
+        "flex-min-budget-stretches",
+        FlexPrefill(gamma=0.1, divergence_threshold=0.0, min_budget_tokens=1 << 24, sample_every_tokens=512),
+    ),
     PrefillCase("dhsa-density-1", Dhsa(density=1.0, sink_tokens=0, recent_tokens=0, dense_tail_tokens=0)),
     PrefillCase(
         "dhsa-two-stages",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from tests import oracle
 from tests.methods import flex_reference as reference
@@ -366,3 +368,107 @@ def test_strict_lists_ignore_what_lies_behind_the_context(generator: torch.Gener
     reader = PLAIN.keys_of(whole.kv_cache, whole.block_table[0], 777)
     expected = method.select(query, part.reader(0), SCALE, 16, FIRST_LAYER)
     assert same_lists(method.select(query, reader, SCALE, 16, FIRST_LAYER), expected)
+
+
+EVERY = 512
+STRETCHES = [
+    FlexPrefill(gamma=0.5, divergence_threshold=0.0, min_budget_tokens=0, sample_every_tokens=EVERY),
+    FlexPrefill(gamma=0.5, divergence_threshold=1.0, min_budget_tokens=0, sample_every_tokens=EVERY),
+    FlexPrefill(gamma=0.7, min_budget_tokens=128, query_block_tokens=64, sample_every_tokens=EVERY),
+]
+
+
+def parts_of(
+    method: FlexPrefill, query: torch.Tensor, data: Paged, edges: list[int]
+) -> list[tuple[int, int, torch.Tensor]]:
+    """Start, end and map of each chunk of a prompt."""
+    parts = []
+    for start, stop in itertools.pairwise(edges):
+        reader = PLAIN.keys_of(data.kv_cache, data.block_table[0], stop)
+        parts.append((start, stop, method.block_mask(query[start:stop], reader, SCALE, FIRST_LAYER)))
+    return parts
+
+
+@given(
+    length=st.integers(1, 2500),
+    cuts=st.sets(st.integers(1, 4)),
+    method=st.sampled_from(STRETCHES),
+    seed=st.integers(0, 1 << 30),
+)
+def test_stretches_choose_the_same_for_every_chunking(
+    length: int, cuts: set[int], method: FlexPrefill, seed: int
+) -> None:
+    """Of prompt chunks that begin at multiples of `sample_every_tokens`."""
+    query, data = peaked(PLAIN, torch.Generator().manual_seed(seed), length, length, 2, 1)
+    whole = block_mask(method, query, data)
+    edges = [0, *(cut * EVERY for cut in sorted(cuts) if cut * EVERY < length), length]
+    for start, stop, part in parts_of(method, query, data, edges):
+        rows = slice(start // method.query_block_tokens, -(-stop // method.query_block_tokens))
+        assert torch.equal(part, whole[:, rows, : part.shape[2]]), f"queries {start} to {stop} of {length}"
+
+
+@given(length=st.integers(1, 1800), cuts=st.sets(st.integers(1, 14), max_size=4), seed=st.integers(0, 1 << 30))
+def test_a_chunk_that_ends_within_a_stretch_changes_no_other_lines(length: int, cuts: set[int], seed: int) -> None:
+    """Lines of a stretch are the same in each chunk that holds its end, wherever the chunk begins."""
+    method = STRETCHES[0]
+    query, data = peaked(PLAIN, torch.Generator().manual_seed(seed), length, length, 2, 1)
+    whole = block_mask(method, query, data)
+    edges = [0, *(cut * B for cut in sorted(cuts) if cut * B < length), length]
+    for start, stop, part in parts_of(method, query, data, edges):
+        rows = slice(start // B, (stop if stop == length else stop // EVERY * EVERY + B - 1) // B)
+        if stop == length:
+            rows = slice(start // B, -(-stop // B))
+        count = max(rows.stop - rows.start, 0)
+        assert torch.equal(part[:, :count], whole[:, rows, : part.shape[2]][:, :count]), f"{start} to {stop}"
+
+
+@given(
+    length=st.integers(1, 1500), chunk=st.integers(1, 1500), tau=st.sampled_from([0.0, 0.1, 1.0]), seed=st.integers()
+)
+def test_a_chunk_within_one_stretch_has_the_paper_s_sample(length: int, chunk: int, tau: float, seed: int) -> None:
+    query, data = peaked(PLAIN, torch.Generator().manual_seed(seed % (1 << 30)), min(chunk, length), length, 2, 1)
+    for every in (1536, 1 << 24):
+        masks = [
+            block_mask(
+                FlexPrefill(gamma=0.5, divergence_threshold=tau, min_budget_tokens=0, sample_every_tokens=tokens),
+                query,
+                data,
+            )
+            for tokens in (0, every)
+        ]
+        assert torch.equal(*masks)
+
+
+def test_stretches_follow_attention_that_changes_within_a_prompt() -> None:
+    """The first half of the queries attends to one key block, the second half to another."""
+    context, first_block, second_block = 2048, 3, 5
+    keys, query = torch.zeros(1, context, 32), torch.zeros(context, 1, 32)
+    keys[:, first_block * B : (first_block + 1) * B, 0] = 1
+    keys[:, second_block * B : (second_block + 1) * B, 1] = 1
+    query[: context // 2, 0, 0] = 1
+    query[context // 2 :, 0, 1] = 1
+    data = oracle.paged(PLAIN, [keys], [keys], 64, torch.Generator().manual_seed(0))
+    masks = {}
+    for every in (0, context // 2):
+        method = FlexPrefill(gamma=0.9, divergence_threshold=0.0, min_budget_tokens=0, sample_every_tokens=every)
+        masks[every] = method.block_mask(query, data.reader(0), 30.0, FIRST_LAYER)[0]
+    one, two = masks.values()
+    # Past their own blocks, before which the first half's first queries have no such key.
+    assert not bool(one[first_block + 1 : 8, first_block].any())
+    assert bool(two[first_block + 1 : 8, first_block].all())
+    assert torch.equal(one[8:], two[8:]), "the last sample is the same"
+    assert bool(two[8:, second_block].all())
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        ({"sample_every_tokens": 128}, "samples so close cost more than they save; set it to 512 or more, or to 0"),
+        ({"sample_every_tokens": 600}, "multiple of 128"),
+        ({"sample_every_tokens": -512}, "greater than or equal to 0"),
+        ({"sample_every_tokens": 512, "faithful": True}, "has one sample; set it to 0, or faithful to false"),
+    ],
+)
+def test_stretches_that_cannot_be_are_refused(knobs: dict[str, int], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        FlexPrefill(**knobs)

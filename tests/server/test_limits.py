@@ -219,8 +219,10 @@ def test_memory_grows_with_finer_lists() -> None:
         fine: PrefillMethod = made(list_per="query_head", query_block_tokens=64)
         size = (4096, 65536, 32, 8)
         if name == "flexprefill":
-            # Its sample takes more than its lists, and the same for both.
-            assert fine.selection_bytes(*size) == coarse.selection_bytes(*size) == 1 << 28
+            # Its samples take more than its lists, and the same for both; their lines lie beside them.
+            lines = 8 * 2 * 16 * 32 * 512
+            assert coarse.selection_bytes(*size) == (1 << 28) + lines
+            assert fine.selection_bytes(*size) == (1 << 28) + 2 * lines
             continue
         if name == "sale":
             # Quantised keys of its chunks, as much for both.

@@ -83,4 +83,6 @@ def allowed_values(schema: Mapping[str, Any]) -> str:
     bounds = [f"of at least {low}"] if low is not None else [f"above {above}"] if above is not None else []
     if high is not None:
         bounds.append(f"at most {high}")
+    if "multipleOf" in schema:
+        bounds.append(f"a multiple of {schema['multipleOf']}")
     return " ".join([text, " and ".join(bounds)]).strip() + f" ({schema.get('description', '')})"

@@ -36,6 +36,12 @@ BLOCK_TOKENS = 128
 # it was 0.27, 0.35 and 0.46, means over chunks (Qwen2.5-Coder-0.5B, docs/methods.md): about 1 - (1 - gamma) ** 0.24,
 # falling by this power of the keys in reach.
 DENSITY_EXPONENT, DENSITY_BY_REACH = 0.24, 0.33
+# Fewer tokens between samples would cost more than a quarter of the dense products of queries and keys.
+LEAST_SAMPLE_EVERY_TOKENS = 512
+# Of the chunks whose choice was timed, each with one sample (`vllm_sparse.step.gpu_table`).
+MEASURED_CHUNK_TOKENS = 8192
+# Of a sample and a key block: masses of a column and of a band in float32.
+LINE_BYTES = 8
 
 
 @dataclass(frozen=True, config=KNOBS)
@@ -49,6 +55,9 @@ class FlexPrefill(PrefillMethod):
     Strict by default: blocks are taken by cumulative *block* mass until it reaches `gamma`, every block that a
     diagonal band touches is kept, and the block that crosses the target is included, so the coverage holds on the
     sample. `faithful` reproduces the official code's counts, which do not guarantee it.
+
+    This project's addition: with `sample_every_tokens` a chunk is cut at multiples of it. Each stretch samples its own
+    last queries, whose lines and pooled map serve its query blocks alone.
     """
 
     name: ClassVar[str] = "flexprefill"
@@ -75,6 +84,16 @@ class FlexPrefill(PrefillMethod):
     query_block_tokens: QueryBlockTokens = 128
     list_per: ListPer = "query_head"
     faithful: Annotated[bool, Field(description="count blocks as the official code does")] = False
+    sample_every_tokens: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=1 << 24,
+            multiple_of=BLOCK_TOKENS,
+            description="cut each chunk at positions that are multiples of so many tokens, at least "
+            f"{LEAST_SAMPLE_EVERY_TOKENS}; each stretch has a sample and lines of its own; 0: one sample a chunk",
+        ),
+    ] = 0
 
     def __post_init__(self) -> None:
         if self.max_budget_tokens < self.min_budget_tokens:
@@ -82,6 +101,18 @@ class FlexPrefill(PrefillMethod):
                 "max_budget_tokens",
                 self.max_budget_tokens,
                 f"it is below min_budget_tokens {self.min_budget_tokens}; raise it or lower that",
+            )
+        if 0 < self.sample_every_tokens < LEAST_SAMPLE_EVERY_TOKENS:
+            raise KnobError(
+                "sample_every_tokens",
+                self.sample_every_tokens,
+                f"samples so close cost more than they save; set it to {LEAST_SAMPLE_EVERY_TOKENS} or more, or to 0",
+            )
+        if self.sample_every_tokens and self.faithful:
+            raise KnobError(
+                "sample_every_tokens",
+                self.sample_every_tokens,
+                "the official code, which faithful reproduces, has one sample; set it to 0, or faithful to false",
             )
 
     @property
@@ -103,16 +134,28 @@ class FlexPrefill(PrefillMethod):
 
     def selection_bytes(self, query_tokens: int, seq_len: int, query_heads: int, kv_heads: int) -> int:
         lists = super().selection_bytes(query_tokens, seq_len, query_heads, kv_heads)
-        chunks = self.most_chunks(query_tokens)
+        key_blocks = -(-seq_len // BLOCK_TOKENS)
+        # A request may ask for several samples where the server's own knobs ask for one. A chunk of the least length may
+        # reach into two stretches, and longer ones do not make more stretches of as many queries.
+        samples = 2 * self.most_chunks(query_tokens)
+        lines = samples * query_heads * key_blocks * LINE_BYTES
         # The sample's memory is free again before there are lists.
-        return max(lists, scratch_bytes(chunks, -(-seq_len // BLOCK_TOKENS), query_heads, BLOCK_TOKENS))
+        return max(lists, scratch_bytes(samples, key_blocks, query_heads, BLOCK_TOKENS)) + lines
+
+    def selection_work(self, seq_len: int, query_heads: int, kv_heads: int) -> float:
+        lists = super().selection_work(seq_len, query_heads, kv_heads)
+        if not self.sample_every_tokens:
+            return lists
+        # As if a sample were all that was timed: an upper bound until choosing with several is timed.
+        more_samples = max(MEASURED_CHUNK_TOKENS / self.sample_every_tokens - 1, 0.0)
+        return lists + more_samples * query_heads / BLOCK_TOKENS
 
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
         chunk = chunk_alone(query, keys, scale, self.query_block_tokens)
-        return self._map(chunk, last_queries(chunk.blocks, BLOCK_TOKENS))
+        return self._map(chunk, self._samples(chunk.blocks))
 
     def prepare(self, blocks: PromptBlocks, prompt_tokens: Sequence[int | None]) -> Samples:
-        return last_queries(blocks, BLOCK_TOKENS)
+        return self._samples(blocks)
 
     def select_chunks(self, chunks: PromptChunks, layers: Sequence[Layer], prepared: Any, lists: PageList) -> None:
         if self.faithful:
@@ -122,6 +165,9 @@ class FlexPrefill(PrefillMethod):
         list_heads = lists.kept_tokens.shape[0] // chunks.blocks.blocks
         mask = shared(self._map(chunks, prepared), list_heads)
         write_lists(mask, chunks.blocks, BLOCK_TOKENS, list_heads, lists)
+
+    def _samples(self, blocks: PromptBlocks) -> Samples:
+        return last_queries(blocks, BLOCK_TOKENS, self.sample_every_tokens)
 
     def _map(self, chunks: PromptChunks, samples: Samples) -> torch.Tensor:
         """Key blocks that each query block reads: bool ``[heads, blocks, key_blocks]``; of one chunk if `faithful`."""
@@ -134,7 +180,7 @@ class FlexPrefill(PrefillMethod):
             chunks = replace(chunks, scale=head_size**-0.5)
         estimate = flex_estimate(chunks, samples)
         distance = pooled_distance(
-            self._pooled_scores(chunks, samples.queries, estimate, samples),
+            self._pooled_scores(chunks, samples.of_chunks, estimate, samples),
             estimate.column_mass,
             samples.queries,
             BLOCK_TOKENS,
@@ -154,7 +200,7 @@ class FlexPrefill(PrefillMethod):
         low, high = self._budget_blocks
         lines = coverage_mask(estimate.line_mass.flatten(0, 2), gamma.repeat(2), low, high)
         columns, bands = lines.view(estimate.line_mass.shape)
-        return line_map(columns, bands, pooled, chunks.blocks, BLOCK_TOKENS)
+        return line_map(columns, bands, pooled, samples.served, BLOCK_TOKENS)
 
     @property
     def _budget_blocks(self) -> tuple[int, int]:
@@ -197,14 +243,14 @@ class FlexPrefill(PrefillMethod):
     def _pooled_map(
         self, chunks: PromptChunks, estimate: FlexEstimate, samples: Samples, query_aware: torch.Tensor
     ) -> torch.Tensor:
-        """The shortest prefix of all of a chunk's block pairs that covers `gamma` of the pooled map (section 3.3).
+        """The shortest prefix of all of a stretch's block pairs that covers `gamma` of the pooled map (section 3.3).
 
-        Bool ``[heads, blocks, key_blocks]``; nothing for heads that are not query-aware in a chunk.
+        Bool ``[heads, blocks, key_blocks]``; nothing for heads that are not query-aware in a stretch.
         """
         scores = self._pooled_scores(chunks, chunks.blocks, estimate, samples)
-        weight = pooled_attention(scores, chunks.blocks, BLOCK_TOKENS, chunks.scale)
+        weight = pooled_attention(scores, samples.served, BLOCK_TOKENS, chunks.scale)
         if self.faithful:
             ordered, order = weight.flatten(1).sort(dim=1, descending=True, stable=True)
             keep = (ordered.cumsum(1) <= self.gamma) & query_aware
             return torch.zeros_like(keep).scatter_(1, order, keep).view_as(weight)
-        return chunk_coverage(weight, query_aware * self.gamma, chunks.blocks)
+        return chunk_coverage(weight, query_aware * self.gamma, samples.served)

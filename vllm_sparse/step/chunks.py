@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -166,6 +166,56 @@ def last_blocks(blocks: PromptBlocks, tokens: int) -> PromptBlocks:
         before = max(span.query_tokens - tokens, 0)
         spans.append(_Span(span.query_tokens - before, span.seq_len, span.row, span.query_start + before))
     return prompt_blocks(spans, tokens, blocks.chunk.device)
+
+
+def regrouped(blocks: PromptBlocks, spans: Sequence[Span], chunk: np.ndarray) -> PromptBlocks:
+    """The same query blocks as those of other chunks.
+
+    Args:
+        blocks: of any chunks.
+        spans: of the other chunks.
+        chunk: integer ``[blocks]`` which of them each query block belongs to, ascending.
+    """
+    starts = np.searchsorted(chunk, np.arange(len(spans) + 1))
+    row, seq_len = np.array([(span.row, span.seq_len) for span in spans]).T
+    of_block, chunk_start, table_row, lengths = int_tables((chunk, starts, row, seq_len), blocks.chunk.device)
+    return replace(
+        blocks,
+        spans=tuple(spans),
+        starts=tuple(starts.tolist()),
+        chunk=of_block,
+        chunk_start=chunk_start,
+        table_row=table_row,
+        seq_len=lengths,
+    )
+
+
+def stretches(blocks: PromptBlocks, every_tokens: int) -> tuple[PromptBlocks, np.ndarray]:
+    """The same query blocks, with chunks cut where positions are multiples of so many tokens.
+
+    A query block belongs to the stretch that holds its last query. Where chunks begin off the grid of the cuts, its
+    first ones may lie in the stretch before, which then ends with queries whose lists it does not choose.
+
+    Args:
+        blocks: of the chunks.
+        every_tokens: between cuts; at least a query block.
+
+    Returns:
+        The query blocks with stretches in place of chunks, each of whose contexts ends at a cut or with its chunk; and
+        the chunk of each stretch, integer ``[stretches]``.
+    """
+    chunk = np.repeat(np.arange(len(blocks.spans)), np.diff(blocks.starts))
+    first_query, last_query = blocks.positions
+    begins = np.ones(blocks.blocks, dtype=bool)
+    begins[1:] = (np.diff(chunk) > 0) | (np.diff(last_query // every_tokens) > 0)
+    first_blocks = np.flatnonzero(begins)
+    spans = []
+    for number, first, last in zip(chunk[begins], first_query[begins], last_query[begins], strict=True):
+        span = blocks.spans[number]
+        seq_len = min((int(last) // every_tokens + 1) * every_tokens, span.seq_len)
+        before = int(first) - (span.seq_len - span.query_tokens)
+        spans.append(_Span(seq_len - int(first), seq_len, span.row, span.query_start + before))
+    return regrouped(blocks, spans, np.cumsum(begins) - 1), chunk[first_blocks]
 
 
 def parts_within(starts: Sequence[int], most: int) -> list[range]:

@@ -61,8 +61,12 @@ def pooled_queries(query: torch.Tensor, query_block_tokens: int) -> torch.Tensor
 
 def chunk_queries(query: torch.Tensor, blocks: PromptBlocks) -> torch.Tensor:
     """`pooled_queries` of prompt chunks; arguments as in the public function."""
-    chunks = (query[span.query_start : span.query_start + span.query_tokens] for span in blocks.spans)
-    return torch.cat([pooled_queries(chunk, blocks.query_block_tokens) for chunk in chunks], dim=1)
+    lengths = (blocks.last_query - blocks.first_query + 1).tolist()
+    each = [
+        pooled_queries(query[first : first + length], length)
+        for first, length in zip(blocks.first_token.tolist(), lengths, strict=True)
+    ]
+    return torch.cat(each, dim=1)
 
 
 def for_bounds(queries: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""FlexPrefill's sample: the attention of the last queries of prompt chunks, by key block and by distance."""
+"""FlexPrefill's sample: the attention of the last queries of prompt chunks or of their stretches, by key block and by distance."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ __all__ = [
 def flex_estimate(chunks: PromptChunks, samples: Samples) -> FlexEstimate:
     """Mean attention of the sampled queries per key block and per distance band (FlexPrefill, arXiv 2502.20766).
 
-    Runs in Triton on CUDA, in as many launches as one chunk needs, unless the memory between them is short; else in
+    Runs in Triton on CUDA, in as many launches as one sample needs, unless the memory between them is short; else in
     PyTorch.
 
     Args:
         chunks: the prompt chunks, of any query blocks.
-        samples: their last queries.
+        samples: their last queries, or those of their stretches.
     """
     if chunks.query.is_cuda and isinstance(chunks.keys[0], PlainKeys):
         from vllm_sparse.kernels.flex_estimate import triton

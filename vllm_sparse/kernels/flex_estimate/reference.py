@@ -22,10 +22,10 @@ TILE_TOKENS = 1024
 
 @dataclass(frozen=True)
 class FlexEstimate:
-    """Mean attention of the sampled rows, per query head and prompt chunk.
+    """Mean attention of the sampled rows, per query head and stretch of a prompt chunk.
 
     Attributes:
-        line_mass: float32 ``[2, heads, chunks, key_blocks]`` mass per key block, then per band of distances
+        line_mass: float32 ``[2, heads, stretches, key_blocks]`` mass per key block, then per band of distances
             ``query - key`` in ``[band * block, (band + 1) * block)``; every row sums to 1. 0 past a context.
         key_block_mean: float32 ``[kv_heads, chunks, key_blocks, head_size]`` mean key of each block's live tokens,
             anything past a context.
@@ -36,12 +36,12 @@ class FlexEstimate:
 
     @property
     def column_mass(self) -> torch.Tensor:
-        """float32 ``[heads, chunks, key_blocks]`` mass per key block."""
+        """float32 ``[heads, stretches, key_blocks]`` mass per key block."""
         return self.line_mass[0]
 
     @property
     def band_mass(self) -> torch.Tensor:
-        """float32 ``[heads, chunks, key_blocks]`` mass per distance band."""
+        """float32 ``[heads, stretches, key_blocks]`` mass per distance band."""
         return self.line_mass[1]
 
 
@@ -157,17 +157,21 @@ def combine(masses: BlockMasses, seq_len: int, block_size_tokens: int) -> torch.
 
 
 def flex_estimate(chunks: PromptChunks, samples: Samples) -> FlexEstimate:
-    """The estimate of prompt chunks, one after another; arguments as in the public function."""
+    """The estimate of prompt chunks, one stretch after another; arguments as in the public function."""
     heads, head_size = chunks.query.shape[1:]
-    shape = len(chunks.keys), samples.key_blocks
-    line_mass = torch.zeros(2, heads, *shape, device=chunks.query.device)
-    key_block_mean = torch.zeros(chunks.keys[0].num_kv_heads, *shape, head_size, device=chunks.query.device)
+    spans, key_blocks = samples.queries.spans, samples.key_blocks
+    line_mass = torch.zeros(2, heads, len(spans), key_blocks, device=chunks.query.device)
+    shape = chunks.keys[0].num_kv_heads, len(chunks.keys), key_blocks, head_size
+    key_block_mean = torch.zeros(shape, device=chunks.query.device)
     sampled = replace(chunks, blocks=samples.queries)
     for chunk, keys in enumerate(chunks.keys):
-        blocks = samples.key_blocks_of(chunk)
-        masses = block_masses(sampled.query_of(chunk), keys, chunks.scale, samples.key_block_tokens)
-        line_mass[:, :, chunk, :blocks] = combine(masses, keys.seq_len, samples.key_block_tokens)
-        key_block_mean[:, chunk, :blocks] = masses.key_mean
+        for stretch in range(*samples.of_chunks.starts[chunk : chunk + 2]):
+            blocks, seq_len = samples.key_blocks_of(stretch), spans[stretch].seq_len
+            reached = keys.until(seq_len)
+            masses = block_masses(sampled.query_of(stretch), reached, chunks.scale, samples.key_block_tokens)
+            line_mass[:, :, stretch, :blocks] = combine(masses, seq_len, samples.key_block_tokens)
+            # The last stretch reaches all of the chunk's context.
+            key_block_mean[:, chunk, :blocks] = masses.key_mean
     return FlexEstimate(line_mass, key_block_mean)
 
 

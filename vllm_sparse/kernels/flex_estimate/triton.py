@@ -5,7 +5,8 @@ maximum, so programs need nothing from one another. The query heads of a KV head
 in the L2 cache. The second kernel has one program per tile of sampled rows and finds the normaliser of each row. The
 third has one program per tile of key blocks and sums over the rows.
 
-Sums of all chunks lie one chunk after another, so that they take no more memory than the contexts have key blocks.
+Sums of all stretches lie one after another, so that they take no more memory than the contexts have key blocks. A chunk
+of the kernels is a stretch (`Samples`).
 """
 
 from __future__ import annotations
@@ -218,7 +219,8 @@ def flex_estimate(chunks: PromptChunks, samples: Samples) -> FlexEstimate:
     heads, head_size = query.shape[1:]
     assert query.stride(2) == 1
     cache, head_tile, block = keys.kv_cache, product_tile(head_size), samples.key_block_tokens
-    line_mass = torch.empty(2, heads, len(chunks.keys), samples.key_blocks, dtype=torch.float32, device=query.device)
+    stretches = len(queries.spans)
+    line_mass = torch.empty(2, heads, stretches, samples.key_blocks, dtype=torch.float32, device=query.device)
     for part in parts(samples, heads):
         first_sum = samples.starts[part.start]
         sums = samples.starts[part.stop] - first_sum
@@ -231,7 +233,7 @@ def flex_estimate(chunks: PromptChunks, samples: Samples) -> FlexEstimate:
             cache,
             chunks.block_table,
             *masses,
-            samples.segment_chunk[segments],
+            samples.segment_stretch[segments],
             samples.segment_block[segments],
             samples.key_start,
             queries.first_token,
@@ -268,7 +270,7 @@ def flex_estimate(chunks: PromptChunks, samples: Samples) -> FlexEstimate:
             normaliser,
             line_mass,
             *spans,
-            len(chunks.keys),
+            stretches,
             samples.key_blocks,
             BLOCK=block,
             BLOCK_TILE=COMBINE_TILE,
