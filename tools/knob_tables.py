@@ -103,9 +103,8 @@ def _allowed(schema: dict[str, Any]) -> str:
         for key, word in (("exclusiveMinimum", "above"), ("minimum", "from"), ("maximum", "to"))
         if key in schema and not (key == "maximum" and schema[key] == UNLIMITED_TOKENS)
     ]
-    if "multipleOf" in schema:
-        bounds.append(f"a multiple of {_text(schema['multipleOf'])}")
-    return ", ".join([f"{words} {' '.join(bounds[:2])}".strip(), *bounds[2:]])
+    multiple = [f"a multiple of {_text(schema['multipleOf'])}"] if "multipleOf" in schema else []
+    return ", ".join([f"{words} {' '.join(bounds)}".strip(), *multiple])
 
 
 def _default(schema: dict[str, Any]) -> str:

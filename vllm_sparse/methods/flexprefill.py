@@ -135,8 +135,8 @@ class FlexPrefill(PrefillMethod):
     def selection_bytes(self, query_tokens: int, seq_len: int, query_heads: int, kv_heads: int) -> int:
         lists = super().selection_bytes(query_tokens, seq_len, query_heads, kv_heads)
         key_blocks = -(-seq_len // BLOCK_TOKENS)
-        # A request may ask for several samples where the server's own knobs ask for one. A chunk of the least length may
-        # reach into two stretches, and longer ones do not make more stretches of as many queries.
+        # A request may ask for several samples where the server's own knobs ask for one. A chunk of the least length
+        # may reach into two stretches, and longer ones do not make more stretches of as many queries.
         samples = 2 * self.most_chunks(query_tokens)
         lines = samples * query_heads * key_blocks * LINE_BYTES
         # The sample's memory is free again before there are lists.

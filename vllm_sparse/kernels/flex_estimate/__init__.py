@@ -1,4 +1,4 @@
-"""FlexPrefill's sample: the attention of the last queries of prompt chunks or of their stretches, by key block and by distance."""
+"""FlexPrefill's sample: the attention of the last queries of chunks or their stretches, by key block and distance."""
 
 from __future__ import annotations
 
