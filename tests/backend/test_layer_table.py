@@ -95,7 +95,7 @@ def test_layers_of_other_kinds_get_what_vllm_picks_and_are_told(
     assert "Sparse attention: full attention: SPARSE serves layers 0-7, because" in caplog.text
     assert "Sparse attention: sliding window of 48 tokens: CPU_ATTN serves layers 8-9, 11, because" in caplog.text
     # Others are not counted.
-    assert sparse_layer_names(engine.config) == [layer.layer_name for layer in engine.layers]
+    assert sparse_layer_names(engine.config) == {index: layer.layer_name for index, layer in enumerate(engine.layers)}
 
 
 def test_layers_that_the_configuration_does_not_tell_are_refused(engine: Engine, make_layer: Any) -> None:
