@@ -482,6 +482,7 @@ def hooks(graphs: DecodeGraphs) -> Iterator[None]:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     own = (
+        GPUModelRunner.add_requests,
         GPUModelRunner.gather_batch_req_state,
         ModelCudaGraphManager.capture,
         ModelCudaGraphManager.dispatch,
@@ -496,6 +497,7 @@ def hooks(graphs: DecodeGraphs) -> Iterator[None]:
     yield
     set_graphs(None)
     (
+        GPUModelRunner.add_requests,
         GPUModelRunner.gather_batch_req_state,
         ModelCudaGraphManager.capture,
         ModelCudaGraphManager.dispatch,
@@ -672,6 +674,7 @@ def test_a_step_says_whether_it_replays_a_full_graph(graphs: DecodeGraphs, monke
         return batch, None if slots == [7] else 1
 
     monkeypatch.setattr(GPUModelRunner, "gather_batch_req_state", gathered)
+    monkeypatch.setattr(GPUModelRunner, "add_requests", GPUModelRunner.add_requests)
     gpu_model_runner.install()
     set_graphs(graphs)
     TABLE.attach(slots_in_metadata=True)

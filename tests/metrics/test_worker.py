@@ -57,7 +57,7 @@ for layer in range(2):
 metrics.finish_step([density, newest, RowDensity("decode", "nothing sparse")])
 metrics.finish_step([])
 metrics.collect_finished()
-timer = GraphTimer([LayerLaunches(False, (), (0,), True)] * 4, torch.device("cpu"))
+timer = GraphTimer(dict.fromkeys(range(4), LayerLaunches(False, (), (0,), True)), torch.device("cpu"))
 mark = timer.marks(2, [])
 for part in (ASIDE, SELECTION, ATTENTION):
     mark(part)
