@@ -51,8 +51,10 @@ WRAPPED: dict[str, dict[str, str]] = {
     },
     "engine_args": {"vllm.engine.arg_utils:EngineArgs.create_engine_config": OTHERS},
     "gpu_model_runner": {
-        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.gather_batch_req_state": "self scheduler_output dummy_run"
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.gather_batch_req_state": "self scheduler_output dummy_run",
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests": "self scheduler_output",
     },
+    "gpu_model_runner_v1": {"vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states": "self scheduler_output"},
     "gpu_worker": {"vllm.v1.worker.gpu_worker:Worker.determine_available_memory": "self"},
     "input_processor": {
         "vllm.v1.engine.input_processor:InputProcessor.process_inputs": "self request_id prompt params ..."
@@ -109,7 +111,13 @@ ATTRIBUTES = {
     ),
     "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor": "cg_mode num_reqs uniform_token_count",
     "vllm.v1.worker.gpu.model_runner:BatchReqState": "idx_mapping_np",
-    "vllm.v1.worker.gpu.states:RequestState": "prompt_len",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner": "is_last_pp_rank req_states",
+    "vllm.v1.worker.gpu.states:RequestState": "prompt_len req_id_to_index",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": "requests",
+    "vllm.v1.worker.gpu_input_batch:CachedRequestState": "sampling_params",
+    "vllm.v1.core.sched.output:NewRequestData": "prompt_len req_id sampling_params",
+    "vllm.v1.core.sched.output:SchedulerOutput": "scheduled_cached_reqs scheduled_new_reqs",
+    "vllm.v1.core.sched.output:CachedRequestData": "resumed_req_ids",
     "vllm.v1.worker.gpu_worker:Worker": "available_kv_cache_memory_bytes cache_config vllm_config",
     "vllm.config:CacheConfig": "block_size kv_cache_memory_bytes user_specified_block_size",
     "vllm.config:AttentionConfig": "backend",
@@ -130,13 +138,13 @@ from types import SimpleNamespace
 import vllm.engine.arg_utils
 from vllm_sparse import plugin
 from vllm_sparse.hooks import (
-    attention_selector, base_serving, gpu_model_runner, gpu_worker, model_cuda_graph_manager, output_processor,
-    sampling_params,
+    attention_selector, base_serving, gpu_model_runner, gpu_model_runner_v1, gpu_worker, model_cuda_graph_manager,
+    output_processor, sampling_params,
 )
 plugin.register()
 attention_selector.install_deriving()
 base_serving.install(None)
-for hook in gpu_model_runner, gpu_worker, model_cuda_graph_manager, sampling_params:
+for hook in gpu_model_runner, gpu_model_runner_v1, gpu_worker, model_cuda_graph_manager, sampling_params:
     hook.install()
 output_processor.observe_requests()
 output_processor.trace_requests(SimpleNamespace(speculative_config=None))

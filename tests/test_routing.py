@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -199,6 +200,71 @@ def test_runner_v2_tells_how_long_a_prompt_is(monkeypatch: pytest.MonkeyPatch) -
     found = TABLE.sparse_rows(np.array([2], dtype=np.int32), 1)
     TABLE.attach(slots_in_metadata=False)
     assert found[0].prompt_tokens == 700
+
+
+def test_runner_v2_tells_requests_to_earlier_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one hears of them from its sampler, before and as it does without a pipeline."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    from vllm_sparse.hooks import gpu_model_runner
+
+    for name in ("gather_batch_req_state", "add_requests"):
+        monkeypatch.setattr(GPUModelRunner, name, lambda *arguments: None)
+    gpu_model_runner.install()
+    new = [
+        SimpleNamespace(req_id="sparse", sampling_params=sampling(CHOICES[1]), prompt_len=700),
+        SimpleNamespace(req_id="dense", sampling_params=sampling(None), prompt_len=5),
+        SimpleNamespace(req_id="pooled", sampling_params=None, prompt_len=5),
+    ]
+    slots = SimpleNamespace(req_id_to_index={"sparse": 2, "dense": 1, "pooled": 0})
+    found = {}
+    for is_last in (True, False):
+        TABLE.attach(slots_in_metadata=True)
+        runner: Any = SimpleNamespace(is_last_pp_rank=is_last, req_states=slots)
+        GPUModelRunner.add_requests(runner, SimpleNamespace(scheduled_new_reqs=new))
+        found[is_last] = TABLE.sparse_rows(np.array([0, 1, 2], dtype=np.int32), 3)
+    TABLE.attach(slots_in_metadata=False)
+    assert found[True] == {}
+    assert list(found[False]) == [2]
+    assert found[False][2].prompt_tokens == 700
+
+
+def test_runner_v1_keeps_what_it_knows_of_a_request_that_sits_a_step_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a pipeline it does so every other step, but a preempted request has lost its blocks."""
+    from vllm.v1.sample.logits_processor import BatchUpdate
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from vllm_sparse.hooks import gpu_model_runner_v1
+
+    processor = SparseParamsProcessor(cast("Any", None), torch.device("cpu"), False)
+    monkeypatch.setattr(GPUModelRunner, "_update_states", lambda *arguments: None)
+    gpu_model_runner_v1.install()
+    first, second = sampling(CHOICES[1]), sampling(CHOICES[1])
+
+    def step(removed: list[int], added: list[tuple[int, SamplingParams]]) -> dict[int, SparseRequest]:
+        news: Any = [(row, params, [1], []) for row, params in added]
+        processor.update_state(BatchUpdate(2, removed, news, []))
+        return TABLE.sparse_rows(None, 2)
+
+    held = step([], [(0, first)])[0]
+    held.summarised_tokens, held.setting = 40, cast("Any", "of its slot")
+    other = step([0], [(0, second)])[0]
+    assert other is not held
+    rows = step([], [(1, first)])
+    assert rows == {0: other, 1: held}
+    assert (held.summarised_tokens, held.setting, held.slot, other.slot) == (40, None, 1, 0)
+    step([0, 1], [])
+    resumed: Any = SimpleNamespace(scheduled_cached_reqs=SimpleNamespace(resumed_req_ids={"a"}))
+    runner: Any = SimpleNamespace(requests={"a": SimpleNamespace(sampling_params=first)})
+    GPUModelRunner._update_states(runner, resumed)
+    rows = step([], [(0, first), (1, second)])
+    assert rows[0] is not held
+    assert rows[0].summarised_tokens == 0
+    assert rows[1] is other
+    step([0, 1], [])
+    del runner, first, second
+    gc.collect()
+    assert not TABLE._known, "nothing is kept of requests that the runner has let go"
 
 
 def test_profiling_takes_all_slots_and_leaves_them_dense(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,11 +151,11 @@ class Server:
         memory = self.buffers.memories["hip"]
         assert isinstance(memory, HipMemory)
         self.memory = memory
-        for layer in memory.layers:
+        for layer in memory.layers.values():
             layer.key_blocks.fill_(-7)
         self.table = RequestTable()
         self.table.attach(slots_in_metadata=True)
-        self.graphs = DecodeGraphs(self.buffers, [TIDAL, HIP], LAYERS, speculative=False, guards=True)
+        self.graphs = DecodeGraphs(self.buffers, [TIDAL, HIP], speculative=False, guards=True)
         self.guard = Checks(WorkerMetrics.get())
         self.graphs.captured = {name: {} for name in self.graphs.launches}
         # Requests, by their numbers, and layers that the guard has checked, in turn.
@@ -498,18 +498,18 @@ def test_layers_that_the_guard_sends_dense_are_dense_in_graphs_too(generator: to
 def test_captures_and_idle_rows_leave_no_trace(generator: torch.Generator) -> None:
     """A graph that is captured late, rows that pad a batch with settings of former steps."""
     server = Server(generator, 2)
-    assert all(bool((layer.key_blocks == -7).all()) for layer in server.memory.layers)
+    assert all(bool((layer.key_blocks == -7).all()) for layer in server.memory.layers.values())
     running = {0: hip(401, 1), 1: hip(333, 0, FLAT)}
     for request in running.values():
         server.enter(request)
     server.step(running, True)
     server.step({0: running[0]}, True)
-    kept = [(layer.key_blocks.clone(), layer.seq_lens.clone()) for layer in server.memory.layers]
+    kept = [(layer.key_blocks.clone(), layer.seq_lens.clone()) for layer in server.memory.layers.values()]
     server.replay = server.capture()
     server.contexts.zero_()
     server.buffers.tell([RowSetting(HIP, 0, (Role.WRITE_AND_READ,) * LAYERS, slot, True) for slot in range(ROWS)])
     server.replay()
-    for layer, (key_blocks, contexts) in zip(server.memory.layers, kept, strict=True):
+    for layer, (key_blocks, contexts) in zip(server.memory.layers.values(), kept, strict=True):
         assert torch.equal(layer.key_blocks, key_blocks)
         assert torch.equal(layer.seq_lens, contexts)
     assert not bool(server.memory.scratch.arrived.any())

@@ -63,7 +63,7 @@ BATCH_METHODS = [kind for kind in DECODE_METHODS.values() if issubclass(kind, Ba
 @pytest.fixture
 def graphs() -> DecodeGraphs:
     buffers = DecodeBuffers(MOST_ROWS, SIZE, [CONFIGURED], LIST_TOKENS, torch.device("cpu"))
-    made = DecodeGraphs(buffers, [CONFIGURED], LAYERS, speculative=False)
+    made = DecodeGraphs(buffers, [CONFIGURED], speculative=False)
     made.sizes = [1, 2, 4]
     made.captured = {name: {} for name in made.launches}
     return made
@@ -96,7 +96,7 @@ def test_a_graph_holds_requests_that_its_methods_have_room_for() -> None:
     """And a method that the server does not keep buffers for is served one by one."""
     configured = HipDecode(stage_block_tokens=(64, 16), stage_budget_tokens=(512, 128), recent_tokens=50)
     buffers = DecodeBuffers(MOST_ROWS, SIZE, [configured], LIST_TOKENS, torch.device("cpu"))
-    graphs = DecodeGraphs(buffers, [configured], LAYERS, speculative=False)
+    graphs = DecodeGraphs(buffers, [configured], speculative=False)
     graphs.sizes = [1, 2, 4]
     assert graphs.launches["hip"] == graphs.buffers.launches(
         [RowSetting(configured, 0, (Role.WRITE_AND_READ,) * LAYERS, 0, True)], True
@@ -157,7 +157,7 @@ def test_launches_of_a_graph_follow_the_roles(graphs: DecodeGraphs) -> None:
 def plan_of(rows: int, sparse: dict[int, RowSetting]) -> StepPlan:
     spans = tuple(RowSpan(row, row, 1, 1000) for row in range(rows))
     batch = tuple(BatchRow(spans[row], setting) for row, setting in sparse.items())
-    return StepPlan(LAYERS, spans, batch=batch)
+    return StepPlan(range(LAYERS), spans, batch=batch)
 
 
 def step_of(plan: StepPlan) -> StepExecution:
@@ -231,7 +231,7 @@ def test_rows_of_other_layer_roles_stay_in_a_graph(graphs: DecodeGraphs) -> None
 def test_a_row_of_fewer_sparse_layers_costs_no_other_graph() -> None:
     configured = HipDecode(stage_block_tokens=(64, 16), stage_budget_tokens=(512, 128), recent_tokens=50)
     buffers = DecodeBuffers(MOST_ROWS, SIZE, [configured], LIST_TOKENS, torch.device("cpu"))
-    hip = DecodeGraphs(buffers, [configured], LAYERS, speculative=False)
+    hip = DecodeGraphs(buffers, [configured], speculative=False)
     rows = {
         row: RowSetting(method, 300, tuple(method.layer_roles(LAYERS)), row, False)
         for row, method in enumerate((configured, replace(configured, dense_layers=3)))
@@ -272,7 +272,7 @@ def test_a_step_replays_a_graph_that_launches_all_that_it_needs(data: st.DataObj
     configured = [data.draw(TIDALS), BlockTopk(budget_tokens=96, dense_layers=data.draw(st.integers(0, 3))), FEW_STAGES]
     buffers = DecodeBuffers(MOST_ROWS, SIZE, configured, LIST_TOKENS, torch.device("cpu"))
     guards = data.draw(st.booleans())
-    made = DecodeGraphs(buffers, configured, LAYERS, speculative=False, guards=guards)
+    made = DecodeGraphs(buffers, configured, speculative=False, guards=guards)
     count = data.draw(st.integers(1, MOST_ROWS))
     spans = tuple(RowSpan(row, row, 1, 1000) for row in range(count))
     batch = []
@@ -285,7 +285,7 @@ def test_a_step_replays_a_graph_that_launches_all_that_it_needs(data: st.DataObj
         guard = None if dense is None else RequestGuard(0.5, dense)
         row = RowSetting(method, 300, roles if guard is None else guard.roles(roles), span.row, False)
         batch.append(BatchRow(span, row, guard))
-    made.step = step_of(StepPlan(LAYERS, spans, batch=tuple(batch)))
+    made.step = step_of(StepPlan(range(LAYERS), spans, batch=tuple(batch)))
     name = made.prepare(count)
     if not batch:
         assert name is None
@@ -354,7 +354,7 @@ def test_rows_that_only_keep_summaries_are_dense_but_known(graphs: DecodeGraphs)
     method = BlockTopk(budget_tokens=96)
     roles = tuple(method.layer_roles(LAYERS))
     buffers = DecodeBuffers(MOST_ROWS, SIZE, [CONFIGURED, method], LIST_TOKENS, torch.device("cpu"))
-    both = DecodeGraphs(buffers, [CONFIGURED, method], LAYERS, speculative=False)
+    both = DecodeGraphs(buffers, [CONFIGURED, method], speculative=False)
     both.captured = {name: {} for name in both.launches}
     assert set(both.launches) == {"tidal", "blocktopk", beside_dense("tidal"), beside_dense("blocktopk"), ANY}
     assert all(layer.writing_here == (0, 1) for layer in both.launches[ANY])
@@ -382,7 +382,7 @@ def test_guarded_rows_replay_graphs_that_hold_dense_ones(graphs: DecodeGraphs) -
     """Their layers may go dense, and only those graphs hold what the guard measures."""
     params = SparseParams(None, CONFIGURED, 0, min_recall=0.5)
     assert graphs.holds([request(CONFIGURED), SparseRequest(params)], 2)
-    guards = DecodeGraphs(graphs.buffers, [CONFIGURED], LAYERS, speculative=False, guards=True)
+    guards = DecodeGraphs(graphs.buffers, [CONFIGURED], speculative=False, guards=True)
     guards.sizes = [1, 2, 4]
     assert guards.holds([request(CONFIGURED), SparseRequest(params)], 2)
     plan = plan_of(2, {0: setting(0), 1: setting(1)})
@@ -482,6 +482,7 @@ def hooks(graphs: DecodeGraphs) -> Iterator[None]:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     own = (
+        GPUModelRunner.add_requests,
         GPUModelRunner.gather_batch_req_state,
         ModelCudaGraphManager.capture,
         ModelCudaGraphManager.dispatch,
@@ -496,6 +497,7 @@ def hooks(graphs: DecodeGraphs) -> Iterator[None]:
     yield
     set_graphs(None)
     (
+        GPUModelRunner.add_requests,
         GPUModelRunner.gather_batch_req_state,
         ModelCudaGraphManager.capture,
         ModelCudaGraphManager.dispatch,
@@ -672,6 +674,7 @@ def test_a_step_says_whether_it_replays_a_full_graph(graphs: DecodeGraphs, monke
         return batch, None if slots == [7] else 1
 
     monkeypatch.setattr(GPUModelRunner, "gather_batch_req_state", gathered)
+    monkeypatch.setattr(GPUModelRunner, "add_requests", GPUModelRunner.add_requests)
     gpu_model_runner.install()
     set_graphs(graphs)
     TABLE.attach(slots_in_metadata=True)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.backend.conftest import HEAD_SIZE, HEADS, KV_HEADS, LAYERS, SCALE, Engine
-from vllm_sparse.backend.layer_table import layer_table, log_layer_table, sparse_layer_names
-from vllm_sparse.config.model_layers import check_sparse_layers, sparse_layers
+from vllm_sparse.backend.layer_table import layer_table, log_layer_table, merged, sparse_layer_names
+from vllm_sparse.config.model_layers import check_sparse_layers, held_layers, sparse_layers
 
 OTHERS = ("sliding_attention", "chunked_attention", "linear_attention", "mamba")
 
@@ -52,6 +52,47 @@ def test_a_model_without_full_attention_is_refused() -> None:
     with pytest.raises(ValueError, match=r"each of its 4 layers has a window.*without --attention-backend sparse"):
         check_sparse_layers(model(4, sliding_window=4096))
     check_sparse_layers(model(4))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        (["full_attention"] * 8, [range(3), range(3, 6), range(6, 8)]),
+        (["sliding_attention", "full_attention"] * 4, [range(1), range(1, 3), range(3, 4)]),
+        # A stage may hold none.
+        (["full_attention"] + ["mamba"] * 6 + ["full_attention"], [range(1), range(1, 1), range(1, 2)]),
+    ],
+)
+def test_stages_number_layers_over_the_whole_model(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, kinds: list[str], expected: list[range]
+) -> None:
+    """By vLLM's own share of a stage, of eight layers three, three and two."""
+    parallel, text = engine.config.parallel_config, engine.config.model_config.hf_text_config
+    monkeypatch.setattr(text, "layer_types", kinds, raising=False)
+    monkeypatch.setattr(text, "sliding_window", 64, raising=False)
+    assert held_layers(engine.config) == range(kinds.count("full_attention"))
+    monkeypatch.setattr(parallel, "pipeline_parallel_size", 3)
+    monkeypatch.setattr(parallel, "tensor_parallel_size", 2)
+    found = []
+    for rank in range(6):
+        monkeypatch.setattr(parallel, "rank", rank)
+        found.append(held_layers(engine.config))
+    assert found == [held for held in expected for _ in range(2)]
+
+
+def test_a_stage_with_layers_of_another_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.config.parallel_config, "pipeline_parallel_size", 2)
+    with pytest.raises(ValueError, match=r"serves 8 layers of this model, whose configuration tells of 4"):
+        sparse_layer_names(engine.config)
+
+
+def test_one_table_of_all_stages() -> None:
+    full, window = {"kind": "full", "backend": "SPARSE", "why": "a"}, {"kind": "window", "backend": "CPU", "why": "b"}
+    stages = [[{**window, "layers": (0,)}, {**full, "layers": (1,)}], [{**full, "layers": (3,)}]]
+    assert merged(table for table in stages for _ in range(2)) == [
+        {**window, "layers": (0,)},
+        {**full, "layers": (1, 3)},
+    ]
 
 
 @pytest.fixture
@@ -95,7 +136,7 @@ def test_layers_of_other_kinds_get_what_vllm_picks_and_are_told(
     assert "Sparse attention: full attention: SPARSE serves layers 0-7, because" in caplog.text
     assert "Sparse attention: sliding window of 48 tokens: CPU_ATTN serves layers 8-9, 11, because" in caplog.text
     # Others are not counted.
-    assert sparse_layer_names(engine.config) == [layer.layer_name for layer in engine.layers]
+    assert sparse_layer_names(engine.config) == {index: layer.layer_name for index, layer in enumerate(engine.layers)}
 
 
 def test_layers_that_the_configuration_does_not_tell_are_refused(engine: Engine, make_layer: Any) -> None:

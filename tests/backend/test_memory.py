@@ -69,7 +69,7 @@ def test_buffers_and_graphs_are_as_many_as_are_made(methods: list[str]) -> None:
     at_once = methods_at_once(configured_decode_methods(server_config(config)), LONGEST)
     buffers = DecodeBuffers(REQUESTS, size, at_once, 4352, torch.device("cpu"))
     assert found.buffer_bytes == buffers.bytes > 0
-    graphs = DecodeGraphs(buffers, at_once, LAYERS, speculative=False)
+    graphs = DecodeGraphs(buffers, at_once, speculative=False)
     graphs.sizes = captured_sizes([size for size in CAPTURED if size <= REQUESTS])
     assert found.graph_bytes == int(sum(len(graphs.sizes_of(name)) for name in graphs.launches) * GRAPH_BYTES)
 

@@ -103,7 +103,7 @@ def serve(call: LayerCall, rows: list[PrefillRow], layers: int) -> None:
     """The rows of a step through some layers, as `SparseAttentionImpl.forward` does."""
     platform = OneLayer()
     record = StepRecord(
-        WorkerMetrics(recording=False), StepPlan(layers, tuple(row.span for row in rows), prefill=tuple(rows))
+        WorkerMetrics(recording=False), StepPlan(range(layers), tuple(row.span for row in rows), prefill=tuple(rows))
     )
     launches = prefill.plan_launches(platform, call, rows)
     for _ in range(layers):

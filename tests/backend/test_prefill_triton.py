@@ -112,7 +112,7 @@ def serve(methods: list[PrefillMethod], seed: int) -> list[tuple[Launch, torch.T
         for row, (size, method) in enumerate(zip(SIZES, itertools.cycle(methods), strict=False))
     ]
     record = StepRecord(
-        WorkerMetrics(recording=False), StepPlan(1, tuple(row.span for row in rows), prefill=tuple(rows))
+        WorkerMetrics(recording=False), StepPlan(range(1), tuple(row.span for row in rows), prefill=tuple(rows))
     )
     output = torch.zeros(query.shape)
     platform = OneLayer()

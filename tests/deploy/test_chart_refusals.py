@@ -117,11 +117,16 @@ WRONG_TOGETHER: list[tuple[dict[str, Any], str]] = [
     # Parallelism.
     (
         one_model(accelerator={"count": 8}, parallelism={"tensor": 4}),
-        "write tensor: 8 (or 0, which takes what data leaves)",
+        "write tensor: 8 (or 0, which takes what the others leave)",
     ),
     (one_model(accelerator={"count": 8}, parallelism={"tensor": 8, "data": 8}), "write tensor: 1"),
     (one_model(accelerator={"count": 4}, parallelism={"data": 3}), "write a divisor of 4"),
-    (one_model(nodes=2, parallelism={"pipeline": 2}), "models.m.parallelism.pipeline is 2"),
+    (
+        one_model(accelerator={"count": 8}, parallelism={"tensor": 4, "pipeline": 4}),
+        "tensor 4 x pipeline 4 x data 1 = 16, and accelerator.count 8 x nodes 1 = 8 devices; write tensor: 2",
+    ),
+    (one_model(accelerator={"count": 8}, parallelism={"pipeline": 3}), "pipeline is 3, which does not divide the 8"),
+    (one_model(accelerator={"count": 0}, parallelism={"pipeline": 2}), "pipeline is 2 and data is 1"),
     (one_model(nodes=4, parallelism={"data": 2}), "write data: 1 and raise replicas"),
     (one_model(accelerator={"count": 0}, parallelism={"data": 2}), "raise replicas for more servers"),
     (one_model(accelerator={"count": 0, "claims": [{"name": "gpus"}]}), "models.m.accelerator: claims bring devices"),

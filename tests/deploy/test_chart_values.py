@@ -37,20 +37,22 @@ def environment(values: dict[str, Any]) -> dict[str, Any]:
 
 class TestParallelism:
     @pytest.mark.parametrize(
-        ("settings", "tensor", "data"),
+        ("settings", "tensor", "pipeline", "data"),
         [
-            ({}, 1, 1),
-            ({"accelerator": {"count": 8}}, 8, 1),
-            ({"accelerator": {"count": 8}, "parallelism": {"tensor": 8}}, 8, 1),
-            ({"accelerator": {"count": 8}, "parallelism": {"data": 8}}, 1, 8),
-            ({"accelerator": {"count": 8}, "parallelism": {"tensor": 4, "data": 2}}, 4, 2),
-            ({"accelerator": {"count": 8}, "nodes": 2}, 16, 1),
-            ({"accelerator": {"count": 8}, "nodes": 2, "parallelism": {"data": 16}}, 1, 16),
-            ({"accelerator": {"count": 8}, "nodes": 2, "parallelism": {"data": 4}}, 4, 4),
-            ({"accelerator": {"count": "8"}, "nodes": "2", "parallelism": {"tensor": "8", "data": "2"}}, 8, 2),
+            ({}, 1, 1, 1),
+            ({"accelerator": {"count": 8}}, 8, 1, 1),
+            ({"accelerator": {"count": 8}, "parallelism": {"tensor": 8}}, 8, 1, 1),
+            ({"accelerator": {"count": 8}, "parallelism": {"data": 8}}, 1, 1, 8),
+            ({"accelerator": {"count": 8}, "parallelism": {"tensor": 4, "data": 2}}, 4, 1, 2),
+            ({"accelerator": {"count": 8}, "parallelism": {"pipeline": 2, "data": 2}}, 2, 2, 2),
+            ({"accelerator": {"count": 8}, "nodes": 2}, 16, 1, 1),
+            ({"accelerator": {"count": 8}, "nodes": 2, "parallelism": {"pipeline": 2}}, 8, 2, 1),
+            ({"accelerator": {"count": 8}, "nodes": 2, "parallelism": {"data": 16}}, 1, 1, 16),
+            ({"accelerator": {"count": 8}, "nodes": 2, "parallelism": {"data": 4}}, 4, 1, 4),
+            ({"accelerator": {"count": "8"}, "nodes": "2", "parallelism": {"tensor": "8", "data": "2"}}, 8, 1, 2),
         ],
     )
-    def test_covers_all_devices(self, settings: dict[str, Any], tensor: int, data: int) -> None:
+    def test_covers_all_devices(self, settings: dict[str, Any], tensor: int, pipeline: int, data: int) -> None:
         manifests = render(one_model(**settings))
         (scaled,) = [each for each in manifests if each["kind"] in ("Deployment", "LeaderWorkerSet")]
         group = scaled["spec"].get("leaderWorkerTemplate", {})
@@ -59,9 +61,9 @@ class TestParallelism:
                 continue
             arguments = template["spec"]["containers"][0]["args"]
             assert f"--tensor-parallel-size={tensor}" in arguments
-            assert [each for each in arguments if "data-parallel" in each] == [f"--data-parallel-size={data}"] * (
-                data > 1
-            )
+            for kind, size in (("pipeline", pipeline), ("data", data)):
+                told = [each for each in arguments if f"{kind}-parallel" in each]
+                assert told == [f"--{kind}-parallel-size={size}"] * (size > 1)
 
     def test_nodes_of_data_parallelism_know_their_place(self) -> None:
         """From its rank and the leader's address vLLM infers how many copies a node has, and which."""

@@ -124,7 +124,7 @@ def test_no_decode_step_waits_for_the_compiler(
         return RowSetting(method, 0, layer_roles(method, LAYERS), slot, False)
 
     mixtures = [[method] for method in served] + [served]
-    graphs = DecodeGraphs(buffers, served, LAYERS, speculative=False)
+    graphs = DecodeGraphs(buffers, served, speculative=False)
     graphs.sizes = captured_sizes(GRAPH_ROWS)
     for name, launches in graphs.launches.items():
         for count in graphs.sizes_of(name):

@@ -14,7 +14,7 @@ from vllm_sparse.metrics.density import RECENT_WEIGHT, RecentDensity
 from vllm_sparse.metrics.histogram import observe_all
 from vllm_sparse.step.plan import RowSpan
 
-GEOMETRY = Geometry(layers=4, query_heads=4, kv_heads=2, token_bytes=256)
+GEOMETRY = Geometry(layers=range(4), query_heads=4, kv_heads=2, token_bytes=256)
 
 
 def test_layers_that_share_a_list_are_told_apart_by_number() -> None:

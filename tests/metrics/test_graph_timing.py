@@ -47,7 +47,7 @@ class Clock:
 def test_a_layer_counts_for_all_that_launch_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(graph_timing, "time", clock)
-    timer = GraphTimer(LAYERS, torch.device("cpu"))
+    timer = GraphTimer(dict(enumerate(LAYERS)), torch.device("cpu"))
     timed = []
     # Graphs of other sizes are captured before.
     for slower in (2, 1):
@@ -66,7 +66,7 @@ def test_a_layer_counts_for_all_that_launch_the_same(monkeypatch: pytest.MonkeyP
 
 
 def test_the_first_layer_has_room_for_all_its_marks() -> None:
-    timer = GraphTimer([MERGE], torch.device("cpu"))
+    timer = GraphTimer({0: MERGE}, torch.device("cpu"))
     mark = timer.marks(0, [])
     for part in (ASIDE, SELECTION, ASIDE, SELECTION, ATTENTION, SELECTION):
         mark(part)
@@ -99,7 +99,7 @@ def test_stamps_of_replays_are_device_time() -> None:
             seconds.append(float(begin.elapsed_time(end)) / 1e3)
         return min(seconds)
 
-    timer = GraphTimer([READ, SELECT, READ], torch.device("cuda"))
+    timer = GraphTimer(dict(enumerate((READ, SELECT, READ))), torch.device("cuda"))
 
     def step() -> None:
         for layer in range(3):

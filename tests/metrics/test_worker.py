@@ -57,13 +57,13 @@ for layer in range(2):
 metrics.finish_step([density, newest, RowDensity("decode", "nothing sparse")])
 metrics.finish_step([])
 metrics.collect_finished()
-timer = GraphTimer([LayerLaunches(False, (), (0,), True)] * 4, torch.device("cpu"))
+timer = GraphTimer(dict.fromkeys(range(4), LayerLaunches(False, (), (0,), True)), torch.device("cpu"))
 mark = timer.marks(2, [])
 for part in (ASIDE, SELECTION, ATTENTION):
     mark(part)
 timer.stamps[0, :3] = torch.tensor([1_000_000, 3_000_000, 4_000_000])
 metrics.observe_graph(timer, Counter({("decode", "hip"): 3, ("decode", "blocktopk"): 1}))
-metrics.start_serving(Geometry(layers=4, query_heads=4, kv_heads=2, token_bytes=10), Sampling(1, 1))
+metrics.start_serving(Geometry(layers=range(4), query_heads=4, kv_heads=2, token_bytes=10), Sampling(1, 1))
 method = BlockTopk(budget_tokens=64, sink_tokens=16, recent_tokens=16, dense_layers=2)
 setting = RowSetting(method, 64, layer_roles(method, 4), 0, False)
 rows = [BatchRow(RowSpan(row, row, 1, context), setting) for row, context in enumerate((128, 256, 1024))]
@@ -76,7 +76,7 @@ assert metrics.stats()["density"]["decode"]["tokentopk"] == {"rows": 3, "density
 method = Tidal(dense_layers=3, selection_reads="everything")
 dense = DecodeRow(rows[0].span, method, layer_roles(method, 4), {})
 for decode, batch in (([dense], []), ([], rows)):
-    plan = StepPlan(4, decode=tuple(decode), batch=tuple(batch))
+    plan = StepPlan(range(4), decode=tuple(decode), batch=tuple(batch))
     record = metrics.start_step(plan)
     assert record.timer.rows.total() == len(decode) + len(batch)
     assert (record.batch_recall is None) == (not batch)

@@ -438,7 +438,7 @@ def test_each_row_is_sparse_or_counted(rows: list[Row], full_graph: bool) -> Non
 def test_no_step_is_sparse_that_is_predicted_to_be_slower(rows: list[Row]) -> None:
     """Counted anew, without doubt or margin."""
     rows = [row for row in rows if row.params.unprofitable == "dense"]
-    found = plan(rows) if rows else StepPlan(LAYERS)
+    found = plan(rows) if rows else StepPlan(range(LAYERS))
     costs = StepCosts(H200.as_predicted, LLAMA_8B, SERVED)
     gained, methods = 0.0, set()
     for row in found.batch:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vllm_sparse.kernels.decode_roles import reference
-from vllm_sparse.methods.tidal import policy
-from vllm_sparse.step.roles import Role, reading_layers
+from vllm_sparse.methods.tidal import Tidal, policy
+from vllm_sparse.step.plan import layer_roles
+from vllm_sparse.step.roles import Role, held_roles, reading_layers
 
 
 def test_numbers_on_the_device_are_the_roles() -> None:
@@ -30,6 +34,41 @@ def test_a_role_reads_a_list_or_everything(role: Role) -> None:
 
 def test_reading_layers() -> None:
     assert reading_layers(tuple(Role)) == [2, 3]
+
+
+def test_a_stage_chooses_its_own_list_where_another_stage_chose_the_one_to_read() -> None:
+    tidal = Tidal(selection_reads="everything")
+    assert [role.value for role in layer_roles(tidal, 8)] == [
+        *("dense", "dense", "dense_and_write", "read", "read", "dense_and_write", "read", "read")
+    ]
+    stages = [layer_roles(tidal, 8, held) for held in (range(3), range(3, 6), range(6, 8))]
+    dense, read, choose = Role.DENSE, Role.READ, Role.WRITE_AND_READ
+    assert stages == [
+        # Nobody here reads what layers 2 and 5 would choose.
+        (dense,) * 8,
+        (dense, dense, dense, choose, read, dense, dense, dense),
+        (*(dense,) * 6, choose, read),
+    ]
+    assert held_roles((dense, choose, dense, read), range(2, 4)) == (dense, dense, dense, choose)
+
+
+@given(st.lists(st.sampled_from(Role), min_size=1, max_size=12), st.lists(st.integers(0, 12), max_size=3))
+def test_no_list_leaves_its_stage(drawn: list[Role], cuts: list[int]) -> None:
+    """And layers read as they do without a pipeline."""
+    # A model's roles read no list before one is written.
+    first = next((layer for layer, role in enumerate(drawn) if role.writes_list), len(drawn))
+    roles = tuple(Role.DENSE if layer < first else role for layer, role in enumerate(drawn))
+    bounds = [0, *sorted(min(cut, len(roles)) for cut in cuts), len(roles)]
+    for start, stop in itertools.pairwise(bounds):
+        own = held_roles(roles, range(start, stop))
+        written = False
+        for layer, role in enumerate(own):
+            if not start <= layer < stop:
+                assert role is Role.DENSE
+                continue
+            written |= role.writes_list
+            assert role.reads_list == roles[layer].reads_list
+            assert written or not role.reads_list
 
 
 def test_policies_with_the_old_names_load_and_say_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,7 @@ class GpuMetadataBuilder(SparseMetadataBuilder):
             vllm_config.model_config.max_model_len,
             self._sparse_num_layers,
             kv_cache_spec.num_kv_heads,
+            self._sparse_held,
         )
         methods = methods_at_once(configured, size.max_seq_len)
         if config.decode_in_batches:
@@ -115,7 +116,6 @@ class GpuMetadataBuilder(SparseMetadataBuilder):
             self._graphs = DecodeGraphs(
                 self.decode_buffers,
                 methods,
-                self._sparse_num_layers,
                 self._sparse_speculative,
                 guards=config.min_recall > 0,
             )

@@ -92,6 +92,7 @@ class DecodeStep:
     ) -> None:
         assert buffers.holds(rows, 1), "kernels would write past the buffers"
         lists = rows * buffers.size.kv_heads
+        self.first_layer = buffers.size.layers.start
         self.launches = launches
         self.seq_lens = seq_lens
         self.block_table = block_table
@@ -118,7 +119,7 @@ class DecodeStep:
         from vllm_sparse.kernels.decode_roles import triton as decode_roles
 
         layer, launches = at.index, self.launches[at.index]
-        if layer == 0:
+        if layer == self.first_layer:
             at.mark(ASIDE)
             decode_roles.layer_contexts(self.row_settings, self.seq_lens, self.capacity_tokens, self.contexts)
             at.mark(SELECTION)

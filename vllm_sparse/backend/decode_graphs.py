@@ -85,7 +85,6 @@ class DecodeGraphs:
     Args:
         buffers: that they read.
         methods: as the server's configuration sets them, those that serve rows at once.
-        num_layers: attention layers.
         speculative: the server drafts tokens; verification rows run dense.
         guards: the server guards requests by default; then the graphs of a method beside dense rows hold guarded rows
             too. Those of any methods and roles always do.
@@ -100,14 +99,13 @@ class DecodeGraphs:
         self,
         buffers: DecodeBuffers,
         methods: Sequence[BatchDecodeMethod],
-        num_layers: int,
         speculative: bool,
         guards: bool = False,
     ) -> None:
         self.buffers = buffers
-        self.num_layers = num_layers
         self.speculative = speculative
-        self.roles = {type(method): layer_roles(method, num_layers) for method in methods}
+        size = buffers.size
+        self.roles = {type(method): layer_roles(method, size.num_layers, size.held) for method in methods}
         rows = [RowSetting(method, 0, self.roles[type(method)], 0, True) for method in methods]
         self.launches: dict[str, list[LayerLaunches]] = {}
         for row in rows:
@@ -117,9 +115,10 @@ class DecodeGraphs:
         self.launches[ANY] = buffers.launches_of_any_roles()
         # Of any roles the configured ones are the likeliest, so layers are told apart by them when they are timed.
         kinds = self.launches | {ANY: buffers.launches(rows, all_sparse=False)}
+        held = {name: {layer: kind[layer] for layer in size.layers} for name, kind in kinds.items()}
         reading = {name: self._reading_layers(name) for name in self.launches}
-        self._observer = GraphObserver(kinds, reading, buffers.lists, buffers.size.kv_heads)
-        self._guard = GraphGuard(buffers.lists, buffers.size.kv_heads, num_layers)
+        self._observer = GraphObserver(held, reading, buffers.lists, size.kv_heads)
+        self._guard = GraphGuard(buffers.lists, size.kv_heads, size.layers)
         self._guarding = {ANY, *(beside_dense(method.name) for method in methods if guards)}
         # Asked in each step; by the name of the graphs and the roles of a row.
         self._held: dict[tuple[str, tuple[Role, ...]], bool] = {}
@@ -171,7 +170,7 @@ class DecodeGraphs:
         rows = seq_lens.shape[0]
         self.buffers.tell([DENSE_ROW] * rows)
         step = DecodeStep(self.buffers, rows, self.launches[name], seq_lens, block_table, capacity_tokens)
-        plan = StepPlan(self.num_layers)
+        plan = StepPlan(self.buffers.size.layers)
         record = self._observer.capturing(name, rows, plan)
         guard: StepGuard = NO_GUARD
         if name in self._guarding:

@@ -153,20 +153,20 @@ class GraphGuard:
     Args:
         lists: of the graphs' rows.
         kv_heads: lists of a row.
-        num_layers: attention layers.
+        layers: numbers of the attention layers of this process.
     """
 
-    def __init__(self, lists: TokenLists, kv_heads: int, num_layers: int) -> None:
+    def __init__(self, lists: TokenLists, kv_heads: int, layers: range) -> None:
         # One place for all layers. It is 0 but in checked steps: other graphs have fewer rows.
         self._row = torch.zeros(1, dtype=torch.int64, device=lists.slots.device)
-        self._taken = [TakenRow(lists, kv_heads, self._row) for _ in range(num_layers)]
+        self._taken = {layer: TakenRow(lists, kv_heads, self._row) for layer in layers}
         # By the name of the graphs and the rows of one, by layer.
         self._recalls: dict[tuple[str, int], dict[int, GraphRecall]] = {}
 
     @property
     def bytes(self) -> int:
         """Of device memory, without the queries."""
-        return sum(taken.slots.nbytes for taken in self._taken)
+        return sum(taken.slots.nbytes for taken in self._taken.values())
 
     def capturing(self, name: str, rows: int, launches: Sequence[LayerLaunches]) -> CapturedGuard:
         """What a graph that is being captured does for the guard.
@@ -174,10 +174,10 @@ class GraphGuard:
         Args:
             name: of the graphs.
             rows: of the graph.
-            launches: of each layer.
+            launches: of each layer of the model.
         """
         self._recalls[name, rows] = {
-            layer: GraphRecall(layer, self._taken[layer]) for layer, launch in enumerate(launches) if launch.reading
+            layer: GraphRecall(layer, taken) for layer, taken in self._taken.items() if launches[layer].reading
         }
         return CapturedGuard(self._recalls[name, rows])
 

@@ -65,7 +65,7 @@ class SparseAttentionImpl(LayerPlatform):
                 work.chunk_launches = prefill.plan_launches(self, call, work.prefill)
             prefill.serve_chunks(self, call, work.chunk_launches, step.record, step.guard)
         decode_single.serve_rows(self, call, step, work)
-        if index == step.plan.num_layers - 1:
+        if index == step.plan.layers[-1]:
             step.record.finish()
         return output
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from vllm_sparse.config.model_layers import sparse_layers
+from vllm_sparse.config.model_layers import held_layers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -56,24 +57,39 @@ def layer_table(vllm_config: VllmConfig) -> list[LayerKind]:
     return [LayerKind(kind, tuple(sorted(at)), backend, why) for (kind, backend, why), at in found.items()]
 
 
-def sparse_layer_names(vllm_config: VllmConfig) -> list[str]:
-    """Layers that this backend serves, by their order in the model, which is how methods number them.
+def merged(tables: Iterable[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """One table of the model from those of its processes, as JSON; stages of a pipeline hold some of the layers each.
+
+    Args:
+        tables: of all processes, in their order.
+    """
+    found: dict[tuple[str, str, str], set[int]] = {}
+    for kind in itertools.chain.from_iterable(tables):
+        found.setdefault((kind["kind"], kind["backend"], kind["why"]), set()).update(kind["layers"])
+    return [LayerKind(kind, tuple(sorted(at)), backend, why).as_json() for (kind, backend, why), at in found.items()]
+
+
+def sparse_layer_names(vllm_config: VllmConfig) -> dict[int, str]:
+    """Layers that this backend serves in this process, by their order in the model, which is how methods number them.
 
     Args:
         vllm_config: the server's configuration, with the layers that vLLM made.
+
+    Returns:
+        Names by number; numbers are those of `held_layers`.
 
     Raises:
         ValueError: they are not those that the model's configuration tells.
     """
     names = [name for name, layer in _attention_layers(vllm_config).items() if _is_sparse(layer)]
-    told = sparse_layers(vllm_config.model_config)
-    if len(names) != told:
+    held = held_layers(vllm_config)
+    if len(names) != len(held):
         raise ValueError(
-            f"attention backend sparse serves {len(names)} layers of this model, whose configuration tells of {told} "
-            "with full attention: which layers those are is not known; serve the model without "
+            f"attention backend sparse serves {len(names)} layers of this model, whose configuration tells of "
+            f"{len(held)} with full attention: which layers those are is not known; serve the model without "
             "--attention-backend sparse"
         )
-    return sorted(names, key=_layer_index)
+    return dict(zip(held, sorted(names, key=_layer_index), strict=True))
 
 
 def log_layer_table(vllm_config: VllmConfig) -> None:

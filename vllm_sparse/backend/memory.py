@@ -18,13 +18,14 @@ import torch
 from vllm_sparse.backend.decode_buffers import DecodeBuffers
 from vllm_sparse.backend.decode_graphs import MOST_ROWS_ALONE, captured_sizes
 from vllm_sparse.config.limits import is_within, narrowed
-from vllm_sparse.config.model_layers import sparse_layers
+from vllm_sparse.config.model_layers import held_layers, sparse_layers
 from vllm_sparse.config.names import knob_schema
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.server import server_config
 from vllm_sparse.methods.decode import BatchDecodeMethod, DecodeMethod
 from vllm_sparse.methods.prefill import PrefillMethod
 from vllm_sparse.methods.registry import DECODE_METHODS, PREFILL_METHODS
+from vllm_sparse.step.plan import layer_roles
 from vllm_sparse.step.rows import ServerSize
 
 if TYPE_CHECKING:
@@ -144,18 +145,20 @@ def beside_cache(vllm_config: VllmConfig) -> BesideCache:
     """What a GPU server with this configuration will keep beside its cache, on each of its devices."""
     config, model, parallel = server_config(vllm_config), vllm_config.model_config, vllm_config.parallel_config
     heads, kv_heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel)
-    num_layers, head_size = sparse_layers(model), model.get_head_size()
+    num_layers, held, head_size = sparse_layers(model), held_layers(vllm_config), model.get_head_size()
+    if not held:
+        return BesideCache(0, 0, 0.0)
     number_bytes = model.dtype.itemsize
-    size = ServerSize(vllm_config.scheduler_config.max_num_seqs, model.max_model_len, num_layers, kv_heads)
+    size = ServerSize(vllm_config.scheduler_config.max_num_seqs, model.max_model_len, num_layers, kv_heads, held)
     methods = configured_decode_methods(config)
     at_once = methods_at_once(methods, size.max_seq_len) if config.decode_in_batches else []
     # Layers that choose by each kind.
     kinds = {
-        method.summaries: sum(role.writes_list for role in method.layer_roles(num_layers))
+        method.summaries: sum(role.writes_list for role in layer_roles(method, num_layers, held))
         for method in methods
         if method.summaries is not None
     }
-    token_bytes = 2 * head_size * number_bytes * num_layers
+    token_bytes = 2 * head_size * number_bytes * len(held)
     share = sum(layers * kind.bytes_per_token(head_size, number_bytes) for kind, layers in kinds.items()) / token_bytes
     if any(method.scores_tokens for method in at_once):
         share += SCORE_BYTES * heads / (token_bytes * kv_heads)
@@ -183,8 +186,9 @@ def _graphs(vllm_config: VllmConfig, methods: int) -> int:
     ]
     if not sizes:
         return 0
-    one_rank = vllm_config.parallel_config.data_parallel_size == 1
-    sizes = captured_sizes(sizes) if one_rank else sorted(set(sizes))
+    parallel = vllm_config.parallel_config
+    pads_alone = parallel.data_parallel_size == parallel.pipeline_parallel_size == 1
+    sizes = captured_sizes(sizes) if pads_alone else sorted(set(sizes))
     alone = len([size for size in sizes if size <= MOST_ROWS_ALONE])
     # Of each method alone and beside dense rows, and of any methods.
     return methods * (alone + len(sizes)) + len(sizes)

@@ -10,6 +10,7 @@ from vllm_sparse.backend.execution import StepExecution
 from vllm_sparse.backend.guard import RecallGuard
 from vllm_sparse.backend.layer_table import log_layer_table, sparse_layer_names
 from vllm_sparse.backend.support import check_server, check_summaries
+from vllm_sparse.config.model_layers import held_layers, sparse_layers
 from vllm_sparse.config.server import server_config
 from vllm_sparse.metrics import Geometry, Sampling, WorkerMetrics
 from vllm_sparse.step.plan import PlanLimits, plan_step
@@ -55,12 +56,14 @@ class SparseMetadataBuilder:
     ) -> None:
         check_server(vllm_config)
         layers = sparse_layer_names(vllm_config)
-        impls = [vllm_config.compilation_config.static_forward_context[name].impl for name in layers]
-        for number, impl in enumerate(impls):
+        forward_context = vllm_config.compilation_config.static_forward_context
+        impls = {number: forward_context[name].impl for number, name in layers.items()}
+        for number, impl in impls.items():
             impl.layer_number = number
-        self._sparse_soft_cap = any(impl.logits_soft_cap for impl in impls)
-        self._sparse_num_layers = len(layers)
-        self._sparse_one_group = set(layers) <= set(layer_names)
+        self._sparse_soft_cap = any(impl.logits_soft_cap for impl in impls.values())
+        self._sparse_num_layers = sparse_layers(vllm_config.model_config)
+        self._sparse_held = held_layers(vllm_config)
+        self._sparse_one_group = set(layers.values()) <= set(layer_names)
         log_layer_table(vllm_config)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         # Checked here too: a configuration need not come from vLLM's arguments.
@@ -75,7 +78,7 @@ class SparseMetadataBuilder:
         config = server_config(vllm_config)
         self._sparse_prompt_cost = config.prompt_cost
         self._sparse_metrics.start_serving(
-            Geometry(self._sparse_num_layers, query_heads, kv_cache_spec.num_kv_heads, token_bytes),
+            Geometry(self._sparse_held, query_heads, kv_cache_spec.num_kv_heads, token_bytes),
             Sampling(config.timing_interval_steps, config.recall_interval_steps),
         )
 
@@ -131,6 +134,7 @@ class SparseMetadataBuilder:
             self.kv_cache_spec.block_size,  # type: ignore[attr-defined]
             self._sparse_prompt_cost,
             self._sparse_soft_cap,
+            self._sparse_held,
         )
 
     step_costs: StepCosts | None = None

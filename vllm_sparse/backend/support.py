@@ -116,10 +116,6 @@ SERVER_REFUSALS: tuple[Refusal[Server], ...] = (
         ),
     ),
     Refusal(
-        lambda server: server.config.parallel_config.pipeline_parallel_size > 1,
-        lambda server: f"attention backend sparse does not support pipeline parallelism yet; {ADVICE}",
-    ),
-    Refusal(
         lambda server: server.config.parallel_config.enable_dbo,
         lambda server: f"attention backend sparse does not support dual-batch overlap yet; {ADVICE}",
     ),

@@ -80,7 +80,7 @@ class PrefillWarmUp(VllmJitKernel[WarmUpChunk]):
         output = torch.empty_like(query)
         call = LayerCall(layer, 0, query, query, query, kv_cache, metadata, output, layer.impl.scale)
         # Nothing of it is counted: the step never finishes.
-        record = StepRecord(WorkerMetrics.get(), StepPlan(1, (span,), prefill=(row,)))
+        record = StepRecord(WorkerMetrics.get(), StepPlan(range(1), (span,), prefill=(row,)))
         call = layer.impl.as_read(call)
         prefill.serve_chunks(layer.impl, call, prefill.plan_launches(layer.impl, call, [row]), record)
 

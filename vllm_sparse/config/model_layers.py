@@ -6,10 +6,11 @@ it with the layers that it made (`vllm_sparse.backend.layer_table`).
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 # As model configurations spell them in `layer_types` and `layers_block_type`.
 FULL_KINDS = ("full_attention", "attention", "hybrid")
@@ -23,6 +24,18 @@ def sparse_layers(model_config: ModelConfig) -> int:
         model_config: vLLM's configuration of the model.
     """
     return len(full_layers(model_config.hf_text_config, model_config.get_total_num_hidden_layers()))
+
+
+def held_layers(vllm_config: VllmConfig) -> range:
+    """Of the layers that may be sparse, as methods count them, those that this process holds: all without a pipeline.
+
+    Args:
+        vllm_config: of the server, as a worker has it.
+    """
+    model = vllm_config.model_config
+    full = full_layers(model.hf_text_config, model.get_total_num_hidden_layers())
+    start, end = model.get_layers_start_end_indices(vllm_config.parallel_config)
+    return range(bisect_left(full, start), bisect_left(full, end))
 
 
 def full_layers(config: Any, total: int) -> list[int]:

@@ -4,6 +4,8 @@ A batch is eligible for a FULL decode graph when its rows have a uniform token c
 sparse step, none is reported: that makes it a mixed batch, for which PIECEWISE graphs run with the attention between
 them; data-parallel ranks agree on that value, so all of them follow. Not needed any more once vLLM asks the metadata
 builder, step by step, whether a FULL graph may run.
+
+On the stages of a pipeline before the last one it also hands sampling parameters on, as samplers do on the last one.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def install() -> None:
-    """Wrap `gather_batch_req_state`, which sees a step before its graph is chosen."""
+    """Wrap `gather_batch_req_state`, which sees a step before its graph is chosen, and `add_requests`."""
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     gather = GPUModelRunner.gather_batch_req_state
@@ -39,7 +41,18 @@ def install() -> None:
         TABLE.full_graph = has_graphs and batch is not None and uniform_tokens is not None
         return batch, uniform_tokens
 
-    GPUModelRunner.gather_batch_req_state = gather_batch_req_state
+    add = GPUModelRunner.add_requests
+
+    @wraps(add)
+    def add_requests(self: Any, scheduler_output: Any) -> None:
+        add(self, scheduler_output)
+        if self.is_last_pp_rank:
+            return
+        for new in scheduler_output.scheduled_new_reqs:
+            if new.sampling_params is not None:
+                TABLE.set(self.req_states.req_id_to_index[new.req_id], new.sampling_params, new.prompt_len)
+
+    GPUModelRunner.gather_batch_req_state, GPUModelRunner.add_requests = gather_batch_req_state, add_requests
 
 
 def graphs_hold(slots: np.ndarray) -> bool:

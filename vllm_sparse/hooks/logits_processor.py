@@ -1,5 +1,8 @@
 """vLLM's logits processors: the one way in which both model runners hand sampling parameters to a plugin.
 
+Runner V2 makes them on all stages of a pipeline and hands parameters to those of the last one; `gpu_model_runner` does
+it on the others.
+
 Not needed any more once vLLM passes a request's extras to the attention metadata builder.
 """
 
@@ -36,6 +39,10 @@ class SparseParamsProcessor(LogitsProcessor):
 
             gpu_model_runner.install()
             model_cuda_graph_manager.install()
+        else:
+            from vllm_sparse.hooks import gpu_model_runner_v1
+
+            gpu_model_runner_v1.install()
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -54,7 +61,7 @@ class SparseParamsProcessor(LogitsProcessor):
         for index in batch_update.removed:
             TABLE.take(index)
         for index, sampling_params, prompt, _ in batch_update.added:
-            TABLE.set(index, sampling_params, None if prompt is None else len(prompt))
+            TABLE.set_again(index, sampling_params, None if prompt is None else len(prompt))
         for source, target, direction in batch_update.moved:
             moved = TABLE.take(source)
             displaced = TABLE.take(target)

@@ -38,9 +38,11 @@ def install() -> None:
         if not shapes:
             return
         sizes = [shape.num_reqs for shape in shapes]
-        # Ranks of data parallelism pad alike, those whose steps are dense too: there each size is needed.
-        one_rank = self.vllm_config.parallel_config.data_parallel_size == 1
-        graphs.sizes = captured_sizes(sizes) if one_rank else sorted(set(sizes))
+        # Engines of data parallelism and stages of a pipeline pad alike, those whose steps are dense too: there each
+        # size is needed.
+        parallel = self.vllm_config.parallel_config
+        pads_alone = parallel.data_parallel_size == parallel.pipeline_parallel_size == 1
+        graphs.sizes = captured_sizes(sizes) if pads_alone else sorted(set(sizes))
         try:
             for name in graphs.launches:
                 self.graphs = graphs.captured[name] = {}

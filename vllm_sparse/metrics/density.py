@@ -25,13 +25,13 @@ class Geometry:
     """The attention layers of one process.
 
     Attributes:
-        layers: attention layers of the model.
+        layers: numbers of the attention layers of this process.
         query_heads: of this process.
         kv_heads: of this process.
         token_bytes: key and value of one token in one KV head.
     """
 
-    layers: int
+    layers: range
     query_heads: int
     kv_heads: int
     token_bytes: int
@@ -124,7 +124,7 @@ class RecentDensity:
         self._fold(phase, method)
         means = self._means_of(phase, method)
         row = np.ones_like(means)
-        row[layers] = density.repeat(self._geometry.query_heads // density.shape[1], axis=1)
+        row[self._places(layers)] = density.repeat(self._geometry.query_heads // density.shape[1], axis=1)
         means += (row - means) * self._next_weight(phase, method)
 
     def observe_alike(self, phase: str, method: str, layers: Sequence[int], density: float) -> None:
@@ -146,10 +146,14 @@ class RecentDensity:
         means = self._means_of(phase, method)
         means *= former_share
         means += 1 - former_share
-        means[layers, :] += sparse - (1 - former_share)
+        means[self._places(layers)] += sparse - (1 - former_share)
+
+    def _places(self, layers: Sequence[int]) -> list[int]:
+        """Of layers among those of this process."""
+        return [layer - self._geometry.layers.start for layer in layers]
 
     def _means_of(self, phase: str, method: str) -> np.ndarray:
-        shape = self._geometry.layers, self._geometry.query_heads
+        shape = len(self._geometry.layers), self._geometry.query_heads
         return self._means.setdefault((phase, method), np.ones(shape))
 
     def _next_weight(self, phase: str, method: str) -> float:
@@ -158,7 +162,8 @@ class RecentDensity:
         return max(1 / self._observed[phase, method], RECENT_WEIGHT)
 
     def as_json(self) -> dict[str, Any]:
-        """By phase and method: how many rows were observed, and ``[layers][query_heads]`` densities of late ones."""
+        """By phase and method: how many rows were observed, and ``[layers][query_heads]`` densities of late ones, of
+        the layers of this process."""
         for key in list(self._alike):
             self._fold(*key)
         phases: dict[str, Any] = {}

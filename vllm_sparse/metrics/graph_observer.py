@@ -17,8 +17,8 @@ class GraphObserver:
     """Measures replays.
 
     Args:
-        launches: of each layer with the knobs that the server's configuration sets, by the name of the graphs. Layers
-            that then launch the same are timed as one.
+        launches: of each layer of this process, by its number, with the knobs that the server's configuration sets, by
+            the name of the graphs. Layers that then launch the same are timed as one.
         reading_layers: layers in which all methods of a graph read lists, by the name of the graphs.
         lists: of the graphs' rows.
         kv_heads: lists of a row.
@@ -26,7 +26,7 @@ class GraphObserver:
 
     def __init__(
         self,
-        launches: Mapping[str, Sequence[LayerLaunches]],
+        launches: Mapping[str, Mapping[int, LayerLaunches]],
         reading_layers: Mapping[str, Sequence[int]],
         lists: TokenLists,
         kv_heads: int,

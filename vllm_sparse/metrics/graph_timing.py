@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -24,17 +24,17 @@ class GraphTimer(NoTimer):
     """Stamps in graphs of equal launches, whose sizes may differ.
 
     Args:
-        launches: of each layer.
+        launches: of each layer of this process, by its number.
         device: of the model; on a CPU the stamps are of the host's clock.
 
     Attributes:
         stamps: int64 ``[timed layers, MOST_STAMPS]`` nanoseconds, written by each replay.
     """
 
-    def __init__(self, launches: Sequence[LayerLaunches], device: torch.device) -> None:
+    def __init__(self, launches: Mapping[int, LayerLaunches], device: torch.device) -> None:
         super().__init__()
         kinds: dict[LayerLaunches, list[int]] = defaultdict(list)
-        for layer, kind in enumerate(launches):
+        for layer, kind in launches.items():
             if kind.writing_ahead or kind.writing_here or kind.reading:
                 kinds[kind].append(layer)
         self._alike = {layers[len(layers) // 2]: len(layers) for layers in kinds.values()}

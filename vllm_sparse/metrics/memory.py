@@ -17,7 +17,7 @@ class MemoryMetrics:
 
     Args:
         engine: data-parallel index, as in vLLM's own label.
-        rank: tensor-parallel rank.
+        rank: of the engine's processes.
         model_name: label of the metrics, as of vLLM's own.
     """
 

@@ -38,9 +38,11 @@ class WorkerMetrics:
     Args:
         recording: of rows; other ranks than the first of a tensor-parallel group run the same ones.
         memory: gauges of this rank.
-        rank: tensor-parallel rank.
+        rank: of the engine's processes: those of a stage of the pipeline follow one another.
         engine: data-parallel index.
         model_name: label of all of them, as of vLLM's own.
+        counts_rows: if it records; all stages of a pipeline run the same rows, and the last one counts them. The others
+            record what their layers read, keep and take.
 
     Attributes:
         sampling: what is measured how often.
@@ -56,13 +58,15 @@ class WorkerMetrics:
         rank: int = 0,
         engine: int = 0,
         model_name: str = "",
+        counts_rows: bool = True,
     ) -> None:
         self.memory = memory
         self._engine, self._rank = engine, rank
         self.sampling = Sampling()
         self._arrivals = Arrivals()
-        self._reads = ReadMetrics(recording, model_name)
+        self._reads = ReadMetrics(recording, model_name, counts_rows)
         self._recording = recording
+        self._counts_rows = recording and counts_rows
         if recording:
             self._fallbacks = FallbackMetrics(model_name)
             self._guard = GuardMetrics(model_name)
@@ -77,11 +81,13 @@ class WorkerMetrics:
         the worker's own methods, which vLLM makes apart, write to it.
         """
         if cls._instance is None:
-            from vllm.distributed import get_tensor_model_parallel_rank
+            from vllm.distributed import get_pp_group, get_tp_group
 
-            rank = get_tensor_model_parallel_rank()
+            stage, heads = get_pp_group(), get_tp_group()
+            rank = stage.rank_in_group * heads.world_size + heads.rank_in_group
             write_to_announced_directory()
-            cls._instance = cls(rank == 0, MemoryMetrics(engine, rank, model_name), rank, engine, model_name)
+            memory = MemoryMetrics(engine, rank, model_name)
+            cls._instance = cls(heads.is_first_rank, memory, rank, engine, model_name, stage.is_last_rank)
         return cls._instance
 
     def start_serving(self, geometry: Geometry, sampling: Sampling) -> None:
@@ -95,12 +101,13 @@ class WorkerMetrics:
         self.sampling = sampling
 
     def stats(self) -> dict[str, Any]:
-        """Densities of late rows in each layer and query head of this rank, as JSON."""
-        return {"engine": self._engine, "rank": self._rank, "density": self._reads.recent()}
+        """Densities of late rows in each layer and query head of this rank, as JSON, with the numbers of the layers."""
+        layers = list(self._reads.layers)
+        return {"engine": self._engine, "rank": self._rank, "layers": layers, "density": self._reads.recent()}
 
     def count_fallbacks(self, fallbacks: Mapping[Fallback, int]) -> None:
         """Rows of a step that asked for a method and run dense (`StepPlan.fallbacks`)."""
-        if fallbacks and self._recording:
+        if fallbacks and self._counts_rows:
             self._fallbacks.count(fallbacks)
 
     def start_step(self, plan: StepPlan) -> StepRecord:
@@ -116,7 +123,9 @@ class WorkerMetrics:
             record.timer = StepTimer(torch.cuda.is_available(), rows)
         if plan.prefill and is_due(self.sampling.recall_interval_steps):
             chunk = random.choice(plan.prefill)
-            record.recall_layers[chunk.span.row] = random.randrange(chunk.method.dense_layers, plan.num_layers)
+            # A stage of a pipeline may hold none that is sparse.
+            if sparse := [layer for layer in plan.layers if layer >= chunk.method.dense_layers]:
+                record.recall_layers[chunk.span.row] = random.choice(sparse)
         if decode_rows and is_due(self.sampling.recall_interval_steps):
             place = random.randrange(decode_rows)
             of_batch = place - len(plan.decode)
@@ -152,7 +161,7 @@ class WorkerMetrics:
             kept = torch.cat([kept for density in densities for kept in density.kept])
             self._arrivals.fetch(kept, lambda host: self._reads.observe_lists(host, densities))
         if timer.rows:
-            self._arrivals.after_device(lambda: self._seconds.count(timer.seconds(), timer.rows))
+            self._arrivals.after_device(lambda: self._count_seconds(timer.seconds(), timer.rows))
 
     def observe_batch(self, batch: Sequence[BatchRow]) -> None:
         """Decode rows that are served at once, whose lists' lengths the host knows; called when their step is queued.
@@ -173,8 +182,13 @@ class WorkerMetrics:
             rows: of each phase and method.
         """
         self._arrivals.fetch(
-            timer.stamps, lambda stamps: self._seconds.count(timer.seconds_by_rows(stamps, rows), rows)
+            timer.stamps, lambda stamps: self._count_seconds(timer.seconds_by_rows(stamps, rows), rows)
         )
+
+    def _count_seconds(
+        self, seconds: Mapping[tuple[str, str], tuple[float, float]], rows: Counter[tuple[str, str]]
+    ) -> None:
+        self._seconds.count(seconds, rows if self._counts_rows else Counter())
 
     def collect_finished(self) -> None:
         """Take what has arrived from the device; called once a step."""

@@ -72,9 +72,11 @@ class ReadMetrics:
         recording: in Prometheus metrics too; other ranks than the first of a tensor-parallel group keep late densities
             of their own heads only.
         model_name: label of the metrics, as of vLLM's own.
+        counts_rows: in these metrics; other stages of a pipeline than the last count bytes of their layers only.
     """
 
-    def __init__(self, recording: bool, model_name: str) -> None:
+    def __init__(self, recording: bool, model_name: str, counts_rows: bool = True) -> None:
+        self._counts_rows = recording and counts_rows
         self._counters = _ReadCounters(model_name) if recording else None
         self._geometry: Geometry | None = None
         self._recent: RecentDensity | None = None
@@ -83,6 +85,11 @@ class ReadMetrics:
         """The model is there; before that neither bytes nor late densities are counted."""
         if geometry != self._geometry:
             self._geometry, self._recent = geometry, RecentDensity(geometry)
+
+    @property
+    def layers(self) -> range:
+        """Numbers of the attention layers of this process; none before the model is there."""
+        return range(0) if self._geometry is None else self._geometry.layers
 
     def recent(self) -> dict[str, Any]:
         """Densities of late rows in each layer and query head, as JSON."""
@@ -100,10 +107,9 @@ class ReadMetrics:
             tokens = row.kept_by_head(kept[start : start + row.numbers])
             start += row.numbers
             kept_tokens, reach = int(tokens.sum()), row.candidates * tokens.size
-            if self._counters is not None:
-                self._counters.of(row.phase, row.method).density.observe(kept_tokens / reach)
+            self._observe_densities(row.phase, row.method, [kept_tokens / reach])
             if self._geometry is not None:
-                all_layers = row.candidates * row.list_heads * self._geometry.layers
+                all_layers = row.candidates * row.list_heads * len(self._geometry.layers)
                 self._count_bytes(row.phase, row.method, all_layers, reach - kept_tokens)
             if self._recent is not None:
                 self._recent.observe(row.phase, row.method, row.layers, tokens / row.candidates)
@@ -126,13 +132,12 @@ class ReadMetrics:
             kept = setting.method.list_tokens(reach)
             densities = (kept / reach).tolist()
             layers = reading_layers(setting.roles)
-            if self._counters is not None:
-                observe_all(self._counters.of("decode", name).density, densities)
+            self._observe_densities("decode", name, densities)
             if self._geometry is None:
                 continue
             reach_tokens = sum(seq_lens)
             saved_tokens = (reach_tokens - sum(kept.tolist())) * len(layers)
-            all_tokens, kv_heads = reach_tokens * self._geometry.layers, self._geometry.kv_heads
+            all_tokens, kv_heads = reach_tokens * len(self._geometry.layers), self._geometry.kv_heads
             self._count_bytes("decode", name, all_tokens * kv_heads, saved_tokens * kv_heads)
             if self._recent is not None:
                 self._recent.observe_alike("decode", name, layers, sum(densities) / len(seq_lens))
@@ -143,13 +148,16 @@ class ReadMetrics:
         """
         for row in rows:
             name = row.method.name
-            if self._counters is not None:
-                self._counters.of("decode", name).density.observe(1)
+            self._observe_densities("decode", name, [1.0])
             if self._geometry is not None:
-                tokens = row.span.seq_len * self._geometry.layers * self._geometry.kv_heads
+                tokens = row.span.seq_len * len(self._geometry.layers) * self._geometry.kv_heads
                 self._count_bytes("decode", name, tokens, saved_tokens=0)
             if self._recent is not None:
                 self._recent.observe_alike("decode", name, reading_layers(row.roles), 1.0)
+
+    def _observe_densities(self, phase: str, method: str, densities: Sequence[float]) -> None:
+        if self._counters is not None and self._counts_rows:
+            observe_all(self._counters.of(phase, method).density, densities)
 
     def _count_bytes(self, phase: str, method: str, reach_tokens: int, saved_tokens: int) -> None:
         if self._counters is None or self._geometry is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from vllm_sparse.backend.layer_table import merged
 from vllm_sparse.config.model_layers import sparse_layers
 from vllm_sparse.config.server import server_config, uses_sparse_backend
 from vllm_sparse.hooks.worker_base import LAYERS_METHOD
@@ -39,5 +40,5 @@ class SparseEndpoints:
                 model.model_arch_config.total_num_attention_heads,
                 model.max_model_len,
                 has_decode_graphs(vllm_config),
-                ranks[0],
+                merged(ranks),
             )

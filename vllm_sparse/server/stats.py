@@ -35,9 +35,32 @@ async def collect(engine_client: EngineClient) -> dict[str, Any]:
 
 
 def _merge_ranks(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One engine's answer from its tensor-parallel ranks, each of which has some of the heads."""
-    ranks = sorted(ranks, key=lambda rank: rank["rank"])
+    """One engine's answer from its ranks: each stage of the pipeline has some of the layers, each rank of a stage some
+    of the heads."""
+    stages: dict[int, list[dict[str, Any]]] = {}
+    for rank in sorted(ranks, key=lambda rank: rank["rank"]):
+        # A stage may hold no layer that this backend serves.
+        if rank["layers"]:
+            stages.setdefault(rank["layers"][0], []).append(rank)
+    merged = [(len(stage[0]["layers"]), _merge_heads(stage)) for _, stage in sorted(stages.items())]
     density: dict[str, Any] = {}
+    for phase, method in dict.fromkeys(key for _, stage in merged for key in stage):
+        parts = [stage.get((phase, method)) for _, stage in merged]
+        found = next(part for part in parts if part is not None)
+        # Where a stage has seen none, the method leaves its layers dense.
+        dense = [1.0] * len(found["density"][0])
+        layers = [
+            heads
+            for (count, _), part in zip(merged, parts, strict=True)
+            for heads in ([dense] * count if part is None else part["density"])
+        ]
+        density.setdefault(phase, {})[method] = {"rows": found["rows"], "density": layers}
+    return {"engine": max(rank["engine"] for rank in ranks), "density": density}
+
+
+def _merge_heads(ranks: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Rows and densities of one stage by phase and method, from its tensor-parallel ranks."""
+    merged = {}
     for phase, methods in ranks[0]["density"].items():
         for method, first in methods.items():
             parts = [rank["density"].get(phase, {}).get(method) for rank in ranks]
@@ -46,5 +69,5 @@ def _merge_ranks(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 continue
             layers = zip(*(part["density"] for part in parts), strict=True)
             heads = [[value for part in layer for value in part] for layer in layers]
-            density.setdefault(phase, {})[method] = {"rows": first["rows"], "density": heads}
-    return {"engine": ranks[0]["engine"], "density": density}
+            merged[phase, method] = {"rows": first["rows"], "density": heads}
+    return merged

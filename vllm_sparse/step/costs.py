@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from vllm_sparse.methods.decode import BatchDecodeMethod
 from vllm_sparse.methods.prefill import mean_reach
+from vllm_sparse.step.roles import held_roles
 
 if TYPE_CHECKING:
     from vllm_sparse.methods.decode import DecodeMethod
@@ -39,12 +40,13 @@ class AttentionShape:
     """A model's attention as one process has it.
 
     Attributes:
-        num_layers: attention layers.
+        num_layers: attention layers of the model.
         query_heads: of one process.
         kv_heads: of one process.
         head_size: numbers of a key.
         kv_token_bytes: keys and values of a token in one layer, all KV heads of the process.
         linear_flops: of a token in the linear layers beside one attention layer, of one process; 0 where not known.
+        held: numbers of the layers that the process holds; None: all.
     """
 
     num_layers: int
@@ -53,6 +55,12 @@ class AttentionShape:
     head_size: int
     kv_token_bytes: int
     linear_flops: float = 0.0
+    held: range | None = None
+
+    @property
+    def layers(self) -> range:
+        """Numbers of the layers that the process holds."""
+        return range(self.num_layers) if self.held is None else self.held
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ class StepCosts:
         self._in_graphs = {method.name: self._launches(method) for method in in_graphs}
         reading = max((launches.reading_layers for launches in self._in_graphs.values()), default=0)
         choosing = sum(launches.choosing for launches in self._in_graphs.values())
-        self._outside = shape.num_layers * gpu.outside_us * MICROSECOND
+        self._outside = len(shape.layers) * gpu.outside_us * MICROSECOND
         self._mixed = choosing + reading * (gpu.reading_us + gpu.beside_us) * MICROSECOND
 
     @property
@@ -152,7 +160,7 @@ class StepCosts:
         return 0.5 if isinstance(method, BatchDecodeMethod) and method.scores_tokens else 0.0
 
     def _launches(self, method: DecodeMethod) -> LaunchCosts:
-        roles = method.layer_roles(self.shape.num_layers)
+        roles = held_roles(tuple(method.layer_roles(self.shape.num_layers)), self.shape.layers)
         reads = sum(role.reads_list for role in roles)
         layer_us = self.gpu.choosing_of(method.name).launches_us + (CANDIDATES_US if method.candidate_tokens else 0)
         choosing = sum(role.writes_list for role in roles) * layer_us * MICROSECOND

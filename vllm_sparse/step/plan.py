@@ -17,7 +17,7 @@ from vllm_sparse.step.eligibility import (
     why_decode_is_dense,
     why_prefill_is_dense,
 )
-from vllm_sparse.step.roles import reading_layers
+from vllm_sparse.step.roles import held_roles, reading_layers
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -166,7 +166,7 @@ class StepPlan:
     """Sparse rows of one step.
 
     Attributes:
-        num_layers: attention layers of the model.
+        layers: numbers of the attention layers that this process holds.
         spans: all rows that hold tokens, in batch order; two of a prompt chunk whose first tokens alone are dense,
             because they lie before its request's `min_tokens`.
         summarising: rows whose new keys are summarised.
@@ -178,7 +178,7 @@ class StepPlan:
             those of dense requests.
     """
 
-    num_layers: int
+    layers: range
     spans: tuple[RowSpan, ...] = ()
     summarising: tuple[SummaryRow, ...] = ()
     prefill: tuple[PrefillRow, ...] = ()
@@ -209,6 +209,7 @@ class PlanLimits:
         graphs_hold: whether CUDA graphs hold decode rows of requests in a step of so many rows.
         block_tokens: of a KV-cache block.
         soft_cap: the model caps its attention logits.
+        held: numbers of the layers that this process holds; None: all.
     """
 
     num_layers: int
@@ -221,6 +222,12 @@ class PlanLimits:
     block_tokens: int = 1
     prompt_cost: float = math.inf
     soft_cap: bool = False
+    held: range | None = None
+
+    @property
+    def layers(self) -> range:
+        """Numbers of the layers that this process holds."""
+        return range(self.num_layers) if self.held is None else self.held
 
 
 def plan_step(
@@ -234,7 +241,7 @@ def plan_step(
         limits: of the server.
     """
     if not sparse_rows or common.causal is not True:
-        return StepPlan(limits.num_layers)
+        return StepPlan(limits.layers)
     starts = common.query_start_loc_cpu.tolist()
     assert common.seq_lens_cpu_upper_bound is not None
     seq_lens = common.seq_lens_cpu_upper_bound.tolist()
@@ -264,9 +271,10 @@ def plan_step(
             _summarise(summarising, span, request, limits)
             if params.prefill is None:
                 continue
-            sparse = range(params.prefill.dense_layers, limits.num_layers)
+            held = limits.layers
+            sparse = range(max(params.prefill.dense_layers, held.start), held.stop)
             still_sparse = sparse if guard is None else guard.sparse_layers(sparse)
-            has_sparse_layers = guard is None or bool(still_sparse)
+            has_sparse_layers = not sparse or bool(still_sparse)
             reason = why_prefill_is_dense(
                 params.prefill,
                 params.min_tokens,
@@ -290,7 +298,7 @@ def plan_step(
             at_once = limits.serves_at_once(params.decode)
             of_method = request.roles
             if of_method is None:
-                of_method = request.roles = layer_roles(params.decode, limits.num_layers)
+                of_method = request.roles = layer_roles(params.decode, limits.num_layers, limits.held)
             roles = of_method if guard is None else guard.roles(of_method)
             pays, gain = True, None
             if costs is not None:
@@ -351,7 +359,7 @@ def plan_step(
     if split:
         spans = tuple(part for span in spans for part in split.get(span.row, (span,)))
     return StepPlan(
-        limits.num_layers,
+        limits.layers,
         spans,
         tuple(summarising),
         tuple(prefill),
@@ -432,7 +440,7 @@ def _summarise(rows: list[SummaryRow], span: RowSpan, request: SparseRequest, li
     if request.summaries is not None and not limits.speculative:
         assert request.params.decode is not None
         if request.roles is None:
-            request.roles = layer_roles(request.params.decode, limits.num_layers)
+            request.roles = layer_roles(request.params.decode, limits.num_layers, limits.held)
         first_token = min(request.summarised_tokens, span.seq_len - span.query_tokens)
         behind = _is_behind(span, request, limits)
         request.summarised_tokens, request.catches_up = span.seq_len, False
@@ -473,6 +481,13 @@ def _leave_graphs(request: SparseRequest, leaves: bool) -> None:
 
 
 @lru_cache(maxsize=1024)
-def layer_roles(method: DecodeMethod, num_layers: int) -> tuple[Role, ...]:
-    """A method's layer roles, worked out once."""
-    return tuple(method.layer_roles(num_layers))
+def layer_roles(method: DecodeMethod, num_layers: int, held: range | None = None) -> tuple[Role, ...]:
+    """A method's layer roles in this process, worked out once.
+
+    Args:
+        method: with its knobs.
+        num_layers: attention layers of the model.
+        held: numbers of those that this process holds; None: all.
+    """
+    roles = tuple(method.layer_roles(num_layers))
+    return roles if held is None else held_roles(roles, held)

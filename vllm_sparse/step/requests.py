@@ -9,6 +9,7 @@ slot in the attention metadata (`req_idx`); runner V1 reports batch changes, and
 from __future__ import annotations
 
 import itertools
+import weakref
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -110,6 +111,8 @@ class RequestTable:
 
     def __init__(self) -> None:
         self._requests: dict[int, SparseRequest] = {}
+        # By the identity of the sampling parameters, for as long as the model runner holds them.
+        self._known: dict[int, SparseRequest] = {}
         self.attached = False
         """A model runner feeds this table."""
         self.slots_in_metadata = False
@@ -122,18 +125,39 @@ class RequestTable:
     def attach(self, slots_in_metadata: bool) -> None:
         """Start over for a new model runner."""
         self._requests.clear()
+        self._known.clear()
         self.attached = True
         self.slots_in_metadata = slots_in_metadata
 
     def set(self, slot: int, sampling_params: SamplingParams, prompt_tokens: int | None = None) -> None:
-        """A request enters a slot, which may hold a former request; arguments as of `SparseRequest`."""
+        """A new request enters a slot, which may hold a former request; arguments as of `SparseRequest`."""
         resolved = (sampling_params.extra_args or {}).get(RESOLVED_KEY)
         params = ALL_DENSE if resolved is None else deserialize(resolved)
         self.take(slot)
         if not params.is_dense:
-            taken = {request.slot for request in self._requests.values()}
-            free = next(place for place in itertools.count() if place not in taken)
-            self.put(slot, SparseRequest(params, prompt_tokens, free))
+            self.put(slot, SparseRequest(params, prompt_tokens, self._free_slot()))
+
+    def set_again(self, slot: int, sampling_params: SamplingParams, prompt_tokens: int | None = None) -> None:
+        """As `set`, but the request may have been in the batch before: runner V1 takes one out of it for each step
+        that does not schedule it, with a pipeline every other one, and holds on to its sampling parameters."""
+        key = id(sampling_params)
+        if (known := self._known.get(key)) is not None:
+            self.take(slot)
+            known.slot, known.setting = self._free_slot(), None
+            self.put(slot, known)
+            return
+        self.set(slot, sampling_params, prompt_tokens)
+        if slot in self._requests:
+            self._known[key] = self._requests[slot]
+            weakref.finalize(sampling_params, self._known.pop, key, None).atexit = False
+
+    def forget(self, sampling_params: SamplingParams) -> None:
+        """A request was preempted, and what was known of its keys went with its blocks: it starts anew."""
+        self._known.pop(id(sampling_params), None)
+
+    def _free_slot(self) -> int:
+        taken = {request.slot for request in self._requests.values()}
+        return next(place for place in itertools.count() if place not in taken)
 
     def put(self, slot: int, request: SparseRequest | None) -> None:
         """Place a request in a slot, or none."""

@@ -44,6 +44,27 @@ class Role(StrEnum):
 
 
 @lru_cache(maxsize=1024)
+def held_roles(roles: tuple[Role, ...], held: range) -> tuple[Role, ...]:
+    """Layer roles of a decode row as one stage of a pipeline plays them.
+
+    Layers of other stages do nothing here, and no list comes from them: the first layer that would read such a list
+    chooses its own and reads it. A layer that reads everything does not choose for layers of another stage.
+
+    Args:
+        roles: of the model's layers.
+        held: layers of this stage.
+    """
+    own = [role if layer in held else Role.DENSE for layer, role in enumerate(roles)]
+    first = next((layer for layer in held if own[layer] is not Role.DENSE), None)
+    if first is not None and own[first] is Role.READ:
+        own[first] = Role.WRITE_AND_READ
+    last = next((layer for layer in reversed(held) if own[layer] is not Role.DENSE), None)
+    if last is not None and own[last] is Role.DENSE_AND_WRITE:
+        own[last] = Role.DENSE
+    return tuple(own)
+
+
+@lru_cache(maxsize=1024)
 def reading_layers(roles: Sequence[Role]) -> list[int]:
     """Layers in which a decode row reads a list.
 

@@ -65,14 +65,21 @@ class ServerSize:
     Attributes:
         requests: most that the server holds, each in a slot of its own.
         max_seq_len: of the longest request.
-        num_layers: attention layers.
+        num_layers: attention layers of the model.
         kv_heads: of one process.
+        held: numbers of the layers that the process holds; None: all.
     """
 
     requests: int
     max_seq_len: int
     num_layers: int
     kv_heads: int
+    held: range | None = None
+
+    @property
+    def layers(self) -> range:
+        """Numbers of the layers that the process holds."""
+        return range(self.num_layers) if self.held is None else self.held
 
 
 class DecodeMemory(Protocol):

@@ -102,7 +102,7 @@ def rows_of(methods: Sequence[PrefillMethod], sizes: Sequence[Case]) -> list[Pre
 def line(name: str, platform: LayerPlatform, call: LayerCall, rows: Sequence[PrefillRow], repeats: int) -> str:
     """A line of the Markdown table."""
     record = StepRecord(
-        WorkerMetrics(recording=False), StepPlan(1, tuple(row.span for row in rows), prefill=tuple(rows))
+        WorkerMetrics(recording=False), StepPlan(range(1), tuple(row.span for row in rows), prefill=tuple(rows))
     )
 
     def planned(some: Sequence[PrefillRow]) -> list[prefill.ChunkLaunch]:

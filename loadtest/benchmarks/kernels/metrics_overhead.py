@@ -105,7 +105,7 @@ class Step:
         """Rows that are served one after the other, with lists of their own in two layers."""
         rows = tuple(DecodeRow(span, self._method, self._roles, {}) for span in self._spans)
         self._metrics.collect_finished()
-        record = self._metrics.start_step(StepPlan(self._model.layers, self._spans, decode=rows))
+        record = self._metrics.start_step(StepPlan(range(self._model.layers), self._spans, decode=rows))
         for row in rows:
             for layer in reading_layers(self._roles):
                 record.count(layer, row.span, self._lists.kept_tokens, 1, self._model.kv_heads)
@@ -116,7 +116,7 @@ class Step:
         setting = RowSetting(self._method, 0, self._roles, 0, False)
         rows = tuple(BatchRow(span, setting) for span in self._spans)
         self._metrics.collect_finished()
-        self._metrics.start_step(StepPlan(self._model.layers, self._spans, batch=rows))
+        self._metrics.start_step(StepPlan(range(self._model.layers), self._spans, batch=rows))
         self._metrics.observe_batch(rows)
 
     def timing(self) -> None:
@@ -168,7 +168,7 @@ class Graph:
         )
         self._rows = DecodeRows(self._query, self._cache, table, contexts, SCALE)
         self._metrics = metrics
-        self._timer = GraphTimer(launches, device)
+        self._timer = GraphTimer(dict(enumerate(launches)), device)
         self._recall = GraphRecall(reading_layers(roles)[0], TakenRow(buffers.lists, model.kv_heads))
         layer_lists = self._step.contexts.kept_tokens[self._recall.layer]
         self._lists = TokenLists(self._step.lists.slots, layer_lists)
@@ -299,7 +299,9 @@ def print_table(model: Model, batches: list[int], seq_len: int, steps: list[Meas
     """
     write_to_announced_directory()
     metrics = WorkerMetrics(recording=True, memory=MemoryMetrics(0, 0))
-    metrics.start_serving(Geometry(model.layers, model.query_heads, model.kv_heads, 4 * model.head_size), Sampling())
+    metrics.start_serving(
+        Geometry(range(model.layers), model.query_heads, model.kv_heads, 4 * model.head_size), Sampling()
+    )
     config = ServerConfig()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # How the engine serves these rows.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -85,17 +86,17 @@ class HipMemory:
     """All that HiP's decoding keeps on a device.
 
     Attributes:
-        layers: memory of each attention layer.
+        layers: memory of each attention layer that the process holds, by its number.
         scratch: buffers that the layers share.
     """
 
-    layers: tuple[StageMemory, ...]
+    layers: Mapping[int, StageMemory]
     scratch: StageScratch
 
     @property
     def bytes(self) -> int:
         """Bytes of device memory."""
         tensors = [self.scratch.scores, self.scratch.arrived]
-        for layer in self.layers:
+        for layer in self.layers.values():
             tensors += [layer.key_blocks, layer.seq_lens]
         return sum(tensor.nbytes for tensor in tensors)

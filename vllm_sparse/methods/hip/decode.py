@@ -163,10 +163,10 @@ class HipDecode(BatchDecodeMethod):
         stages = len(self.stage_block_tokens)
         most_kept, most_candidates = self.device_sizes(size.max_seq_len)
         return HipMemory(
-            tuple(
-                StageMemory.allocate(stages, size.requests, size.kv_heads, most_kept, device)
-                for _ in range(size.num_layers)
-            ),
+            {
+                layer: StageMemory.allocate(stages, size.requests, size.kv_heads, most_kept, device)
+                for layer in size.layers
+            },
             StageScratch.allocate(size.requests, size.kv_heads, most_candidates, device),
         )
 

@@ -157,23 +157,23 @@ deploy/helm/generate.py writes.
 {{- if and (gt $nodes 1) (lt (int $accelerator.count) 1) -}}
 {{- fail (printf "%s.nodes is %d with accelerator.count 0; several nodes serve a model together only with accelerators: write nodes: 1, or accelerator.count: 1 or more" $at $nodes) -}}
 {{- end -}}
-{{- if gt $pipeline 1 -}}
-{{- fail (printf "%s.parallelism.pipeline is %d, and sparse attention does not support pipeline parallelism; write pipeline: 1, and more tensor or data" $at $pipeline) -}}
-{{- end -}}
 {{- if eq $devices 0 -}}
-{{- if or (gt $tensor 1) (gt $data 1) -}}
-{{- fail (printf "%s.parallelism: tensor is %d and data is %d with accelerator.count 0, which serves in one process; leave parallelism out, and raise replicas for more servers" $at $tensor $data) -}}
+{{- if or (gt $tensor 1) (gt $pipeline 1) (gt $data 1) -}}
+{{- fail (printf "%s.parallelism: tensor is %d, pipeline is %d and data is %d with accelerator.count 0, which serves in one process; leave parallelism out, and raise replicas for more servers" $at $tensor $pipeline $data) -}}
 {{- end -}}
 {{- else -}}
 {{- if gt (mod $devices $data) 0 -}}
 {{- fail (printf "%s.parallelism.data is %d, which does not divide accelerator.count %d x nodes %d = %d devices; write a divisor of %d" $at $data (int $accelerator.count) $nodes $devices $devices) -}}
 {{- end -}}
-{{- if and $tensor (ne (mul $tensor $data | int) $devices) -}}
-{{- fail (printf "%s.parallelism: tensor %d x pipeline 1 x data %d = %d, and accelerator.count %d x nodes %d = %d devices; write tensor: %d (or 0, which takes what data leaves), or as many devices" $at $tensor $data (mul $tensor $data) (int $accelerator.count) $nodes $devices (div $devices $data)) -}}
+{{- $each := div $devices $data -}}
+{{- if gt (mod $each $pipeline) 0 -}}
+{{- fail (printf "%s.parallelism.pipeline is %d, which does not divide the %d devices of a copy; write a divisor of %d" $at $pipeline $each $each) -}}
 {{- end -}}
-{{- $each := int (include "vllm-sparse.tensorParallel" .) -}}
+{{- if and $tensor (ne (mul $tensor $pipeline $data | int) $devices) -}}
+{{- fail (printf "%s.parallelism: tensor %d x pipeline %d x data %d = %d, and accelerator.count %d x nodes %d = %d devices; write tensor: %d (or 0, which takes what the others leave), or as many devices" $at $tensor $pipeline $data (mul $tensor $pipeline $data) (int $accelerator.count) $nodes $devices (div $each $pipeline)) -}}
+{{- end -}}
 {{- if and (gt $nodes 1) (gt $data 1) (gt (mod (int $accelerator.count) $each) 0) -}}
-{{- fail (printf "%s.parallelism: tensor %d spans nodes of accelerator.count %d, and data is %d; write data: 1 and raise replicas, each of which is a group of nodes of its own" $at $each (int $accelerator.count) $data) -}}
+{{- fail (printf "%s.parallelism: a copy of %d devices spans nodes of accelerator.count %d, and data is %d; write data: 1 and raise replicas, each of which is a group of nodes of its own" $at $each (int $accelerator.count) $data) -}}
 {{- end -}}
 {{- end -}}
 {{- if and $accelerator.claims (semverCompare "<1.34.0-0" .root.Capabilities.KubeVersion.Version) -}}

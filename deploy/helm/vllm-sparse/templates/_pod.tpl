@@ -16,6 +16,9 @@
 {{- if gt (int $model.accelerator.count) 0 }}
 - --gpu-memory-utilization={{ $model.engine.gpuMemoryUtilization }}
 - --tensor-parallel-size={{ include "vllm-sparse.tensorParallel" . }}
+{{- if gt (int $model.parallelism.pipeline) 1 }}
+- --pipeline-parallel-size={{ int $model.parallelism.pipeline }}
+{{- end }}
 {{- if gt (int $model.parallelism.data) 1 }}
 - --data-parallel-size={{ int $model.parallelism.data }}
 {{- end }}
