@@ -17,7 +17,7 @@ from tests.serving.server import BOTH, Server, dtype_flags, prompt_of
 from tests.serving.test_layouts import END_SECONDS, KV_HEADS, LAYERS, QUERY_HEADS, TOKEN_BYTES, file_folders
 
 STAGES = 2
-METHODS = ["flexprefill", "dhsa", "hip", "tidal", "tokentopk"]
+METHODS = ["flexprefill", "dhsa", "tidal", "tokentopk"]
 CONFIGURATION = {"sparse": {"min_tokens": 1024, "timing_interval_steps": 2, "methods": METHODS}}
 ARGUMENTS = (
     *("--kv-cache-memory-bytes", "256M", "--max-num-batched-tokens", "2048", "--gpu-memory-utilization", "0.3"),
@@ -29,7 +29,6 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "flexprefill, tidal": BOTH,
     "dhsa, tokentopk": {"sparse_prefill": "dhsa", "sparse_decode": "tokentopk"},
-    "dhsa, hip": {"sparse_prefill": "dhsa", "sparse_decode": "hip"},
 }
 GENERATED = 12
 
