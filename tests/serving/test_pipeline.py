@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.serving.server import BOTH, Server, dtype_flags, prompt_of
+from tests.serving.server import BOTH, MetricsChange, Server, dtype_flags, prompt_of
 from tests.serving.test_layouts import END_SECONDS, KV_HEADS, LAYERS, QUERY_HEADS, TOKEN_BYTES, file_folders
 
 STAGES = 2
@@ -28,7 +28,7 @@ PIPELINE = (
     *("--pipeline-parallel-size", str(STAGES)),
     *("--compilation-config", json.dumps({"backend": "eager"})),
 )
-# Lists of tidal differ from those without a pipeline behind the first stage, so its answer is compared where it is right.
+# Behind the first stage lists of tidal differ from those without a pipeline: its answer is compared where it is right.
 DHSA_TOKENTOPK = {"sparse_prefill": "dhsa", "sparse_decode": "tokentopk"}
 QUESTIONS: tuple[tuple[int, dict[str, Any] | None], ...] = (
     *((0, None), (1, None), (0, DHSA_TOKENTOPK), (1, DHSA_TOKENTOPK), (1, BOTH)),
@@ -89,7 +89,7 @@ class TestPipeline:
         metrics, tidal = server.metrics(), {"phase": "decode", "method": "tidal"}
 
         def change(name: str, **labels: str) -> float:
-            return metrics.total(f"vllm_sparse_{name}", **labels) - before.total(f"vllm_sparse_{name}", **labels)
+            return MetricsChange(before, metrics)(f"vllm_sparse_{name}", **labels)
 
         assert change("requests_total", **tidal) == 2
         assert change("density_ratio_count", **tidal) == GENERATED - 1
