@@ -569,11 +569,15 @@ def test_fewer_sizes_are_captured_than_vllm_has(graphs: DecodeGraphs, monkeypatc
     vllm_sizes = [8, 7, 6, 5, 4, 2, 1]
     shapes = [BatchExecutionDescriptor(CUDAGraphMode.FULL, rows, rows, 1) for rows in vllm_sizes]
     try:
-        for ranks, sizes in ((1, [1, 2, 4, 5, 7, 8]), (2, [1, 2, 4, 5, 6, 7, 8])):
+        for engines, stages, sizes in (
+            (1, 1, [1, 2, 4, 5, 7, 8]),
+            (2, 1, [1, 2, 4, 5, 6, 7, 8]),
+            (1, 2, [1, 2, 4, 5, 6, 7, 8]),
+        ):
             manager: Any = ModelCudaGraphManager.__new__(ModelCudaGraphManager)
             manager.graphs, manager._max_full_descs_to_capture = {}, None
             manager._capture_descs = {CUDAGraphMode.FULL: shapes}
-            parallel = SimpleNamespace(data_parallel_size=ranks)
+            parallel = SimpleNamespace(data_parallel_size=engines, pipeline_parallel_size=stages)
             manager.vllm_config = SimpleNamespace(parallel_config=parallel)
             manager.capture()
             assert graphs.sizes == sizes

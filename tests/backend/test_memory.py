@@ -39,6 +39,7 @@ def server(max_model_len: int = LONGEST, **settings: Any) -> Any:
 
     model = SimpleNamespace(
         get_total_num_hidden_layers=lambda: LAYERS,
+        get_layers_start_end_indices=lambda parallel: (0, LAYERS),
         hf_text_config=SimpleNamespace(),
         model_arch_config=SimpleNamespace(total_num_attention_heads=HEADS),
         max_model_len=max_model_len,
@@ -51,7 +52,7 @@ def server(max_model_len: int = LONGEST, **settings: Any) -> Any:
         attention_config=SimpleNamespace(backend=SimpleNamespace(name="SPARSE"), backend_per_kind=None),
         model_config=model,
         additional_config={"sparse": settings},
-        parallel_config=SimpleNamespace(data_parallel_size=1),
+        parallel_config=SimpleNamespace(data_parallel_size=1, pipeline_parallel_size=1),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=CHUNK, max_num_seqs=REQUESTS),
         use_v2_model_runner=True,
         speculative_config=None,
@@ -59,6 +60,22 @@ def server(max_model_len: int = LONGEST, **settings: Any) -> Any:
             cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE, cudagraph_capture_sizes=CAPTURED
         ),
     )
+
+
+def test_a_stage_of_a_pipeline_counts_its_own_layers() -> None:
+    config = server(methods=["hip", "blocktopk"])
+    config.compilation_config.cudagraph_capture_sizes = [4, 5, 6, 7]
+    whole = beside_cache(config)
+    config.model_config.get_layers_start_end_indices = lambda parallel: (2, LAYERS)
+    last = beside_cache(config)
+    # Layers 0 and 1 are dense and keep no summaries, but are part of the whole model's cache.
+    assert last.cache_share > whole.cache_share
+    assert last.buffer_bytes < whole.buffer_bytes
+    assert last.graph_bytes == whole.graph_bytes
+    config.parallel_config.pipeline_parallel_size = 2
+    assert beside_cache(config).graph_bytes > last.graph_bytes, "each of vLLM's sizes is captured"
+    config.model_config.get_layers_start_end_indices = lambda parallel: (LAYERS, LAYERS)
+    assert beside_cache(config) == BesideCache(0, 0, 0.0)
 
 
 @pytest.mark.parametrize("methods", [["tidal"], ["tidal", "hip"], ["tidal", "hip", "blocktopk", "tokentopk"]])

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_sparse.config.model_layers import held_layers
 from vllm_sparse.step.costs import AttentionShape
 
 
-def attention_shape(vllm_config: Any, kv_cache_spec: Any, num_layers: int) -> AttentionShape:
+def attention_shape(vllm_config: Any, kv_cache_spec: Any, num_layers: int, held: range | None = None) -> AttentionShape:
     """A model's attention as this process has it.
 
     Args:
         vllm_config: of the server.
         kv_cache_spec: of the attention layers, one process's.
         num_layers: attention layers of the model.
+        held: numbers of those that this process holds; None: all.
     """
     parallel = vllm_config.parallel_config
     query_heads = vllm_config.model_config.get_num_attention_heads(parallel)
     heads, kv_heads, head_size = query_heads, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size
     linear_flops = linear_flops_of(vllm_config.model_config.hf_text_config, parallel.tensor_parallel_size)
     token_bytes = kv_cache_spec.page_size_bytes // kv_cache_spec.block_size
-    held = held_layers(vllm_config)
     return AttentionShape(num_layers, heads, kv_heads, head_size, token_bytes, linear_flops, held)
 
 

@@ -94,7 +94,7 @@ class GpuMetadataBuilder(SparseMetadataBuilder):
             PrefillWarmUp(vllm_config, layer_names[0]).register_warmup()
         self.step_costs = StepCosts(
             costs_of(torch.cuda.get_device_name(device)),
-            attention_shape(vllm_config, kv_cache_spec, size.num_layers),
+            attention_shape(vllm_config, kv_cache_spec, size.num_layers, size.held),
             methods if config.decode_in_batches and self._sparse_one_group else [],
         )
         self._graphs: DecodeGraphs | None = None
