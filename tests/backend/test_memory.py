@@ -154,6 +154,7 @@ FINER = [
     for knobs in (
         {},
         {"list_per": "query_head"},
+        {"scores_per": "query_head"},
         {"query_block_tokens": 64},
         {"list_per": "query_head", "query_block_tokens": 64},
     )
@@ -188,9 +189,8 @@ def test_any_allowed_prompt_chunk_fits_what_profiling_took(
 def test_no_more_is_taken_than_an_allowed_prompt_chunk_needs() -> None:
     for methods, finest in ((["hip"], "query_head"), (["dhsa"], "kv_head")):
         config = server(methods=methods, limits={"list_per": finest})
-        wanted = {}
-        if "list_per" in knob_schema("prefill", methods[0]):
-            wanted = {f"{methods[0]}_list_per": "query_head"}
+        knobs = {"list_per", "scores_per"} & knob_schema("prefill", methods[0]).keys()
+        wanted = {f"{methods[0]}_{knob}": "query_head" for knob in knobs}
         extras = {"sparse_prefill": methods[0], f"{methods[0]}_query_block_tokens": 64, **wanted}
         with_finest = resolve_for(server(methods=methods), extras).at(LONGEST).prefill
         assert with_finest is not None

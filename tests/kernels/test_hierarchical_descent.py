@@ -8,15 +8,24 @@ import torch
 from tests import oracle
 from tests.kernels.test_flex_estimate import Largest, long_keys
 from tests.oracle import PACKED, PLAIN, Platform
-from vllm_sparse.kernels.hierarchical_descent import LEAF_TOKENS, DescentArguments, Stage, hierarchical_descent
+from vllm_sparse.kernels.hierarchical_descent import (
+    LEAF_TOKENS,
+    DescentArguments,
+    Stage,
+    hierarchical_descents,
+    search_ranges,
+)
 from vllm_sparse.kernels.hierarchical_descent.reference import averaged_queries
 from vllm_sparse.keys import PagedKeys
+from vllm_sparse.step.chunks import chunk_alone
 
 STAGES = [Stage(64, 256, 1), Stage(16, 64, 1)]
 
 
 def descent(query: torch.Tensor, keys: PagedKeys, query_block_tokens: int = 64, heads: int = 1) -> torch.Tensor:
-    return hierarchical_descent(query, keys, DescentArguments(STAGES, query_block_tokens, heads, 16, 40, 0)).cpu()
+    arguments = DescentArguments(STAGES, query_block_tokens, 16, 40, 0)
+    chunk = chunk_alone(query, keys, 1.0, query_block_tokens)
+    return hierarchical_descents(chunk, search_ranges(chunk.blocks, arguments), arguments, heads).cpu()
 
 
 @pytest.mark.parametrize("platform", PACKED)
@@ -81,6 +90,10 @@ def test_no_score_matrix_is_held(stages: list[Stage]) -> None:
     """At 128K, no tensor near ``[heads, query_tokens, context]``, not of the gathered keys either."""
     query_tokens, context, head_size = 512, 131072, 16
     query = torch.randn(query_tokens, 1, head_size).bfloat16()
+    chunk, arguments = (
+        chunk_alone(query, long_keys(context, head_size), 1.0, 64),
+        DescentArguments(stages, 64, 256, 1024, 0),
+    )
     with Largest() as largest:
-        hierarchical_descent(query, long_keys(context, head_size), DescentArguments(stages, 64, 1, 256, 1024, 0))
+        hierarchical_descents(chunk, search_ranges(chunk.blocks, arguments), arguments, 1)
     assert 0 < largest.bytes <= 4 * query_tokens * context // 16

@@ -7,18 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.kernels.chunks import SPANS, STEP_TOKENS, some_chunks
 from tests.kernels.hopper import compile_for_hopper, spilled_bytes
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
-from vllm_sparse.kernels.hierarchical_descent import reference
+from vllm_sparse.kernels.hierarchical_descent import reference, search_ranges
+from vllm_sparse.kernels.hierarchical_descent.ranges import entries_of_search, search_bytes
 from vllm_sparse.kernels.hierarchical_descent.reference import DescentArguments, Stage
 from vllm_sparse.keys import PlainKeys
+from vllm_sparse.step.chunks import PromptChunks, chunk_alone
 
 pytest.importorskip("triton")
 
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=13)
+    run_under_the_interpreter(__file__, passing=17)
 
 
 def assert_equals_reference(
@@ -43,9 +46,11 @@ def assert_equals_reference(
     block_table = torch.randperm(blocks + 3)[:blocks].int()
     cache[block_table.long()] = padded.view(kv_heads, blocks, block_size, -1).transpose(0, 1)
     paged = PlainKeys(cache.to(DEVICE), block_table.to(DEVICE), context)
-    arguments = query.to(DEVICE), paged, DescentArguments(stages, query_block_tokens, lists, *forced)
-    expected = reference.hierarchical_descent(*arguments)
-    actual = hierarchical_triton.hierarchical_descent(*arguments)
+    chunk = chunk_alone(query.to(DEVICE), paged, 1.0, query_block_tokens)
+    arguments = DescentArguments(stages, query_block_tokens, *forced)
+    expected = reference.hierarchical_descents(chunk, arguments, lists)
+    ranges = search_ranges(chunk.blocks, arguments)
+    actual = hierarchical_triton.hierarchical_descents(chunk, ranges, arguments, lists)
     assert torch.equal(actual, expected), f"{int((actual != expected).sum())} leaves differ"
 
 
@@ -124,13 +129,52 @@ def test_selection_in_several_tiles(monkeypatch: pytest.MonkeyPatch, generator: 
 
 
 @needs_triton
-@pytest.mark.parametrize(("query_tokens", "stride"), [(1, 4), (66, 64)])
-def test_means_equal_reference(query_tokens: int, stride: int, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("stride", [4, 64])
+def test_means_equal_reference(stride: int, generator: torch.Generator) -> None:
+    """Of query blocks of several chunks, the last of which are short."""
     from vllm_sparse.kernels.hierarchical_descent import triton as hierarchical_triton
 
-    query = torch.randn(query_tokens, 3, 80, generator=generator).to(DEVICE)
-    difference = hierarchical_triton.averaged_queries(query, stride) - reference.averaged_queries(query, stride)
-    assert float(difference.abs().max()) < 1e-6
+    blocks = some_chunks(64, DEVICE)
+    query = torch.randn(STEP_TOKENS, 3, 80, generator=generator).to(DEVICE)
+    means = hierarchical_triton.averaged_queries(query, blocks, stride).view(blocks.blocks, 64 // stride, 3, 80)
+    for chunk, span in enumerate(SPANS):
+        of_chunk = query[span.query_start : span.query_start + span.query_tokens]
+        expected = reference.averaged_queries(of_chunk, stride)
+        actual = means[blocks.starts[chunk] : blocks.starts[chunk + 1]].flatten(0, 1)[: expected.shape[0]]
+        assert float((actual - expected).abs().max()) < 1e-6
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "lists", "searched_at_once"), [(2, 2, 2, 100), (4, 2, 1, 3), (7, 1, 1, 100), (8, 2, 4, 4)]
+)
+def test_chunks_of_several_requests_equal_reference(
+    heads: int,
+    kv_heads: int,
+    lists: int,
+    searched_at_once: int,
+    monkeypatch: pytest.MonkeyPatch,
+    generator: torch.Generator,
+) -> None:
+    """Chunks with less to search than a stage keeps, and with nothing; all query blocks at once, and a few."""
+    from vllm_sparse.kernels.hierarchical_descent import triton as hierarchical_triton
+
+    query, keys = whole_numbers(generator, STEP_TOKENS, 2600, heads, kv_heads, 16)
+    table = torch.stack([torch.randperm(80, generator=generator)[:55] for _ in range(8)]).int()
+    cache = torch.full((80, kv_heads, 48, 32), float("nan"))
+    cache[:55, ..., :16] = torch.nn.functional.pad(keys, (0, 0, 0, 40)).view(kv_heads, 55, 48, 16).transpose(0, 1)
+    cache[55:, ..., :16] = cache[:25, ..., :16]
+    cache, table, query = cache.to(DEVICE), table.to(DEVICE), query.to(DEVICE)
+    blocks = some_chunks(64, DEVICE)
+    readers = tuple(PlainKeys(cache, table[span.row], span.seq_len) for span in SPANS)
+    chunks = PromptChunks(blocks, query, readers, table, 1.0)
+    arguments = DescentArguments([Stage(128, 1024, 4), Stage(64, 512, 1), Stage(16, 96, 2)], 64, 20, 50, 1)
+    ranges = search_ranges(blocks, arguments)
+    of_a_block = lists * search_bytes(*entries_of_search(ranges.stages, ranges.range_tokens))
+    monkeypatch.setattr(hierarchical_triton, "SCRATCH_BYTES", searched_at_once * of_a_block)
+    actual = hierarchical_triton.hierarchical_descents(chunks, ranges, arguments, lists)
+    expected = reference.hierarchical_descents(chunks, arguments, lists)
+    assert torch.equal(actual, expected), f"{int((actual != expected).sum())} leaves differ"
 
 
 @pytest.mark.skipif(CAN_RUN and DEVICE == "cpu", reason="Triton only interprets in this process")
@@ -139,20 +183,23 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     from vllm_sparse.kernels.hierarchical_descent import triton as hierarchical_triton
 
     integers = (
-        "query_tokens",
-        "context",
+        "first_block",
         "begin",
-        "window",
-        "dense_from",
         "parent_tokens",
         "key_block_tokens",
         "kept_key_blocks",
+        "list_width",
+        "score_width",
     )
-    types = {
-        **dict.fromkeys((*integers, "list_width", "score_width"), "i32"),
-        "score_pointer": "*fp32",
-        "parent_pointer": "*i32",
-    }
+    tables = "parent_pointer", "last_query_pointer", "end_pointer"
+    types = {**dict.fromkeys(integers, "i32"), **dict.fromkeys(tables, "*i32"), "score_pointer": "*fp32"}
+    more_tables = (
+        "first_query_pointer",
+        "first_token_pointer",
+        "chunk_pointer",
+        "table_row_pointer",
+        "block_table_pointer",
+    )
     strides = ("query_row_stride", "cache_block_stride", "cache_head_stride", "cache_token_stride")
     heads = {"QUERY_BLOCK": 64, "MEMBERS": 4, "PARTS": 1, "LISTS_PER_KV_HEAD": 1, "CACHE_BLOCK": 128}
     sizes = {"HEAD_SIZE": 128, "HEAD_TILE": 128, "TILE": hierarchical_triton.KEY_BLOCK_TILE}
@@ -162,19 +209,19 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
             hierarchical_triton.key_block_scores_kernel,
             {
                 **types,
-                **dict.fromkeys(("steps", "query_rows", *strides), "i32"),
+                **dict.fromkeys(("steps", "table_row_stride", *strides), "i32"),
                 **dict.fromkeys(("query_pointer", "cache_pointer"), "*bf16"),
-                "block_table_pointer": "*i32",
+                **dict.fromkeys(more_tables, "*i32"),
             },
             {"FIRST": first, "BLOCK_ROWS": block_rows, "ROW_TILE": 4 * block_rows, **heads, **sizes},
             num_stages=1,
         )
-    sizes = {"QUERY_BLOCK": 64, "LEAF": 16, "TILE": hierarchical_triton.SELECT_TILE}
+    sizes = {"LEAF": 16, "TILE": hierarchical_triton.SELECT_TILE}
     for last, width in ((False, 512), (True, 512), (False, 40000), (True, 8192)):
         entries, num_warps = threshold_tile(width)
         compiled = compile_for_hopper(
             hierarchical_triton.best_key_blocks_kernel,
-            {**types, "kept_pointer": "*i32", "mask_pointer": "*u8", "leaves": "i32"},
+            {**types, "kept_pointer": "*i32", "mask_pointer": "*u8", "blocks": "i32", "leaves": "i32"},
             {"FIRST": not last, "LAST": last, "ROW_TILE": entries, **sizes},
             num_warps=num_warps,
         )
@@ -183,7 +230,8 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
         hierarchical_triton.averaged_queries_kernel,
         {
             **dict.fromkeys(("query_pointer", "averaged_pointer"), "*bf16"),
-            **dict.fromkeys(("query_tokens", "width", "query_row_stride"), "i32"),
+            **dict.fromkeys(("first_query_pointer", "last_query_pointer", "first_token_pointer"), "*i32"),
+            **dict.fromkeys(("width", "query_row_stride"), "i32"),
         },
-        {"STRIDE": 4, "TILE": hierarchical_triton.AVERAGE_TILE},
+        {"BLOCK_ROWS": 16, "STRIDE": 4, "TILE": hierarchical_triton.AVERAGE_TILE},
     )

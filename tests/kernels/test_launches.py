@@ -14,6 +14,7 @@ from tests.kernels.launches import BLOCK_TOKENS, HOPPER, note_launches
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.methods.dhsa import Dhsa
 from vllm_sparse.methods.flexprefill import FlexPrefill
+from vllm_sparse.methods.hip import Hip
 from vllm_sparse.methods.prefill import Layer, PrefillMethod
 from vllm_sparse.methods.sale import Sale
 from vllm_sparse.pages import empty_lists
@@ -29,6 +30,14 @@ METHODS: dict[str, PrefillMethod] = {
     "flexprefill": FlexPrefill(),
     "flexprefill by KV head": FlexPrefill(list_per="kv_head", query_block_tokens=64),
     "flexprefill in stretches": FlexPrefill(sample_every_tokens=512),
+    "hip": Hip(),
+    "hip, scores per query head": Hip(
+        stage_block_tokens=(64, 16),
+        stage_budget_tokens=(2048, 512),
+        query_stride=(1, 4),
+        scores_per="query_head",
+        query_block_tokens=64,
+    ),
     "sale": Sale(),
     "sale, 128 rows": Sale(query_block_tokens=128),
 }

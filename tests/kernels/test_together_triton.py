@@ -9,6 +9,7 @@ from tests.kernels.interpreter import CAN_RUN, DEVICE, run_under_the_interpreter
 from tests.methods.together import differing_lists, random_step, select_alone, select_together
 from tests.oracle import PLAIN
 from vllm_sparse.methods.flexprefill import FlexPrefill
+from vllm_sparse.methods.hip import Hip
 from vllm_sparse.methods.prefill import PrefillMethod
 from vllm_sparse.methods.sale import Sale
 
@@ -28,6 +29,21 @@ METHODS: dict[str, PrefillMethod] = {
         query_block_tokens=64,
         list_per="kv_head",
         sample_every_tokens=512,
+    ),
+    "hip": Hip(
+        (64, 16), (192, 64), (4, 1), sink_tokens=16, recent_tokens=40, dense_tail_tokens=1, query_block_tokens=64
+    ),
+    "hip, scores per query head": Hip(
+        (64, 32, 16),
+        (256, 64, 48),
+        (64, 4, 2),
+        sink_tokens=0,
+        recent_tokens=0,
+        dense_tail_tokens=0,
+        scores_per="query_head",
+    ),
+    "hip, scores and means of all heads": Hip(
+        (32, 16), (96, 96), (2, 2), sink_tokens=20, recent_tokens=17, scores_per="layer", list_per="query_head"
     ),
     "sale": Sale(tau=0.3, recent_tokens=64),
     "sale, 128 rows": Sale(tau=0.3, bits=4, query_block_tokens=128, list_per="kv_head", page_bounds=False),

@@ -17,7 +17,8 @@ from tests import oracle
 from tests.methods.lists import FIRST_LAYER, SCALE, check_list, same_lists
 from tests.methods.test_hip import pruned, smooth, whole_numbers
 from tests.oracle import PLAIN, SELECTING, Paged, Platform
-from vllm_sparse.kernels.hierarchical_descent import DescentArguments, Stage, hierarchical_descent
+from vllm_sparse.kernels.hierarchical_descent import DescentArguments, Stage
+from vllm_sparse.kernels.hierarchical_descent.reference import hierarchical_descent
 from vllm_sparse.methods.decode import LayerMemory
 from vllm_sparse.methods.hip import Hip, HipDecode
 from vllm_sparse.methods.knobs import UNBOUNDED_TOKENS, KnobError
@@ -222,7 +223,7 @@ def test_h7_without_reuse_it_is_the_uncached_algorithm(
     for step, lists in generated(method, query, data, contexts, LayerMemory()):
         reader = PLAIN.keys_of(data.kv_cache, data.block_table[0], step)
         newest = query[step - context].unsqueeze(0)
-        leaves = hierarchical_descent(newest, reader, DescentArguments(uncached, 1, group[1], sink, window, 0))
+        leaves = hierarchical_descent(newest, reader, DescentArguments(uncached, 1, sink, window, 0), group[1])
         expected = leaves[:, 0].repeat_interleave(LEAF, dim=1)[:, :step]
         assert tokens_of(lists) == [row.nonzero().flatten().tolist() for row in expected]
 

@@ -80,7 +80,7 @@ def most_selection_bytes(config: ServerConfig, chunk_tokens: int, seq_len: int, 
         schema = knob_schema("prefill", name)
         choices = [
             [(knob, value) for value in schema[knob]["enum"] if is_within(value, allowed)]
-            for knob in ("list_per", "query_block_tokens")
+            for knob in ("list_per", "scores_per", "query_block_tokens")
             if knob in schema
             for _, allowed in [narrowed(schema[knob], getattr(own, knob), config.limits)]
         ]

@@ -5,14 +5,26 @@ from __future__ import annotations
 import torch
 
 from vllm_sparse.kernels.hierarchical_descent import reference
+from vllm_sparse.kernels.hierarchical_descent.ranges import SearchRanges, scratch_bytes, search_ranges
 from vllm_sparse.kernels.hierarchical_descent.reference import LEAF_TOKENS, DescentArguments, Stage
-from vllm_sparse.keys import PagedKeys, PlainKeys
+from vllm_sparse.keys import PlainKeys
+from vllm_sparse.step.chunks import PromptChunks
 
-__all__ = ["LEAF_TOKENS", "DescentArguments", "Stage", "hierarchical_descent"]
+__all__ = [
+    "LEAF_TOKENS",
+    "DescentArguments",
+    "SearchRanges",
+    "Stage",
+    "hierarchical_descents",
+    "scratch_bytes",
+    "search_ranges",
+]
 
 
-def hierarchical_descent(query: torch.Tensor, keys: PagedKeys, arguments: DescentArguments) -> torch.Tensor:
-    """Select the leaves of `LEAF_TOKENS` keys that each query block reads.
+def hierarchical_descents(
+    chunks: PromptChunks, ranges: SearchRanges, arguments: DescentArguments, heads: int
+) -> torch.Tensor:
+    """Select the leaves of `LEAF_TOKENS` keys that each query block of prompt chunks reads.
 
     The algorithm is InfiniteHiP's (arXiv 2502.08910, algorithms 1 and 2). The search range of a query block whose first
     query is at position ``p`` is ``[sink, p - window)``. A stage cuts what is left of it into key blocks, counted from
@@ -26,19 +38,21 @@ def hierarchical_descent(query: torch.Tensor, keys: PagedKeys, arguments: Descen
     that may keep all that is left prunes nothing. The sink, the window and the query block's own tokens are kept
     whatever the stages find, in whole leaves.
 
-    Runs in Triton on CUDA, else in PyTorch; without a device-to-host sync.
+    Runs in Triton on CUDA, in as many launches as one chunk needs unless the memory between them is short; else in
+    PyTorch. Without a device-to-host sync.
 
     Args:
-        query: ``[query_tokens, query_heads, head_size]`` of a prompt chunk, at the last positions of the context.
-        keys: the request's keys, those of the prompt chunk included.
-        arguments: the stages, who shares a list, and what is always kept.
+        chunks: the prompt chunks.
+        ranges: of their query blocks.
+        arguments: the stages, and what is always kept.
+        heads: number of lists per query block. It divides the number of query heads, and divides the number of KV heads
+            or is a multiple of it. A key's score is the largest of those of the query heads that share the list.
 
     Returns:
-        bool ``[heads, ceil(query_tokens / query_block_tokens), ceil(context / LEAF_TOKENS)]``. No leaf begins after a
-        query block's last query.
+        bool ``[heads, blocks, ceil(longest context / LEAF_TOKENS)]``. No leaf begins after a query block's last query.
     """
-    if query.is_cuda and isinstance(keys, PlainKeys):
+    if chunks.query.is_cuda and isinstance(chunks.keys[0], PlainKeys):
         from vllm_sparse.kernels.hierarchical_descent import triton
 
-        return triton.hierarchical_descent(query, keys, arguments)
-    return reference.hierarchical_descent(query, keys, arguments)
+        return triton.hierarchical_descents(chunks, ranges, arguments, heads)
+    return reference.hierarchical_descents(chunks, arguments, heads)

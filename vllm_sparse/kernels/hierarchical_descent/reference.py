@@ -14,6 +14,7 @@ import torch
 
 from vllm_sparse.kernels.page_list import query_blocks
 from vllm_sparse.keys import PagedKeys
+from vllm_sparse.step.chunks import PromptChunks
 
 LEAF_TOKENS = 16
 # Keys that one step of the descents gathers at once. So few that on a CPU the product finds them in its cache.
@@ -42,13 +43,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class DescentArguments:
-    """What `hierarchical_descent` searches and what it always keeps, for all query blocks alike.
+    """What `hierarchical_descents` searches and what it always keeps, for all query blocks and heads alike.
 
     Attributes:
         stages: from the first to the last; `Stage.key_block_tokens` fall strictly, `Stage.kept_tokens` do not rise.
         query_block_tokens: query tokens that share a list; 1 for a decode step.
-        heads: number of lists per query block. It divides the number of query heads, and divides the number of KV heads
-            or is a multiple of it. A key's score is the largest of those of the query heads that share the list.
         sink_tokens: first tokens of the context, always kept, rounded up to whole leaves.
         window_tokens: tokens before a query block that are always kept.
         dense_tail_tokens: last queries of the prompt chunk whose query blocks keep everything.
@@ -56,7 +55,6 @@ class DescentArguments:
 
     stages: Sequence[Stage]
     query_block_tokens: int
-    heads: int
     sink_tokens: int
     window_tokens: int
     dense_tail_tokens: int
@@ -280,11 +278,21 @@ def _split(start: torch.Tensor, length: int, part_length: int) -> torch.Tensor:
     return (start.unsqueeze(2) + offset).flatten(1)
 
 
-def hierarchical_descent(query: torch.Tensor, keys: PagedKeys, arguments: DescentArguments) -> torch.Tensor:
-    """Select leaves; arguments and result as in the public function."""
+def hierarchical_descent(query: torch.Tensor, keys: PagedKeys, arguments: DescentArguments, heads: int) -> torch.Tensor:
+    """Select the leaves that each query block of one prompt chunk reads, as the public function says.
+
+    Args:
+        query: ``[query_tokens, query_heads, head_size]`` of the chunk, at the last positions of the context.
+        keys: the request's keys, those of the chunk included.
+        arguments: as there.
+        heads: likewise.
+
+    Returns:
+        bool ``[heads, ceil(query_tokens / query_block_tokens), ceil(context / LEAF_TOKENS)]``.
+    """
     query_tokens, query_heads, _ = query.shape
     context, device = keys.seq_len, query.device
-    query_block_tokens, heads = arguments.query_block_tokens, arguments.heads
+    query_block_tokens = arguments.query_block_tokens
     begin = search_start(arguments.sink_tokens)
     range_tokens = search_stop(query_tokens, context, query_block_tokens, arguments.window_tokens) - begin
     pruning = pruning_stages(arguments.stages, range_tokens)
@@ -333,6 +341,17 @@ def hierarchical_descent(query: torch.Tensor, keys: PagedKeys, arguments: Descen
             assert key_blocks is not None
             mask = tile.leaf_mask(key_blocks, key_block_tokens, leaves)
             kept[head:stop_head, block:stop_block] |= mask.view(stop_head - head, stop_block - block, leaves)
+    return kept
+
+
+def hierarchical_descents(chunks: PromptChunks, arguments: DescentArguments, heads: int) -> torch.Tensor:
+    """Select leaves of prompt chunks, one after another; arguments and result as in the public function."""
+    blocks = chunks.blocks
+    shape = heads, blocks.blocks, -(-blocks.longest_seq_len // LEAF_TOKENS)
+    kept = torch.zeros(shape, dtype=torch.bool, device=chunks.query.device)
+    for chunk, keys in enumerate(chunks.keys):
+        rows, leaves = slice(blocks.starts[chunk], blocks.starts[chunk + 1]), -(-keys.seq_len // LEAF_TOKENS)
+        kept[:, rows, :leaves] = hierarchical_descent(chunks.query_of(chunk), keys, arguments, heads)
     return kept
 
 

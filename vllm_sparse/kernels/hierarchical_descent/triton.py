@@ -20,16 +20,19 @@ from vllm_sparse.kernels.common.triton import (
     row_threshold,
     threshold_tile,
 )
+from vllm_sparse.kernels.hierarchical_descent.ranges import (
+    SCRATCH_BYTES,
+    SearchRanges,
+    entries_of_search,
+    search_bytes,
+)
 from vllm_sparse.kernels.hierarchical_descent.reference import (
     LEAF_TOKENS,
     DescentArguments,
     candidates,
-    pruning_stages,
-    reachable_leaves,
     search_start,
-    search_stop,
 )
-from vllm_sparse.keys import PlainKeys
+from vllm_sparse.step.chunks import PromptBlocks, PromptChunks
 
 AVERAGE_TILE, KEY_BLOCK_TILE, SELECT_TILE = 1024, 32, 1024
 # Numbers (rows times channels) of queries that stay in shared memory through all descents of a program, and of a tile
@@ -41,46 +44,66 @@ LEAST_PROGRAMS = 4096
 
 
 # Lengths change with every prompt chunk; specialising on them would compile in the middle of serving.
-@triton.jit(do_not_specialize=["query_tokens", "width"])
+@triton.jit(do_not_specialize=["width"])
 def averaged_queries_kernel(
     query_pointer,
     averaged_pointer,
-    query_tokens,
+    first_query_pointer,
+    last_query_pointer,
+    first_token_pointer,
     width,
     query_row_stride,
+    BLOCK_ROWS: tl.constexpr,
     STRIDE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    i_row = tl.program_id(0).to(tl.int64)
+    i_row = tl.program_id(0)
+    i_block = i_row // BLOCK_ROWS
+    first = i_row % BLOCK_ROWS * STRIDE
+    tokens = tl.load(last_query_pointer + i_block) + 1 - tl.load(first_query_pointer + i_block)
+    # Not positive behind the end of a short query block, whose rows are never read.
+    count = tl.minimum(tokens - first, STRIDE)
     o_number = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    in_row = o_number < width
-    count = tl.minimum(query_tokens - i_row * STRIDE, STRIDE).to(tl.int32)
+    in_row = o_number < tl.where(count > 0, width, 0)
+    i_token = (tl.load(first_token_pointer + i_block) + first).to(tl.int64)
     b_sum = tl.zeros([TILE], tl.float32)
     for step in range(count):
-        p_query = query_pointer + (i_row * STRIDE + step) * query_row_stride
+        p_query = query_pointer + (i_token + step) * query_row_stride
         b_sum += tl.load(p_query + o_number, mask=in_row, other=0.0).to(tl.float32)
-    tl.store(averaged_pointer + i_row * width + o_number, b_sum / count, mask=in_row)
+    p_averaged = averaged_pointer + i_row.to(tl.int64) * width
+    tl.store(p_averaged + o_number, b_sum / tl.maximum(count, 1), mask=in_row)
 
 
-def averaged_queries(query: torch.Tensor, stride: int) -> torch.Tensor:
-    """Equal to `reference.averaged_queries`; arguments as there, the query heads of a token adjacent in memory."""
-    if stride == 1:
-        return query
-    query_tokens, heads, head_size = query.shape
-    rows, width = triton.cdiv(query_tokens, stride), heads * head_size
+def averaged_queries(query: torch.Tensor, blocks: PromptBlocks, stride: int) -> torch.Tensor:
+    """Means as of `reference.averaged_queries` of each query block.
+
+    Args:
+        query: ``[step tokens, query_heads, head_size]``, the query heads of a token adjacent in memory.
+        blocks: the query blocks.
+        stride: number of queries of a mean; divides the query block.
+
+    Returns:
+        ``[blocks * query_block_tokens / stride, query_heads, head_size]`` in the queries' dtype. Rows behind the end of
+        a short query block are not written.
+    """
+    _, heads, head_size = query.shape
+    block_rows, width = blocks.query_block_tokens // stride, heads * head_size
+    rows = blocks.blocks * block_rows
     averaged = torch.empty(rows, heads, head_size, dtype=query.dtype, device=query.device)
     averaged_queries_kernel[(rows, triton.cdiv(width, AVERAGE_TILE))](
-        query, averaged, query_tokens, width, query.stride(0), STRIDE=stride, TILE=AVERAGE_TILE, num_warps=4
+        query,
+        averaged,
+        blocks.first_query,
+        blocks.last_query,
+        blocks.first_token,
+        width,
+        query.stride(0),
+        BLOCK_ROWS=block_rows,
+        STRIDE=stride,
+        TILE=AVERAGE_TILE,
+        num_warps=4,
     )
     return averaged
-
-
-@triton.jit
-def _last_and_end(i_block, query_tokens, context, window, dense_from, QUERY_BLOCK: tl.constexpr):
-    """Position of a query block's last query, and the token after its search range: 0 if it keeps everything."""
-    first = context - query_tokens + i_block * QUERY_BLOCK
-    last = tl.minimum(first + QUERY_BLOCK, context) - 1
-    return last, tl.where(last >= dense_from, 0, tl.maximum(first - window, 0))
 
 
 @triton.jit
@@ -213,42 +236,39 @@ def store_best_key_blocks(
 def _queries(
     query_pointer,
     query_row_stride,
-    query_rows,
-    i_block,
+    first_row,
+    rows,
     i_part,
     row_start,
     o_dim,
     in_head,
-    BLOCK_ROWS: tl.constexpr,
     MEMBERS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     ROW_TILE: tl.constexpr,
 ):
     """Queries of a query block and of the query heads of one KV head (`i_part`): ``[channels, ROW_TILE]``."""
     o_row = row_start + tl.arange(0, ROW_TILE)
-    # Rows past the query block or the prompt chunk repeat the last query, which changes no maximum.
-    row = tl.minimum(i_block * BLOCK_ROWS + tl.minimum(o_row // MEMBERS, BLOCK_ROWS - 1), query_rows - 1)
+    # Rows past the query block's `rows` repeat the last one, which changes no maximum.
+    row = first_row + tl.minimum(o_row // MEMBERS, rows - 1)
     head = i_part * MEMBERS + o_row % MEMBERS
     p_query = query_pointer + row.to(tl.int64) * query_row_stride + head * HEAD_SIZE
     return tl.trans(tl.load(p_query[:, None] + o_dim[None, :], mask=in_head[None, :], other=0.0))
 
 
+# A request's blocks begin at any row of vLLM's block table.
 @triton.jit(
     do_not_specialize=[
-        "query_tokens",
-        "context",
+        "first_block",
         "begin",
-        "window",
-        "dense_from",
-        "query_rows",
         "parent_tokens",
         "key_block_tokens",
         "kept_key_blocks",
         "steps",
         "list_width",
         "score_width",
+        "table_row_stride",
     ],
-    do_not_specialize_on_alignment=["parent_pointer"],
+    do_not_specialize_on_alignment=["parent_pointer", "block_table_pointer"],
 )
 def key_block_scores_kernel(
     query_pointer,
@@ -256,18 +276,21 @@ def key_block_scores_kernel(
     block_table_pointer,
     parent_pointer,
     score_pointer,
-    query_tokens,
-    context,
+    first_query_pointer,
+    last_query_pointer,
+    end_pointer,
+    first_token_pointer,
+    chunk_pointer,
+    table_row_pointer,
+    first_block,
     begin,
-    window,
-    dense_from,
-    query_rows,
     parent_tokens,
     key_block_tokens,
     kept_key_blocks,
     steps,
     list_width,
     score_width,
+    table_row_stride,
     query_row_stride,
     cache_block_stride,
     cache_head_stride,
@@ -285,14 +308,20 @@ def key_block_scores_kernel(
     TILE: tl.constexpr,
 ):
     resident: tl.constexpr = PARTS == 1 and BLOCK_ROWS * MEMBERS <= ROW_TILE
-    i_block = tl.program_id(0)
+    i_block = first_block + tl.program_id(0)
     i_head = tl.program_id(2)
-    i_row = (i_head * tl.num_programs(0) + i_block).to(tl.int64)
-    p_parent = parent_pointer + i_row * list_width
-    _, end = _last_and_end(i_block, query_tokens, context, window, dense_from, QUERY_BLOCK)
+    i_search = (i_head * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+    p_parent = parent_pointer + i_search * list_width
+    end = tl.load(end_pointer + i_block)
     live = live_key_blocks(p_parent, begin, end, parent_tokens, key_block_tokens, FIRST)
     # Where all key blocks are kept, no score is read.
     live = tl.where(live > kept_key_blocks, live, 0)
+    p_table = block_table_pointer
+    p_table += tl.load(table_row_pointer + tl.load(chunk_pointer + i_block)).to(tl.int64) * table_row_stride
+    tokens = tl.load(last_query_pointer + i_block) + 1 - tl.load(first_query_pointer + i_block)
+    rows = tl.cdiv(tokens, QUERY_BLOCK // BLOCK_ROWS)
+    # Queries lie where the step has them, their means block after block.
+    first_row = tl.load(first_token_pointer + i_block) if BLOCK_ROWS == QUERY_BLOCK else i_block * BLOCK_ROWS
     o_dim = tl.arange(0, HEAD_TILE)
     in_head = o_dim < HEAD_SIZE
     is_left = tl.arange(0, 2)[:, None] == 0
@@ -300,13 +329,12 @@ def key_block_scores_kernel(
         b_query = _queries(
             query_pointer,
             query_row_stride,
-            query_rows,
-            i_block,
+            first_row,
+            rows,
             i_head,
             0,
             o_dim,
             in_head,
-            BLOCK_ROWS,
             MEMBERS,
             HEAD_SIZE,
             ROW_TILE,
@@ -319,7 +347,7 @@ def key_block_scores_kernel(
         for _ in range(steps):
             middle, p_key = midpoint_keys(
                 cache_pointer,
-                block_table_pointer,
+                p_table,
                 low,
                 high,
                 is_left,
@@ -338,13 +366,12 @@ def key_block_scores_kernel(
                         b_query = _queries(
                             query_pointer,
                             query_row_stride,
-                            query_rows,
-                            i_block,
+                            first_row,
+                            rows,
                             i_part,
                             row_start,
                             o_dim,
                             in_head,
-                            BLOCK_ROWS,
                             MEMBERS,
                             HEAD_SIZE,
                             ROW_TILE,
@@ -353,16 +380,14 @@ def key_block_scores_kernel(
                     b_product = tl.dot(b_key, b_query, input_precision="ieee")
                     b_score = tl.maximum(b_score, tl.max(b_product, axis=1))
             low, high, b_best = enter_better_half(b_score, b_best, low, middle, high, is_left, TILE)
-        tl.store(score_pointer + i_row * score_width + o_key_block, tl.max(b_best, axis=0), mask=exists)
+        tl.store(score_pointer + i_search * score_width + o_key_block, tl.max(b_best, axis=0), mask=exists)
 
 
 @triton.jit(
     do_not_specialize=[
-        "query_tokens",
-        "context",
+        "first_block",
+        "blocks",
         "begin",
-        "window",
-        "dense_from",
         "parent_tokens",
         "key_block_tokens",
         "kept_key_blocks",
@@ -377,11 +402,11 @@ def best_key_blocks_kernel(
     parent_pointer,
     kept_pointer,
     mask_pointer,
-    query_tokens,
-    context,
+    last_query_pointer,
+    end_pointer,
+    first_block,
+    blocks,
     begin,
-    window,
-    dense_from,
     parent_tokens,
     key_block_tokens,
     kept_key_blocks,
@@ -390,18 +415,17 @@ def best_key_blocks_kernel(
     leaves,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr,
     LEAF: tl.constexpr,
     ROW_TILE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    i_block = tl.program_id(0)
-    i_row = (tl.program_id(1) * tl.num_programs(0) + i_block).to(tl.int64)
-    p_parent = parent_pointer + i_row * list_width
-    p_kept = kept_pointer + i_row * list_width
-    p_mask = mask_pointer + i_row * leaves
-    p_score = score_pointer + i_row * score_width
-    last, end = _last_and_end(i_block, query_tokens, context, window, dense_from, QUERY_BLOCK)
+    i_block = first_block + tl.program_id(0)
+    i_search = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+    p_parent = parent_pointer + i_search * list_width
+    p_kept = kept_pointer + i_search * list_width
+    p_mask = mask_pointer + (tl.program_id(1) * blocks + i_block).to(tl.int64) * leaves
+    p_score = score_pointer + i_search * score_width
+    last, end = tl.load(last_query_pointer + i_block), tl.load(end_pointer + i_block)
     live = live_key_blocks(p_parent, begin, end, parent_tokens, key_block_tokens, FIRST)
     store_best_key_blocks(
         p_score,
@@ -430,97 +454,111 @@ def best_key_blocks_kernel(
             tl.store(p_mask + o_leaf, 1, mask=o_leaf <= last // LEAF)
 
 
-def hierarchical_descent(query: torch.Tensor, keys: PlainKeys, arguments: DescentArguments) -> torch.Tensor:
-    """Equal to `reference.hierarchical_descent` up to float32 rounding of scores; arguments as there."""
-    query_tokens, query_heads, head_size = query.shape
-    context, cache = keys.seq_len, keys.kv_cache
-    query_block_tokens, heads = arguments.query_block_tokens, arguments.heads
-    begin = search_start(arguments.sink_tokens)
-    range_tokens = search_stop(query_tokens, context, query_block_tokens, arguments.window_tokens) - begin
-    pruning = pruning_stages(arguments.stages, range_tokens)
+def hierarchical_descents(
+    chunks: PromptChunks, ranges: SearchRanges, arguments: DescentArguments, heads: int
+) -> torch.Tensor:
+    """Equal to `reference.hierarchical_descents` but for rounding of scores; arguments as in the public function."""
+    query, cache, blocks, pruning = chunks.query, chunks.keys[0].kv_cache, chunks.blocks, ranges.stages
+    _, query_heads, head_size = query.shape
+    kv_heads = cache.shape[1]
     if not pruning:
-        return reachable_leaves(query_tokens, context, query_block_tokens, query.device).expand(heads, -1, -1)
+        leaf_start = torch.arange(0, blocks.longest_seq_len, LEAF_TOKENS, device=query.device)
+        return (leaf_start <= blocks.last_query.unsqueeze(1)).expand(heads, -1, -1)
 
     if query.stride(2) != 1 or query.stride(1) != head_size:
         query = query.contiguous()
-    queries = {stride: averaged_queries(query, stride) for stride in {stage.query_stride for stage in pruning}}
-    blocks = triton.cdiv(query_tokens, query_block_tokens)
-    widths = candidates(pruning, range_tokens)
-    list_width = 1 + max(stage.kept_key_blocks for stage in pruning)
-    score_width = max(widths)
-    scores = torch.empty(heads * blocks, score_width, dtype=torch.float32, device=query.device)
-    # For each stage and search: the number of kept key blocks, then their first tokens. The part of a stage may begin
-    # at any address, so the kernels do not specialise on its alignment: they would be compiled again while serving.
-    kept = torch.empty(len(pruning), heads * blocks, list_width, dtype=torch.int32, device=query.device)
-    leaves = triton.cdiv(context, LEAF_TOKENS)
-    mask = torch.zeros(heads, blocks, leaves, dtype=torch.bool, device=query.device)
+    strides = {stage.query_stride for stage in pruning}
+    queries = {stride: query if stride == 1 else averaged_queries(query, blocks, stride) for stride in strides}
+    widths = candidates(pruning, ranges.range_tokens)
+    score_width, list_width = entries_of_search(pruning, ranges.range_tokens)
+    of_a_block = heads * search_bytes(score_width, list_width)
+    at_a_time = min(max(SCRATCH_BYTES // of_a_block, 1), blocks.blocks)
+    scores = torch.empty(heads * at_a_time, score_width, dtype=torch.float32, device=query.device)
+    # For each search: the number of kept key blocks, then their first tokens, of a stage and of the one before it. The
+    # second half may begin at any address, so the kernels do not specialise on its alignment: they would be compiled
+    # again while serving.
+    kept = torch.empty(2, heads * at_a_time, list_width, dtype=torch.int32, device=query.device)
+    leaves = triton.cdiv(blocks.longest_seq_len, LEAF_TOKENS)
+    mask = torch.zeros(heads, blocks.blocks, leaves, dtype=torch.bool, device=query.device)
 
     # A list that reads several KV heads is searched one KV head at a time.
-    parts = max(keys.num_kv_heads // heads, 1)
+    parts = max(kv_heads // heads, 1)
     members = query_heads // (heads * parts)
     head_tile = product_tile(head_size)
-    ranges = query_tokens, context, begin, arguments.window_tokens, context - arguments.dense_tail_tokens
-    parent_tokens = 0
-    for index, (stage, width) in enumerate(zip(pruning, widths, strict=True)):
-        stage_query = queries[stage.query_stride]
-        block_rows = query_block_tokens // stage.query_stride
-        row_tile = product_tile(block_rows * members)
-        if parts > 1 or row_tile * head_tile > RESIDENT_NUMBERS:
-            row_tile = min(row_tile, PASSING_NUMBERS // head_tile)
-        parent = kept[max(index - 1, 0)]
-        programs = min(triton.cdiv(LEAST_PROGRAMS, heads * blocks), triton.cdiv(width, KEY_BLOCK_TILE))
-        key_block_scores_kernel[(blocks, programs, heads)](
-            stage_query,
-            cache,
-            keys.block_table,
-            parent,
-            scores,
-            *ranges,
-            stage_query.shape[0],
-            parent_tokens,
-            stage.key_block_tokens,
-            stage.kept_key_blocks,
-            stage.key_block_tokens.bit_length() - 1,
-            list_width,
-            score_width,
-            stage_query.stride(0),
-            cache.stride(0),
-            cache.stride(1),
-            cache.stride(2),
-            FIRST=index == 0,
-            QUERY_BLOCK=query_block_tokens,
-            BLOCK_ROWS=block_rows,
-            MEMBERS=members,
-            PARTS=parts,
-            LISTS_PER_KV_HEAD=max(heads // keys.num_kv_heads, 1),
-            CACHE_BLOCK=keys.block_size_tokens,
-            HEAD_SIZE=head_size,
-            HEAD_TILE=head_tile,
-            ROW_TILE=row_tile,
-            TILE=KEY_BLOCK_TILE,
-            num_warps=4 if row_tile <= 256 and head_tile <= 128 else 8,  # as registers allow
-            num_stages=1,
-        )
-        entries, num_warps = threshold_tile(width)
-        best_key_blocks_kernel[(blocks, heads)](
-            scores,
-            parent,
-            kept[index],
-            mask.view(torch.uint8),
-            *ranges,
-            parent_tokens,
-            stage.key_block_tokens,
-            stage.kept_key_blocks,
-            list_width,
-            score_width,
-            leaves,
-            FIRST=index == 0,
-            LAST=index == len(pruning) - 1,
-            QUERY_BLOCK=query_block_tokens,
-            LEAF=LEAF_TOKENS,
-            ROW_TILE=entries,
-            TILE=SELECT_TILE,
-            num_warps=num_warps,
-        )
-        parent_tokens = stage.key_block_tokens
+    begin = search_start(arguments.sink_tokens)
+    for first_block in range(0, blocks.blocks, at_a_time):
+        searched = min(at_a_time, blocks.blocks - first_block)
+        parent_tokens = 0
+        for index, (stage, width) in enumerate(zip(pruning, widths, strict=True)):
+            stage_query = queries[stage.query_stride]
+            block_rows = blocks.query_block_tokens // stage.query_stride
+            row_tile = product_tile(block_rows * members)
+            if parts > 1 or row_tile * head_tile > RESIDENT_NUMBERS:
+                row_tile = min(row_tile, PASSING_NUMBERS // head_tile)
+            parent = kept[(index + 1) % 2]
+            programs = min(triton.cdiv(LEAST_PROGRAMS, heads * searched), triton.cdiv(width, KEY_BLOCK_TILE))
+            key_block_scores_kernel[(searched, programs, heads)](
+                stage_query,
+                cache,
+                chunks.block_table,
+                parent,
+                scores,
+                blocks.first_query,
+                blocks.last_query,
+                ranges.end,
+                blocks.first_token,
+                blocks.chunk,
+                blocks.table_row,
+                first_block,
+                begin,
+                parent_tokens,
+                stage.key_block_tokens,
+                stage.kept_key_blocks,
+                stage.key_block_tokens.bit_length() - 1,
+                list_width,
+                score_width,
+                chunks.block_table.stride(0),
+                stage_query.stride(0),
+                cache.stride(0),
+                cache.stride(1),
+                cache.stride(2),
+                FIRST=index == 0,
+                QUERY_BLOCK=blocks.query_block_tokens,
+                BLOCK_ROWS=block_rows,
+                MEMBERS=members,
+                PARTS=parts,
+                LISTS_PER_KV_HEAD=max(heads // kv_heads, 1),
+                CACHE_BLOCK=cache.shape[2],
+                HEAD_SIZE=head_size,
+                HEAD_TILE=head_tile,
+                ROW_TILE=row_tile,
+                TILE=KEY_BLOCK_TILE,
+                num_warps=4 if row_tile <= 256 and head_tile <= 128 else 8,  # as registers allow
+                num_stages=1,
+            )
+            entries, num_warps = threshold_tile(width)
+            best_key_blocks_kernel[(searched, heads)](
+                scores,
+                parent,
+                kept[index % 2],
+                mask.view(torch.uint8),
+                blocks.last_query,
+                ranges.end,
+                first_block,
+                blocks.blocks,
+                begin,
+                parent_tokens,
+                stage.key_block_tokens,
+                stage.kept_key_blocks,
+                list_width,
+                score_width,
+                leaves,
+                FIRST=index == 0,
+                LAST=index == len(pruning) - 1,
+                LEAF=LEAF_TOKENS,
+                ROW_TILE=entries,
+                TILE=SELECT_TILE,
+                num_warps=num_warps,
+            )
+            parent_tokens = stage.key_block_tokens
     return mask

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vllm_sparse.kernels.hierarchical_descent import LEAF_TOKENS, DescentArguments, Stage, hierarchical_descent
+from vllm_sparse.kernels.hierarchical_descent import (
+    LEAF_TOKENS,
+    DescentArguments,
+    SearchRanges,
+    Stage,
+    hierarchical_descents,
+    scratch_bytes,
+    search_ranges,
+)
+from vllm_sparse.kernels.page_list import write_lists
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.hip.stages import (
     DEFAULT_STAGE_BLOCK_TOKENS,
@@ -33,7 +43,9 @@ from vllm_sparse.methods.knobs import (
     SinkTokens,
     heads_with_scores,
 )
-from vllm_sparse.methods.prefill import Layer, PrefillMethod, tokens_with_dense_tail
+from vllm_sparse.methods.prefill import Layer, PrefillMethod, shared, tokens_with_dense_tail
+from vllm_sparse.pages import PageList
+from vllm_sparse.step.chunks import PromptBlocks, PromptChunks, chunk_alone
 
 LONGEST_STRIDE = 64
 
@@ -42,7 +54,7 @@ LONGEST_STRIDE = 64
 class Hip(PrefillMethod):
     """Prune the keys in stages; each scores key blocks by single keys that a descent picks, and keeps the best.
 
-    The descent and the search range of a query block stand with `hierarchical_descent`. Stage ``i`` cuts what is left
+    The descent and the search range of a query block stand with `hierarchical_descents`. Stage ``i`` cuts what is left
     into key blocks of ``stage_block_tokens[i]``, averages ``query_stride[i]`` adjacent queries and keeps
     ``stage_budget_tokens[i]``. Beside that a query block reads the first `sink_tokens`, the `recent_tokens` before it
     and its own tokens; query blocks that hold one of the last `dense_tail_tokens` queries of a prompt chunk read
@@ -101,6 +113,14 @@ class Hip(PrefillMethod):
         tail = -(-self.dense_tail_tokens // block) * block
         return tokens_with_dense_tail(kept, tail, query_tokens, seq_len)
 
+    def selection_bytes(self, query_tokens: int, seq_len: int, query_heads: int, kv_heads: int) -> int:
+        lists = super().selection_bytes(query_tokens, seq_len, query_heads, kv_heads)
+        heads = heads_with_scores(self.scores_per, query_heads, kv_heads)
+        # The last query block of each chunk may be short.
+        blocks = query_tokens // self.query_block_tokens + self.most_chunks(query_tokens)
+        leaves = -(-seq_len // LEAF_TOKENS)
+        return lists + heads * blocks * leaves + scratch_bytes(blocks, leaves, heads)
+
     def selection_work(self, seq_len: int, query_heads: int, kv_heads: int) -> float:
         # Each stage scores a key of each block of what the stage before it kept, with the averaged queries.
         reached = [seq_len, *(min(tokens, seq_len) for tokens in self.stage_budget_tokens)]
@@ -110,13 +130,29 @@ class Hip(PrefillMethod):
         return scores * max(heads) / self.query_block_tokens
 
     def block_mask(self, query: torch.Tensor, keys: PagedKeys, scale: float, layer: Layer) -> torch.Tensor:
+        chunk = chunk_alone(query, keys, scale, self.query_block_tokens)
+        return self._leaves(chunk, search_ranges(chunk.blocks, self._arguments))
+
+    def prepare(self, blocks: PromptBlocks, prompt_tokens: Sequence[int | None]) -> SearchRanges:
+        return search_ranges(blocks, self._arguments)
+
+    def select_chunks(self, chunks: PromptChunks, layers: Sequence[Layer], prepared: Any, lists: PageList) -> None:
+        list_heads = lists.kept_tokens.shape[0] // chunks.blocks.blocks
+        mask = shared(self._leaves(chunks, prepared), list_heads)
+        write_lists(mask, chunks.blocks, LEAF_TOKENS, list_heads, lists)
+
+    @property
+    def _arguments(self) -> DescentArguments:
         stages = zip(self.stage_block_tokens, self.stage_budget_tokens, self.query_stride, strict=True)
-        arguments = DescentArguments(
+        return DescentArguments(
             [Stage(length, tokens, stride) for length, tokens, stride in stages],
             self.query_block_tokens,
-            heads_with_scores(self.scores_per, query.shape[1], keys.num_kv_heads),
             self.sink_tokens,
             self.recent_tokens,
             self.dense_tail_tokens,
         )
-        return hierarchical_descent(query, keys, arguments)
+
+    def _leaves(self, chunks: PromptChunks, ranges: SearchRanges) -> torch.Tensor:
+        """Kept leaves of the chunks: bool ``[heads that share scores, blocks, leaves]``."""
+        heads = heads_with_scores(self.scores_per, chunks.query.shape[1], chunks.keys[0].num_kv_heads)
+        return hierarchical_descents(chunks, ranges, self._arguments, heads)
