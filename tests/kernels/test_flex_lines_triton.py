@@ -95,7 +95,8 @@ def assert_distance_equals_the_reference(heads: int, blocks: PromptBlocks, guard
     if not guard_zeros and live.shape[1] > 1:
         assert bool(torch.isinf(expected[-1]).all())
     actual = pattern_triton.pooled_distance(scores, mass, samples, BLOCK, 0.1, guard_zeros)
-    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4, msg=lambda text: f"{text} ({seed=})")
+    # A distance is a square root: where both maps are equal, of a rounding error.
+    torch.testing.assert_close(actual, expected, atol=5e-4, rtol=1e-4, msg=lambda text: f"{text} ({seed=})")
 
 
 @needs_triton

@@ -21,7 +21,7 @@ CONFIGURATION = {"sparse": {"min_tokens": 1024, "timing_interval_steps": 2, "rec
 ARGUMENTS = (
     *("--kv-cache-memory-bytes", "256M", "--max-num-batched-tokens", "2048", "--enforce-eager"),
     # Others may use the machine too.
-    *("--gpu-memory-utilization", "0.3"),
+    *("--gpu-memory-utilization", "0.1"),
     *("--no-enable-prefix-caching", "--additional-config", json.dumps(CONFIGURATION)),
 )
 REQUESTS, GENERATED = 3, 12

@@ -20,7 +20,7 @@ STAGES = 2
 METHODS = ["flexprefill", "dhsa", "tidal", "tokentopk"]
 CONFIGURATION = {"sparse": {"min_tokens": 1024, "timing_interval_steps": 2, "methods": METHODS}}
 ARGUMENTS = (
-    *("--kv-cache-memory-bytes", "256M", "--max-num-batched-tokens", "2048", "--gpu-memory-utilization", "0.3"),
+    *("--kv-cache-memory-bytes", "256M", "--max-num-batched-tokens", "2048", "--gpu-memory-utilization", "0.1"),
     *("--no-enable-prefix-caching", "--additional-config", json.dumps(CONFIGURATION)),
 )
 # Traced, and run as it is: without a trace vLLM's own second stage fails on a CPU, at an assertion.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -43,6 +44,7 @@ from vllm_sparse.methods.prefill import (
     PAGE_ENTRY_BYTES,
     Layer,
     PrefillMethod,
+    density_at,
     mean_reach,
     shared,
     tokens_with_dense_tail,
@@ -53,8 +55,13 @@ from vllm_sparse.step.chunks import PromptBlocks, PromptChunks, int_tables
 # The key block of the paper's second version. Finer pages double the score map and the lists, while the executor gains
 # nothing: key blocks of 16 give each page the better of two.
 PAGE_TOKENS = 32
-# Of attention masses of all pages, in times of the scores: 0.27 and 0.012 of dense attention on an H200.
-ALL_MASSES_WORK = 22.0
+# Of attention masses of all pages, in times of the scores: 0.2 and 0.012 of dense attention on an H200.
+ALL_MASSES_WORK = 16.0
+DEFAULT_COVERAGE = 0.97
+# Density at 8K was 0.27 with a coverage of 0.95, 0.31 with 0.97 and 0.39 with 0.98, at 32K 0.17, 0.21 and 0.26 (means
+# over chunks, Qwen2.5-Coder-0.5B, docs/methods.md): a line over the logarithm of what is left out, and a fall by a
+# power of the keys in reach, taken for a little less than it was.
+DENSITY_BY_LEFT_OUT, DENSITY_AT_ALL_LEFT_OUT, DENSITY_BY_REACH = 0.13, -0.12, 0.2
 
 
 @plain_dataclass(frozen=True)
@@ -97,8 +104,8 @@ class Dhsa(PrefillMethod):
     of a KV head together. Among these the budget is filled by attention mass: softmax probabilities over the
     candidates, summed over 16 evenly spread queries of the query block. Heads that share scores share the sum of their
     masses. A list ends before its budget where it holds `coverage` of this mass. This second stage is not the paper's.
-    It is the default, because on a real checkpoint it lost fewer answers at a density of 0.25 than the first stage
-    alone at 0.32 (docs/methods.md).
+    It is the default, because on a real checkpoint lists that end by coverage kept the answers at a density of 0.21,
+    where lists of a fixed density lost some at 0.25, and the first stage alone more at 0.32 (docs/methods.md).
 
     ``key_blocks="page"`` cuts the keys every `key_block_tokens`, as the paper's second version does; ``"adaptive"``
     cuts them where they change most, as the first version's trained predictor would (`boundary_threshold` is its
@@ -143,11 +150,19 @@ class Dhsa(PrefillMethod):
         float,
         Field(ge=1, le=16, allow_inf_nan=False, description="pages whose mass is computed, in budgets; 1: none"),
     ] = 3.0
-    coverage: Coverage = 1.0
+    coverage: Annotated[
+        Coverage | None,
+        Field(
+            description="share of the candidates' attention at which a list ends before its budget; 1: none does; by "
+            f"default {DEFAULT_COVERAGE}, and 1 where there is no second stage or everything is read"
+        ),
+    ] = None
     density: Annotated[
         float,
-        Field(gt=0, le=1, allow_inf_nan=False, description="share of the tokens in reach that a query block reads"),
-    ] = 0.25
+        Field(
+            gt=0, le=1, allow_inf_nan=False, description="share of the tokens in reach that a query block reads at most"
+        ),
+    ] = 0.5
     budget_tokens: Annotated[
         int,
         Field(ge=0, le=UNBOUNDED_TOKENS, description="tokens that a query block reads, in place of density; 0: off"),
@@ -174,7 +189,7 @@ class Dhsa(PrefillMethod):
                 self.bound_weight,
                 "adaptive key blocks are scored by their mean key; set it to 0, or key_blocks to page",
             )
-        if self.coverage < 1 and self.candidate_factor == 1:
+        if self.covered < 1 and self.candidate_factor == 1:
             raise KnobError(
                 "coverage",
                 self.coverage,
@@ -186,8 +201,19 @@ class Dhsa(PrefillMethod):
         return self.candidate_factor > 1
 
     @property
-    def exactly_dense(self) -> bool:
+    def covered(self) -> float:
+        """Share of the candidates' attention at which lists end; 1: they do not."""
+        if self.coverage is not None:
+            return self.coverage
+        return 1.0 if self.candidate_factor == 1 or self._takes_everything else DEFAULT_COVERAGE
+
+    @property
+    def _takes_everything(self) -> bool:
         return self.budget_tokens == UNBOUNDED_TOKENS or (self.budget_tokens == 0 and self.density >= 1)
+
+    @property
+    def exactly_dense(self) -> bool:
+        return self._takes_everything and self.covered == 1
 
     def selection_bytes(self, query_tokens: int, seq_len: int, query_heads: int, kv_heads: int) -> int:
         lists = super().selection_bytes(query_tokens, seq_len, query_heads, kv_heads)
@@ -210,8 +236,11 @@ class Dhsa(PrefillMethod):
         return first_stage + ALL_MASSES_WORK * listed * query_heads / self.query_block_tokens
 
     def read_tokens(self, query_tokens: int, seq_len: int) -> float:
-        block = self.query_block_tokens
-        budget = self.budget_tokens or self.density * mean_reach(query_tokens, seq_len)
+        block, reach = self.query_block_tokens, mean_reach(query_tokens, seq_len)
+        budget = self.budget_tokens or self.density * reach
+        if self.covered < 1:
+            measured = DENSITY_AT_ALL_LEFT_OUT - DENSITY_BY_LEFT_OUT * math.log(1 - self.covered)
+            budget = min(budget, density_at(reach, max(measured, 0.0), DENSITY_BY_REACH) * reach)
         kept = max(budget, self.sink_tokens + self.recent_tokens + block)
         tail = -(-self.dense_tail_tokens // block) * block
         return tokens_with_dense_tail(kept, tail, query_tokens, seq_len)
@@ -328,11 +357,11 @@ class Dhsa(PrefillMethod):
             query_heads: of the mass before it was summed.
             band_page: ``[blocks]`` page from which on a query block reads everything.
         """
-        if self.coverage == 1:
+        if self.covered == 1:
             return kept
         of_heads, pages = mass.shape[0], mass.shape[2]
         share = mass.clamp(min=0).flatten(0, 1).float() / (SAMPLED_QUERIES * query_heads / of_heads)
-        covering = coverage_mask(share, share.new_full((share.shape[0],), self.coverage), 0, pages).view_as(kept)
+        covering = coverage_mask(share, share.new_full((share.shape[0],), self.covered), 0, pages).view_as(kept)
         page = torch.arange(pages, device=mass.device)
         forced = (page < -(-self.sink_tokens // PAGE_TOKENS)) | (page >= band_page.unsqueeze(1))
         return kept & (covering | forced)

@@ -46,7 +46,7 @@ class TokenTopk(TopTokensMethod):
     budget_tokens: BudgetTokens = 2048
     sink_tokens: SinkTokens = 16
     recent_tokens: RecentTokens = 64
-    dense_layers: DenseLayers = 2
+    dense_layers: DenseLayers = 0
     reuse_layers: Annotated[
         tuple[Annotated[int, Field(strict=True)], ...],
         Field(description="layers that read the list of the layer before them and choose none", strict=False),
