@@ -25,7 +25,7 @@ def test_layers_choose_or_read_the_list_before_them(num_layers: int, data: st.Da
 
 @pytest.mark.parametrize("layer", [0, 2, 32, -1])
 def test_layers_without_a_list_before_them_are_refused(layer: int) -> None:
-    method = TokenTopk(reuse_layers=(9, layer))
+    method = TokenTopk(dense_layers=2, reuse_layers=(9, layer))
     with pytest.raises(KnobError, match=r"chooses first in layer 2, so layers 3 to 31"):
         method.layer_roles(32)
 

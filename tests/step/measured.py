@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from vllm_sparse.methods.block_topk import BlockTopk
@@ -40,9 +41,11 @@ def tidal(budget_tokens: int) -> Tidal:
     return Tidal(budget_tokens=budget_tokens, reselect_layers=(13,), selection_reads="list")
 
 
-TOKENTOPK = TokenTopk(page_tokens=128)
-ONE_OF_TWO = TokenTopk(page_tokens=128, reuse_layers=tuple(range(3, 32, 2)))
-TWO_OF_THREE = TokenTopk(page_tokens=128, reuse_layers=tuple(layer for layer in range(3, 32) if layer % 3 != 2))
+TOKENTOPK = TokenTopk(page_tokens=128, dense_layers=2)
+ONE_OF_TWO = replace(TOKENTOPK, reuse_layers=tuple(range(3, 32, 2)))
+TWO_OF_THREE = replace(TOKENTOPK, reuse_layers=tuple(layer for layer in range(3, 32) if layer % 3 != 2))
+# As a server's configuration, so that graphs launch no choice in these layers.
+NONE_DENSE = replace(ONE_OF_TWO, dense_layers=0)
 
 CELLS = [
     Cell(1, 8192, tidal(4096), 5.18, 5.24),
@@ -69,6 +72,8 @@ CELLS = [
     Cell(6, 131072, TOKENTOPK, 37.27, 12.26),
     Cell(6, 131072, ONE_OF_TWO, 37.27, 10.59, TOKENTOPK),
     Cell(6, 131072, TWO_OF_THREE, 37.27, 9.79, TOKENTOPK),
+    Cell(1, 131072, NONE_DENSE, 8.98, 6.12),
+    Cell(6, 131072, NONE_DENSE, 37.10, 8.68),
     Cell(24, 32768, TOKENTOPK, 31.29, 13.13),
     Cell(24, 32768, ONE_OF_TWO, 31.29, 11.60, TOKENTOPK),
     Cell(24, 32768, TWO_OF_THREE, 31.29, 10.82, TOKENTOPK),

@@ -148,7 +148,7 @@ def test_no_prompt_costs_much_more_than_a_dense_one(
 def test_a_prompt_that_would_cost_more_is_dense_and_counted() -> None:
     """Lists of nearly the whole context are read at 0.7 of the dense kernel's speed."""
     limits = replace(LIMITS, prompt_cost=1.2)
-    dear = as_asked(SparseParams(Dhsa(density=0.99)))
+    dear = as_asked(SparseParams(Dhsa(density=0.99, coverage=1.0)))
     found = plan([Row(8192, 131072, dear, prefilling=True)], limits)
     assert found.is_dense
     assert found.fallbacks == {("prefill", "dhsa", DenseReason.TOO_EXPENSIVE): 1}
