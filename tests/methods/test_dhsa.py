@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import statistics
 from typing import Any
 
 import pytest
@@ -18,9 +19,9 @@ from tests.methods.lists import FIRST_LAYER, attend_chunk, chunk_allowed, same_l
 from tests.oracle import EXECUTING, PLAIN, SELECTING, Paged, Platform
 from vllm_sparse.kernels.block_scores import KeyBlocks
 from vllm_sparse.kernels.page_list import query_blocks
-from vllm_sparse.methods.dhsa import PAGE_TOKENS, Dhsa
+from vllm_sparse.methods.dhsa import DEFAULT_COVERAGE, PAGE_TOKENS, Dhsa
 from vllm_sparse.methods.knobs import UNBOUNDED_TOKENS
-from vllm_sparse.methods.prefill import Layer
+from vllm_sparse.methods.prefill import Layer, mean_reach
 
 SCALE = 0.11
 # Whole prompts and chunks; chunk starts on the key grid and off it.
@@ -174,6 +175,27 @@ def test_d1_dense_knobs_are_known_before_any_prompt() -> None:
     assert not first_stage(density=1.0, budget_tokens=4096).exactly_dense
     assert not first_stage(density=0.999).exactly_dense
     assert not first_stage(budget_tokens=UNBOUNDED_TOKENS - 1).exactly_dense
+    assert not Dhsa(density=1.0, coverage=0.9).exactly_dense
+
+
+def test_lists_end_by_coverage_where_nobody_says_otherwise() -> None:
+    assert Dhsa().covered == DEFAULT_COVERAGE == Dhsa(budget_tokens=4096).covered
+    assert Dhsa(coverage=1.0).covered == first_stage().covered == Dhsa(density=1.0).covered == 1.0
+    assert Dhsa(density=1.0, coverage=0.9).covered == 0.9
+
+
+@pytest.mark.parametrize(("coverage", "of_8k", "of_32k"), [(0.95, 0.27, 0.17), (0.97, 0.31, 0.21), (0.98, 0.39, 0.26)])
+def test_costs_expect_the_density_that_was_measured(coverage: float, of_8k: float, of_32k: float) -> None:
+    """Means over a prompt's chunks of 8192 tokens (docs/methods.md), and never more than the budget."""
+    method = Dhsa(density=0.75, coverage=coverage, dense_tail_tokens=0)
+
+    def density(length: int) -> float:
+        ends = range(8192, length + 1, 8192)
+        return statistics.mean(method.read_tokens(8192, end) / mean_reach(8192, end) for end in ends)
+
+    assert of_8k <= density(8192) + 0.01 < of_8k + 0.05
+    assert of_32k <= density(32768) < of_32k + 0.06
+    assert Dhsa(density=0.1).read_tokens(8192, 32768) < 1.05 * Dhsa(density=0.1, coverage=1.0).read_tokens(8192, 32768)
 
 
 @pytest.mark.parametrize("platform", SELECTING)
