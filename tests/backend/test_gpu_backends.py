@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.config import CacheConfig, ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.platforms.interface import Platform
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadata
+from vllm.v1.worker.utils import select_common_block_size
 
+from loadtest.robustness.server import MODEL
 from vllm_sparse import backend
 from vllm_sparse.backend import device
 from vllm_sparse.backend.cuda import SparseFlashAttentionBackend, SparseFlashAttentionImpl
@@ -80,6 +85,29 @@ class Noting(Executor):
         self, launch: Launch, query: torch.Tensor, output: torch.Tensor, kv_cache: torch.Tensor, scale: float
     ) -> None:
         self.pages.append(launch.page_size_tokens)
+
+
+@pytest.mark.parametrize("sparse", [SparseFlashAttentionBackend, SparseTritonBackend])
+def test_blocks_of_a_model_with_several_backends_are_those_that_pages_want(
+    sparse: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM asks none of several backends for its preference."""
+
+    def chosen(named: int | None = None) -> int:
+        config = VllmConfig(model_config=ModelConfig(str(MODEL)), cache_config=CacheConfig(block_size=named))
+        backends = [sparse, FlashAttentionBackend]
+        size: int = Platform._preferred_block_size_for_backends(backends, 16, config)
+        with set_current_vllm_config(config):
+            assert select_common_block_size(size, backends) == size
+        return size
+
+    assert chosen() == 128
+    assert chosen(named=16) == 16
+    monkeypatch.setattr(ModelConfig, "is_hybrid", True)
+    assert chosen() == 16
+    # Without a server's configuration: what the stock backend takes.
+    assert sparse.supports_block_size(16)
+    assert not sparse.supports_block_size(8)
 
 
 def test_small_pages_go_where_they_can_be_read() -> None:

@@ -11,8 +11,8 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from vllm.config import get_current_vllm_config
-from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
+from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
@@ -323,6 +323,30 @@ class GpuDeclarations(SparseDeclarations):
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
         return PREFERRED_BLOCK_TOKENS
+
+    @classmethod
+    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        """What the stock backend takes; multiples of the preferred size where nobody named one.
+
+        Of a model with several backends vLLM asks none for its preference, but takes the smallest size that all take. A
+        model with state-space layers has blocks as large as their state, which need not be such a multiple.
+        """
+        stock: list[int | MultipleOf] = super().get_supported_kernel_block_sizes(kv_cache_spec)  # type: ignore[misc]
+        config = get_current_vllm_config_or_none()
+        if (
+            config is None
+            or config.cache_config.user_specified_block_size
+            or config.model_config is None
+            or config.model_config.is_hybrid
+            or not all(isinstance(size, MultipleOf) for size in stock)
+        ):
+            return stock
+        return [MultipleOf(PREFERRED_BLOCK_TOKENS)]
+
+    @classmethod
+    def supports_block_size(cls, block_size: int | None) -> bool:
+        """By the sizes above, where a stock backend has an answer of its own."""
+        return bool(AttentionBackend.supports_block_size.__func__(cls, block_size))
 
 
 class SparseFlashAttentionBackend(GpuDeclarations, FlashAttentionBackend):
