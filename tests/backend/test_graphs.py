@@ -392,6 +392,10 @@ def test_guarded_rows_replay_graphs_that_hold_dense_ones(graphs: DecodeGraphs) -
     guards.step = graphs.step = guarded
     assert guards.prepare(4) == beside_dense("tidal")
     assert graphs.prepare(4) == ANY, "where the server does not guard by default"
+    guards.judged_apart = True
+    assert guards.prepare(4) == ANY, "whatever this rank has sent dense"
+    guards.step = step_of(plan)
+    assert guards.prepare(4) == "tidal"
 
 
 def test_a_row_tells_the_device_of_layers_that_went_dense(graphs: DecodeGraphs) -> None:

@@ -154,11 +154,13 @@ def test_a_broken_prefill_selector_is_caught_in_the_first_chunk(
     assert [after - other for after, other in zip(found, before, strict=True)] == [LAYERS, LAYERS, 1]
 
 
+@pytest.mark.parametrize("judged_apart", [False, True])
 @pytest.mark.parametrize("min_recall", [0.0, FLOOR])
 def test_a_broken_decode_selector_is_caught_within_one_round(
-    engine: Engine, min_recall: float, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, min_recall: float, judged_apart: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Tidal, "select", broken)
+    monkeypatch.setattr(engine.builder, "_sparse_judged_apart", judged_apart)
     worker = Worker(engine, generator)
     guard = enter(0, SparseParams(None, TIDAL, min_recall=min_recall))
     layers, rows = count("guard_layers", "decode", "tidal"), count("fallbacks", "decode", "tidal", reason="low_recall")

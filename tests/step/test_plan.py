@@ -449,3 +449,32 @@ def test_no_step_is_sparse_that_is_predicted_to_be_slower(rows: list[Row]) -> No
     if methods:
         all_sparse = len(found.batch) == len(rows)
         assert gained > costs.launch_seconds(methods, all_sparse and len(methods) == 1, full_graph=True)
+
+
+JUDGED = st.lists(st.frozensets(st.integers(0, LAYERS - 1)) | st.just(frozenset(range(LAYERS))), min_size=2, max_size=2)
+
+
+@given(st.lists(DECODES, min_size=1, max_size=12), JUDGED, st.booleans(), st.data())
+def test_ranks_that_judge_apart_run_the_same_rows(
+    rows: list[Row], judged: list[frozenset[int]], full_graph: bool, data: st.DataObject
+) -> None:
+    """What the guard found on one rank changes no graph: those of all ranks read one another's buffers."""
+    guarded = [data.draw(st.booleans()) for _ in rows]
+    rows = [
+        replace(row, params=replace(row.params, min_recall=0.5)) if has else row
+        for row, has in zip(rows, guarded, strict=True)
+    ]
+    limits = replace(LIMITS, full_graph=full_graph, judged_apart=True)
+    ranks = []
+    for dense_layers in judged:
+        requests = held(*(row.params for row in rows))
+        plans = []
+        for _ in range(2):
+            plans.append(plan(rows, limits, requests))
+            for request in requests.values():
+                if request.guard is not None:
+                    request.guard.dense_layers = dense_layers
+        states = [(one.leaves_graphs, one.catches_up, one.in_graph) for one in requests.values()]
+        served = [([row.span for row in found.batch], [row.span for row in found.decode]) for found in plans]
+        ranks.append((states, served, [found.summarising == () for found in plans]))
+    assert ranks[0] == ranks[1]

@@ -118,6 +118,7 @@ class GpuMetadataBuilder(SparseMetadataBuilder):
                 methods,
                 self._sparse_speculative,
                 guards=config.min_recall > 0,
+                judged_apart=self._sparse_judged_apart,
             )
             if self._sparse_metrics.memory is not None:
                 self._sparse_metrics.memory.set_buffers(self.decode_buffers.bytes + self._graphs.bytes)

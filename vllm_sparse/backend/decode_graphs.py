@@ -88,6 +88,8 @@ class DecodeGraphs:
         speculative: the server drafts tokens; verification rows run dense.
         guards: the server guards requests by default; then the graphs of a method beside dense rows hold guarded rows
             too. Those of any methods and roles always do.
+        judged_apart: ranks that have to replay the same graphs judge guarded rows apart. All-reduces of a graph read
+            buffers of the same graph on other ranks, so steps with such rows replay one that holds whatever was judged.
 
     Attributes:
         sizes: rows of the captured graphs, rising; none before there are graphs.
@@ -101,9 +103,11 @@ class DecodeGraphs:
         methods: Sequence[BatchDecodeMethod],
         speculative: bool,
         guards: bool = False,
+        judged_apart: bool = False,
     ) -> None:
         self.buffers = buffers
         self.speculative = speculative
+        self.judged_apart = judged_apart
         size = buffers.size
         self.roles = {type(method): layer_roles(method, size.num_layers, size.held) for method in methods}
         rows = [RowSetting(method, 0, self.roles[type(method)], 0, True) for method in methods]
@@ -212,14 +216,15 @@ class DecodeGraphs:
     def _name(self, plan: StepPlan, rows: Sequence[RowSetting], size: int) -> str:
         """The graphs that launch least of those that hold a step; arguments as in `prepare`."""
         names = {row.method.name for row in rows if row.method is not None}
-        if len(names) != 1:
+        guarded = any(row.guard is not None for row in plan.batch)
+        if len(names) != 1 or (guarded and self.judged_apart):
             return ANY
         name = names.pop()
         # Requests of equal knobs share the object; hashing it for each row would take longer than a large batch has.
         roles = {id(row.roles): row.roles for row in rows if row.method is not None}.values()
         if not all(self._hold(beside_dense(name), of_row) for of_row in roles):
             return ANY
-        if any(row.guard is not None for row in plan.batch):
+        if guarded:
             return beside_dense(name) if beside_dense(name) in self._guarding else ANY
         alone = len(plan.batch) == len(rows) and size <= MOST_ROWS_ALONE
         return name if alone and all(self._hold(name, of_row) for of_row in roles) else beside_dense(name)

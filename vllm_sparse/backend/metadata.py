@@ -69,6 +69,8 @@ class SparseMetadataBuilder:
         # Checked here too: a configuration need not come from vLLM's arguments.
         check_summaries(vllm_config, kv_cache_spec.block_size)
         self._sparse_speculative = vllm_config.speculative_config is not None
+        # Each rank has heads of its own, whose lists the guard judges.
+        self._sparse_judged_apart = vllm_config.parallel_config.tensor_parallel_size > 1
         self._sparse_metrics = WorkerMetrics.get(
             vllm_config.parallel_config.data_parallel_index, vllm_config.model_config.served_model_name
         )
@@ -135,6 +137,7 @@ class SparseMetadataBuilder:
             self._sparse_prompt_cost,
             self._sparse_soft_cap,
             self._sparse_held,
+            self._sparse_judged_apart,
         )
 
     step_costs: StepCosts | None = None

@@ -210,6 +210,8 @@ class PlanLimits:
         block_tokens: of a KV-cache block.
         soft_cap: the model caps its attention logits.
         held: numbers of the layers that this process holds; None: all.
+        judged_apart: ranks that have to replay the same CUDA graphs judge guarded rows apart, so which rows are sparse
+            and what a step costs may not follow from their judgement.
     """
 
     num_layers: int
@@ -223,6 +225,7 @@ class PlanLimits:
     prompt_cost: float = math.inf
     soft_cap: bool = False
     held: range | None = None
+    judged_apart: bool = False
 
     @property
     def layers(self) -> range:
@@ -300,11 +303,12 @@ def plan_step(
             if of_method is None:
                 of_method = request.roles = layer_roles(params.decode, limits.num_layers, limits.held)
             roles = of_method if guard is None else guard.roles(of_method)
+            agreed = of_method if limits.judged_apart else roles
             pays, gain = True, None
             if costs is not None:
                 known = request.gain
-                if known is None or known.roles is not roles:
-                    known = _learn_gain(request, roles, at_once, costs, limits)
+                if known is None or known.roles is not agreed:
+                    known = _learn_gain(request, agreed, at_once, costs, limits)
                 gain = known.at(span.seq_len)
                 pays = gain > 0 if at_once else _pays_alone(request, gain, costs, limits.full_graph)
             is_dense_step = params.decode.is_dense_step(span.seq_len)
@@ -314,7 +318,7 @@ def plan_step(
                 span.seq_len,
                 limits.speculative,
                 room if at_once and not is_dense_step else None,
-                roles is of_method or bool(reading_layers(roles)),
+                agreed is of_method or bool(reading_layers(agreed)),
                 pays,
                 limits.soft_cap,
             )
