@@ -179,8 +179,9 @@ def test_d1_dense_knobs_are_known_before_any_prompt() -> None:
 
 
 def test_lists_end_by_coverage_where_nobody_says_otherwise() -> None:
-    assert Dhsa().covered == DEFAULT_COVERAGE == Dhsa(budget_tokens=4096).covered
+    assert Dhsa().covered == DEFAULT_COVERAGE == Dhsa(density=0.1).covered
     assert Dhsa(coverage=1.0).covered == first_stage().covered == Dhsa(density=1.0).covered == 1.0
+    assert Dhsa(budget_tokens=4096).covered == 1.0, "a fixed cost"
     assert Dhsa(density=1.0, coverage=0.9).covered == 0.9
 
 

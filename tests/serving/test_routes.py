@@ -193,7 +193,7 @@ def test_changed_defaults_have_prefix_caches_of_their_own(changeable: Server) ->
         (
             {"preset": "quality", "prefill": None},
             400,
-            "'quality', whose prefill method sale this server does not enable",
+            "'quality', whose prefill method dhsa this server does not enable",
         ),
         ({"preset": "turbo"}, 400, "sparse_preset is 'turbo'; allowed are dense, quality"),
         ({"min_tokens": "1"}, 400, "sparse.min_tokens is '1'"),

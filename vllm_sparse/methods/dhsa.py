@@ -154,7 +154,7 @@ class Dhsa(PrefillMethod):
         Coverage | None,
         Field(
             description="share of the candidates' attention at which a list ends before its budget; 1: none does; by "
-            f"default {DEFAULT_COVERAGE}, and 1 where there is no second stage or everything is read"
+            f"default {DEFAULT_COVERAGE}, and 1 with budget_tokens, without a second stage or where everything is read"
         ),
     ] = None
     density: Annotated[
@@ -205,7 +205,8 @@ class Dhsa(PrefillMethod):
         """Share of the candidates' attention at which lists end; 1: they do not."""
         if self.coverage is not None:
             return self.coverage
-        return 1.0 if self.candidate_factor == 1 or self._takes_everything else DEFAULT_COVERAGE
+        fixed = self.budget_tokens > 0 or self.density >= 1
+        return 1.0 if fixed or self.candidate_factor == 1 else DEFAULT_COVERAGE
 
     @property
     def _takes_everything(self) -> bool:
