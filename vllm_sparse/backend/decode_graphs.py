@@ -32,6 +32,7 @@ from vllm_sparse.step.roles import reading_layers
 
 if TYPE_CHECKING:
     import torch
+    from vllm.config import ParallelConfig
 
     from vllm_sparse.backend.decode_buffers import DecodeBuffers
     from vllm_sparse.backend.guard import StepGuard
@@ -77,6 +78,20 @@ def captured_sizes(sizes: Iterable[int]) -> list[int]:
         if size >= kept[-1] * SIZE_RATIO or size == rising[-1]:
             kept.append(size)
     return kept
+
+
+def graph_sizes(sizes: Iterable[int], parallel: ParallelConfig) -> list[int]:
+    """Batch sizes of a server's sparse graphs, rising.
+
+    Engines of data parallelism and stages of a pipeline pad alike, those whose steps are dense too: there each of
+    vLLM's sizes is needed.
+
+    Args:
+        sizes: rows of vLLM's decode graphs.
+        parallel: the server's.
+    """
+    pads_alone = parallel.data_parallel_size == parallel.pipeline_parallel_size == 1
+    return captured_sizes(sizes) if pads_alone else sorted(set(sizes))
 
 
 class DecodeGraphs:

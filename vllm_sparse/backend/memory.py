@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_sparse.backend.decode_buffers import DecodeBuffers
-from vllm_sparse.backend.decode_graphs import MOST_ROWS_ALONE, captured_sizes
+from vllm_sparse.backend.decode_graphs import MOST_ROWS_ALONE, graph_sizes
 from vllm_sparse.config.limits import is_within, narrowed
 from vllm_sparse.config.model_layers import held_layers, sparse_layers
 from vllm_sparse.config.names import knob_schema
@@ -186,9 +186,7 @@ def _graphs(vllm_config: VllmConfig, methods: int) -> int:
     ]
     if not sizes:
         return 0
-    parallel = vllm_config.parallel_config
-    pads_alone = parallel.data_parallel_size == parallel.pipeline_parallel_size == 1
-    sizes = captured_sizes(sizes) if pads_alone else sorted(set(sizes))
+    sizes = graph_sizes(sizes, vllm_config.parallel_config)
     alone = len([size for size in sizes if size <= MOST_ROWS_ALONE])
     # Of each method alone and beside dense rows, and of any methods.
     return methods * (alone + len(sizes)) + len(sizes)

@@ -85,6 +85,7 @@ _DHSA = {"bound_weight": 0.5, "candidate_factor": 3.0}
 _DHSA_QUALITY = Choice("dhsa", {"density": 0.75, "coverage": 0.98, **_DHSA})
 _DHSA_BALANCED = Choice("dhsa", {"density": 0.5, "coverage": 0.97, **_DHSA})
 _DHSA_FAST = Choice("dhsa", {"density": 0.5, "coverage": 0.95, **_DHSA})
+_TOKENTOPK = Choice("tokentopk", {"budget_tokens": 2048, "dense_layers": 0})
 _MEASURED_ON = "Qwen2.5-Coder-0.5B at 32K"
 
 PRESETS: dict[str, Preset] = {
@@ -100,11 +101,7 @@ PRESETS: dict[str, Preset] = {
         "prompts, -0.005 ± 0.011, KL 0.0006; both together not done.",
         (
             Tier(_PAYS_FROM_TOKENS, prefill=_DHSA_BALANCED),
-            Tier(
-                _DECODE_PAYS_FROM_TOKENS,
-                prefill=_DHSA_BALANCED,
-                decode=Choice("tokentopk", {"budget_tokens": 2048, "dense_layers": 0}),
-            ),
+            Tier(_DECODE_PAYS_FROM_TOKENS, prefill=_DHSA_BALANCED, decode=_TOKENTOPK),
         ),
     ),
     "fast": Preset(
@@ -113,11 +110,7 @@ PRESETS: dict[str, Preset] = {
         "prompts, -0.005 ± 0.011, KL 0.0006; both together not done.",
         (
             Tier(_PAYS_FROM_TOKENS, prefill=_DHSA_FAST),
-            Tier(
-                _DECODE_PAYS_FROM_TOKENS,
-                prefill=_DHSA_FAST,
-                decode=Choice("tokentopk", {"budget_tokens": 2048, "dense_layers": 0}),
-            ),
+            Tier(_DECODE_PAYS_FROM_TOKENS, prefill=_DHSA_FAST, decode=_TOKENTOPK),
         ),
     ),
 }

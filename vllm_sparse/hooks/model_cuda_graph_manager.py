@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_sparse.backend.decode_graphs import captured_sizes, current_graphs
+from vllm_sparse.backend.decode_graphs import current_graphs, graph_sizes
 from vllm_sparse.hooks.wrapping import is_wrapped, wraps
 
 
@@ -37,12 +37,7 @@ def install() -> None:
         ]
         if not shapes:
             return
-        sizes = [shape.num_reqs for shape in shapes]
-        # Engines of data parallelism and stages of a pipeline pad alike, those whose steps are dense too: there each
-        # size is needed.
-        parallel = self.vllm_config.parallel_config
-        pads_alone = parallel.data_parallel_size == parallel.pipeline_parallel_size == 1
-        graphs.sizes = captured_sizes(sizes) if pads_alone else sorted(set(sizes))
+        graphs.sizes = graph_sizes([shape.num_reqs for shape in shapes], self.vllm_config.parallel_config)
         try:
             for name in graphs.launches:
                 self.graphs = graphs.captured[name] = {}

@@ -209,12 +209,9 @@ class Dhsa(PrefillMethod):
         return 1.0 if fixed or self.candidate_factor == 1 else DEFAULT_COVERAGE
 
     @property
-    def _takes_everything(self) -> bool:
-        return self.budget_tokens == UNBOUNDED_TOKENS or (self.budget_tokens == 0 and self.density >= 1)
-
-    @property
     def exactly_dense(self) -> bool:
-        return self._takes_everything and self.covered == 1
+        takes_everything = self.budget_tokens == UNBOUNDED_TOKENS or (self.budget_tokens == 0 and self.density >= 1)
+        return takes_everything and self.covered == 1
 
     def selection_bytes(self, query_tokens: int, seq_len: int, query_heads: int, kv_heads: int) -> int:
         lists = super().selection_bytes(query_tokens, seq_len, query_heads, kv_heads)
