@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,12 @@ SHARED_MEMORY_BYTES = 227 * 1024
 
 
 def compile_for_hopper(
-    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], num_warps: int = 4, num_stages: int = 3
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    num_warps: int = 4,
+    num_stages: int = 3,
+    aligned: Collection[str] = (),
 ) -> Any:
     """Compile a kernel for compute capability 9.0 and check that a multiprocessor can hold it.
 
@@ -22,6 +27,8 @@ def compile_for_hopper(
         constants: values of the compile-time constants.
         num_warps: as in the launch.
         num_stages: as in the launch.
+        aligned: parameters that are multiples of 16 in a launch, as most addresses and strides are; loads are of single
+            numbers where Triton does not know it.
 
     Returns:
         Triton's compiled kernel.
@@ -34,7 +41,8 @@ def compile_for_hopper(
     assert not missing, f"no type or value for {sorted(missing)}"
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, values)
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, signature, values, attributes)
     compiled = triton.compile(
         source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "num_stages": num_stages}
     )

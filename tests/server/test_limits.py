@@ -243,14 +243,22 @@ def test_memory_grows_with_finer_lists() -> None:
 
 
 def test_memory_of_a_second_stage() -> None:
-    """Kept masses have a bound, but for one query block of a very long context."""
-    one, both = Dhsa(candidate_factor=1.0), Dhsa()
+    """Kept masses have a bound, but for the query blocks of one program and a very long context."""
+    one, both, everything = Dhsa(candidate_factor=1.0), Dhsa(density=0.2), Dhsa()
 
     def more(query_tokens: int, seq_len: int) -> int:
         size = (query_tokens, seq_len, 28, 4)
         return both.selection_bytes(*size) - one.selection_bytes(*size)
 
+    def of_all_pages(query_tokens: int, seq_len: int) -> int:
+        size = (query_tokens, seq_len, 28, 4)
+        return everything.selection_bytes(*size) - one.selection_bytes(*size)
+
     # 9 bytes for each candidate list and page, and 4 for each of 16 queries of 7 heads, padded to 8.
     assert more(128, 32768) == 4 * 1024 * (9 + 4 * 16 * 8)
     assert more(8192, 1 << 20) == 4 * 64 * 32768 * 9 + (1 << 29)
     assert more(128, 1 << 27) == 4 * (1 << 22) * (9 + 4 * 16 * 8)
+    # Without candidates' lists.
+    assert of_all_pages(128, 32768) == 4 * 1024 * 4 * 16 * 8
+    assert of_all_pages(8192, 1 << 20) == 1 << 29
+    assert of_all_pages(128, 1 << 27) == 4 * (1 << 22) * 4 * 16 * 8

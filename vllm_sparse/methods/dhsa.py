@@ -25,6 +25,8 @@ from vllm_sparse.kernels.candidate_mass import SAMPLED_QUERIES, candidate_mass, 
 from vllm_sparse.kernels.coverage import coverage_mask
 from vllm_sparse.kernels.page_list import ListGrid, block_lists, query_blocks, write_lists
 from vllm_sparse.kernels.page_summaries import SummaryKind, chunk_summaries, page_summaries
+from vllm_sparse.kernels.sampled_mass import chunk_sampled_mass, sampled_mass
+from vllm_sparse.kernels.sampled_mass import scratch_bytes as sampled_scratch_bytes
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.methods.knobs import (
     COMPILES,
@@ -55,8 +57,9 @@ from vllm_sparse.step.chunks import PromptBlocks, PromptChunks, int_tables
 # The key block of the paper's second version. Finer pages double the score map and the lists, while the executor gains
 # nothing: key blocks of 16 give each page the better of two.
 PAGE_TOKENS = 32
-# Of attention masses of all pages, in times of the scores: 0.2 and 0.012 of dense attention on an H200.
-ALL_MASSES_WORK = 16.0
+# Of attention masses, in times of the scores, which take 0.012 of dense attention on an H200: of lists that hold all
+# pages 0.2, of all pages without lists 0.1.
+LISTED_MASSES_WORK, ALL_MASSES_WORK = 16.0, 8.0
 DEFAULT_COVERAGE = 0.97
 # Density at 8K was 0.27 with a coverage of 0.95, 0.31 with 0.97 and 0.39 with 0.98, at 32K 0.17, 0.21 and 0.26 (means
 # over chunks, Qwen2.5-Coder-0.5B, docs/methods.md): a line over the logarithm of what is left out, and a fall by a
@@ -103,7 +106,8 @@ class Dhsa(PrefillMethod):
     With `candidate_factor` above 1 the scores choose only candidates, that many times the budget, for all query heads
     of a KV head together. Among these the budget is filled by attention mass: softmax probabilities over the
     candidates, summed over 16 evenly spread queries of the query block. Heads that share scores share the sum of their
-    masses. A list ends before its budget where it holds `coverage` of this mass. This second stage is not the paper's.
+    masses. A list ends before its budget where it holds `coverage` of this mass. Where all pages in reach are candidates,
+    as by default, there is no first stage; then key blocks say only what is forced. The second stage is not the paper's.
     It is the default, because on a real checkpoint lists that end by coverage kept the answers at a density of 0.21,
     where lists of a fixed density lost some at 0.25, and the first stage alone more at 0.32 (docs/methods.md).
 
@@ -218,6 +222,8 @@ class Dhsa(PrefillMethod):
         if self.candidate_factor == 1:
             return lists
         blocks, pages = -(-query_tokens // self.query_block_tokens), -(-seq_len // PAGE_TOKENS)
+        if self._weighs_all:
+            return lists + sampled_scratch_bytes(blocks, pages, PAGE_TOKENS, query_heads, kv_heads)
         candidates = kv_heads * blocks * pages * PAGE_ENTRY_BYTES
         return lists + candidates + scratch_bytes(blocks, pages, query_heads, kv_heads)
 
@@ -225,13 +231,20 @@ class Dhsa(PrefillMethod):
     def measured(cls) -> Dhsa:
         return cls(bound_weight=0.0, candidate_factor=1.0)
 
+    @property
+    def _weighs_all(self) -> bool:
+        """All pages in reach are candidates, so that there is nothing to choose for a first stage."""
+        return self.budget_tokens == 0 and self.candidate_factor > 1 and self.density * self.candidate_factor >= 1
+
     def selection_work(self, seq_len: int, query_heads: int, kv_heads: int) -> float:
+        if self._weighs_all:
+            return ALL_MASSES_WORK * query_heads / self.query_block_tokens
         first_stage = super().selection_work(seq_len, query_heads, kv_heads)
         if self.candidate_factor == 1:
             return first_stage
         budget = self.budget_tokens / seq_len if self.budget_tokens else self.density
         listed = min(self.candidate_factor * budget, 1.0)
-        return first_stage + ALL_MASSES_WORK * listed * query_heads / self.query_block_tokens
+        return first_stage + LISTED_MASSES_WORK * listed * query_heads / self.query_block_tokens
 
     def read_tokens(self, query_tokens: int, seq_len: int) -> float:
         block, reach = self.query_block_tokens, mean_reach(query_tokens, seq_len)
@@ -257,15 +270,18 @@ class Dhsa(PrefillMethod):
             min(score_heads, keys.num_kv_heads) if rescored else score_heads,
             self.sink_tokens,
         )
-        scores = page_scores(query, key_chunks, context, selection)
-        if not rescored:
-            return best_pages(scores, band_start, last_query, budget_pages, selection)
-        candidate_pages = (budget_pages.double() * self.candidate_factor).ceil()
-        mask = best_pages(scores, band_start, last_query, candidate_pages, selection)
-        grid = ListGrid(
-            query.shape[0], context, self.query_block_tokens, PAGE_TOKENS, PAGE_TOKENS, selection.score_heads
-        )
-        mass = candidate_mass(query, keys, scale, self.query_block_tokens, block_lists(mask, grid))
+        if self._weighs_all:
+            mass = sampled_mass(query, keys, scale, self.query_block_tokens, PAGE_TOKENS)
+        else:
+            scores = page_scores(query, key_chunks, context, selection)
+            if not rescored:
+                return best_pages(scores, band_start, last_query, budget_pages, selection)
+            candidate_pages = (budget_pages.double() * self.candidate_factor).ceil()
+            mask = best_pages(scores, band_start, last_query, candidate_pages, selection)
+            grid = ListGrid(
+                query.shape[0], context, self.query_block_tokens, PAGE_TOKENS, PAGE_TOKENS, selection.score_heads
+            )
+            mass = candidate_mass(query, keys, scale, self.query_block_tokens, block_lists(mask, grid))
         if score_heads < query_heads:
             mass = mass.view(score_heads, -1, *mass.shape[1:]).sum(1)
         kept = best_pages(mass, band_start, last_query, budget_pages, selection)
@@ -321,22 +337,26 @@ class Dhsa(PrefillMethod):
             return
         blocks, query_heads, kv_heads = chunks.blocks, chunks.query.shape[1], chunks.keys[0].num_kv_heads
         score_heads = heads_with_scores(self.scores_per, query_heads, kv_heads)
-        rescored = self.candidate_factor > 1
-        scores = chunk_page_scores(
-            chunks.query,
-            self._representation(chunks, prepared),
-            prepared.first_key_block,
-            prepared.last_key_block,
-            blocks,
-            min(score_heads, kv_heads) if rescored else score_heads,
-        )
         sink_pages = -(-self.sink_tokens // PAGE_TOKENS)
-        first_pages = prepared.candidate_pages if rescored else prepared.budget_pages
-        mask = select_pages(scores, sink_pages, prepared.band_page, prepared.last_page, first_pages)
+        rescored = self.candidate_factor > 1
+        if self._weighs_all:
+            mass = chunk_sampled_mass(chunks, PAGE_TOKENS)
+        else:
+            scores = chunk_page_scores(
+                chunks.query,
+                self._representation(chunks, prepared),
+                prepared.first_key_block,
+                prepared.last_key_block,
+                blocks,
+                min(score_heads, kv_heads) if rescored else score_heads,
+            )
+            first_pages = prepared.candidate_pages if rescored else prepared.budget_pages
+            mask = select_pages(scores, sink_pages, prepared.band_page, prepared.last_page, first_pages)
+            if rescored:
+                candidates = empty_lists(mask.shape[0] * blocks.blocks, mask.shape[2], PAGE_TOKENS, mask.device)
+                write_lists(mask, blocks, PAGE_TOKENS, mask.shape[0], candidates)
+                mass = chunk_mass(chunks, candidates)
         if rescored:
-            candidates = empty_lists(mask.shape[0] * blocks.blocks, mask.shape[2], PAGE_TOKENS, mask.device)
-            write_lists(mask, blocks, PAGE_TOKENS, mask.shape[0], candidates)
-            mass = chunk_mass(chunks, candidates)
             if score_heads < query_heads:
                 mass = mass.view(score_heads, -1, *mass.shape[1:]).sum(1)
             mask = select_pages(mass, sink_pages, prepared.band_page, prepared.last_page, prepared.budget_pages)
@@ -350,7 +370,7 @@ class Dhsa(PrefillMethod):
         """Of the kept pages those that hold `coverage` of the mass, and the forced ones.
 
         Args:
-            mass: ``[score_heads, blocks, pages]`` of the candidates, summed over heads that share scores.
+            mass: ``[score_heads, blocks, pages]`` of the candidates, summed over heads that share scores; overwritten.
             kept: bool, as the mass; no page after a query block's last one.
             query_heads: of the mass before it was summed.
             band_page: ``[blocks]`` page from which on a query block reads everything.
@@ -358,7 +378,7 @@ class Dhsa(PrefillMethod):
         if self.covered == 1:
             return kept
         of_heads, pages = mass.shape[0], mass.shape[2]
-        share = mass.clamp(min=0).flatten(0, 1).float() / (SAMPLED_QUERIES * query_heads / of_heads)
+        share = mass.clamp_(min=0).div_(SAMPLED_QUERIES * query_heads / of_heads).flatten(0, 1).float()
         covering = coverage_mask(share, share.new_full((share.shape[0],), self.covered), 0, pages).view_as(kept)
         page = torch.arange(pages, device=mass.device)
         forced = (page < -(-self.sink_tokens // PAGE_TOKENS)) | (page >= band_page.unsqueeze(1))

@@ -1,0 +1,72 @@
+"""Attention of sampled queries to all pages in PyTorch: the specification, on any device."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparse.kernels.candidate_mass.reference import SAMPLED_QUERIES, SCRATCH_BYTES, sampled_offsets
+from vllm_sparse.keys import PagedKeys
+from vllm_sparse.step.chunks import PromptChunks
+
+# Of a program of the kernel: sampled queries of a few query blocks and of query heads of a KV head, and keys at once.
+MOST_ROWS, KEY_TILE = 64, 64
+# Of a row, a page's mass and a tile's largest product.
+MASS_BYTES, MOST_BYTES = 2, 4
+
+
+def programs(query_heads: int, kv_heads: int) -> tuple[int, int, int]:
+    """Query heads of a program of the kernel, its query blocks, and the programs of a KV head's query heads."""
+    group = query_heads // kv_heads
+    at_once = min(1 << (group - 1).bit_length(), MOST_ROWS // SAMPLED_QUERIES)
+    return at_once, MOST_ROWS // (at_once * SAMPLED_QUERIES), -(-group // at_once)
+
+
+def kept_bytes(pages: int, tiles: int) -> int:
+    """What the kernel keeps of a row."""
+    return MASS_BYTES * pages + MOST_BYTES * tiles
+
+
+def scratch_bytes(blocks: int, pages: int, page_tokens: int, query_heads: int, kv_heads: int) -> int:
+    """Memory that the kernel takes beside its result; arguments as in the public function."""
+    _, together, splits = programs(query_heads, kv_heads)
+    tiles = -(-pages // (KEY_TILE // page_tokens))
+    of_a_group = kv_heads * splits * MOST_ROWS * kept_bytes(pages, tiles)
+    return min(-(-blocks // together) * of_a_group, max(SCRATCH_BYTES, of_a_group))
+
+
+def sampled_mass(
+    query: torch.Tensor, keys: PagedKeys, scale: float, query_block_tokens: int, page_tokens: int
+) -> torch.Tensor:
+    """Mass of each page; arguments as in the public function.
+
+    Computes in float64 if the queries are float64, else in float32.
+    """
+    query_tokens, heads, head_size = query.shape
+    kv_heads, context = keys.num_kv_heads, keys.seq_len
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    transposed = keys.read(0, context).to(dtype).transpose(1, 2)
+    position = torch.arange(context, device=query.device)
+    blocks, pages = -(-query_tokens // query_block_tokens), -(-context // page_tokens)
+    mass = torch.zeros(heads, blocks, pages, dtype=dtype, device=query.device)
+    for i_block, block in enumerate(torch.split(query, query_block_tokens)):
+        sampled = torch.tensor(sampled_offsets(block.shape[0]), device=query.device)
+        first = context - query_tokens + i_block * query_block_tokens
+        stop = first + block.shape[0]
+        reach = -(-stop // page_tokens)
+        grouped = block[sampled].to(dtype).transpose(0, 1).reshape(kv_heads, -1, head_size)
+        scores = torch.bmm(grouped, transposed[:, :, :stop]).mul_(scale).view(heads, SAMPLED_QUERIES, stop)
+        future = position[:stop] > (first + sampled).unsqueeze(1)
+        weight = scores.masked_fill_(future, float("-inf")).softmax(2).sum(1)
+        padded = torch.nn.functional.pad(weight, (0, reach * page_tokens - stop))
+        mass[:, i_block, :reach] = padded.view(heads, reach, page_tokens).sum(2)
+    return mass
+
+
+def chunk_sampled_mass(chunks: PromptChunks, page_tokens: int) -> torch.Tensor:
+    """Mass of the pages of prompt chunks; arguments as in the public function."""
+    longest = -(-chunks.blocks.longest_seq_len // page_tokens)
+    each = []
+    for chunk, keys in enumerate(chunks.keys):
+        mass = sampled_mass(chunks.query_of(chunk), keys, chunks.scale, chunks.blocks.query_block_tokens, page_tokens)
+        each.append(torch.nn.functional.pad(mass, (0, longest - mass.shape[2])))
+    return torch.cat(each, dim=1)
