@@ -106,10 +106,11 @@ class Dhsa(PrefillMethod):
     With `candidate_factor` above 1 the scores choose only candidates, that many times the budget, for all query heads
     of a KV head together. Among these the budget is filled by attention mass: softmax probabilities over the
     candidates, summed over 16 evenly spread queries of the query block. Heads that share scores share the sum of their
-    masses. A list ends before its budget where it holds `coverage` of this mass. Where all pages in reach are candidates,
-    as by default, there is no first stage; then key blocks say only what is forced. The second stage is not the paper's.
-    It is the default, because on a real checkpoint lists that end by coverage kept the answers at a density of 0.21,
-    where lists of a fixed density lost some at 0.25, and the first stage alone more at 0.32 (docs/methods.md).
+    masses. A list ends before its budget where it holds `coverage` of this mass. Where all pages in reach are
+    candidates, as by default, there is no first stage; then key blocks say only what is forced. The second stage is not
+    the paper's. It is the default, because on a real checkpoint lists that end by coverage kept the answers at a
+    density of 0.21, where lists of a fixed density lost some at 0.25, and the first stage alone more at 0.32
+    (docs/methods.md).
 
     ``key_blocks="page"`` cuts the keys every `key_block_tokens`, as the paper's second version does; ``"adaptive"``
     cuts them where they change most, as the first version's trained predictor would (`boundary_threshold` is its

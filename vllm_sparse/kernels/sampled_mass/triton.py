@@ -1,9 +1,10 @@
 """Attention of sampled queries to all pages in Triton: one program a few query blocks and query heads of a KV head.
 
-A row is a sampled query of a head. Adjacent query blocks read the same keys but for the last ones, so a program may have
-rows of several. What takes the time is not keys but instructions for each product, so there are few: one exponential,
-no logarithm, and no mask but in the last tiles. Products are taken once: the mass of each row and page, less the row's
-largest product by then, is kept until the row's normaliser is known. Programs of the longest contexts start first.
+A row is a sampled query of a head. Adjacent query blocks read the same keys but for the last ones, so a program may
+have rows of several. What takes the time is not keys but instructions for each product, so there are few: one
+exponential, no logarithm, and no mask but in the last tiles. Products are taken once: the mass of each row and page,
+less the row's largest product by then, is kept until the row's normaliser is known. Programs of the longest contexts
+start first.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from vllm_sparse.kernels.sampled_mass.reference import KEY_TILE, MOST_ROWS, kept
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.step.chunks import PromptChunks, one_chunk
 
-# The fastest on an H200 with 64 rows and tiles of 64 keys (loadtest/RESULTS.md); fewer tiles in flight where shared memory
-# has no room for them.
+# The fastest on an H200 with 64 rows and tiles of 64 keys (loadtest/RESULTS.md); fewer tiles in flight where shared
+# memory has no room for them.
 WARPS, STAGES, FEW_STAGES = 4, 4, 2
 # Pages whose kept masses are read at once.
 PAGE_TILE = 16
