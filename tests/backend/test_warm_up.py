@@ -11,7 +11,9 @@ import torch
 from tests.backend.conftest import HEAD_SIZE, KV_HEADS, Engine
 from vllm_sparse.backend import prefill
 from vllm_sparse.backend.executors.cpu import CpuExecutor
-from vllm_sparse.backend.warm_up import PrefillWarmUp, doubling
+from vllm_sparse.backend.summaries import StoredSummaries
+from vllm_sparse.backend.warm_up import PrefillWarmUp, SummaryWarmUp, doubling
+from vllm_sparse.kernels.page_summaries import SummaryKind, page_summaries
 from vllm_sparse.methods.registry import DEFAULT_METHODS, PREFILL_METHODS
 from vllm_sparse.step.launch import Launch
 from vllm_sparse.step.plan import PrefillRow
@@ -75,3 +77,23 @@ def test_chunks_that_always_run_dense_are_left_out(engine: Engine, monkeypatch: 
     assert {key.method.name for key in keys} == {
         name for name, method in PREFILL_METHODS.items() if method().min_query_tokens < 200
     }
+
+
+def test_each_kind_of_summary_is_stored_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the prompts of requests that decode by them are summarised: into what the layer reads later."""
+    from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
+
+    layer = engine.layers[3]
+    kv_cache = torch.randn(BLOCKS, KV_HEADS, BLOCK, 2 * HEAD_SIZE)
+    monkeypatch.setattr(layer, "kv_cache", kv_cache)
+    monkeypatch.setattr(layer.impl, "summaries", StoredSummaries())
+    kinds = [SummaryKind(BLOCK, "mean"), SummaryKind(BLOCK, "codes"), SummaryKind(BLOCK, "mean")]
+    registry = JitWarmupRegistry(engine.config)
+    with registry.activate():
+        SummaryWarmUp(engine.config, layer.layer_name, kinds).register_warmup()
+    registry.warmup()
+    stored = layer.impl.summaries.by_kind
+    assert set(stored) == set(kinds)
+    keys = layer.impl.keys_of(layer, kv_cache, torch.zeros(1, dtype=torch.int32), BLOCK)
+    expected = page_summaries(keys, kinds[0])
+    assert torch.allclose(stored[kinds[0]][0].float(), expected, rtol=1e-2, atol=1e-2)

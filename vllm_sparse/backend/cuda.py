@@ -33,7 +33,7 @@ from vllm_sparse.backend.layer import seq_lens_of
 from vllm_sparse.backend.memory import SelectionMemory, configured_decode_methods, methods_at_once
 from vllm_sparse.backend.metadata import SparseMetadataBuilder
 from vllm_sparse.backend.support import SparseDeclarations
-from vllm_sparse.backend.warm_up import PrefillWarmUp
+from vllm_sparse.backend.warm_up import PrefillWarmUp, SummaryWarmUp
 from vllm_sparse.config.server import server_config
 from vllm_sparse.host_copy import indices_on, to_device
 from vllm_sparse.keys import PagedKeys, PlainKeys
@@ -92,6 +92,8 @@ class GpuMetadataBuilder(SparseMetadataBuilder):
             _warn_of_rows_without_graphs(configured, methods, config.decode_list_tokens)
         if vllm_config.kernel_config.enable_jit_warmup:
             PrefillWarmUp(vllm_config, layer_names[0]).register_warmup()
+            kinds = [method.summaries for method in configured if method.summaries is not None]
+            SummaryWarmUp(vllm_config, layer_names[0], kinds).register_warmup()
         self.step_costs = StepCosts(
             costs_of(torch.cuda.get_device_name(device)),
             attention_shape(vllm_config, kv_cache_spec, size.num_layers, size.held),

@@ -1,7 +1,8 @@
-"""Compiles the kernels of the prefill methods while the server starts, so that no request waits for a compiler."""
+"""Compiles kernels that prompts need while the server starts, so that no request waits for a compiler."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from vllm_sparse.backend import prefill
 from vllm_sparse.backend.layer import LayerCall
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.server import server_config
+from vllm_sparse.kernels.page_summaries import SummaryKind, store_summaries
 from vllm_sparse.methods.prefill import PrefillMethod
 from vllm_sparse.methods.registry import PREFILL_METHODS
 from vllm_sparse.metrics import StepRecord, WorkerMetrics
@@ -83,6 +85,35 @@ class PrefillWarmUp(VllmJitKernel[WarmUpChunk]):
         record = StepRecord(WorkerMetrics.get(), StepPlan(range(1), (span,), prefill=(row,)))
         call = layer.impl.as_read(call)
         prefill.serve_chunks(layer.impl, call, prefill.plan_launches(layer.impl, call, [row]), record)
+
+
+class SummaryWarmUp(VllmJitKernel[SummaryKind]):
+    """Summarises one block of whatever the cache holds, as the prompts of decode methods that read summaries are.
+
+    Args:
+        vllm_config: the server's configuration.
+        layer_name: of an attention layer; all are alike.
+        kinds: of summaries of the decode methods that requests may choose.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, layer_name: str, kinds: Iterable[SummaryKind]) -> None:
+        super().__init__()
+        self._config = vllm_config
+        self._layer_name = layer_name
+        self._kinds = list(dict.fromkeys(kinds))
+
+    def get_warmup_keys(self, *args: Any, **kwargs: Any) -> list[SummaryKind]:
+        """The kinds."""
+        return self._kinds
+
+    def compile(self, compile_key: SummaryKind) -> None:
+        """Summarise the block."""
+        layer = self._config.compilation_config.static_forward_context[self._layer_name]
+        kv_cache = layer.kv_cache
+        block_table = torch.zeros(1, dtype=torch.int32, device=kv_cache.device)
+        keys = layer.impl.keys_of(layer, kv_cache, block_table, kv_cache.shape[2])
+        keys.summaries = layer.impl.summaries.of(compile_key, kv_cache)
+        store_summaries(keys, compile_key, 0)
 
 
 def warm_up_chunks(method: PrefillMethod, step_tokens: int, min_tokens: int, longest_tokens: int) -> list[WarmUpChunk]:

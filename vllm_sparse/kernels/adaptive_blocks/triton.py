@@ -14,7 +14,7 @@ SCORE_TILE, MEAN_TILE = 128, 32
 
 
 # Lengths change with every prompt chunk; specialising on them would compile in the middle of serving.
-@triton.jit(do_not_specialize=["context"])
+@triton.jit(do_not_specialize=["context"], do_not_specialize_on_alignment=["block_table_pointer"])
 def boundary_scores_kernel(
     cache_pointer,
     block_table_pointer,
@@ -97,7 +97,7 @@ def boundary_scores(keys: PlainKeys) -> torch.Tensor:
     return scores
 
 
-@triton.jit(do_not_specialize=["key_blocks"])
+@triton.jit(do_not_specialize=["key_blocks"], do_not_specialize_on_alignment=["block_table_pointer"])
 def representations_kernel(
     cache_pointer,
     block_table_pointer,

@@ -99,7 +99,7 @@ def block_lists(block_mask: torch.Tensor, grid: ListGrid) -> PageList:
     return lists
 
 
-@triton.jit(do_not_specialize=["width", "table_row_stride"])
+@triton.jit(do_not_specialize=["width", "table_row_stride"], do_not_specialize_on_alignment=["block_table_pointer"])
 def to_physical_kernel(
     pages_pointer,
     kept_tokens_pointer,

@@ -150,7 +150,9 @@ def _summarise(
 
 
 # Lengths change with every prompt chunk; specialising on them would compile in the middle of serving.
-@triton.jit(do_not_specialize=["context", "first_page", "pages"])
+@triton.jit(
+    do_not_specialize=["context", "first_page", "pages"], do_not_specialize_on_alignment=["block_table_pointer"]
+)
 def page_summaries_kernel(
     cache_pointer,
     block_table_pointer,

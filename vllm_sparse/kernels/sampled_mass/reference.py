@@ -8,7 +8,8 @@ from vllm_sparse.kernels.candidate_mass.reference import SAMPLED_QUERIES, SCRATC
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.step.chunks import PromptChunks
 
-# Of a program of the kernel: sampled queries of a few query blocks and of query heads of a KV head, and keys at once.
+# Of a program of the kernel: sampled queries of a few query blocks and of query heads of a KV head, and least keys at
+# once.
 MOST_ROWS, KEY_TILE = 64, 64
 # Of a row, a page's mass and a tile's largest product.
 MASS_BYTES, MOST_BYTES = 2, 4

@@ -19,11 +19,11 @@ from vllm_sparse.kernels.sampled_mass.reference import KEY_TILE, MOST_ROWS, kept
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.step.chunks import PromptChunks, one_chunk
 
-# The fastest on an H200 with 64 rows and tiles of 64 keys (loadtest/RESULTS.md); fewer tiles in flight where shared
-# memory has no room for them.
-WARPS, STAGES, FEW_STAGES = 4, 4, 2
+# The fastest on an H200 with 64 rows (loadtest/RESULTS.md): larger tiles of keys of narrow heads; tiles in flight,
+# fewer where shared memory has no room for them.
+WARPS, NARROW_HEAD, NARROW_KEY_TILE, STAGES, FEW_STAGES = 4, 64, 128, 4, 2
 # Pages whose kept masses are read at once.
-PAGE_TILE = 16
+PAGE_TILE = 64
 LOG2_E = 1.4426950408889634
 
 
@@ -175,13 +175,14 @@ def chunk_sampled_mass(chunks: PromptChunks, page_tokens: int) -> torch.Tensor:
     kv_heads = cache.shape[1]
     pages = triton.cdiv(blocks.longest_seq_len, page_tokens)
     group = heads // kv_heads
+    key_tile = NARROW_KEY_TILE if head_size <= NARROW_HEAD else KEY_TILE
     roomy = head_size <= 128 and shared_memory_kib() > 128
     # More query heads of a KV head are split over programs: keys are then read again, but rows fit in registers.
     at_once, together, splits = programs(heads, kv_heads)
     groups = triton.cdiv(blocks.blocks, together)
     query = query if query.stride(2) == 1 else query.contiguous()
     mass = torch.empty(heads, blocks.blocks, pages, dtype=torch.float32, device=query.device)
-    of_a_group, tiles = kv_heads * splits * MOST_ROWS, triton.cdiv(pages, KEY_TILE // page_tokens)
+    of_a_group, tiles = kv_heads * splits * MOST_ROWS, triton.cdiv(pages, key_tile // page_tokens)
     at_a_time = min(max(SCRATCH_BYTES // (of_a_group * kept_bytes(pages, tiles)), 1), groups)
     kept_mass = torch.empty(at_a_time * of_a_group * pages, dtype=torch.float16, device=query.device)
     kept_most = torch.empty(at_a_time * of_a_group * tiles, dtype=torch.float32, device=query.device)
@@ -216,7 +217,7 @@ def chunk_sampled_mass(chunks: PromptChunks, page_tokens: int) -> torch.Tensor:
             HEAD_SIZE=head_size,
             HEAD_TILE=product_tile(head_size),
             PAGE=page_tokens,
-            TILE=KEY_TILE,
+            TILE=key_tile,
             PAGE_TILE=PAGE_TILE,
             num_warps=WARPS,
             num_stages=STAGES if roomy else FEW_STAGES,
