@@ -64,7 +64,7 @@ test-fast:
 
 test-gpu:
 	$(set_up) test
-	$(in_venv) exec python -m pytest -m gpu $(ARGS)
+	$(in_venv) exec python -m pytest -n 10 -m gpu $(ARGS)
 
 test-vllm:
 	@test -n '$(VERSION)' || { echo 'make $@: VERSION: name a release of vLLM: make $@ VERSION=0.33.0' >&2; exit 2; }

@@ -50,7 +50,9 @@ def run(model_folder: str) -> dict[str, Any]:
     llm = LLM(
         model_folder,
         attention_backend="SPARSE",
+        # Other tests may run on this GPU.
         kv_cache_memory_bytes=4 << 30,
+        gpu_memory_utilization=0.1,
         max_num_seqs=320,
         max_model_len=2048,
         max_num_batched_tokens=16384,

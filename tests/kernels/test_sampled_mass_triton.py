@@ -25,7 +25,7 @@ MOST_ERROR = 5e-4
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=11)
+    run_under_the_interpreter(__file__, passing=19)
 
 
 @needs_triton
@@ -42,11 +42,22 @@ def test_under_the_interpreter() -> None:
         pytest.param(2, 1, 256, 200, 400, 32, 64, 32, id="wide-heads"),
     ],
 )
+@pytest.mark.parametrize("segment", [128, 8192])
 def test_equals_the_reference(
-    heads: int, kv_heads: int, head_size: int, chunk: int, context: int, cache_block: int, query_block: int, page: int
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    chunk: int,
+    context: int,
+    cache_block: int,
+    query_block: int,
+    page: int,
+    segment: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from vllm_sparse.kernels.sampled_mass import triton as sampled_mass_triton
 
+    monkeypatch.setattr(sampled_mass_triton, "SEGMENT", segment)
     seed = random.randrange(1 << 30)
     generator = torch.Generator().manual_seed(seed)
     blocks = -(-context // cache_block)
@@ -75,15 +86,20 @@ SHORT = prompt_blocks(
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("blocks", "heads", "kv_heads", "scratch_bytes"),
+    ("blocks", "heads", "kv_heads", "scratch_bytes", "segment"),
     [
-        pytest.param(some_chunks(64, DEVICE), 4, 2, 1 << 29, id="long"),
-        pytest.param(some_chunks(64, DEVICE), 6, 2, 1 << 17, id="little-scratch"),
-        pytest.param(SHORT, 2, 2, 1 << 29, id="chunks-in-one-program"),
+        pytest.param(some_chunks(64, DEVICE), 4, 2, 1 << 29, 1024, id="long"),
+        pytest.param(some_chunks(64, DEVICE), 6, 2, 1 << 17, 1024, id="little-scratch"),
+        pytest.param(SHORT, 2, 2, 1 << 29, 128, id="chunks-in-one-program"),
     ],
 )
 def test_several_chunks_equal_the_reference(
-    blocks: PromptBlocks, heads: int, kv_heads: int, scratch_bytes: int, monkeypatch: pytest.MonkeyPatch
+    blocks: PromptBlocks,
+    heads: int,
+    kv_heads: int,
+    scratch_bytes: int,
+    segment: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each with its own keys; also where what is kept of them has room for some query blocks at a time."""
     from vllm_sparse.kernels.sampled_mass import triton as sampled_mass_triton
@@ -97,6 +113,7 @@ def test_several_chunks_equal_the_reference(
     keys = tuple(PlainKeys(cache, table[span.row].to(DEVICE), span.seq_len) for span in blocks.spans)
     chunks = PromptChunks(blocks, query, keys, table.to(DEVICE), 0.2)
     monkeypatch.setattr(sampled_mass_triton, "SCRATCH_BYTES", scratch_bytes)
+    monkeypatch.setattr(sampled_mass_triton, "SEGMENT", segment)
     mass = sampled_mass_triton.chunk_sampled_mass(chunks, 32)
     expected = reference.chunk_sampled_mass(chunks, 32)
     assert mass.shape == expected.shape
@@ -106,41 +123,48 @@ def test_several_chunks_equal_the_reference(
 
 @pytest.mark.skipif(CAN_RUN and DEVICE == "cpu", reason="Triton only interprets in this process")
 @pytest.mark.parametrize(("head_size", "group"), [(64, 7), (128, 4), (128, 1)])
-def test_kernel_compiles_for_hopper(head_size: int, group: int, tmp_path: Path) -> None:
+def test_kernels_compile_for_hopper(head_size: int, group: int, tmp_path: Path) -> None:
     from vllm_sparse.kernels.sampled_mass import triton as sampled_mass_triton
 
     heads, blocks, _ = reference.programs(2 * group, 2)
+    constants = {
+        "GROUP": group,
+        "BLOCKS": blocks,
+        "HEADS": heads,
+        "SAMPLES": SAMPLED_QUERIES,
+        "PAGE": 32,
+        "TILE": sampled_mass_triton.NARROW_KEY_TILE if head_size == 64 else reference.KEY_TILE,
+        "SEGMENT": sampled_mass_triton.SEGMENT,
+    }
     strides = ("query_row_stride", "query_head_stride", "cache_block_stride", "cache_head_stride", "cache_token_stride")
-    types = {
-        **dict.fromkeys(("query_pointer", "cache_pointer"), "*bf16"),
-        **dict.fromkeys(("first_query_pointer", "last_query_pointer", "first_token_pointer"), "*i32"),
-        **dict.fromkeys(("chunk_pointer", "table_row_pointer"), "*i32"),
-        **dict.fromkeys(("mass_pointer", "kept_most_pointer"), "*fp32"),
+    kept = {
         "kept_mass_pointer": "*fp16",
+        **dict.fromkeys(("kept_most_pointer", "partial_pointer"), "*fp32"),
+        **dict.fromkeys(("first_query_pointer", "last_query_pointer"), "*i32"),
+    }
+    read = {
+        **dict.fromkeys(("query_pointer", "cache_pointer"), "*bf16"),
+        **dict.fromkeys(("first_token_pointer", "chunk_pointer", "table_row_pointer"), "*i32"),
         **dict.fromkeys(strides, "i32"),
     }
-    compiled = compile_for_hopper(
-        sampled_mass_triton.sampled_mass_kernel,
-        {
-            **types,
-            **dict.fromkeys(("first_group", "blocks", "pages", "table_row_stride"), "i32"),
-            "block_table_pointer": "*i32",
-            "scale_log2": "fp32",
-        },
-        {
-            "CACHE_BLOCK": 128,
-            "GROUP": group,
-            "BLOCKS": blocks,
-            "HEADS": heads,
-            "SAMPLES": SAMPLED_QUERIES,
-            "HEAD_SIZE": head_size,
-            "HEAD_TILE": head_size,
-            "PAGE": 32,
-            "TILE": sampled_mass_triton.NARROW_KEY_TILE if head_size == 64 else reference.KEY_TILE,
-            "PAGE_TILE": sampled_mass_triton.PAGE_TILE,
-        },
+    sizes = dict.fromkeys(("first_group", "segments", "kv_heads", "blocks", "pages"), "i32")
+    products = compile_for_hopper(
+        sampled_mass_triton.segment_masses_kernel,
+        {**kept, **read, **sizes, "block_table_pointer": "*i32", "table_row_stride": "i32", "scale_log2": "fp32"},
+        {**constants, "CACHE_BLOCK": 128, "HEAD_SIZE": head_size, "HEAD_TILE": head_size},
         num_warps=sampled_mass_triton.WARPS,
         num_stages=sampled_mass_triton.STAGES,
-        aligned=types,
+        aligned={**kept, **read},
     )
-    assert spilled_bytes(compiled, tmp_path) == 0
+    masses = compile_for_hopper(
+        sampled_mass_triton.page_masses_kernel,
+        {**kept, **sizes, "mass_pointer": "*fp32"},
+        {
+            **constants,
+            "PAGE_TILE": sampled_mass_triton.PAGE_TILE,
+            "PAGE_TILES": sampled_mass_triton.PAGE_TILES,
+        },
+        num_warps=sampled_mass_triton.WARPS,
+        aligned=kept,
+    )
+    assert spilled_bytes(products, tmp_path) == spilled_bytes(masses, tmp_path) == 0
