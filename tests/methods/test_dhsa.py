@@ -459,7 +459,8 @@ TWO_STAGES = [
 def masses_of_candidates(method: Dhsa, query: torch.Tensor, data: Paged, chunk: int, context: int) -> torch.Tensor:
     """Float64 ``[score_heads, query_blocks, pages]``, those that share scores as one; -1 for pages of the others.
 
-    Candidates are what the first stage alone keeps of a larger budget, a KV head's heads as one.
+    Candidates are what the first stage alone keeps of a larger budget, a KV head's heads as one; all pages where that
+    budget is two thirds of them or more.
     """
     first, last = query_blocks(chunk, context, method.query_block_tokens, torch.device("cpu"))
     mass = torch.full((4, len(first), -(-context // PAGE_TOKENS)), -1.0, dtype=torch.double)
@@ -469,7 +470,9 @@ def masses_of_candidates(method: Dhsa, query: torch.Tensor, data: Paged, chunk: 
             candidate_factor=1.0,
             coverage=1.0,
             scores_per="layer" if method.scores_per == "layer" else "kv_head",
-            budget_tokens=math.ceil(budget_of(method, stop - 1) * method.candidate_factor) * PAGE_TOKENS,
+            budget_tokens=context
+            if method.weighs_all_pages
+            else math.ceil(budget_of(method, stop - 1) * method.candidate_factor) * PAGE_TOKENS,
         )
         candidates = page_mask(larger, query, data)[:, row]
         positions = torch.tensor([start + (2 * sample + 1) * (stop - start) // 32 for sample in range(16)])

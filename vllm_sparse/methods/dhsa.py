@@ -60,6 +60,8 @@ PAGE_TOKENS = 32
 # Of attention masses, in times of the scores, which take 0.012 of dense attention on an H200: of lists that hold all
 # pages 0.2, of all pages without lists 0.13.
 LISTED_MASSES_WORK, ALL_MASSES_WORK = 16.0, 11.0
+# Share of the pages from which on all are weighed, which costs less than to choose and to read lists.
+LEAST_TO_WEIGH_ALL = 0.65
 DEFAULT_COVERAGE = 0.97
 # Density at 8K was 0.27 with a coverage of 0.95, 0.31 with 0.97 and 0.39 with 0.98, at 32K 0.17, 0.21 and 0.26 (means
 # over chunks, Qwen2.5-Coder-0.5B, docs/methods.md): a line over the logarithm of what is left out, and a fall by a
@@ -106,11 +108,11 @@ class Dhsa(PrefillMethod):
     With `candidate_factor` above 1 the scores choose only candidates, that many times the budget, for all query heads
     of a KV head together. Among these the budget is filled by attention mass: softmax probabilities over the
     candidates, summed over 16 evenly spread queries of the query block. Heads that share scores share the sum of their
-    masses. A list ends before its budget where it holds `coverage` of this mass. Where all pages in reach are
-    candidates, as by default, there is no first stage; then key blocks say only what is forced. The second stage is not
-    the paper's. It is the default, because on a real checkpoint lists that end by coverage kept the answers at a
-    density of 0.21, where lists of a fixed density lost some at 0.25, and the first stage alone more at 0.32
-    (docs/methods.md).
+    masses. A list ends before its budget where it holds `coverage` of this mass. Where two thirds of the pages or more
+    are candidates, as by default, all are and there is no first stage; then key blocks say only what is forced. The
+    second stage is not the paper's. It is the default, because on a real checkpoint lists that end by coverage kept the
+    answers at a density of 0.21, where lists of a fixed density lost some at 0.25, and the first stage alone more at
+    0.32 (docs/methods.md).
 
     ``key_blocks="page"`` cuts the keys every `key_block_tokens`, as the paper's second version does; ``"adaptive"``
     cuts them where they change most, as the first version's trained predictor would (`boundary_threshold` is its
@@ -223,7 +225,7 @@ class Dhsa(PrefillMethod):
         if self.candidate_factor == 1:
             return lists
         blocks, pages = -(-query_tokens // self.query_block_tokens), -(-seq_len // PAGE_TOKENS)
-        if self._weighs_all:
+        if self.weighs_all_pages:
             return lists + sampled_scratch_bytes(blocks, pages, PAGE_TOKENS, query_heads, kv_heads)
         candidates = kv_heads * blocks * pages * PAGE_ENTRY_BYTES
         return lists + candidates + scratch_bytes(blocks, pages, query_heads, kv_heads)
@@ -233,12 +235,13 @@ class Dhsa(PrefillMethod):
         return cls(bound_weight=0.0, candidate_factor=1.0)
 
     @property
-    def _weighs_all(self) -> bool:
-        """All pages in reach are candidates, so that there is nothing to choose for a first stage."""
-        return self.budget_tokens == 0 and self.candidate_factor > 1 and self.density * self.candidate_factor >= 1
+    def weighs_all_pages(self) -> bool:
+        """All pages in reach are candidates: as many as the knobs say, or so many that lists would cost more."""
+        candidates = self.density * self.candidate_factor
+        return self.budget_tokens == 0 and self.candidate_factor > 1 and candidates >= LEAST_TO_WEIGH_ALL
 
     def selection_work(self, seq_len: int, query_heads: int, kv_heads: int) -> float:
-        if self._weighs_all:
+        if self.weighs_all_pages:
             return ALL_MASSES_WORK * query_heads / self.query_block_tokens
         first_stage = super().selection_work(seq_len, query_heads, kv_heads)
         if self.candidate_factor == 1:
@@ -271,7 +274,7 @@ class Dhsa(PrefillMethod):
             min(score_heads, keys.num_kv_heads) if rescored else score_heads,
             self.sink_tokens,
         )
-        if self._weighs_all:
+        if self.weighs_all_pages:
             mass = sampled_mass(query, keys, scale, self.query_block_tokens, PAGE_TOKENS)
         else:
             scores = page_scores(query, key_chunks, context, selection)
@@ -340,7 +343,7 @@ class Dhsa(PrefillMethod):
         score_heads = heads_with_scores(self.scores_per, query_heads, kv_heads)
         sink_pages = -(-self.sink_tokens // PAGE_TOKENS)
         rescored = self.candidate_factor > 1
-        if self._weighs_all:
+        if self.weighs_all_pages:
             mass = chunk_sampled_mass(chunks, PAGE_TOKENS)
         else:
             scores = chunk_page_scores(
