@@ -44,7 +44,7 @@ def test_no_kernel_is_compiled_while_requests_are_served(model_folder: Path, tmp
     try:
 
         def ask(number: int, extras: Mapping[str, Any]) -> int:
-            prompt = " ".join(f"{word} {number}" for word in range(600 + 110 * number))
+            prompt = " ".join(f"{word} {number}" for word in range(600 + 70 * number))
             return server.complete(prompt, extras or None, max_tokens=40, ignore_eos=True).status
 
         alone = [ask(number, extras) for number, extras in enumerate(EXTRAS)]
