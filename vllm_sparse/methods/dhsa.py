@@ -383,10 +383,11 @@ class Dhsa(PrefillMethod):
             return kept
         of_heads, pages = mass.shape[0], mass.shape[2]
         share = mass.clamp_(min=0).div_(SAMPLED_QUERIES * query_heads / of_heads).flatten(0, 1).float()
-        covering = coverage_mask(share, share.new_full((share.shape[0],), self.covered), 0, pages).view_as(kept)
+        keep = coverage_mask(share, share.new_full((share.shape[0],), self.covered), 0, pages).view_as(kept)
         page = torch.arange(pages, device=mass.device)
-        forced = (page < -(-self.sink_tokens // PAGE_TOKENS)) | (page >= band_page.unsqueeze(1))
-        return kept & (covering | forced)
+        keep |= (page < -(-self.sink_tokens // PAGE_TOKENS)) | (page >= band_page.unsqueeze(1))
+        keep &= kept
+        return keep
 
     def _representation(self, chunks: PromptChunks, prepared: PreparedChunks) -> torch.Tensor:
         """What stands for the key blocks of each chunk, ``[kv_heads, chunks, key_blocks, ...]`` as in `KeyBlocks`."""
