@@ -166,7 +166,7 @@ class TestMake:
         assert command.endswith('-m "not served and not interpreted and not gpu and not slow" -k some')
 
     def test_one_gpu_test_runs_by_its_name(self) -> None:
-        assert call(["make", "-n", "test-gpu", "ARGS=-k some"]).stdout.strip().endswith("pytest -m gpu -k some")
+        assert call(["make", "-n", "test-gpu", "ARGS=-k some"]).stdout.strip().endswith("pytest -n 10 -m gpu -k some")
 
 
 class TestFindingPython:
