@@ -52,7 +52,7 @@ def noted(
         cache = torch.zeros(SEQ_LEN // BLOCK_TOKENS, KV_HEADS, BLOCK_TOKENS, 2 * head_size).to(cache_dtype)
         query = torch.zeros(QUERY_TOKENS, HEADS, head_size, dtype=torch.bfloat16)
         chunks: list[Any] = [made() for made in PREFILL_METHODS.values()]
-        for method in (*chunks, Dhsa(key_blocks="adaptive", bound_weight=0.0)):
+        for method in (*chunks, Dhsa(density=0.2), Dhsa(density=0.2, key_blocks="adaptive", bound_weight=0.0)):
             assert isinstance(method, PrefillMethod)
             choose_for_chunks(method, query, cache, [(QUERY_TOKENS, SEQ_LEN)])
         decoding = served_at_once([method() for method in DECODE_METHODS.values()])
