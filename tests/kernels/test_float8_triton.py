@@ -47,6 +47,8 @@ PREFILL: dict[str, Any] = {
     "dhsa": Dhsa(
         key_blocks="adaptive", bound_weight=0.0, budget_tokens=200, sink_tokens=0, recent_tokens=0, dense_tail_tokens=16
     ),
+    "dhsa, all pages weighed": Dhsa(coverage=0.8, sink_tokens=0, recent_tokens=0, dense_tail_tokens=16),
+    "dhsa, lists of candidates": Dhsa(density=0.2, sink_tokens=0, recent_tokens=0, dense_tail_tokens=16),
     "flexprefill": FlexPrefill(gamma=0.4, min_budget_tokens=0),
     "hip": Hip(),
     "oracle": Oracle(),

@@ -26,6 +26,7 @@ pytest.importorskip("triton")
 HEADS, KV_HEADS, HEAD_SIZE = 8, 2, 128
 METHODS: dict[str, PrefillMethod] = {
     "dhsa": Dhsa(),
+    "dhsa, lists of candidates": Dhsa(density=0.2),
     "dhsa, covering": Dhsa(density=0.5, coverage=0.9),
     "flexprefill": FlexPrefill(),
     "flexprefill by KV head": FlexPrefill(list_per="kv_head", query_block_tokens=64),
