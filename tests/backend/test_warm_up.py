@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,7 +62,7 @@ def test_each_method_serves_a_chunk_of_each_length(engine: Engine, monkeypatch: 
         PrefillWarmUp(engine.config, layer.layer_name).register_warmup()
     registry.warmup()
     assert served == {
-        (name, tokens, context - (tokens < 1024)): 1
+        (name, tokens, context - (tokens < 1024)): len(method().forms())
         for name, method in PREFILL_METHODS.items()
         if name in DEFAULT_METHODS
         for context in (1024, 2048, 2500)
@@ -97,3 +98,14 @@ def test_each_kind_of_summary_is_stored_once(engine: Engine, monkeypatch: pytest
     keys = layer.impl.keys_of(layer, kv_cache, torch.zeros(1, dtype=torch.int32), BLOCK)
     expected = page_summaries(keys, kinds[0])
     assert torch.allclose(stored[kinds[0]][0].float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_summaries_are_of_the_cache_as_it_is_read(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An FP8 cache is bytes to vLLM; summaries of these would be kept, and read, in the wrong dtype."""
+    layer = engine.layers[3]
+    monkeypatch.setattr(layer, "kv_cache", torch.randn(BLOCKS, KV_HEADS, BLOCK, 2 * HEAD_SIZE).view(torch.int32))
+    monkeypatch.setattr(layer.impl, "summaries", StoredSummaries())
+    monkeypatch.setattr(layer.impl, "as_read", lambda call: replace(call, kv_cache=call.kv_cache.view(torch.float32)))
+    kind = SummaryKind(BLOCK, "mean")
+    SummaryWarmUp(engine.config, layer.layer_name, [kind]).compile(kind)
+    assert layer.impl.summaries.by_kind[kind].dtype == torch.float32

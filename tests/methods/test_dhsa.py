@@ -178,6 +178,13 @@ def test_d1_dense_knobs_are_known_before_any_prompt() -> None:
     assert not Dhsa(density=1.0, coverage=0.9).exactly_dense
 
 
+@pytest.mark.parametrize("knobs", [{}, {"density": 0.1}, {"budget_tokens": 4096}, {"density": 1.0}])
+def test_two_stages_have_a_form_with_lists_of_candidates_and_one_without(knobs: dict[str, Any]) -> None:
+    """Any request may ask for either, so that kernels of both are compiled at the start."""
+    assert {form.weighs_all_pages for form in Dhsa(**knobs).forms()} == {False, True}
+    assert first_stage().forms() == (first_stage(),)
+
+
 def test_lists_end_by_coverage_where_nobody_says_otherwise() -> None:
     assert Dhsa().covered == DEFAULT_COVERAGE == Dhsa(density=0.1).covered
     assert Dhsa(coverage=1.0).covered == first_stage().covered == Dhsa(density=1.0).covered == 1.0

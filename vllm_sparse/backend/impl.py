@@ -56,7 +56,8 @@ class SparseAttentionImpl(LayerPlatform):
         elif work.dense:
             self._forward_dense(call, work)
         for summary in work.summarising:
-            self.summaries.summarise(summary, self.row_keys(call, summary.span), call.kv_cache)
+            keys = self.row_keys(call, summary.span)
+            self.summaries.summarise(summary.kind, summary.first_token, keys, call.kv_cache)
         if step.serves_at_once:
             batch = step.batch(attn_metadata.seq_lens, attn_metadata.block_table)
             decode_batch.serve_rows(self, call, batch, step.record, step.guard)

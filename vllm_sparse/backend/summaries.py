@@ -13,7 +13,6 @@ from vllm_sparse.metrics import WorkerMetrics
 
 if TYPE_CHECKING:
     from vllm_sparse.keys import PagedKeys
-    from vllm_sparse.step.plan import SummaryRow
 
 logger = logging.getLogger("vllm.sparse")
 
@@ -49,16 +48,17 @@ class StoredSummaries:
             _log_memory(kind, stored.nbytes, kv_cache.nbytes)
         return stored
 
-    def summarise(self, row: SummaryRow, keys: PagedKeys, kv_cache: torch.Tensor) -> None:
-        """Summarise a row's keys that have no summaries.
+    def summarise(self, kind: SummaryKind, first_token: int, keys: PagedKeys, kv_cache: torch.Tensor) -> None:
+        """Summarise a request's keys that have no summaries.
 
         Args:
-            row: the row.
-            keys: of its request, which read these summaries from now on.
+            kind: of summary.
+            first_token: first token whose summary is missing.
+            keys: of the request, which read these summaries from now on.
             kv_cache: as in `of`.
         """
-        keys.summaries = self.of(row.kind, kv_cache)
-        store_summaries(keys, row.kind, row.first_token)
+        keys.summaries = self.of(kind, kv_cache)
+        store_summaries(keys, kind, first_token)
 
 
 @lru_cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
@@ -14,7 +14,7 @@ from vllm_sparse.backend import prefill
 from vllm_sparse.backend.layer import LayerCall
 from vllm_sparse.config.request import configured_method
 from vllm_sparse.config.server import server_config
-from vllm_sparse.kernels.page_summaries import SummaryKind, store_summaries
+from vllm_sparse.kernels.page_summaries import SummaryKind
 from vllm_sparse.methods.prefill import PrefillMethod
 from vllm_sparse.methods.registry import PREFILL_METHODS
 from vllm_sparse.metrics import StepRecord, WorkerMetrics
@@ -39,11 +39,11 @@ class WarmUpChunk:
     seq_len: int
 
 
-class PrefillWarmUp(VllmJitKernel[WarmUpChunk]):
-    """Serves chunks of random queries over whatever the cache holds, through a layer as it will serve requests.
+Key = TypeVar("Key")
 
-    vLLM asks for it once its cache is allocated (``--kernel-config.enable_jit_warmup``). A request that sets knobs
-    which change a kernel's tiles, such as a query block, still waits for the compiler once.
+
+class _LayerWarmUp(VllmJitKernel[Key]):
+    """Kernels that a layer runs once vLLM's cache is allocated (``--kernel-config.enable_jit_warmup``).
 
     Args:
         vllm_config: the server's configuration.
@@ -55,6 +55,27 @@ class PrefillWarmUp(VllmJitKernel[WarmUpChunk]):
         self._config = vllm_config
         self._layer_name = layer_name
 
+    def _call(self, query_tokens: int, seq_len: int | None = None) -> LayerCall:
+        """Random queries over whatever the cache holds, read as those of requests; by default over one block."""
+        layer = self._config.compilation_config.static_forward_context[self._layer_name]
+        kv_cache = layer.kv_cache
+        blocks = -(-(seq_len or 1) // kv_cache.shape[2])
+        block_table = torch.arange(blocks, dtype=torch.int32, device=kv_cache.device) % kv_cache.shape[0]
+        shape = query_tokens, layer.impl.num_heads, kv_cache.shape[3] // 2
+        query = torch.randn(shape, device=kv_cache.device).to(self._config.model_config.dtype)
+        metadata = SimpleNamespace(block_table=block_table.unsqueeze(0))
+        output = torch.empty_like(query)
+        call = LayerCall(layer, 0, query, query, query, kv_cache, metadata, output, layer.impl.scale)
+        as_read: LayerCall = layer.impl.as_read(call)
+        return as_read
+
+
+class PrefillWarmUp(_LayerWarmUp[WarmUpChunk]):
+    """Serves prompt chunks as a layer will serve those of requests.
+
+    A request that sets knobs which change a kernel's tiles, such as a query block, still waits for the compiler once.
+    """
+
     def get_warmup_keys(self, *args: Any, **kwargs: Any) -> list[WarmUpChunk]:
         """Chunks of each method that requests may choose."""
         config = server_config(self._config)
@@ -65,30 +86,23 @@ class PrefillWarmUp(VllmJitKernel[WarmUpChunk]):
             chunk
             for method in methods
             if isinstance(method, PrefillMethod)
-            for chunk in warm_up_chunks(method, step, config.min_tokens, longest)
+            for form in method.forms()
+            for chunk in warm_up_chunks(form, step, config.min_tokens, longest)
         ]
 
     def compile(self, compile_key: WarmUpChunk) -> None:
         """Serve the chunk."""
-        layer = self._config.compilation_config.static_forward_context[self._layer_name]
-        kv_cache = layer.kv_cache
-        blocks = -(-compile_key.seq_len // kv_cache.shape[2])
-        block_table = torch.arange(blocks, dtype=torch.int32, device=kv_cache.device) % kv_cache.shape[0]
-        shape = compile_key.tokens, layer.impl.num_heads, kv_cache.shape[3] // 2
-        query = torch.randn(shape, device=kv_cache.device).to(self._config.model_config.dtype)
+        call = self._call(compile_key.tokens, compile_key.seq_len)
         span = RowSpan(0, 0, compile_key.tokens, compile_key.seq_len)
         row = PrefillRow(span, compile_key.method)
-        metadata = SimpleNamespace(block_table=block_table.unsqueeze(0))
-        output = torch.empty_like(query)
-        call = LayerCall(layer, 0, query, query, query, kv_cache, metadata, output, layer.impl.scale)
         # Nothing of it is counted: the step never finishes.
         record = StepRecord(WorkerMetrics.get(), StepPlan(range(1), (span,), prefill=(row,)))
-        call = layer.impl.as_read(call)
-        prefill.serve_chunks(layer.impl, call, prefill.plan_launches(layer.impl, call, [row]), record)
+        impl = call.layer.impl
+        prefill.serve_chunks(impl, call, prefill.plan_launches(impl, call, [row]), record)
 
 
-class SummaryWarmUp(VllmJitKernel[SummaryKind]):
-    """Summarises one block of whatever the cache holds, as the prompts of decode methods that read summaries are.
+class SummaryWarmUp(_LayerWarmUp[SummaryKind]):
+    """Summarises a block, as the prompts of decode methods that read summaries are.
 
     Args:
         vllm_config: the server's configuration.
@@ -97,9 +111,7 @@ class SummaryWarmUp(VllmJitKernel[SummaryKind]):
     """
 
     def __init__(self, vllm_config: VllmConfig, layer_name: str, kinds: Iterable[SummaryKind]) -> None:
-        super().__init__()
-        self._config = vllm_config
-        self._layer_name = layer_name
+        super().__init__(vllm_config, layer_name)
         self._kinds = list(dict.fromkeys(kinds))
 
     def get_warmup_keys(self, *args: Any, **kwargs: Any) -> list[SummaryKind]:
@@ -108,12 +120,10 @@ class SummaryWarmUp(VllmJitKernel[SummaryKind]):
 
     def compile(self, compile_key: SummaryKind) -> None:
         """Summarise the block."""
-        layer = self._config.compilation_config.static_forward_context[self._layer_name]
-        kv_cache = layer.kv_cache
-        block_table = torch.zeros(1, dtype=torch.int32, device=kv_cache.device)
-        keys = layer.impl.keys_of(layer, kv_cache, block_table, kv_cache.shape[2])
-        keys.summaries = layer.impl.summaries.of(compile_key, kv_cache)
-        store_summaries(keys, compile_key, 0)
+        call = self._call(1)
+        impl = call.layer.impl
+        keys = impl.row_keys(call, RowSpan(0, 0, 1, call.kv_cache.shape[2]))
+        impl.summaries.summarise(compile_key, 0, keys, call.kv_cache)
 
 
 def warm_up_chunks(method: PrefillMethod, step_tokens: int, min_tokens: int, longest_tokens: int) -> list[WarmUpChunk]:

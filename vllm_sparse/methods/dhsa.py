@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -238,7 +239,14 @@ class Dhsa(PrefillMethod):
     def weighs_all_pages(self) -> bool:
         """All pages in reach are candidates: as many as the knobs say, or so many that lists would cost more."""
         candidates = self.density * self.candidate_factor
-        return self.budget_tokens == 0 and self.candidate_factor > 1 and candidates >= LEAST_TO_WEIGH_ALL
+        return self.budget_tokens == 0 and self.weighs_masses and candidates >= LEAST_TO_WEIGH_ALL
+
+    def forms(self) -> Sequence[Dhsa]:
+        """With two stages it has one without lists of candidates and one with them."""
+        if not self.weighs_masses:
+            return (self,)
+        candidates = LEAST_TO_WEIGH_ALL / 2 if self.weighs_all_pages else 1.0
+        return self, replace(self, budget_tokens=0, density=candidates / self.candidate_factor)
 
     def selection_work(self, seq_len: int, query_heads: int, kv_heads: int) -> float:
         if self.weighs_all_pages:

@@ -94,6 +94,10 @@ class PrefillMethod(Method):
         """Sparse prompt chunks that so many queries of a step can be."""
         return max(query_tokens // self.min_query_tokens, 1)
 
+    def forms(self) -> Sequence[PrefillMethod]:
+        """Itself, and with such other knobs as any request may set that need other kernels."""
+        return (self,)
+
     @abstractmethod
     def read_tokens(self, query_tokens: int, seq_len: int) -> float:
         """Keys that a query of a prompt chunk reads, mean over the chunk, by which a server decides whether it pays.
