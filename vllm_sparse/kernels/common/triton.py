@@ -91,10 +91,12 @@ def load_key_block(
     cache_token_stride,
     CACHE_BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
+    WHOLE: tl.constexpr = False,
 ):
     """Keys of `TOKENS` adjacent positions from `first_key` on, a multiple of `TOKENS`, as `load_keys` returns them.
 
-    Reads the block table once if a cache block holds all of them.
+    Reads the block table once if a cache block holds all of them. `WHOLE`: all positions are below `context` and all of
+    `o_dim` in the head, so that nothing is masked.
     """
     o_offset = tl.arange(0, TOKENS)
     live = first_key + o_offset < context
@@ -103,7 +105,10 @@ def load_key_block(
         p_key = cache_pointer + physical * cache_block_stride + i_kv_head * cache_head_stride
         p_key += first_key % CACHE_BLOCK * cache_token_stride
         p_key = p_key + o_offset[:, None] * cache_token_stride + o_dim[None, :]
-        b_key = readable(tl.load(p_key, mask=live[:, None] & in_head[None, :], other=0.0))
+        if WHOLE:
+            b_key = readable(tl.load(p_key))
+        else:
+            b_key = readable(tl.load(p_key, mask=live[:, None] & in_head[None, :], other=0.0))
     else:
         b_key = load_keys(
             cache_pointer,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.candidate_mass.reference import SAMPLED_QUERIES, SCRATCH_BYTES
-from vllm_sparse.kernels.common.triton import load_key_block, product_tile, readable, shared_memory_kib
+from vllm_sparse.kernels.common.triton import load_key_block, product_tile, shared_memory_kib
 from vllm_sparse.kernels.sampled_mass.reference import KEY_TILE, MOST_ROWS, kept_bytes, programs
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.step.chunks import PromptChunks, one_chunk
@@ -113,7 +113,6 @@ def segment_masses_kernel(
         p_query += (i_kv_head * GROUP + o_in_group) * query_head_stride
         live_row = in_step & (o_in_group < GROUP)
         b_query = tl.load(p_query[:, None] + o_dim[None, :], mask=live_row[:, None] & in_head[None, :], other=0.0)
-        o_in_tile = tl.arange(0, TILE)[:, None] * cache_token_stride + o_dim[None, :]
         o_kept = tl.arange(0, TILE // PAGE)[None, :] * rows + o_row[:, None]
 
         i_program = ((i_group * kv_heads + i_kv_head) * tl.num_programs(2) + tl.program_id(2)).to(tl.int64)
@@ -136,27 +135,22 @@ def segment_masses_kernel(
             b_sum = tl.zeros([rows, TILE // PAGE], tl.float32)
             for masked in tl.static_range(2):
                 for first_key in range(diagonal if masked else begin, stop if masked else diagonal, TILE):
-                    if masked or HEAD_SIZE < HEAD_TILE or CACHE_BLOCK % TILE > 0:
-                        b_key = load_key_block(
-                            cache_pointer,
-                            p_table,
-                            first_key,
-                            stop,
-                            i_kv_head,
-                            o_dim,
-                            in_head,
-                            cache_block_stride,
-                            cache_head_stride,
-                            cache_token_stride,
-                            CACHE_BLOCK,
-                            TILE,
-                        )
-                    else:
-                        # Without masks, which would take a tenth of the instructions.
-                        physical = tl.load(p_table + first_key // CACHE_BLOCK).to(tl.int64)
-                        p_key = cache_pointer + physical * cache_block_stride + i_kv_head * cache_head_stride
-                        p_key += first_key % CACHE_BLOCK * cache_token_stride
-                        b_key = readable(tl.load(p_key + o_in_tile))
+                    # Masks would take a tenth of the instructions.
+                    b_key = load_key_block(
+                        cache_pointer,
+                        p_table,
+                        first_key,
+                        stop,
+                        i_kv_head,
+                        o_dim,
+                        in_head,
+                        cache_block_stride,
+                        cache_head_stride,
+                        cache_token_stride,
+                        CACHE_BLOCK,
+                        TILE,
+                        WHOLE=not masked and HEAD_SIZE == HEAD_TILE,
+                    )
                     b_product = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
                     if masked:
                         o_key = first_key + tl.arange(0, TILE)
