@@ -27,38 +27,56 @@ def sampled_offsets(queries: int) -> list[int]:
     return [(2 * sample + 1) * queries // (2 * SAMPLED_QUERIES) for sample in range(SAMPLED_QUERIES)]
 
 
-def candidate_mass(
-    query: torch.Tensor, keys: PagedKeys, scale: float, query_block_tokens: int, candidates: PageList
+def page_masses(
+    query: torch.Tensor,
+    keys: PagedKeys,
+    scale: float,
+    query_block_tokens: int,
+    page_tokens: int,
+    listed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mass of each listed page; arguments as in the public function.
+    """Mass of each page, 0 of pages that are not read.
 
     Computes in float64 if the queries are float64, else in float32.
+
+    Args:
+        query: as in the public function, as are `keys`, `scale` and `query_block_tokens`.
+        page_tokens: of a page.
+        listed: bool ``[kv_heads, query_blocks, pages]`` pages that are read; None: all.
     """
     query_tokens, heads, head_size = query.shape
-    kv_heads, context, page_tokens = keys.num_kv_heads, keys.seq_len, candidates.page_size_tokens
+    kv_heads, context = keys.num_kv_heads, keys.seq_len
     dtype = torch.promote_types(query.dtype, torch.float32)
     transposed = keys.read(0, context).to(dtype).transpose(1, 2)
     position = torch.arange(context, device=query.device)
     blocks, pages = -(-query_tokens // query_block_tokens), -(-context // page_tokens)
-    listed = page_mask(candidates, pages).view(-1, blocks, pages)
-    listed = listed.repeat_interleave(kv_heads // listed.shape[0], dim=0)
-    mass = torch.full((heads, blocks, pages), NOT_LISTED, dtype=dtype, device=query.device)
+    mass = torch.zeros(heads, blocks, pages, dtype=dtype, device=query.device)
     for i_block, block in enumerate(torch.split(query, query_block_tokens)):
         sampled = torch.tensor(sampled_offsets(block.shape[0]), device=query.device)
         first = context - query_tokens + i_block * query_block_tokens
         stop = first + block.shape[0]
         reach = -(-stop // page_tokens)
-        in_list = listed[:, i_block, :reach]
         grouped = block[sampled].to(dtype).transpose(0, 1).reshape(kv_heads, -1, head_size)
         scores = torch.bmm(grouped, transposed[:, :, :stop]).mul_(scale).view(kv_heads, -1, SAMPLED_QUERIES, stop)
-        readable = in_list.repeat_interleave(page_tokens, dim=1)[:, None, None, :stop]
-        readable = readable & (position[:stop] <= (first + sampled).unsqueeze(1))
-        weight = scores.masked_fill_(~readable, float("-inf")).softmax(3).sum(2).flatten(0, 1)
+        unread = position[:stop] > (first + sampled).unsqueeze(1)
+        if listed is not None:
+            unread = unread | ~listed[:, i_block, :reach].repeat_interleave(page_tokens, dim=1)[:, None, None, :stop]
+        weight = scores.masked_fill_(unread, float("-inf")).softmax(3).sum(2).flatten(0, 1)
         padded = torch.nn.functional.pad(weight, (0, reach * page_tokens - stop))
-        found = padded.view(heads, reach, page_tokens).sum(2)
-        out_of_list = ~in_list.repeat_interleave(heads // kv_heads, dim=0)
-        mass[:, i_block, :reach] = found.masked_fill_(out_of_list, NOT_LISTED)
+        mass[:, i_block, :reach] = padded.view(heads, reach, page_tokens).sum(2)
     return mass
+
+
+def candidate_mass(
+    query: torch.Tensor, keys: PagedKeys, scale: float, query_block_tokens: int, candidates: PageList
+) -> torch.Tensor:
+    """Mass of each listed page; arguments as in the public function, dtype as of `page_masses`."""
+    kv_heads, page_tokens = keys.num_kv_heads, candidates.page_size_tokens
+    blocks, pages = -(-query.shape[0] // query_block_tokens), -(-keys.seq_len // page_tokens)
+    listed = page_mask(candidates, pages).view(-1, blocks, pages)
+    listed = listed.repeat_interleave(kv_heads // listed.shape[0], dim=0)
+    mass = page_masses(query, keys, scale, query_block_tokens, page_tokens, listed)
+    return mass.masked_fill_(~listed.repeat_interleave(query.shape[1] // kv_heads, dim=0), NOT_LISTED)
 
 
 def chunk_mass(chunks: PromptChunks, candidates: PageList) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparse.kernels.candidate_mass.reference import SAMPLED_QUERIES, SCRATCH_BYTES, sampled_offsets
+from vllm_sparse.kernels.candidate_mass.reference import SAMPLED_QUERIES, SCRATCH_BYTES, page_masses
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.step.chunks import PromptChunks
 
@@ -38,29 +38,8 @@ def scratch_bytes(blocks: int, pages: int, page_tokens: int, query_heads: int, k
 def sampled_mass(
     query: torch.Tensor, keys: PagedKeys, scale: float, query_block_tokens: int, page_tokens: int
 ) -> torch.Tensor:
-    """Mass of each page; arguments as in the public function.
-
-    Computes in float64 if the queries are float64, else in float32.
-    """
-    query_tokens, heads, head_size = query.shape
-    kv_heads, context = keys.num_kv_heads, keys.seq_len
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    transposed = keys.read(0, context).to(dtype).transpose(1, 2)
-    position = torch.arange(context, device=query.device)
-    blocks, pages = -(-query_tokens // query_block_tokens), -(-context // page_tokens)
-    mass = torch.zeros(heads, blocks, pages, dtype=dtype, device=query.device)
-    for i_block, block in enumerate(torch.split(query, query_block_tokens)):
-        sampled = torch.tensor(sampled_offsets(block.shape[0]), device=query.device)
-        first = context - query_tokens + i_block * query_block_tokens
-        stop = first + block.shape[0]
-        reach = -(-stop // page_tokens)
-        grouped = block[sampled].to(dtype).transpose(0, 1).reshape(kv_heads, -1, head_size)
-        scores = torch.bmm(grouped, transposed[:, :, :stop]).mul_(scale).view(heads, SAMPLED_QUERIES, stop)
-        future = position[:stop] > (first + sampled).unsqueeze(1)
-        weight = scores.masked_fill_(future, float("-inf")).softmax(2).sum(1)
-        padded = torch.nn.functional.pad(weight, (0, reach * page_tokens - stop))
-        mass[:, i_block, :reach] = padded.view(heads, reach, page_tokens).sum(2)
-    return mass
+    """Mass of each page; arguments as in the public function, float64 if the queries are, else float32."""
+    return page_masses(query, keys, scale, query_block_tokens, page_tokens)
 
 
 def chunk_sampled_mass(chunks: PromptChunks, page_tokens: int) -> torch.Tensor:
