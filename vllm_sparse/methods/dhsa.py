@@ -275,18 +275,17 @@ class Dhsa(PrefillMethod):
         key_chunks = self.key_chunks(keys)
         band_start = self.band_start(key_chunks, first_query, last_query, layer.prompt_tokens or context)
         score_heads = heads_with_scores(self.scores_per, query_heads, keys.num_kv_heads)
-        rescored = self.candidate_factor > 1
         selection = PageSelection(
             self.query_block_tokens,
             PAGE_TOKENS,
-            min(score_heads, keys.num_kv_heads) if rescored else score_heads,
+            min(score_heads, keys.num_kv_heads) if self.weighs_masses else score_heads,
             self.sink_tokens,
         )
         if self.weighs_all_pages:
             mass = sampled_mass(query, keys, scale, self.query_block_tokens, PAGE_TOKENS)
         else:
             scores = page_scores(query, key_chunks, context, selection)
-            if not rescored:
+            if not self.weighs_masses:
                 return best_pages(scores, band_start, last_query, budget_pages, selection)
             candidate_pages = (budget_pages.double() * self.candidate_factor).ceil()
             mask = best_pages(scores, band_start, last_query, candidate_pages, selection)
@@ -349,32 +348,36 @@ class Dhsa(PrefillMethod):
             return
         blocks, query_heads, kv_heads = chunks.blocks, chunks.query.shape[1], chunks.keys[0].num_kv_heads
         score_heads = heads_with_scores(self.scores_per, query_heads, kv_heads)
-        sink_pages = -(-self.sink_tokens // PAGE_TOKENS)
-        rescored = self.candidate_factor > 1
-        if self.weighs_all_pages:
-            mass = chunk_sampled_mass(chunks, PAGE_TOKENS)
-        else:
-            scores = chunk_page_scores(
-                chunks.query,
-                self._representation(chunks, prepared),
-                prepared.first_key_block,
-                prepared.last_key_block,
-                blocks,
-                min(score_heads, kv_heads) if rescored else score_heads,
-            )
-            first_pages = prepared.candidate_pages if rescored else prepared.budget_pages
-            mask = select_pages(scores, sink_pages, prepared.band_page, prepared.last_page, first_pages)
-            if rescored:
-                candidates = empty_lists(mask.shape[0] * blocks.blocks, mask.shape[2], PAGE_TOKENS, mask.device)
-                write_lists(mask, blocks, PAGE_TOKENS, mask.shape[0], candidates)
-                mass = chunk_mass(chunks, candidates)
-        if rescored:
+        if self.weighs_masses:
+            mass = self._masses(chunks, prepared, min(score_heads, kv_heads))
             if score_heads < query_heads:
                 mass = mass.view(score_heads, -1, *mass.shape[1:]).sum(1)
-            mask = select_pages(mass, sink_pages, prepared.band_page, prepared.last_page, prepared.budget_pages)
+            mask = self._best(mass, prepared, prepared.budget_pages)
             mask = self._covering(mass, mask, query_heads, prepared.band_page)
+        else:
+            mask = self._best(self._scores(chunks, prepared, score_heads), prepared, prepared.budget_pages)
         list_heads = lists.kept_tokens.shape[0] // blocks.blocks
         write_lists(shared(mask, list_heads), blocks, PAGE_TOKENS, list_heads, lists)
+
+    def _masses(self, chunks: PromptChunks, prepared: PreparedChunks, score_heads: int) -> torch.Tensor:
+        """Of the candidates: ``[query_heads, blocks, pages]``, 0 or less for other pages."""
+        if self.weighs_all_pages:
+            return chunk_sampled_mass(chunks, PAGE_TOKENS)
+        mask = self._best(self._scores(chunks, prepared, score_heads), prepared, prepared.candidate_pages)
+        candidates = empty_lists(score_heads * chunks.blocks.blocks, mask.shape[2], PAGE_TOKENS, mask.device)
+        write_lists(mask, chunks.blocks, PAGE_TOKENS, score_heads, candidates)
+        return chunk_mass(chunks, candidates)
+
+    def _scores(self, chunks: PromptChunks, prepared: PreparedChunks, score_heads: int) -> torch.Tensor:
+        """Of the first stage: ``[score_heads, blocks, pages]``."""
+        representation = self._representation(chunks, prepared)
+        first, last = prepared.first_key_block, prepared.last_key_block
+        return chunk_page_scores(chunks.query, representation, first, last, chunks.blocks, score_heads)
+
+    def _best(self, scores: torch.Tensor, prepared: PreparedChunks, pages: torch.Tensor) -> torch.Tensor:
+        """The forced pages and those of the highest scores, so many of each query block: bool, as the scores."""
+        sink_pages = -(-self.sink_tokens // PAGE_TOKENS)
+        return select_pages(scores, sink_pages, prepared.band_page, prepared.last_page, pages)
 
     def _covering(
         self, mass: torch.Tensor, kept: torch.Tensor, query_heads: int, band_page: torch.Tensor
