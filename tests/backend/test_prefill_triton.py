@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kernels.interpreter import CAN_RUN, DEVICE, run_under_the_interpreter
+from tests.kernels.interpreter import CAN_RUN, DEVICE, as_on_a_gpu, run_under_the_interpreter
 from vllm_sparse.backend import prefill
 from vllm_sparse.backend.layer import LayerCall, LayerPlatform
 from vllm_sparse.keys import PagedKeys, PlainKeys
@@ -131,8 +131,7 @@ def serve(methods: list[PrefillMethod], seed: int) -> list[tuple[Launch, torch.T
 def test_kernels_launch_what_the_reference_launches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seed = random.randrange(1 << 30)
     expected = serve(METHODS[name], seed)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    as_on_a_gpu(monkeypatch)
     found = serve(METHODS[name], seed)
     assert len(found) == len(expected)
     for (launch, query), (wanted, wanted_query) in zip(found, expected, strict=True):

@@ -20,6 +20,12 @@ CAN_RUN = DEVICE == "cuda" or "TRITON_INTERPRET" in os.environ
 needs_triton = pytest.mark.skipif(not CAN_RUN, reason="in a process of its own: test_under_the_interpreter")
 
 
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tensors say that they are on one, so that kernels run in place of the reference."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+
+
 def run_under_the_interpreter(module: str, passing: int) -> None:
     """Run a test module with Triton's interpreter.
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.kernels.interpreter import as_on_a_gpu
 from vllm_sparse.backend.decode_batch import BatchLayer, DecodeStep
 from vllm_sparse.backend.decode_buffers import DecodeBuffers
 from vllm_sparse.kernels.page_list import launch_lists
@@ -132,8 +133,7 @@ def note_launches(monkeypatch: pytest.MonkeyPatch, target: Target) -> dict[tuple
 
     monkeypatch.setattr(triton.runtime.driver, "_active", _Driver(target))
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", note)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    as_on_a_gpu(monkeypatch)
     monkeypatch.setattr(torch, "empty", torch.zeros)
     return found
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests import oracle
-from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
+from tests.kernels.interpreter import CAN_RUN, DEVICE, as_on_a_gpu, needs_triton, run_under_the_interpreter
 from tests.methods.together import differing_lists, random_step, select_together
 from tests.oracle import Paged, Platform
 from vllm_sparse.kernels.page_summaries import store_summaries
@@ -59,11 +59,10 @@ def test_under_the_interpreter() -> None:
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors say that they are on one, so that kernels run."""
+def kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the reference, on a CPU too."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
-        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        as_on_a_gpu(monkeypatch)
 
 
 def far(data: Paged) -> tuple[Paged, int]:
@@ -76,7 +75,7 @@ def far(data: Paged) -> tuple[Paged, int]:
 
 
 @needs_triton
-@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.usefixtures("kernels_run")
 @pytest.mark.parametrize("name", PREFILL)
 def test_prompt_chunks_choose_the_same(name: str, generator: torch.Generator) -> None:
     step = random_step(PLATFORM, generator, SIZES, 2 * KV_HEADS, KV_HEADS)
@@ -113,7 +112,7 @@ def chosen(method: BatchDecodeMethod, data: Paged, query: torch.Tensor, contexts
 
 
 @needs_triton
-@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.usefixtures("kernels_run")
 @pytest.mark.parametrize("name", DECODE)
 def test_decode_rows_choose_the_same(name: str, generator: torch.Generator) -> None:
     contexts = [700, 333]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
+from tests.kernels.interpreter import CAN_RUN, DEVICE, as_on_a_gpu, needs_triton, run_under_the_interpreter
 from tests.kernels.launches import BLOCK_TOKENS, DecodeRoom, choose_for_chunks, served_at_once
 from vllm_sparse.backend.decode_buffers import DecodeBuffers
 from vllm_sparse.kernels.page_summaries import SummaryKind
@@ -90,8 +90,7 @@ def test_prompt_chunks(name: str, generator: torch.Generator, monkeypatch: pytes
     float8, wide = caches(generator, -(-SEQ_LEN // BLOCK_TOKENS))
     query = torch.randn(QUERY_TOKENS, HEADS, HEAD_SIZE, generator=generator).to(WIDE).to(DEVICE)
     # So that methods take their Triton kernels.
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    as_on_a_gpu(monkeypatch)
     lists = choose_for_chunks(method, query, float8, [(QUERY_TOKENS, SEQ_LEN)])
     expected = choose_for_chunks(method, query, wide, [(QUERY_TOKENS, SEQ_LEN)])
     assert torch.equal(lists.kept_tokens, expected.kept_tokens)

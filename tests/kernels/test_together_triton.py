@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.interpreter import CAN_RUN, DEVICE, run_under_the_interpreter
+from tests.kernels.interpreter import CAN_RUN, DEVICE, as_on_a_gpu, run_under_the_interpreter
 from tests.methods.together import differing_lists, random_step, select_alone, select_together
 from tests.oracle import PLAIN
 from vllm_sparse.methods.flexprefill import FlexPrefill
@@ -62,8 +62,7 @@ def test_chunks_together_get_what_each_gets_alone(
     name: str, heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
 ) -> None:
     step = random_step(PLAIN, generator, SIZES, heads, kv_heads)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    as_on_a_gpu(monkeypatch)
     together, alone = (select(METHODS[name], step, 64) for select in (select_together, select_alone))
     for size, found, wanted in zip(SIZES, together, alone, strict=True):
         assert differing_lists(found, wanted) == 0, f"{size}"
