@@ -140,6 +140,7 @@ def test_kernel_compiles_for_hopper(head_size: int, group: int, tmp_path: Path) 
             "HEAD_SIZE": head_size,
             "HEAD_TILE": head_size,
             "PAGE": 32,
+            "GROUPS": reference.KEY_GROUPS,
             "TILE": candidate_mass_triton.KEY_TILE,
             "PAGE_TILE": candidate_mass_triton.PAGE_TILE,
         },

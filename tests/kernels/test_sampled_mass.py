@@ -1,4 +1,4 @@
-"""Attention of sampled queries to all pages, against that to lists of all pages and to exact attention."""
+"""Attention of sampled queries to all pages, against that to lists of all pages."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from tests import oracle
 from tests.kernels.candidates import candidate_lists
-from vllm_sparse.kernels.block_mass import block_mass
-from vllm_sparse.kernels.candidate_mass import SAMPLED_QUERIES, candidate_mass
+from vllm_sparse.kernels.candidate_mass import candidate_mass
 from vllm_sparse.kernels.sampled_mass import sampled_mass
 from vllm_sparse.keys import plain_keys
 
@@ -34,11 +33,3 @@ def test_equals_the_mass_of_candidates_that_are_all_pages(
     _, lists = candidate_lists(kv_heads, chunk, context, query_block, PAGE, generator, share=1)
     expected = candidate_mass(query, keys, SCALE, query_block, lists).clamp(min=0)
     assert oracle.relative_error(sampled_mass(query.float(), keys, SCALE, query_block, PAGE), expected) < 1e-5
-
-
-def test_a_block_of_as_many_queries_has_the_exact_mass(generator: torch.Generator) -> None:
-    query = torch.randn(70, 4, 16, generator=generator)
-    keys = plain_keys(torch.randn(2, 400, 16, generator=generator))
-    exact = block_mass(query[:64].double(), plain_keys(keys.read(0, 394)), SCALE, SAMPLED_QUERIES, PAGE)
-    mass = sampled_mass(query, keys, SCALE, SAMPLED_QUERIES, PAGE)
-    assert oracle.relative_error(mass[:, :4], exact) < 1e-5

@@ -12,7 +12,7 @@ from tests import oracle
 from tests.kernels.chunks import STEP_TOKENS, Span, some_chunks
 from tests.kernels.hopper import compile_for_hopper, spilled_bytes
 from tests.kernels.interpreter import CAN_RUN, DEVICE, needs_triton, run_under_the_interpreter
-from vllm_sparse.kernels.candidate_mass import SAMPLED_QUERIES
+from vllm_sparse.kernels.candidate_mass.reference import KEY_GROUPS, SAMPLED_QUERIES
 from vllm_sparse.kernels.sampled_mass import reference
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.step.chunks import PromptBlocks, PromptChunks, prompt_blocks
@@ -133,7 +133,7 @@ def test_kernels_compile_for_hopper(head_size: int, group: int, tmp_path: Path) 
         "HEADS": heads,
         "SAMPLES": SAMPLED_QUERIES,
         "PAGE": 32,
-        "TILE": sampled_mass_triton.NARROW_KEY_TILE if head_size == 64 else reference.KEY_TILE,
+        "TILE": sampled_mass_triton.KEY_TILE,
         "SEGMENT": sampled_mass_triton.SEGMENT,
     }
     strides = ("query_row_stride", "query_head_stride", "cache_block_stride", "cache_head_stride", "cache_token_stride")
@@ -151,7 +151,7 @@ def test_kernels_compile_for_hopper(head_size: int, group: int, tmp_path: Path) 
     products = compile_for_hopper(
         sampled_mass_triton.segment_masses_kernel,
         {**kept, **read, **sizes, "block_table_pointer": "*i32", "table_row_stride": "i32", "scale_log2": "fp32"},
-        {**constants, "CACHE_BLOCK": 128, "HEAD_SIZE": head_size, "HEAD_TILE": head_size},
+        {**constants, "GROUPS": KEY_GROUPS, "CACHE_BLOCK": 128, "HEAD_SIZE": head_size, "HEAD_TILE": head_size},
         num_warps=sampled_mass_triton.WARPS,
         num_stages=sampled_mass_triton.STAGES,
         aligned={**kept, **read},

@@ -463,6 +463,9 @@ TWO_STAGES = [
 ]
 
 
+EVERY_FOURTH = [[token for token in range(PAGE_TOKENS) if token // 2 % 4 == group] for group in range(4)]
+
+
 def masses_of_candidates(method: Dhsa, query: torch.Tensor, data: Paged, chunk: int, context: int) -> torch.Tensor:
     """Float64 ``[score_heads, query_blocks, pages]``, those that share scores as one; -1 for pages of the others.
 
@@ -489,9 +492,13 @@ def masses_of_candidates(method: Dhsa, query: torch.Tensor, data: Paged, chunk: 
             readable = past & pages.repeat_interleave(PAGE_TOKENS)[:context]
             queries = query.double().cpu()[positions - context + chunk, head]
             products = queries @ data.keys[0][head // 2].double().cpu().T * SCALE
-            weight = products.masked_fill(~readable, float("-inf")).softmax(1).sum(0)
-            by_page = torch.stack([page.sum() for page in torch.split(weight, PAGE_TOKENS)])
-            mass[head, row] = by_page.masked_fill(~pages, -1)
+            products = products.masked_fill(~readable, float("-inf"))
+            # A page counts by the largest product of every fourth pair of its keys.
+            products = torch.nn.functional.pad(products, (0, -context % PAGE_TOKENS), value=float("-inf"))
+            largest = torch.stack(
+                [products.view(16, -1, PAGE_TOKENS)[:, :, place].amax(2) for place in EVERY_FOURTH], 2
+            )
+            mass[head, row] = largest.flatten(1).softmax(1).sum(0).view(-1, 4).sum(1).masked_fill(~pages, -1)
     return mass.view({"query_head": 4, "kv_head": 2, "layer": 1}[method.scores_per], -1, *mass.shape[1:]).sum(1)
 
 

@@ -11,6 +11,9 @@ from vllm_sparse.step.chunks import PromptChunks
 # Queries of a query block that vote. On two pretrained models pages chosen by 16 keep .98 to .99 of the far attention
 # that those chosen by all 128 keep; matrix products take no fewer rows than 16.
 SAMPLED_QUERIES = 16
+# Of a page, by whose largest products it is weighed: neighbouring keys in pairs, pairs in turn, which are those that a
+# thread of a matrix product holds. So a quarter of a page takes one exponential and no sum (docs/methods.md, dhsa).
+KEY_GROUPS = 4
 # Less than any mass.
 NOT_LISTED = -1.0
 # What the kernel keeps of masses until it knows their normalisers; if it is short, query blocks take several launches.
@@ -27,6 +30,20 @@ def sampled_offsets(queries: int) -> list[int]:
     return [(2 * sample + 1) * queries // (2 * SAMPLED_QUERIES) for sample in range(SAMPLED_QUERIES)]
 
 
+def largest_of_groups(scores: torch.Tensor, page_tokens: int) -> torch.Tensor:
+    """The largest score of each of a page's `KEY_GROUPS` groups of keys.
+
+    Args:
+        scores: ``[..., keys]`` of whole pages.
+        page_tokens: of a page.
+
+    Returns:
+        ``[..., pages, KEY_GROUPS]``.
+    """
+    grouped = scores.reshape(*scores.shape[:-1], -1, page_tokens // (2 * KEY_GROUPS), KEY_GROUPS, 2)
+    return grouped.amax((-3, -1))
+
+
 def page_masses(
     query: torch.Tensor,
     keys: PagedKeys,
@@ -35,7 +52,7 @@ def page_masses(
     page_tokens: int,
     listed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mass of each page, 0 of pages that are not read.
+    """Mass of each page, 0 of pages that are not read: softmax over the largest scores of all pages' groups of keys.
 
     Computes in float64 if the queries are float64, else in float32.
 
@@ -61,9 +78,10 @@ def page_masses(
         unread = position[:stop] > (first + sampled).unsqueeze(1)
         if listed is not None:
             unread = unread | ~listed[:, i_block, :reach].repeat_interleave(page_tokens, dim=1)[:, None, None, :stop]
-        weight = scores.masked_fill_(unread, float("-inf")).softmax(3).sum(2).flatten(0, 1)
-        padded = torch.nn.functional.pad(weight, (0, reach * page_tokens - stop))
-        mass[:, i_block, :reach] = padded.view(heads, reach, page_tokens).sum(2)
+        scores = scores.masked_fill_(unread, float("-inf"))
+        scores = torch.nn.functional.pad(scores, (0, reach * page_tokens - stop), value=float("-inf"))
+        weight = largest_of_groups(scores, page_tokens).flatten(3).softmax(3).sum(2).flatten(0, 1)
+        mass[:, i_block, :reach] = weight.view(heads, reach, KEY_GROUPS).sum(2)
     return mass
 
 

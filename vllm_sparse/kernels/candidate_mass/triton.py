@@ -11,8 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.candidate_mass.reference import NOT_LISTED, SAMPLED_QUERIES, SCRATCH_BYTES, kept_masses
-from vllm_sparse.kernels.common.triton import load_keys, product_tile, shared_memory_kib
+from vllm_sparse.kernels.candidate_mass.reference import (
+    KEY_GROUPS,
+    NOT_LISTED,
+    SAMPLED_QUERIES,
+    SCRATCH_BYTES,
+    kept_masses,
+)
+from vllm_sparse.kernels.common.triton import largest_of_groups, load_keys, product_tile, shared_memory_kib
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.pages import PageList
 from vllm_sparse.step.chunks import PromptChunks, one_chunk
@@ -68,6 +74,7 @@ def candidate_mass_kernel(
     HEAD_SIZE: tl.constexpr,
     HEAD_TILE: tl.constexpr,
     PAGE: tl.constexpr,
+    GROUPS: tl.constexpr,
     TILE: tl.constexpr,
     PAGE_TILE: tl.constexpr,
 ):
@@ -122,12 +129,12 @@ def candidate_mass_kernel(
         )
         b_product = tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale_log2
         b_product = tl.where(live[None, :] & (o_key[None, :] <= row_position[:, None]), b_product, float("-inf"))
-        b_tile_most = tl.max(b_product, axis=1)
+        b_largest = largest_of_groups(b_product, PAGE, GROUPS)
+        b_tile_most = tl.max(tl.max(b_largest, axis=2), axis=1)
         # Finite after the first tile: lists ascend and hold the page of the first query, so their first key lies in
         # every row's past. Later tiles may lie in a row's future.
         b_more = tl.maximum(b_most, b_tile_most)
-        b_weight = tl.exp2(b_product - b_more[:, None])
-        b_page = tl.sum(tl.reshape(b_weight, [rows, TILE // PAGE, PAGE]), axis=2)
+        b_page = tl.sum(tl.exp2(b_largest - b_more[:, None, None]), axis=2)
         b_sum = b_sum * tl.exp2(b_most - b_more) + tl.sum(b_page, axis=1)
         b_most = b_more
         o_page_slot = first_slot + tl.arange(0, TILE // PAGE)
@@ -205,6 +212,7 @@ def chunk_mass(chunks: PromptChunks, candidates: PageList) -> torch.Tensor:
             HEAD_SIZE=head_size,
             HEAD_TILE=product_tile(head_size),
             PAGE=page_tokens,
+            GROUPS=KEY_GROUPS,
             TILE=key_tile,
             PAGE_TILE=PAGE_TILE,
             num_warps=WARPS,

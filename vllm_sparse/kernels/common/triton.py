@@ -234,3 +234,11 @@ def row_threshold(
         )
         bit = bit >> 2
     return threshold.to(tl.int32), above
+
+
+@triton.jit
+def largest_of_groups(b_product, PAGE: tl.constexpr, GROUPS: tl.constexpr):
+    """The largest product of each group of keys that one thread holds, ``[rows, pages, GROUPS]``."""
+    pages: tl.constexpr = b_product.shape[1] // PAGE
+    b_key = tl.reshape(b_product, [b_product.shape[0], pages, PAGE // (2 * GROUPS), GROUPS, 2])
+    return tl.max(tl.max(b_key, axis=4), axis=2)

@@ -10,7 +10,7 @@ from vllm_sparse.step.chunks import PromptChunks
 
 # Of a program of the kernel: sampled queries of a few query blocks and of query heads of a KV head, and least keys at
 # once.
-MOST_ROWS, KEY_TILE = 64, 64
+MOST_ROWS, LEAST_KEY_TILE = 64, 64
 # Of a row, a page's mass and a tile's largest product.
 MASS_BYTES, MOST_BYTES = 2, 4
 
@@ -30,7 +30,7 @@ def kept_bytes(pages: int, tiles: int) -> int:
 def scratch_bytes(blocks: int, pages: int, page_tokens: int, query_heads: int, kv_heads: int) -> int:
     """Memory that the kernel takes beside its result; arguments as in the public function."""
     _, together, splits = programs(query_heads, kv_heads)
-    tiles = -(-pages // (KEY_TILE // page_tokens))
+    tiles = -(-pages // (LEAST_KEY_TILE // page_tokens))
     of_a_group = kv_heads * splits * MOST_ROWS * kept_bytes(pages, tiles)
     return min(-(-blocks // together) * of_a_group, max(SCRATCH_BYTES, of_a_group))
 

@@ -1,10 +1,10 @@
 """Attention of sampled queries to all pages in Triton, in two launches.
 
 A row is a sampled query of a head. A program of the first kernel multiplies rows of a few query blocks and query heads
-of a KV head with a segment of the keys. What takes the time is not keys but instructions for each product, so there
-are few: one exponential, no logarithm, and no mask but in the last tiles. Products are taken once: the mass of each row
-and page, less the row's largest product by then, is kept until the row's normaliser is known. The second kernel knows
-it, from what each segment found, and sums the rows of a query block and head.
+of a KV head with a segment of the keys. A product takes few instructions, so that reading keys through the L2 is what
+takes the time: an exponential for each group of keys, no logarithm, and no mask but in the last tiles. Products are
+taken once: the mass of each row and page, less the row's largest product by then, is kept until the row's normaliser is
+known. The second kernel knows it, from what each segment found, and sums the rows of a query block and head.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.candidate_mass.reference import SAMPLED_QUERIES, SCRATCH_BYTES
-from vllm_sparse.kernels.common.triton import load_key_block, product_tile, shared_memory_kib
-from vllm_sparse.kernels.sampled_mass.reference import KEY_TILE, MOST_ROWS, kept_bytes, programs
+from vllm_sparse.kernels.candidate_mass.reference import KEY_GROUPS, SAMPLED_QUERIES, SCRATCH_BYTES
+from vllm_sparse.kernels.common.triton import largest_of_groups, load_key_block, product_tile, shared_memory_kib
+from vllm_sparse.kernels.sampled_mass.reference import LEAST_KEY_TILE, MOST_ROWS, kept_bytes, programs
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.step.chunks import PromptChunks, one_chunk
 
-# The fastest on an H200 with 64 rows (loadtest/RESULTS.md): larger tiles of keys of narrow heads; tiles in flight,
-# fewer where shared memory has no room for them.
-WARPS, NARROW_HEAD, NARROW_KEY_TILE, STAGES, FEW_STAGES = 4, 64, 128, 4, 2
+# The fastest on an H200 with 64 rows (loadtest/RESULTS.md): keys of a tile, and tiles in flight. Both are less where
+# shared memory has no room for them.
+WARPS, KEY_TILE, STAGES, FEW_STAGES = 4, 128, 3, 2
 # Keys of a program: so few that programs are many and alike, so many that fetching its queries costs nothing.
 SEGMENT = 8192
 # Pages whose kept masses a program of the second kernel reads at once, and how often it does.
@@ -87,6 +87,7 @@ def segment_masses_kernel(
     HEAD_SIZE: tl.constexpr,
     HEAD_TILE: tl.constexpr,
     PAGE: tl.constexpr,
+    GROUPS: tl.constexpr,
     TILE: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
@@ -155,13 +156,13 @@ def segment_masses_kernel(
                     if masked:
                         o_key = first_key + tl.arange(0, TILE)
                         b_product = tl.where(o_key[None, :] <= row_position[:, None], b_product, float("-inf"))
-                    b_more = tl.maximum(b_most, tl.max(b_product, axis=1) * scale_log2)
+                    b_largest = largest_of_groups(b_product, PAGE, GROUPS)
+                    b_more = tl.maximum(b_most, tl.max(tl.max(b_largest, axis=2), axis=1) * scale_log2)
                     b_less = b_more
                     if masked:
                         # The segment may hold no key of a row's past so far.
                         b_less = tl.where(b_more > float("-inf"), b_more, 0.0)
-                    b_weight = tl.exp2(b_product * scale_log2 - b_less[:, None])
-                    b_page = tl.sum(tl.reshape(b_weight, [rows, TILE // PAGE, PAGE]), axis=2)
+                    b_page = tl.sum(tl.exp2(b_largest * scale_log2 - b_less[:, None, None]), axis=2)
                     b_sum = b_sum * tl.exp2(b_most - b_less)[:, None] + b_page
                     b_most = b_more
                     tl.store(p_kept_most + first_key // TILE * rows + o_row, b_more, mask=in_chunk)
@@ -246,8 +247,8 @@ def chunk_sampled_mass(chunks: PromptChunks, page_tokens: int) -> torch.Tensor:
     kv_heads = cache.shape[1]
     pages = triton.cdiv(blocks.longest_seq_len, page_tokens)
     group = heads // kv_heads
-    key_tile = NARROW_KEY_TILE if head_size <= NARROW_HEAD else KEY_TILE
     roomy = head_size <= 128 and shared_memory_kib() > 128
+    key_tile = KEY_TILE if roomy else LEAST_KEY_TILE
     # More query heads of a KV head are split over programs: keys are then read again, but rows fit in registers.
     at_once, together, splits = programs(heads, kv_heads)
     groups = triton.cdiv(blocks.blocks, together)
@@ -289,6 +290,7 @@ def chunk_sampled_mass(chunks: PromptChunks, page_tokens: int) -> torch.Tensor:
             CACHE_BLOCK=cache.shape[2],
             HEAD_SIZE=head_size,
             HEAD_TILE=product_tile(head_size),
+            GROUPS=KEY_GROUPS,
             TILE=key_tile,
             SEGMENT=SEGMENT,
             num_warps=WARPS,
