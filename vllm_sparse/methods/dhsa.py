@@ -108,8 +108,8 @@ class Dhsa(PrefillMethod):
 
     With `candidate_factor` above 1 the scores choose only candidates, that many times the budget, for all query heads
     of a KV head together. Among these the budget is filled by attention mass: softmax probabilities over the
-    candidates, summed over 16 evenly spread queries of the query block. Heads that share scores share the sum of their
-    masses. A list ends before its budget where it holds `coverage` of this mass. Where two thirds of the pages or more
+    candidates, summed over 16 evenly spread queries of the query block, where each quarter of a page counts by its
+    largest product. Heads that share scores share the sum of their masses. A list ends before its budget where it holds `coverage` of this mass. Where two thirds of the pages or more
     are candidates, as by default, all are and there is no first stage; then key blocks say only what is forced. The
     second stage is not the paper's. It is the default, because on a real checkpoint lists that end by coverage kept the
     answers at a density of 0.21, where lists of a fixed density lost some at 0.25, and the first stage alone more at
