@@ -66,13 +66,42 @@ def test_selection_equals_plain_python(
 ) -> None:
     scores = torch.tensor(rows).view(2, 2, 23)
     bands = [max(end - width, 0) for end, width in zip(ends, widths, strict=True)]
-    kept = reference.select_pages(
-        scores, sink, *(torch.tensor(numbers, dtype=torch.int32) for numbers in (bands, ends, budgets))
-    )
+    first, last, most = (torch.tensor(numbers, dtype=torch.int32) for numbers in (bands, ends, budgets))
+    kept = reference.select_pages(scores, sink, first, last, most)
     for head in range(2):
         for row in range(2):
             expected = expected_row(scores[head, row].tolist(), sink, bands[row], ends[row], budgets[row])
             assert kept[head, row].tolist() == expected
+
+
+@given(
+    rows=st.lists(st.lists(st.sampled_from([-1.0, 0.0, 0.125, 0.25, 0.5, 2.0]), min_size=17, max_size=17), min_size=2),
+    sink=st.integers(0, 17),
+    end=st.integers(0, 16),
+    width=st.integers(0, 16),
+    budget=st.integers(0, 20),
+    covered_mass=st.sampled_from([0.0, 0.125, 0.3, 1.0, 2.5, 7.0, 100.0]),
+)
+def test_a_list_ends_where_the_largest_masses_are_enough(
+    rows: list[list[float]], sink: int, end: int, width: int, budget: int, covered_mass: float
+) -> None:
+    """In plain Python: forced pages, and of those that the budget allows the fewest largest with that mass."""
+    band = max(end - width, 0)
+    masses = torch.tensor(rows).unsqueeze(1)
+    first, last, most = (torch.tensor([number], dtype=torch.int32) for number in (band, end, budget))
+    kept = reference.select_pages(masses, sink, first, last, most, covered_mass)
+    for row, found in zip(rows, kept.squeeze(1).tolist(), strict=True):
+        within_budget = expected_row(row, sink, band, end, budget)
+        enough: set[int] = set()
+        mass = 0.0
+        for page in sorted(range(end + 1), key=lambda page: (-max(row[page], 0), page)):
+            if mass < covered_mass or not enough:
+                enough.add(page)
+            mass += max(row[page], 0)
+        expected = [
+            allowed and (page in enough or page < sink or page >= band) for page, allowed in enumerate(within_budget)
+        ]
+        assert found == expected
 
 
 def test_zeros_of_both_signs_tie() -> None:

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 @pytest.mark.skipif(CAN_RUN, reason="runs right here")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, passing=21)
+    run_under_the_interpreter(__file__, passing=33)
 
 
 def fresh() -> tuple[int, torch.Generator]:
@@ -195,13 +195,49 @@ def test_kernels_compile_for_hopper(head_size: int) -> None:
     )
 
 
+@needs_triton
+@pytest.mark.parametrize("entries", [1024, 1 << 15])
+@pytest.mark.parametrize(
+    ("pages", "sink_pages", "budget_pages", "share"),
+    [
+        pytest.param(1, 0, 1, 0.5, id="one-page"),
+        pytest.param(60, 4, 20, 0.8, id="some-forced"),
+        pytest.param(2500, 2, 1 << 19, 0.9, id="no-budget"),
+        pytest.param(2500, 0, 300, 0.97, id="budget-and-mass"),
+        pytest.param(2500, 0, 1200, 1.5, id="never-enough"),
+        pytest.param(1500, 0, 1200, 0.001, id="nearly-nothing"),
+    ],
+)
+def test_selection_of_covering_pages_equals_the_reference(
+    pages: int, sink_pages: int, budget_pages: int, share: float, entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of powers of two are exact, so both agree to the last page; negative masses count as nothing."""
+    from vllm_sparse.kernels.block_scores import triton as scores_triton
+    from vllm_sparse.kernels.common import triton as common_triton
+
+    monkeypatch.setattr(common_triton, "LARGEST_ROW_TILE", entries)
+    seed, generator = fresh()
+    mass = 2.0 ** -torch.randint(1, 9, (4, 3, pages), generator=generator).float()
+    mass[1] = 1 / 1024
+    mass[2][torch.rand(3, pages, generator=generator) < 0.6] = -1.0
+    mass[3] = 0.0
+    last = torch.tensor([int(torch.randint(0, pages, (), generator=generator)), pages - 1, pages - 1]).int()
+    band = torch.tensor([int(last[0]) * 2 // 3, max(pages - 3, 0), max(pages - 40, 0)]).int()
+    budgets = torch.tensor([budget_pages, budget_pages // 2, budget_pages + 1]).int()
+    rows = mass.to(DEVICE), sink_pages, band.to(DEVICE), last.to(DEVICE), budgets.to(DEVICE)
+    covered_mass = share * float(mass[0, 1].sum())
+    expected = reference.select_pages(*rows, covered_mass)
+    assert torch.equal(scores_triton.select_pages(*rows, covered_mass), expected), f"seed {seed}"
+
+
 @pytest.mark.skipif(CAN_RUN and DEVICE == "cpu", reason="Triton only interprets in this process")
+@pytest.mark.parametrize("covering", [False, True])
 @pytest.mark.parametrize("pages", [1000, 8192, 16384, 40000])
-def test_selection_compiles_for_hopper(pages: int, tmp_path: Path) -> None:
+def test_selection_compiles_for_hopper(pages: int, covering: bool, tmp_path: Path) -> None:
     from vllm_sparse.kernels.block_scores import triton as scores_triton
     from vllm_sparse.kernels.common.triton import threshold_tile
 
-    entries, num_warps = threshold_tile(pages)
+    entries, num_warps = threshold_tile(min(pages, scores_triton.MOST_COVERED_PAGES) if covering else pages)
     compiled = compile_for_hopper(
         scores_triton.select_pages_kernel,
         {
@@ -209,8 +245,9 @@ def test_selection_compiles_for_hopper(pages: int, tmp_path: Path) -> None:
             "kept_pointer": "*u8",
             **dict.fromkeys(("band_page_pointer", "last_page_pointer", "budget_pages_pointer"), "*i32"),
             **dict.fromkeys(("query_block_count", "pages", "sink_pages"), "i32"),
+            "covered_mass": "fp32",
         },
-        {"ROW_TILE": entries, "TILE": scores_triton.SELECT_TILE},
+        {"COVERING": covering, "ROW_TILE": entries, "TILE": scores_triton.SELECT_TILE},
         num_warps=num_warps,
     )
     assert spilled_bytes(compiled, tmp_path) == 0

@@ -178,10 +178,14 @@ def test_d1_dense_knobs_are_known_before_any_prompt() -> None:
     assert not Dhsa(density=1.0, coverage=0.9).exactly_dense
 
 
-@pytest.mark.parametrize("knobs", [{}, {"density": 0.1}, {"budget_tokens": 4096}, {"density": 1.0}])
+@pytest.mark.parametrize(
+    "knobs", [{}, {"density": 0.1}, {"budget_tokens": 4096}, {"density": 1.0}, {"coverage": 1.0}, {"coverage": 0.99}]
+)
 def test_two_stages_have_a_form_with_lists_of_candidates_and_one_without(knobs: dict[str, Any]) -> None:
-    """Any request may ask for either, so that kernels of both are compiled at the start."""
-    assert {form.weighs_all_pages for form in Dhsa(**knobs).forms()} == {False, True}
+    """Any request may ask for either and for lists that end, so that kernels of all are compiled at the start."""
+    forms = Dhsa(**knobs).forms()
+    assert {form.weighs_all_pages for form in forms} == {False, True}
+    assert any(form.covered < 1 for form in forms)
     assert first_stage().forms() == (first_stage(),)
 
 

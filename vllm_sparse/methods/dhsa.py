@@ -23,7 +23,6 @@ from vllm_sparse.kernels.block_scores import (
     select_pages,
 )
 from vllm_sparse.kernels.candidate_mass import SAMPLED_QUERIES, candidate_mass, chunk_mass, scratch_bytes
-from vllm_sparse.kernels.coverage import coverage_mask
 from vllm_sparse.kernels.page_list import ListGrid, block_lists, query_blocks, write_lists
 from vllm_sparse.kernels.page_summaries import SummaryKind, chunk_summaries, page_summaries
 from vllm_sparse.kernels.sampled_mass import chunk_sampled_mass, sampled_mass
@@ -109,11 +108,11 @@ class Dhsa(PrefillMethod):
     With `candidate_factor` above 1 the scores choose only candidates, that many times the budget, for all query heads
     of a KV head together. Among these the budget is filled by attention mass: softmax probabilities over the
     candidates, summed over 16 evenly spread queries of the query block, where each quarter of a page counts by its
-    largest product. Heads that share scores share the sum of their masses. A list ends before its budget where it holds `coverage` of this mass. Where two thirds of the pages or more
-    are candidates, as by default, all are and there is no first stage; then key blocks say only what is forced. The
-    second stage is not the paper's. It is the default, because on a real checkpoint lists that end by coverage kept the
-    answers at a density of 0.21, where lists of a fixed density lost some at 0.25, and the first stage alone more at
-    0.32 (docs/methods.md).
+    largest product. Heads that share scores share the sum of their masses. A list ends before its budget where it holds
+    `coverage` of this mass. Where two thirds of the pages or more are candidates, as by default, all are and there is
+    no first stage; then key blocks say only what is forced. The second stage is not the paper's. It is the default,
+    because on a real checkpoint lists that end by coverage kept the answers at a density of 0.21, where lists of a
+    fixed density lost some at 0.25, and the first stage alone more at 0.32 (docs/methods.md).
 
     ``key_blocks="page"`` cuts the keys every `key_block_tokens`, as the paper's second version does; ``"adaptive"``
     cuts them where they change most, as the first version's trained predictor would (`boundary_threshold` is its
@@ -242,11 +241,12 @@ class Dhsa(PrefillMethod):
         return self.budget_tokens == 0 and self.weighs_masses and candidates >= LEAST_TO_WEIGH_ALL
 
     def forms(self) -> Sequence[Dhsa]:
-        """With two stages it has one without lists of candidates and one with them."""
+        """With two stages it has one without lists of candidates and one with them, whose lists end by coverage too."""
         if not self.weighs_masses:
             return (self,)
         candidates = LEAST_TO_WEIGH_ALL / 2 if self.weighs_all_pages else 1.0
-        return self, replace(self, budget_tokens=0, density=candidates / self.candidate_factor)
+        coverage = min(self.coverage, DEFAULT_COVERAGE)
+        return self, replace(self, budget_tokens=0, density=candidates / self.candidate_factor, coverage=coverage)
 
     def selection_work(self, seq_len: int, query_heads: int, kv_heads: int) -> float:
         if self.weighs_all_pages:
@@ -295,8 +295,8 @@ class Dhsa(PrefillMethod):
             mass = candidate_mass(query, keys, scale, self.query_block_tokens, block_lists(mask, grid))
         if score_heads < query_heads:
             mass = mass.view(score_heads, -1, *mass.shape[1:]).sum(1)
-        kept = best_pages(mass, band_start, last_query, budget_pages, selection)
-        return self._covering(mass, kept, query_heads, band_start // PAGE_TOKENS)
+        covered = self._covered_mass(query_heads // mass.shape[0])
+        return best_pages(mass, band_start, last_query, budget_pages, selection, covered)
 
     def prepare(self, blocks: PromptBlocks, prompt_tokens: Sequence[int | None]) -> PreparedChunks | None:
         """As `block_mask` works it out for one chunk, on the host, since key blocks of fixed length are known there."""
@@ -352,8 +352,8 @@ class Dhsa(PrefillMethod):
             mass = self._masses(chunks, prepared, min(score_heads, kv_heads))
             if score_heads < query_heads:
                 mass = mass.view(score_heads, -1, *mass.shape[1:]).sum(1)
-            mask = self._best(mass, prepared, prepared.budget_pages)
-            mask = self._covering(mass, mask, query_heads, prepared.band_page)
+            covered = self._covered_mass(query_heads // mass.shape[0])
+            mask = self._best(mass, prepared, prepared.budget_pages, covered)
         else:
             mask = self._best(self._scores(chunks, prepared, score_heads), prepared, prepared.budget_pages)
         list_heads = lists.kept_tokens.shape[0] // blocks.blocks
@@ -374,31 +374,16 @@ class Dhsa(PrefillMethod):
         first, last = prepared.first_key_block, prepared.last_key_block
         return chunk_page_scores(chunks.query, representation, first, last, chunks.blocks, score_heads)
 
-    def _best(self, scores: torch.Tensor, prepared: PreparedChunks, pages: torch.Tensor) -> torch.Tensor:
+    def _best(
+        self, scores: torch.Tensor, prepared: PreparedChunks, pages: torch.Tensor, covered_mass: float | None = None
+    ) -> torch.Tensor:
         """The forced pages and those of the highest scores, so many of each query block: bool, as the scores."""
         sink_pages = -(-self.sink_tokens // PAGE_TOKENS)
-        return select_pages(scores, sink_pages, prepared.band_page, prepared.last_page, pages)
+        return select_pages(scores, sink_pages, prepared.band_page, prepared.last_page, pages, covered_mass)
 
-    def _covering(
-        self, mass: torch.Tensor, kept: torch.Tensor, query_heads: int, band_page: torch.Tensor
-    ) -> torch.Tensor:
-        """Of the kept pages those that hold `coverage` of the mass, and the forced ones.
-
-        Args:
-            mass: ``[score_heads, blocks, pages]`` of the candidates, summed over heads that share scores; overwritten.
-            kept: bool, as the mass; no page after a query block's last one.
-            query_heads: of the mass before it was summed.
-            band_page: ``[blocks]`` page from which on a query block reads everything.
-        """
-        if self.covered == 1:
-            return kept
-        of_heads, pages = mass.shape[0], mass.shape[2]
-        share = mass.clamp_(min=0).div_(SAMPLED_QUERIES * query_heads / of_heads).flatten(0, 1).float()
-        keep = coverage_mask(share, share.new_full((share.shape[0],), self.covered), 0, pages).view_as(kept)
-        page = torch.arange(pages, device=mass.device)
-        keep |= (page < -(-self.sink_tokens // PAGE_TOKENS)) | (page >= band_page.unsqueeze(1))
-        keep &= kept
-        return keep
+    def _covered_mass(self, heads: int) -> float | None:
+        """Mass of its pages, summed over so many query heads, at which a list ends; None: at its budget."""
+        return None if self.covered == 1 else self.covered * SAMPLED_QUERIES * heads
 
     def _representation(self, chunks: PromptChunks, prepared: PreparedChunks) -> torch.Tensor:
         """What stands for the key blocks of each chunk, ``[kv_heads, chunks, key_blocks, ...]`` as in `KeyBlocks`."""

@@ -116,11 +116,13 @@ def best_pages(
     last_query: torch.Tensor,
     budget_pages: torch.Tensor,
     selection: PageSelection,
+    covered_mass: float | None = None,
 ) -> torch.Tensor:
     """Keep the forced pages of each query block, then the pages of the highest scores while its budget lasts.
 
     Forced are the pages of the sink, and those from `band_start` to the query block's last token; they are kept even
-    beyond the budget. Of equal scores the lower page wins.
+    beyond the budget. Of equal scores the lower page wins. With `covered_mass` the scores are masses, and other pages
+    are kept only until the query block's highest masses add up to it.
 
     Runs in Triton on CUDA, else in PyTorch; without a device-to-host sync.
 
@@ -131,6 +133,8 @@ def best_pages(
         last_query: integer ``[query_blocks]`` position of its last query.
         budget_pages: integer ``[query_blocks]`` pages to keep, the forced ones included.
         selection: size of pages, and the sink.
+        covered_mass: sum of the highest scores, forced pages' among them, that is enough; negative scores count as
+            nothing. None: what the budget allows.
 
     Returns:
         bool, the shape of `scores`.
@@ -142,13 +146,19 @@ def best_pages(
         (band_start // page_tokens).int(),
         (last_query // page_tokens).int(),
         budget_pages.int(),
+        covered_mass,
     )
 
 
 def select_pages(
-    scores: torch.Tensor, sink_pages: int, band_page: torch.Tensor, last_page: torch.Tensor, budget_pages: torch.Tensor
+    scores: torch.Tensor,
+    sink_pages: int,
+    band_page: torch.Tensor,
+    last_page: torch.Tensor,
+    budget_pages: torch.Tensor,
+    covered_mass: float | None = None,
 ) -> torch.Tensor:
-    """As `best_pages`, by pages.
+    """As `best_pages`, by pages, in one launch on CUDA.
 
     Args:
         scores: as there.
@@ -156,7 +166,9 @@ def select_pages(
         band_page: int32 ``[query_blocks]`` page from which on all pages up to `last_page` are forced.
         last_page: int32 ``[query_blocks]`` last page that the query block may read; at least `band_page`.
         budget_pages: int32 ``[query_blocks]`` pages to keep.
+        covered_mass: as there.
     """
     sink_pages = min(sink_pages, scores.shape[2])
-    kept: torch.Tensor = _implementation(scores).select_pages(scores, sink_pages, band_page, last_page, budget_pages)
+    select = _implementation(scores).select_pages
+    kept: torch.Tensor = select(scores, sink_pages, band_page, last_page, budget_pages, covered_mass)
     return kept

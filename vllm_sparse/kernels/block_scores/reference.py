@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_sparse.kernels.coverage.reference import top_mask
 from vllm_sparse.step.chunks import PromptBlocks
 
 
@@ -126,9 +127,16 @@ def chunk_scores(
 
 
 def select_pages(
-    scores: torch.Tensor, sink_pages: int, band_page: torch.Tensor, last_page: torch.Tensor, budget_pages: torch.Tensor
+    scores: torch.Tensor,
+    sink_pages: int,
+    band_page: torch.Tensor,
+    last_page: torch.Tensor,
+    budget_pages: torch.Tensor,
+    covered_mass: float | None = None,
 ) -> torch.Tensor:
     """Forced pages, then those of the highest scores up to the budget; of equal scores the lower page wins.
+
+    Of the latter, with `covered_mass`, only those among the fewest pages in reach whose scores add up to it.
 
     Args:
         scores: float32 ``[heads, query_blocks, pages]``, none NaN.
@@ -136,6 +144,7 @@ def select_pages(
         band_page: int32 ``[query_blocks]`` page from which on all pages up to `last_page` are forced.
         last_page: int32 ``[query_blocks]`` last page that the query block may read; at least `band_page`.
         budget_pages: int32 ``[query_blocks]`` pages to keep; more if more are forced, fewer if fewer are in reach.
+        covered_mass: sum that is enough, of scores that are not negative; None: no sum is.
 
     Returns:
         bool, the shape of `scores`.
@@ -153,4 +162,13 @@ def select_pages(
     best = rank.topk(min(int(budget_pages.max()), pages), dim=-1).indices
     within = torch.arange(best.shape[-1], device=scores.device) < free.unsqueeze(1)
     chosen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    return forced | (chosen.scatter_(-1, best, within.expand_as(best)) & competes)
+    chosen = chosen.scatter_(-1, best, within.expand_as(best)) & competes
+    if covered_mass is not None:
+        chosen &= _covering(scores.clamp(min=0).masked_fill(~causal, 0).flatten(0, 1), covered_mass).view_as(chosen)
+    return forced | chosen
+
+
+def _covering(mass: torch.Tensor, covered_mass: float) -> torch.Tensor:
+    """The fewest entries of each row that add up to `covered_mass`, all if none do: bool, the shape of `mass`."""
+    ordered = mass.double().sort(dim=1, descending=True).values
+    return top_mask(mass, (ordered.cumsum(1) < covered_mass).sum(1) + 1)

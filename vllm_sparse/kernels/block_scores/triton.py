@@ -24,6 +24,8 @@ BLOCK_TILE, PAGE_TILE = 64, 64
 # Small, because the split of operands into TF32 parts takes registers.
 DIM_TILE = 16
 SELECT_TILE = 1024
+# Of rows of masses, which are searched twice: no more pages are held in registers, or some spill.
+MOST_COVERED_PAGES = 16384
 
 
 # Lengths change with every prompt chunk; specialising on them would compile in the middle of serving.
@@ -188,6 +190,8 @@ def select_pages_kernel(
     query_block_count,
     pages,
     sink_pages,
+    covered_mass,
+    COVERING: tl.constexpr,
     ROW_TILE: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -205,23 +209,39 @@ def select_pages_kernel(
     least, above = row_threshold(p_score, first, stop, free, False, ROW_TILE, TILE)
     # Of the pages whose score equals the threshold, the lower ones win.
     equal_left = free - above
+    if COVERING:
+        least_mass, mass_above = row_threshold(p_score, 0, last + 1, covered_mass, True, ROW_TILE, TILE)
+        mass = tl.cast(least_mass, tl.float32, bitcast=True)
+        # All pages where their masses do not add up to what is to be covered.
+        missing = tl.where(mass > 0, tl.ceil((covered_mass - mass_above) / tl.maximum(mass, 1e-38)), pages)
+        covering_left = tl.maximum(missing, 1).to(tl.int32)
     for start in range(0, pages, TILE):
         o_page = start + tl.arange(0, TILE)
         competes = (o_page >= first) & (o_page < stop)
         b_key = ordered_scores(p_score, o_page, competes)
         b_equal = ((b_key == least) & competes).to(tl.int32)
         b_chosen, equal_left = chosen_entries(b_key, b_equal, least, equal_left)
+        if COVERING:
+            b_mass = ordered_scores(p_score, o_page, o_page <= last)
+            b_equal = ((b_mass == least_mass) & (o_page <= last)).to(tl.int32)
+            b_covering, covering_left = chosen_entries(b_mass, b_equal, least_mass, covering_left)
+            b_chosen &= b_covering
         b_forced = ((o_page < sink_pages) | (o_page >= band)) & (o_page <= last)
         tl.store(p_kept + o_page, ((b_chosen & competes) | b_forced).to(tl.uint8), mask=o_page < pages)
 
 
 def select_pages(
-    scores: torch.Tensor, sink_pages: int, band_page: torch.Tensor, last_page: torch.Tensor, budget_pages: torch.Tensor
+    scores: torch.Tensor,
+    sink_pages: int,
+    band_page: torch.Tensor,
+    last_page: torch.Tensor,
+    budget_pages: torch.Tensor,
+    covered_mass: float | None = None,
 ) -> torch.Tensor:
-    """Equal to `reference.select_pages` for the same scores; arguments as there, all contiguous."""
+    """Equal to `reference.select_pages` for the same scores, up to float32 rounding of sums; all contiguous."""
     heads, query_block_count, pages = scores.shape
     kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    entries, num_warps = threshold_tile(pages)
+    entries, num_warps = threshold_tile(pages if covered_mass is None else min(pages, MOST_COVERED_PAGES))
     select_pages_kernel[(heads * query_block_count,)](
         scores,
         band_page,
@@ -231,6 +251,8 @@ def select_pages(
         query_block_count,
         pages,
         sink_pages,
+        0.0 if covered_mass is None else covered_mass,
+        COVERING=covered_mass is not None,
         ROW_TILE=entries,
         TILE=SELECT_TILE,
         num_warps=num_warps,

@@ -32,8 +32,9 @@ def candidate_mass(
     """Attention mass of candidate pages: softmax probabilities, summed over sampled queries.
 
     `SAMPLED_QUERIES` evenly spread queries stand for their query block, and the largest product of each of a page's
-    `reference.KEY_GROUPS` groups of keys for the group. Attention is causal and to the listed pages only. So the work is the listed share of the key products that dense attention takes, times `SAMPLED_QUERIES`
-    over `query_block_tokens`. The query heads of a KV head share a list, so that a key is read once for all of them.
+    `reference.KEY_GROUPS` groups of keys for the group. Attention is causal and to the listed pages only. So the work
+    is the listed share of the key products that dense attention takes, times `SAMPLED_QUERIES` over
+    `query_block_tokens`. The query heads of a KV head share a list, so that a key is read once for all of them.
 
     Runs in Triton on CUDA, else in PyTorch; without a device-to-host sync.
 

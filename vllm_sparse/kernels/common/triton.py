@@ -170,6 +170,8 @@ def _counted(b_key, least, MASS: tl.constexpr, LOGARITHMS: tl.constexpr):
     if LOGARITHMS:
         b_weight = tl.exp(score_of(b_key))
     elif MASS:
+        # Keys of negative scores are no masses.
+        least = tl.maximum(least, 0)
         b_weight = b_key.to(tl.float32, bitcast=True)
     else:
         b_weight = tl.full(b_key.shape, 1, tl.int32)
@@ -189,8 +191,8 @@ def row_threshold(
 ):
     """Largest threshold that at least `target` of the entries `first` to `stop - 1` of a row reach.
 
-    If `MASS`, the sum of the scores that reach the threshold is at least `target` instead of their number; no score may
-    be negative. If `LOGARITHMS` too, the scores are logarithms of what is summed, and may.
+    If `MASS`, the sum of the scores that reach the threshold is at least `target` instead of their number, and negative
+    scores count as nothing. If `LOGARITHMS` too, the scores are logarithms of what is summed, and may.
 
     The threshold is found from its highest bits to its lowest, two at a time. The row's first `ROW_TILE` entries stay
     in registers; the other entries of a longer row are read again for each two bits, from the GPU's caches.

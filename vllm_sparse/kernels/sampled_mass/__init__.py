@@ -30,8 +30,9 @@ def sampled_mass(
     """Attention mass of each page: softmax probabilities, summed over sampled queries.
 
     `SAMPLED_QUERIES` of `vllm_sparse.kernels.candidate_mass`, evenly spread, stand for their query block, and the
-    largest product of each of a page's groups of keys for the group. Attention is causal. So the work is that of the key products of dense attention, times `SAMPLED_QUERIES` over
-    `query_block_tokens`. It equals `candidate_mass` with all pages listed, whose lists need no choice here.
+    largest product of each of a page's groups of keys for the group. Attention is causal. So the work is that of the
+    key products of dense attention, times `SAMPLED_QUERIES` over `query_block_tokens`. It equals `candidate_mass` with
+    all pages listed, whose lists need no choice here.
 
     Runs in Triton on CUDA, else in PyTorch; without a device-to-host sync.
 
