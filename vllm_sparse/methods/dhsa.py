@@ -245,7 +245,7 @@ class Dhsa(PrefillMethod):
         if not self.weighs_masses:
             return (self,)
         candidates = LEAST_TO_WEIGH_ALL / 2 if self.weighs_all_pages else 1.0
-        coverage = min(self.coverage, DEFAULT_COVERAGE)
+        coverage = min(self.covered, DEFAULT_COVERAGE)
         return self, replace(self, budget_tokens=0, density=candidates / self.candidate_factor, coverage=coverage)
 
     def selection_work(self, seq_len: int, query_heads: int, kv_heads: int) -> float:
