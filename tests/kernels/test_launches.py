@@ -102,6 +102,14 @@ def test_several_chunks_take_as_many_launches_as_one(name: str, monkeypatch: pyt
     assert calls(METHODS[name], SIZES, monkeypatch) == calls(METHODS[name], SIZES[:1], monkeypatch)
 
 
+def test_the_default_of_dhsa_takes_four_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, masses, what is kept, lists; on a small model the host bounds prompts, by launches."""
+    calls(Dhsa(), SIZES, monkeypatch)
+    launched = calls(Dhsa(), SIZES, monkeypatch)
+    free = ("aten.zeros.", "aten.view.", "aten.detach.")
+    assert sum(count for name, count in launched.items() if not name.startswith(free)) == 4
+
+
 def test_several_stretches_take_as_many_launches_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     size = [(2048, 4096)]
     one, four = FlexPrefill(), FlexPrefill(sample_every_tokens=512)
