@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_sparse.kernels.coverage.reference import top_mask
+from vllm_sparse.kernels.coverage.reference import reaching_count, top_mask
 from vllm_sparse.step.chunks import PromptBlocks
 
 
@@ -164,11 +164,6 @@ def select_pages(
     chosen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     chosen = chosen.scatter_(-1, best, within.expand_as(best)) & competes
     if covered_mass is not None:
-        chosen &= _covering(scores.clamp(min=0).masked_fill(~causal, 0).flatten(0, 1), covered_mass).view_as(chosen)
+        mass = scores.clamp(min=0).masked_fill(~causal, 0).flatten(0, 1)
+        chosen &= top_mask(mass, reaching_count(mass, covered_mass)).view_as(chosen)
     return forced | chosen
-
-
-def _covering(mass: torch.Tensor, covered_mass: float) -> torch.Tensor:
-    """The fewest entries of each row that add up to `covered_mass`, all if none do: bool, the shape of `mass`."""
-    ordered = mass.double().sort(dim=1, descending=True).values
-    return top_mask(mass, (ordered.cumsum(1) < covered_mass).sum(1) + 1)

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from vllm_sparse.kernels.common.triton import (
     chosen_entries,
+    equal_needed,
     float32_precision,
     ordered_scores,
     product_tile,
@@ -211,20 +212,16 @@ def select_pages_kernel(
     equal_left = free - above
     if COVERING:
         least_mass, mass_above = row_threshold(p_score, 0, last + 1, covered_mass, True, ROW_TILE, TILE)
-        mass = tl.cast(least_mass, tl.float32, bitcast=True)
-        # All pages where their masses do not add up to what is to be covered.
-        missing = tl.where(mass > 0, tl.ceil((covered_mass - mass_above) / tl.maximum(mass, 1e-38)), pages)
-        covering_left = tl.maximum(missing, 1).to(tl.int32)
+        covering_left = equal_needed(least_mass, mass_above, covered_mass, pages)
     for start in range(0, pages, TILE):
         o_page = start + tl.arange(0, TILE)
         competes = (o_page >= first) & (o_page < stop)
-        b_key = ordered_scores(p_score, o_page, competes)
+        b_key = ordered_scores(p_score, o_page, o_page <= last)
         b_equal = ((b_key == least) & competes).to(tl.int32)
         b_chosen, equal_left = chosen_entries(b_key, b_equal, least, equal_left)
         if COVERING:
-            b_mass = ordered_scores(p_score, o_page, o_page <= last)
-            b_equal = ((b_mass == least_mass) & (o_page <= last)).to(tl.int32)
-            b_covering, covering_left = chosen_entries(b_mass, b_equal, least_mass, covering_left)
+            b_equal = ((b_key == least_mass) & (o_page <= last)).to(tl.int32)
+            b_covering, covering_left = chosen_entries(b_key, b_equal, least_mass, covering_left)
             b_chosen &= b_covering
         b_forced = ((o_page < sink_pages) | (o_page >= band)) & (o_page <= last)
         tl.store(p_kept + o_page, ((b_chosen & competes) | b_forced).to(tl.uint8), mask=o_page < pages)

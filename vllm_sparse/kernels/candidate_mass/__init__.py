@@ -44,8 +44,8 @@ def candidate_mass(
         scale: softmax scale of the model; positive.
         query_block_tokens: query tokens of a query block; a power of two of at least 16.
         candidates: lists of ``list_heads * query_blocks`` rows, head-major, each with the pages of its own positions;
-            `list_heads` divides the KV heads, and consecutive KV heads share a list. Pages are a power of two of at
-            most 64 tokens.
+            `list_heads` divides the KV heads, and consecutive KV heads share a list. Pages are a power of two of 8
+            to 64 tokens.
 
     Returns:
         float32 ``[query_heads, ceil(query_tokens / query_block_tokens), ceil(context / page_tokens)]``; `NOT_LISTED`

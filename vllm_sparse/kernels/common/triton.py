@@ -152,6 +152,22 @@ def chosen_entries(b_key, b_equal, threshold, equal_left):
     return b_chosen, equal_left - tl.sum(b_equal)
 
 
+@triton.jit
+def equal_needed(threshold, above, target, entries):
+    """How many entries that equal a row's threshold of masses reach `target` with those above it: int32, at least 1.
+
+    Args:
+        threshold: of `row_threshold` with `MASS`.
+        above: sum of the entries above it.
+        target: sum to reach.
+        entries: of the row, all of which are needed where they do not reach `target`.
+    """
+    mass = tl.cast(threshold, tl.float32, bitcast=True)
+    needed = tl.where(mass > 0, tl.ceil((target - above) / tl.maximum(mass, 1e-38)), entries)
+    # Bounded before it is an integer: rounding of sums may leave much to tiny masses.
+    return tl.maximum(tl.minimum(needed, entries), 1).to(tl.int32)
+
+
 def threshold_tile(width: int) -> tuple[int, int]:
     """Entries of a row that `row_threshold` holds in registers, at most 64 per thread, and the number of warps."""
     entries = min(max(triton.next_power_of_2(width), LEAST_ROW_TILE), LARGEST_ROW_TILE)

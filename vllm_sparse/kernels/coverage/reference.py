@@ -7,14 +7,23 @@ import torch
 from vllm_sparse.step.chunks import PromptBlocks
 
 
+def reaching_count(mass: torch.Tensor, target: torch.Tensor | float) -> torch.Tensor:
+    """Least number of each row's largest entries whose sum reaches `target`, all where none does: int64 ``[rows]``.
+
+    Args:
+        mass: ``[rows, n]``, none negative.
+        target: one for all rows, or double ``[rows, 1]``.
+    """
+    ordered = mass.double().sort(dim=1, descending=True).values
+    return ((ordered.cumsum(1) < target).sum(1) + 1).clamp(max=mass.shape[1])
+
+
 def coverage_count(mass: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     """Least number of each row's largest entries whose sum reaches `gamma`: int64 ``[rows]``.
 
     All entries where the whole row does not reach `gamma`, and for ``gamma >= 1``; none for ``gamma <= 0``.
     """
-    ordered = mass.double().sort(dim=1, descending=True).values
-    counts = ((ordered.cumsum(1) < gamma.double().unsqueeze(1)).sum(1) + 1).clamp(max=mass.shape[1])
-    counts = torch.where(gamma >= 1, mass.shape[1], counts)
+    counts = torch.where(gamma >= 1, mass.shape[1], reaching_count(mass, gamma.double().unsqueeze(1)))
     return torch.where(gamma <= 0, 0, counts)
 
 

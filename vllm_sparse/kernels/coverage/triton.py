@@ -10,7 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.common.triton import chosen_entries, ordered_scores, row_threshold, threshold_tile
+from vllm_sparse.kernels.common.triton import (
+    chosen_entries,
+    equal_needed,
+    ordered_scores,
+    row_threshold,
+    threshold_tile,
+)
 from vllm_sparse.step.chunks import PromptBlocks, one_chunk
 
 TILE = 4096
@@ -50,11 +56,8 @@ def coverage_mask_kernel(
             b_key = ordered_scores(p_mass, o_entry, o_entry < n)
             above += tl.sum((b_key > threshold).to(tl.int32))
             reaching += tl.sum(((b_key >= threshold) & (o_entry < n)).to(tl.int32))
-        value = tl.cast(threshold, tl.float32, bitcast=True)
-        # Keep as many of the entries equal to the threshold as the rest of gamma needs; all if the row does not reach
-        # it.
-        equal = tl.where(value > 0, tl.ceil((gamma - total) / tl.maximum(value, 1e-38)), n)
-        count = above + tl.maximum(tl.minimum(equal, reaching - above), 1).to(tl.int32)
+        equal = equal_needed(threshold, total, gamma, n)
+        count = above + tl.maximum(tl.minimum(equal, reaching - above), 1)
     wanted = tl.minimum(tl.minimum(tl.maximum(count, min_count), max_count), n)
     if (wanted != count) | (gamma >= 1):
         threshold, above = row_threshold(p_mass, 0, n, wanted, False, ROW_TILE, TILE)

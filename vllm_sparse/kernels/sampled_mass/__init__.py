@@ -41,7 +41,7 @@ def sampled_mass(
         keys: the request's keys, the chunk's included.
         scale: softmax scale of the model; positive.
         query_block_tokens: query tokens of a query block; a power of two of at least 16.
-        page_tokens: tokens of a page; a power of two of at most 64.
+        page_tokens: tokens of a page; a power of two of 8 to 64.
 
     Returns:
         float32 ``[query_heads, ceil(query_tokens / query_block_tokens), ceil(context / page_tokens)]``; 0 for pages of
