@@ -159,26 +159,32 @@ __device__ __forceinline__ unsigned half_pair_of_float8(unsigned pair) {
   return static_cast<unsigned>(two.y) << 16 | two.x;
 }
 
+template <bool kFloat8>
 __device__ __forceinline__ float cache_number(const Arguments& a, long long index) {
-  if (a.is_float8) {
+  if constexpr (kFloat8) {
     const __half_raw number = __nv_cvt_fp8_to_halfraw(static_cast<const uint8_t*>(a.cache)[index], __NV_E4M3);
     return __half2float(__half(number));
+  } else {
+    const uint16_t number = static_cast<const uint16_t*>(a.cache)[index];
+    return a.is_bfloat16 ? __uint_as_float(static_cast<unsigned>(number) << 16) : __half2float(__ushort_as_half(number));
   }
-  const uint16_t number = static_cast<const uint16_t*>(a.cache)[index];
-  return a.is_bfloat16 ? __uint_as_float(static_cast<unsigned>(number) << 16) : __half2float(__ushort_as_half(number));
 }
 
 // Four numbers of the cache, FP8 as 16-bit floats.
+template <bool kFloat8>
 __device__ __forceinline__ Words<2> cache_numbers(const Arguments& a, long long index) {
-  if (!a.is_float8) return load<2>(static_cast<const uint16_t*>(a.cache) + index);
-  const unsigned four = load<1>(static_cast<const uint8_t*>(a.cache) + index).of[0];
-  Words<2> words;
-  words.of[0] = half_pair_of_float8(four & 0xFFFF), words.of[1] = half_pair_of_float8(four >> 16);
-  return words;
+  if constexpr (kFloat8) {
+    const unsigned four = load<1>(static_cast<const uint8_t*>(a.cache) + index).of[0];
+    Words<2> words;
+    words.of[0] = half_pair_of_float8(four & 0xFFFF), words.of[1] = half_pair_of_float8(four >> 16);
+    return words;
+  } else {
+    return load<2>(static_cast<const uint16_t*>(a.cache) + index);
+  }
 }
 
 // Writes the codes of a full page; all threads of the block call it.
-template <int kHeadSize, int kPage>
+template <int kHeadSize, int kPage, bool kFloat8>
 __device__ void encode(const Arguments& a, int row, int head, int page) {
   constexpr int kThreads = kProductWarps * 32, kQuarter = kHeadSize / 4;
   __shared__ float leasts[kHeadSize], inverses[kHeadSize];
@@ -192,7 +198,7 @@ __device__ void encode(const Arguments& a, int row, int head, int page) {
     float smallest = INFINITY, largest = -INFINITY;
 #pragma unroll 16
     for (int token = 0; token < kPage; ++token) {
-      const float number = cache_number(a, keys + token * a.cache_token_stride + channel);
+      const float number = cache_number<kFloat8>(a, keys + token * a.cache_token_stride + channel);
       smallest = fminf(smallest, number);
       largest = fmaxf(largest, number);
     }
@@ -212,7 +218,7 @@ __device__ void encode(const Arguments& a, int row, int head, int page) {
 #pragma unroll
     for (int quarter = 0; quarter < 4; ++quarter) {
       const int channel = first + quarter * kQuarter;
-      const float number = cache_number(a, keys + token * a.cache_token_stride + channel);
+      const float number = cache_number<kFloat8>(a, keys + token * a.cache_token_stride + channel);
       const float code = floorf((number - leasts[channel]) * inverses[channel] + 0.5f);
       packed |= static_cast<unsigned>(fminf(fmaxf(code, 0.0f), kLargestCode)) << (2 * quarter);
     }
@@ -222,7 +228,7 @@ __device__ void encode(const Arguments& a, int row, int head, int page) {
   __syncthreads();
 }
 
-template <int kHeadSize, int kPage, int kHeadPairs>
+template <int kHeadSize, int kPage, int kHeadPairs, bool kFloat8>
 __global__ void __launch_bounds__(kProductWarps * 32, kProductBlocks)
     code_products(const __grid_constant__ Arguments a) {
   constexpr int kWords = kHeadSize / 64;  // Of a token's codes, for a thread.
@@ -240,7 +246,7 @@ __global__ void __launch_bounds__(kProductWarps * 32, kProductBlocks)
   const int full_pages = context / kPage;
   // The split of the last page also has the one that the newest token fills.
   const bool is_last = split == (context == 0 ? 0 : (pages - 1) / pages_of_split);
-  if (is_last && member > 0 && member % kPage == 0) encode<kHeadSize, kPage>(a, row, head, member / kPage - 1);
+  if (is_last && member > 0 && member % kPage == 0) encode<kHeadSize, kPage, kFloat8>(a, row, head, member / kPage - 1);
   if (context == 0) return;
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -404,7 +410,7 @@ __global__ void __launch_bounds__(kProductWarps * 32, kProductBlocks)
     const long long block = table[full_pages / pages_per_block];
     const long long keys = block * a.cache_block_stride + head * a.cache_head_stride +
                            full_pages % pages_per_block * kPage * a.cache_token_stride;
-    const bool keys_are_bfloat16 = is_bfloat16 && !a.is_float8;
+    const bool keys_are_bfloat16 = is_bfloat16 && !kFloat8;
     const int tokens = context - full_pages * kPage;
     for (int first = warp * 16; first < tokens; first += kProductWarps * 16) {
       float product_of_keys[4] = {};
@@ -421,7 +427,7 @@ __global__ void __launch_bounds__(kProductWarps * 32, kProductBlocks)
 #pragma unroll
           for (int field = 0; field < 4; ++field) {
             const Words<2> four =
-                cache_numbers(a, keys + token * a.cache_token_stride + 4 * (kWords * quad + word) + kQuarter * field);
+                cache_numbers<kFloat8>(a, keys + token * a.cache_token_stride + 4 * (kWords * quad + word) + kQuarter * field);
             numbers[upper][field] = half_pair(pair_of(four.of[0], four.of[1], byte), keys_are_bfloat16, 1.0f);
           }
         }
@@ -772,7 +778,10 @@ cudaError_t with_shape(int page, int head_pairs, const Use& use) {
 template <int kPage, int kHeadPairs>
 cudaError_t run(const Arguments& a, int head_size, int blocks, cudaStream_t stream) {
   const int lists = a.rows * a.kv_heads;
-  const auto products = head_size == 64 ? code_products<64, kPage, kHeadPairs> : code_products<128, kPage, kHeadPairs>;
+  const auto products =
+      a.is_float8 ? head_size == 64 ? code_products<64, kPage, kHeadPairs, true> : code_products<128, kPage, kHeadPairs, true>
+      : head_size == 64 ? code_products<64, kPage, kHeadPairs, false>
+                        : code_products<128, kPage, kHeadPairs, false>;
   cudaError_t status =
       cudaFuncSetAttribute(products, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (status != cudaSuccess) return status;
