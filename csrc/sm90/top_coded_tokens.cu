@@ -19,6 +19,7 @@
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -59,6 +60,7 @@ constexpr int kMostSelectBytes = 200 * 1024;
 struct Arguments {
   const void* query;        // [rows, query_heads, head_size]
   const void* cache;        // Keys: block * cache_block_stride + head * cache_head_stride + token * cache_token_stride.
+                            // As the queries, or FP8 (e4m3).
   uint8_t* summaries;       // [blocks, kv_heads, block_size / page, width]
   const long long* starts;  // [rows] first token of each row's room, rising
   const int* contexts;      // [rows], 0 for rows that keep their lists
@@ -75,7 +77,7 @@ struct Arguments {
   long long query_row_stride, query_head_stride, cache_block_stride, cache_head_stride, cache_token_stride;
   long long knob_stride, table_stride, width, capacity;
   float factor;  // Of products, for binary logarithms.
-  int rows, kv_heads, group, page, block_size, splits, is_bfloat16;
+  int rows, kv_heads, group, page, block_size, splits, is_bfloat16, is_float8;
   int one_block_tokens;  // Most of a list that one block selects from.
   int room_pages;        // Of a list that one block selects from.
 };
@@ -151,26 +153,52 @@ __device__ __forceinline__ Words<kWords> load(const void* from) {
   return words;
 }
 
-__device__ __forceinline__ float cache_number(const Arguments& a, const uint16_t* at) {
-  return a.is_bfloat16 ? __uint_as_float(static_cast<unsigned>(*at) << 16) : __half2float(__ushort_as_half(*at));
+// Two FP8 numbers as 16-bit floats, which hold all of them exactly.
+__device__ __forceinline__ unsigned half_pair_of_float8(unsigned pair) {
+  const __half2_raw two = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3);
+  return static_cast<unsigned>(two.y) << 16 | two.x;
+}
+
+template <bool kFloat8>
+__device__ __forceinline__ float cache_number(const Arguments& a, long long index) {
+  if constexpr (kFloat8) {
+    const __half_raw number = __nv_cvt_fp8_to_halfraw(static_cast<const uint8_t*>(a.cache)[index], __NV_E4M3);
+    return __half2float(__half(number));
+  } else {
+    const uint16_t number = static_cast<const uint16_t*>(a.cache)[index];
+    return a.is_bfloat16 ? __uint_as_float(static_cast<unsigned>(number) << 16) : __half2float(__ushort_as_half(number));
+  }
+}
+
+// Four numbers of the cache, FP8 as 16-bit floats.
+template <bool kFloat8>
+__device__ __forceinline__ Words<2> cache_numbers(const Arguments& a, long long index) {
+  if constexpr (kFloat8) {
+    const unsigned four = load<1>(static_cast<const uint8_t*>(a.cache) + index).of[0];
+    Words<2> words;
+    words.of[0] = half_pair_of_float8(four & 0xFFFF), words.of[1] = half_pair_of_float8(four >> 16);
+    return words;
+  } else {
+    return load<2>(static_cast<const uint16_t*>(a.cache) + index);
+  }
 }
 
 // Writes the codes of a full page; all threads of the block call it.
-template <int kHeadSize, int kPage>
+template <int kHeadSize, int kPage, bool kFloat8>
 __device__ void encode(const Arguments& a, int row, int head, int page) {
   constexpr int kThreads = kProductWarps * 32, kQuarter = kHeadSize / 4;
   __shared__ float leasts[kHeadSize], inverses[kHeadSize];
   const int pages_per_block = a.block_size / kPage;
   const long long block = a.block_table[row * a.table_stride + page / pages_per_block];
-  const uint16_t* const keys = static_cast<const uint16_t*>(a.cache) + block * a.cache_block_stride +
-                               head * a.cache_head_stride + page % pages_per_block * kPage * a.cache_token_stride;
+  const long long keys = block * a.cache_block_stride + head * a.cache_head_stride +
+                         page % pages_per_block * kPage * a.cache_token_stride;
   uint8_t* const to = a.summaries + ((block * a.kv_heads + head) * pages_per_block + page % pages_per_block) *
                                         (4 * kHeadSize + kPage * kQuarter);
   for (int channel = threadIdx.x; channel < kHeadSize; channel += kThreads) {
     float smallest = INFINITY, largest = -INFINITY;
 #pragma unroll 16
     for (int token = 0; token < kPage; ++token) {
-      const float number = cache_number(a, keys + token * a.cache_token_stride + channel);
+      const float number = cache_number<kFloat8>(a, keys + token * a.cache_token_stride + channel);
       smallest = fminf(smallest, number);
       largest = fmaxf(largest, number);
     }
@@ -190,7 +218,7 @@ __device__ void encode(const Arguments& a, int row, int head, int page) {
 #pragma unroll
     for (int quarter = 0; quarter < 4; ++quarter) {
       const int channel = first + quarter * kQuarter;
-      const float number = cache_number(a, keys + token * a.cache_token_stride + channel);
+      const float number = cache_number<kFloat8>(a, keys + token * a.cache_token_stride + channel);
       const float code = floorf((number - leasts[channel]) * inverses[channel] + 0.5f);
       packed |= static_cast<unsigned>(fminf(fmaxf(code, 0.0f), kLargestCode)) << (2 * quarter);
     }
@@ -200,7 +228,7 @@ __device__ void encode(const Arguments& a, int row, int head, int page) {
   __syncthreads();
 }
 
-template <int kHeadSize, int kPage, int kHeadPairs>
+template <int kHeadSize, int kPage, int kHeadPairs, bool kFloat8>
 __global__ void __launch_bounds__(kProductWarps * 32, kProductBlocks)
     code_products(const __grid_constant__ Arguments a) {
   constexpr int kWords = kHeadSize / 64;  // Of a token's codes, for a thread.
@@ -218,7 +246,7 @@ __global__ void __launch_bounds__(kProductWarps * 32, kProductBlocks)
   const int full_pages = context / kPage;
   // The split of the last page also has the one that the newest token fills.
   const bool is_last = split == (context == 0 ? 0 : (pages - 1) / pages_of_split);
-  if (is_last && member > 0 && member % kPage == 0) encode<kHeadSize, kPage>(a, row, head, member / kPage - 1);
+  if (is_last && member > 0 && member % kPage == 0) encode<kHeadSize, kPage, kFloat8>(a, row, head, member / kPage - 1);
   if (context == 0) return;
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -380,9 +408,9 @@ __global__ void __launch_bounds__(kProductWarps * 32, kProductBlocks)
   if (is_last && full_pages < pages) {
     // The keys themselves; every warp has tiles of its own.
     const long long block = table[full_pages / pages_per_block];
-    const uint16_t* const keys = static_cast<const uint16_t*>(a.cache) + block * a.cache_block_stride +
-                                 head * a.cache_head_stride +
-                                 full_pages % pages_per_block * kPage * a.cache_token_stride;
+    const long long keys = block * a.cache_block_stride + head * a.cache_head_stride +
+                           full_pages % pages_per_block * kPage * a.cache_token_stride;
+    const bool keys_are_bfloat16 = is_bfloat16 && !kFloat8;
     const int tokens = context - full_pages * kPage;
     for (int first = warp * 16; first < tokens; first += kProductWarps * 16) {
       float product_of_keys[4] = {};
@@ -399,8 +427,8 @@ __global__ void __launch_bounds__(kProductWarps * 32, kProductBlocks)
 #pragma unroll
           for (int field = 0; field < 4; ++field) {
             const Words<2> four =
-                load<2>(keys + token * a.cache_token_stride + 4 * (kWords * quad + word) + kQuarter * field);
-            numbers[upper][field] = half_pair(pair_of(four.of[0], four.of[1], byte), is_bfloat16, 1.0f);
+                cache_numbers<kFloat8>(a, keys + token * a.cache_token_stride + 4 * (kWords * quad + word) + kQuarter * field);
+            numbers[upper][field] = half_pair(pair_of(four.of[0], four.of[1], byte), keys_are_bfloat16, 1.0f);
           }
         }
 #pragma unroll
@@ -750,7 +778,10 @@ cudaError_t with_shape(int page, int head_pairs, const Use& use) {
 template <int kPage, int kHeadPairs>
 cudaError_t run(const Arguments& a, int head_size, int blocks, cudaStream_t stream) {
   const int lists = a.rows * a.kv_heads;
-  const auto products = head_size == 64 ? code_products<64, kPage, kHeadPairs> : code_products<128, kPage, kHeadPairs>;
+  const auto products =
+      a.is_float8 ? head_size == 64 ? code_products<64, kPage, kHeadPairs, true> : code_products<128, kPage, kHeadPairs, true>
+      : head_size == 64 ? code_products<64, kPage, kHeadPairs, false>
+                        : code_products<128, kPage, kHeadPairs, false>;
   cudaError_t status =
       cudaFuncSetAttribute(products, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (status != cudaSuccess) return status;
@@ -790,7 +821,8 @@ extern "C" int vllm_sparse_top_coded_tokens(
     void* largest_products, void* offsets, void* partials, long long query_row_stride, long long query_head_stride,
     long long cache_block_stride, long long cache_head_stride, long long cache_token_stride, long long knob_stride,
     long long table_stride, long long width, long long capacity, long long longest, float scale, int rows, int kv_heads,
-    int group, int head_pairs, int head_size, int page, int block_size, int splits, int is_bfloat16, void* stream) {
+    int group, int head_pairs, int head_size, int page, int block_size, int splits, int is_bfloat16, int is_float8,
+    void* stream) {
   int blocks = kMostBlocks;
   while (blocks > 1 && rows * kv_heads * blocks > kBlocksAtOnce) blocks /= 2;
   const int one_block = blocks == kMostBlocks ? kTokensOfOneBlock : kTokensAmongLists;
@@ -831,6 +863,7 @@ extern "C" int vllm_sparse_top_coded_tokens(
                             block_size,
                             splits,
                             is_bfloat16,
+                            is_float8,
                             one_block,
                             room_pages()};
   return with_shape(page, head_pairs, [&](auto tokens, auto pairs) {

@@ -29,7 +29,10 @@ SLACK = 0.06
 
 
 class Batch:
-    """Rows of random keys with their codes, and room for their lists."""
+    """Rows of random keys with their codes, and room for their lists.
+
+    The specification reads an FP8 cache's numbers from a wider cache that holds the same.
+    """
 
     def __init__(
         self,
@@ -41,12 +44,17 @@ class Batch:
         dtype: torch.dtype,
         longest: int,
         spread: float = 1.0,
+        float8: bool = False,
     ) -> None:
         self.seed = random.randrange(1 << 30)
         generator = torch.Generator().manual_seed(self.seed)
         platform = Platform("plain", DEVICE, dtype, None, executes=False)
         self.kind = SummaryKind(page, "codes")
         self.data = oracle.random_paged(platform, generator, contexts, kv_heads, head_size, 128)
+        cache = self.data.kv_cache
+        if float8:
+            cache = cache.to(torch.float8_e4m3fn)
+            self.data.kv_cache.copy_(cache)
         self.summaries = poisoned(self.data, self.kind)
         for row, context in enumerate(contexts):
             # What the newest token fills is not coded yet, unless it is part of a block.
@@ -64,7 +72,7 @@ class Batch:
         for row, context in enumerate(contexts):
             blocks = -(-context // 128)
             table[row, :blocks] = self.data.block_table[row, :blocks]
-        self.rows = DecodeRows(query, self.data.kv_cache, table, seq_lens, SCALE)
+        self.rows = DecodeRows(query, cache, table, seq_lens, SCALE)
         starts = (seq_lens.cumsum(0) - seq_lens).long()
         zeros = torch.zeros_like(seq_lens)
         self.place = RowsPlace(starts, sum(contexts), zeros, zeros, seq_lens, 0, self.summaries, None)
@@ -129,13 +137,14 @@ class Batch:
     ],
 )
 @pytest.mark.parametrize("longest", [1 << 15, 1 << 20], ids=["room-for-32K", "room-for-1M"])
+@pytest.mark.parametrize("float8", [False, True], ids=["as-queries", "float8"])
 def test_lists_hold_the_best_tokens(
-    heads: int, kv_heads: int, head_size: int, page: int, dtype: torch.dtype, longest: int
+    heads: int, kv_heads: int, head_size: int, page: int, dtype: torch.dtype, longest: int, float8: bool
 ) -> None:
     """A ragged batch in permuted blocks, from one token to several thread blocks; one row stands by."""
     contexts = [1, 130, 1025, 9000, 20001, 300, 4096, 2048]
     random.shuffle(contexts)
-    batch = Batch(contexts, heads, kv_heads, head_size, page, dtype, longest)
+    batch = Batch(contexts, heads, kv_heads, head_size, page, dtype, longest, float8=float8)
     batch.rows.seq_lens[random.randrange(len(contexts))] = 0
     lists = batch.lists()
     batch.choose(lists)
@@ -152,9 +161,10 @@ def test_few_and_many_rows(rows: int) -> None:
     batch.check(lists)
 
 
-def test_codes_of_a_filled_page_are_stored() -> None:
+@pytest.mark.parametrize("float8", [False, True], ids=["as-queries", "float8"])
+def test_codes_of_a_filled_page_are_stored(float8: bool) -> None:
     """Of rows that choose, and of rows that are still too short for it; not of pages that are not full."""
-    batch = Batch([256, 1280, 1281, 1279, 128], 8, 2, 128, 128, torch.bfloat16, 1 << 15)
+    batch = Batch([256, 1280, 1281, 1279, 128], 8, 2, 128, 128, torch.bfloat16, 1 << 15, float8=float8)
     expected = [coded_keys(read_summaries(batch.data.reader(row), batch.kind), 128) for row in range(5)]
     batch.rows.seq_lens[0], batch.rows.seq_lens[4] = 0, 0
     members = torch.tensor(batch.contexts, dtype=torch.int32, device=DEVICE)

@@ -23,12 +23,12 @@ def can_run(rows: DecodeRows, kind: SummaryKind) -> bool:
     query, cache = rows.query, rows.kv_cache
     return (
         query.dtype in (torch.bfloat16, torch.float16)
-        and cache.dtype == query.dtype
+        and cache.dtype in (query.dtype, torch.float8_e4m3fn)
         and query.shape[2] in HEAD_SIZES
         and kind.page_tokens in PAGES
         and query.shape[1] // cache.shape[1] <= LARGEST_GROUP
         and all(stride % 4 == 0 for stride in (*query.stride()[:2], *cache.stride()[:3]))
-        and query.data_ptr() % 8 == cache.data_ptr() % 8 == 0
+        and query.data_ptr() % 8 == cache.data_ptr() % (4 * cache.itemsize) == 0
         and cuda_library(query.device) is not None
     )
 
@@ -76,5 +76,5 @@ def top_coded_tokens(
         *(ctypes.c_longlong(number) for number in numbers),
         ctypes.c_float(rows.scale),
         *(count, kv_heads, group, head_pairs, head_size, page, block_size, splits),
-        int(rows.query.dtype == torch.bfloat16),
+        *(int(rows.query.dtype == torch.bfloat16), int(rows.kv_cache.dtype == torch.float8_e4m3fn)),
     )
