@@ -58,6 +58,11 @@ class AttentionShape:
     held: range | None = None
 
     @property
+    def number_bytes(self) -> int:
+        """Of a number of a key in the cache: 1 of an FP8 one."""
+        return self.kv_token_bytes // (2 * self.kv_heads * self.head_size)
+
+    @property
     def layers(self) -> range:
         """Numbers of the layers that the process holds."""
         return range(self.num_layers) if self.held is None else self.held
@@ -145,7 +150,7 @@ class StepCosts:
             # Candidates' keys, without their values.
             + writes * method.candidate_tokens * token_bytes / 2 / gpu.scored_bytes_per_second
         )
-        saved = reads * token_bytes / gpu.dense_bytes_per_second
+        saved = reads * token_bytes / gpu.dense_rate(self.shape.number_bytes)
         scored = writes * scored_bytes / gpu.scored_bytes_per_second
         return RowGain(roles, saved - gpu.doubt * scored, gpu.doubt * constant)
 
@@ -155,8 +160,8 @@ class StepCosts:
         if share is not None:
             return share
         if method.summaries is not None:
-            # Of a cache of 16-bit numbers, keys and values.
-            return method.summaries.bytes_per_token(self.shape.head_size, 2) / (4 * self.shape.head_size)
+            head_size, number_bytes = self.shape.head_size, self.shape.number_bytes
+            return method.summaries.bytes_per_token(head_size, number_bytes) / (2 * head_size * number_bytes)
         return 0.5 if isinstance(method, BatchDecodeMethod) and method.scores_tokens else 0.0
 
     def _launches(self, method: DecodeMethod) -> LaunchCosts:

@@ -8,18 +8,19 @@ from vllm_sparse.kernels.candidate_mass.reference import SAMPLED_QUERIES, SCRATC
 from vllm_sparse.keys import PagedKeys
 from vllm_sparse.step.chunks import PromptChunks
 
-# Of a program of the kernel: sampled queries of a few query blocks and of query heads of a KV head, and least keys at
-# once.
-MOST_ROWS, LEAST_KEY_TILE = 64, 64
+# Of a program of the kernel at most: sampled queries of a few query blocks and of query heads of a KV head.
+MOST_ROWS = 128
+# Keys that it multiplies them with at once.
+KEY_TILE = 64
 # Of a row, a page's mass and a tile's largest product.
 MASS_BYTES, MOST_BYTES = 2, 4
 
 
-def programs(query_heads: int, kv_heads: int) -> tuple[int, int, int]:
-    """Query heads of a program of the kernel, its query blocks, and the programs of a KV head's query heads."""
+def programs(query_heads: int, kv_heads: int, rows: int = MOST_ROWS) -> tuple[int, int, int]:
+    """Query heads of a program of so many rows, its query blocks, and the programs of a KV head's query heads."""
     group = query_heads // kv_heads
-    at_once = min(1 << (group - 1).bit_length(), MOST_ROWS // SAMPLED_QUERIES)
-    return at_once, MOST_ROWS // (at_once * SAMPLED_QUERIES), -(-group // at_once)
+    at_once = min(1 << (group - 1).bit_length(), rows // SAMPLED_QUERIES)
+    return at_once, rows // (at_once * SAMPLED_QUERIES), -(-group // at_once)
 
 
 def kept_bytes(pages: int, tiles: int) -> int:
@@ -30,7 +31,7 @@ def kept_bytes(pages: int, tiles: int) -> int:
 def scratch_bytes(blocks: int, pages: int, page_tokens: int, query_heads: int, kv_heads: int) -> int:
     """Memory that the kernel takes beside its result; arguments as in the public function."""
     _, together, splits = programs(query_heads, kv_heads)
-    tiles = -(-pages // (LEAST_KEY_TILE // page_tokens))
+    tiles = -(-pages // (KEY_TILE // page_tokens))
     of_a_group = kv_heads * splits * MOST_ROWS * kept_bytes(pages, tiles)
     return min(-(-blocks // together) * of_a_group, max(SCRATCH_BYTES, of_a_group))
 

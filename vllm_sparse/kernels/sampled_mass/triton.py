@@ -15,15 +15,16 @@ import triton.language as tl
 
 from vllm_sparse.kernels.candidate_mass.reference import KEY_GROUPS, SAMPLED_QUERIES, SCRATCH_BYTES
 from vllm_sparse.kernels.common.triton import largest_of_groups, load_key_block, product_tile, shared_memory_kib
-from vllm_sparse.kernels.sampled_mass.reference import LEAST_KEY_TILE, MOST_ROWS, kept_bytes, programs
+from vllm_sparse.kernels.sampled_mass.reference import KEY_TILE, MOST_ROWS, kept_bytes, programs
 from vllm_sparse.keys import PlainKeys
 from vllm_sparse.step.chunks import PromptChunks, one_chunk
 
-# The fastest on an H200 with 64 rows (loadtest/RESULTS.md): keys of a tile, and tiles in flight. Both are less where
-# shared memory has no room for them.
-WARPS, KEY_TILE, STAGES, FEW_STAGES = 4, 128, 3, 2
+# The fastest on an H200 (loadtest/RESULTS.md): `MOST_ROWS` rows, and tiles in flight. Both are less where shared memory
+# and registers have no room for them.
+WARPS, STAGES = 4, 3
+FEW_ROWS, FEW_STAGES = 64, 2
 # Keys of a program: so few that programs are many and alike, so many that fetching its queries costs nothing.
-SEGMENT = 8192
+SEGMENT = 16384
 # Pages whose kept masses a program of the second kernel reads at once, and how often it does.
 PAGE_TILE, PAGE_TILES = 64, 4
 LOG2_E = 1.4426950408889634
@@ -248,14 +249,14 @@ def chunk_sampled_mass(chunks: PromptChunks, page_tokens: int) -> torch.Tensor:
     pages = triton.cdiv(blocks.longest_seq_len, page_tokens)
     group = heads // kv_heads
     roomy = head_size <= 128 and shared_memory_kib() > 128
-    key_tile = KEY_TILE if roomy else LEAST_KEY_TILE
+    rows, stages = (MOST_ROWS, STAGES) if roomy else (FEW_ROWS, FEW_STAGES)
     # More query heads of a KV head are split over programs: keys are then read again, but rows fit in registers.
-    at_once, together, splits = programs(heads, kv_heads)
+    at_once, together, splits = programs(heads, kv_heads, rows)
     groups = triton.cdiv(blocks.blocks, together)
     query = query if query.stride(2) == 1 else query.contiguous()
     mass = torch.empty(heads, blocks.blocks, pages, dtype=torch.float32, device=query.device)
-    tiles, segments = triton.cdiv(pages, key_tile // page_tokens), triton.cdiv(blocks.longest_seq_len, SEGMENT)
-    of_a_group = kv_heads * splits * MOST_ROWS
+    tiles, segments = triton.cdiv(pages, KEY_TILE // page_tokens), triton.cdiv(blocks.longest_seq_len, SEGMENT)
+    of_a_group = kv_heads * splits * rows
     at_a_time = min(max(SCRATCH_BYTES // (of_a_group * kept_bytes(pages, tiles)), 1), groups)
     kept_mass = torch.empty(at_a_time * of_a_group * pages, dtype=torch.float16, device=query.device)
     kept_most = torch.empty(at_a_time * of_a_group * tiles, dtype=torch.float32, device=query.device)
@@ -291,10 +292,10 @@ def chunk_sampled_mass(chunks: PromptChunks, page_tokens: int) -> torch.Tensor:
             HEAD_SIZE=head_size,
             HEAD_TILE=product_tile(head_size),
             GROUPS=KEY_GROUPS,
-            TILE=key_tile,
+            TILE=KEY_TILE,
             SEGMENT=SEGMENT,
             num_warps=WARPS,
-            num_stages=STAGES if roomy else FEW_STAGES,
+            num_stages=stages,
             **sizes,
         )
         page_masses_kernel[(launched * triton.cdiv(pages, PAGE_TILE * PAGE_TILES), kv_heads, splits)](
@@ -309,7 +310,7 @@ def chunk_sampled_mass(chunks: PromptChunks, page_tokens: int) -> torch.Tensor:
             kv_heads,
             blocks.blocks,
             pages,
-            TILE=key_tile,
+            TILE=KEY_TILE,
             SEGMENT=SEGMENT,
             PAGE_TILE=PAGE_TILE,
             PAGE_TILES=PAGE_TILES,
