@@ -283,8 +283,8 @@ def _log_kernels(kernels: StockKernels, float8_cache: bool) -> None:
     logger.info("Sparse attention: %s", kernels.describe())
     if float8_cache:
         logger.info(
-            "Sparse attention: the KV cache is FP8, which sale's CUDA kernels do not read; their Triton twins choose in "
-            "their place, which takes longer"
+            "Sparse attention: the KV cache is FP8, which sale's CUDA kernels do not read; their Triton twins choose "
+            "in their place, which takes longer"
         )
     if not gpu().tried:
         logger.warning(
