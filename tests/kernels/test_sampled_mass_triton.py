@@ -133,7 +133,7 @@ def test_kernels_compile_for_hopper(head_size: int, group: int, tmp_path: Path) 
         "HEADS": heads,
         "SAMPLES": SAMPLED_QUERIES,
         "PAGE": 32,
-        "TILE": sampled_mass_triton.KEY_TILE,
+        "TILE": reference.KEY_TILE,
         "SEGMENT": sampled_mass_triton.SEGMENT,
     }
     strides = ("query_row_stride", "query_head_stride", "cache_block_stride", "cache_head_stride", "cache_token_stride")

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent / "libraries"
 ARCHITECTURES = {(9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}
 
 # Of csrc/sm90/interface.cu: arguments as this package passes them.
-INTERFACE = 2
+INTERFACE = 3
 
 
 class CudaError(RuntimeError):
