@@ -775,13 +775,17 @@ cudaError_t with_shape(int page, int head_pairs, const Use& use) {
   }
 }
 
+template <int kPage, int kHeadPairs, bool kFloat8>
+auto products_of(int head_size) {
+  return head_size == 64 ? code_products<64, kPage, kHeadPairs, kFloat8>
+                         : code_products<128, kPage, kHeadPairs, kFloat8>;
+}
+
 template <int kPage, int kHeadPairs>
 cudaError_t run(const Arguments& a, int head_size, int blocks, cudaStream_t stream) {
   const int lists = a.rows * a.kv_heads;
-  const auto products =
-      a.is_float8 ? head_size == 64 ? code_products<64, kPage, kHeadPairs, true> : code_products<128, kPage, kHeadPairs, true>
-      : head_size == 64 ? code_products<64, kPage, kHeadPairs, false>
-                        : code_products<128, kPage, kHeadPairs, false>;
+  const auto products = a.is_float8 ? products_of<kPage, kHeadPairs, true>(head_size)
+                                    : products_of<kPage, kHeadPairs, false>(head_size);
   cudaError_t status =
       cudaFuncSetAttribute(products, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (status != cudaSuccess) return status;

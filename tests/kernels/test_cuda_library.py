@@ -18,7 +18,10 @@ OF_ANY = ("vllm_sparse_interface", "vllm_sparse_top_tokens", "vllm_sparse_top_co
 # Of the library of each architecture.
 CSRC = Path(__file__).parents[2] / "csrc" / "sm90"
 # SHA-256 of what csrc/ declares to Python, for each interface that it has had.
-DECLARATIONS = {3: "6bd7fcfc72eeccf1aae3740ea54e18fbbf94890992ea5fe13ab35be4bc1f9e4c"}
+DECLARATIONS = {
+    2: "16ebddea9f927626b39080f49d9f3f1ffd14d573b480a845aaeea4fff78049d5",
+    3: "6bd7fcfc72eeccf1aae3740ea54e18fbbf94890992ea5fe13ab35be4bc1f9e4c",
+}
 FUNCTIONS = {"sm90": ("vllm_sparse_quantise_keys", "vllm_sparse_low_bit_scores", *OF_ANY), "sm100": OF_ANY}
 
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc, or no g++ for it")
