@@ -33,7 +33,7 @@ LAYERS, HEADS, KV_HEADS, HEAD_SIZE, LONGEST, REQUESTS, CHUNK = 16, 8, 2, 64, 327
 CAPTURED = [1, 2, 4, *range(8, 49, 8), 64]
 
 
-def server(max_model_len: int = LONGEST, **settings: Any) -> Any:
+def server(max_model_len: int = LONGEST, cache_dtype: str = "auto", **settings: Any) -> Any:
     """vLLM's configuration of a server on a GPU, as far as memory depends on it."""
     from vllm.config.compilation import CUDAGraphMode
 
@@ -51,6 +51,7 @@ def server(max_model_len: int = LONGEST, **settings: Any) -> Any:
     return SimpleNamespace(
         attention_config=SimpleNamespace(backend=SimpleNamespace(name="SPARSE"), backend_per_kind=None),
         model_config=model,
+        cache_config=SimpleNamespace(cache_dtype=cache_dtype),
         additional_config={"sparse": settings},
         parallel_config=SimpleNamespace(data_parallel_size=1, pipeline_parallel_size=1),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=CHUNK, max_num_seqs=REQUESTS),
@@ -115,10 +116,13 @@ def test_servers_without_graphs_or_batches_keep_less() -> None:
         ({"tokentopk": {"reuse_layers": [6, 8]}}, ["tokentopk", "blocktopk"]),
     ],
 )
+@pytest.mark.parametrize(("cache_dtype", "dtype"), [("auto", torch.bfloat16), ("fp8", torch.float8_e4m3fn)])
 @pytest.mark.usefixtures("engine")
-def test_summaries_take_the_share_that_is_reserved(settings: dict[str, Any], methods: list[str]) -> None:
-    config = server(methods=methods, decode_in_batches=False, **settings)
-    cache = torch.empty(6, KV_HEADS, 128, 2 * HEAD_SIZE, dtype=torch.bfloat16)
+def test_summaries_take_the_share_that_is_reserved(
+    settings: dict[str, Any], methods: list[str], cache_dtype: str, dtype: torch.dtype
+) -> None:
+    config = server(methods=methods, decode_in_batches=False, cache_dtype=cache_dtype, **settings)
+    cache = torch.empty(6, KV_HEADS, 128, 2 * HEAD_SIZE, dtype=dtype)
     stored = 0
     for method in configured_decode_methods(server_config(config)):
         layers = sum(role.writes_list for role in method.layer_roles(LAYERS))

@@ -143,12 +143,14 @@ class BesideCache:
 
 def beside_cache(vllm_config: VllmConfig) -> BesideCache:
     """What a GPU server with this configuration will keep beside its cache, on each of its devices."""
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+
     config, model, parallel = server_config(vllm_config), vllm_config.model_config, vllm_config.parallel_config
     heads, kv_heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel)
     num_layers, held, head_size = sparse_layers(model), held_layers(vllm_config), model.get_head_size()
     if not held:
         return BesideCache(0, 0, 0.0)
-    number_bytes = model.dtype.itemsize
+    number_bytes = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model).itemsize
     size = ServerSize(vllm_config.scheduler_config.max_num_seqs, model.max_model_len, num_layers, kv_heads, held)
     methods = configured_decode_methods(config)
     at_once = methods_at_once(methods, size.max_seq_len) if config.decode_in_batches else []
