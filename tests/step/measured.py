@@ -83,8 +83,10 @@ CELLS = [
     Cell(1, 524288, BlockTopk(budget_tokens=4096), 20.71, 8.90),
     Cell(1, 524288, HipDecode(), 20.70, 5.89),
 ]
-# Slower than dense, which no other cell explains; what the table's margin is for.
+# Slower than dense or than predicted, which no other cell explains; what the table's margin and doubt are for.
 NOT_UNDERSTOOD = [
+    Cell(1, 16384, TokenTopk(page_tokens=128), 5.30, 5.77),
+    Cell(1, 524288, TokenTopk(page_tokens=128), 20.72, 10.40),
     Cell(1, 32768, Tidal(reselect_layers=(13,), selection_reads="everything"), 5.90, 6.79),
     Cell(1, 32768, Tidal(reselect_layers=(13,), selection_reads="everything"), 6.04, 6.49),
 ]
