@@ -40,10 +40,11 @@ def engine(model: str, backend: str, **arguments: Any) -> Iterator[Any]:
 
 
 class DensityReader:
-    """Mean density of what ran since the last reading, by phase and method."""
+    """Mean density of what ran since the last reading, by phase and method; before the first one, since it was made."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[str, str, str], float] = {}
+        self()
 
     def __call__(self) -> dict[str, float]:
         """Mean density by ``phase/method``; empty if nothing sparse ran."""
