@@ -148,13 +148,12 @@ def measure(
     llm: Any, variants: dict[str, dict[str, Any]], conversations: list[Conversation], tokenizer: Tokenizer
 ) -> Iterator[Measurement]:
     """Dense first, then every variant."""
-    read_density = DensityReader()
     prompts = [talk.prompt for talk in conversations]
     scripts = [talk.script for talk in conversations]
     dense = generate(llm, prompts, scripts, {})
     told_tokens = [generation.tokens for generation in dense]
+    read_density = DensityReader()
     for name, extras in {"dense": {}, **variants}.items():
-        read_density()
         both = generate(llm, prompts * 2, scripts + told_tokens, extras)
         own, told = both[: len(prompts)], both[len(prompts) :]
         density = next((value for key, value in read_density().items() if key.startswith("decode/")), 1.0)

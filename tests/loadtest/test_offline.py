@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vllm_sparse.metrics import DIRECTORY_VARIABLE
+from vllm_sparse.metrics import DIRECTORY_VARIABLE, PROMETHEUS_VARIABLE
 
 SCRIPT = """
 from prometheus_client import Histogram
@@ -27,7 +27,7 @@ print(read())
 
 def test_a_reading_holds_nothing_that_ran_before(tmp_path: Path) -> None:
     # Where its files are is told to prometheus_client before it is imported.
-    environment = {**os.environ, DIRECTORY_VARIABLE: str(tmp_path), "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    environment = {**os.environ, DIRECTORY_VARIABLE: str(tmp_path), PROMETHEUS_VARIABLE: str(tmp_path)}
     ended = subprocess.run(
         [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120, check=False
     )

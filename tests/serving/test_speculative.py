@@ -41,9 +41,9 @@ def drafting_server(
 
 
 def test_prompts_are_sparse_and_verification_is_dense(drafting_server: Server) -> None:
-    extras = {**FLEXPREFILL, **TIDAL, "sparse_min_tokens": 512, "flexprefill_min_budget_tokens": 256}
     # The costs of an H200 would leave such short prompts dense.
-    extras["sparse_unprofitable"] = "sparse"
+    forced = {"sparse_min_tokens": 512, "sparse_unprofitable": "sparse"}
+    extras = {**FLEXPREFILL, **TIDAL, **forced, "flexprefill_min_budget_tokens": 256}
     before = drafting_server.metrics()
     for seed in range(4):
         prompt = prompt_of(seed, 3000)
